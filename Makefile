@@ -1,0 +1,52 @@
+# Every target sets up what it needs; none needs another to have been run first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: lab test lint notebooks bench ledger record clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+# torch first and alone: whatever is resolved after it then finds the pinned build in place.
+.venv/.lab: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.test: .venv/.lab
+	$(INSTALL) -e '.[test,dev]'
+	@touch $@
+
+.venv/.browser: .venv/.test
+	@if command -v chromium >/dev/null; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null && touch $@; \
+	else echo "no chromium: the browser test will be skipped. Install it with: sudo apt-get install chromium"; fi
+
+lab: .venv/.lab  ## open JupyterLab on the first notebook
+	$(BIN)/python -m jupyterlab --config=notebooks/jupyter_server_config.py notebooks/00_start_here.ipynb
+
+test: .venv/.test .venv/.browser lint  ## everything that CI runs
+	$(BIN)/python -m pytest
+
+lint: .venv/.test  ## ruff, ruff format, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: .venv/.test  ## execute every notebook and write its canonical form
+	$(BIN)/python notebooks/canonical.py notebooks/*.ipynb
+
+bench: .venv/.test .venv/.browser  ## the timed bars, peers side by side
+	$(BIN)/python -m pytest tests/bench_*.py -s -p no:cacheprovider
+
+ledger: .venv/.lab  ## predict and measure the held-out grid; refresh the accuracy table in README.md
+	$(BIN)/python data/record.py ledger
+
+record: .venv/.lab  ## re-create every recorded file under data/ and the ledger, on this machine
+	$(BIN)/python data/record.py all
+
+clean:  ## remove the virtual environment and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,10 @@
+"""effkit: see where the time and memory of a PyTorch model go, ask what if, and have the answer measured."""
+
+from effkit import models, padding
+from effkit.account import Account, Receipt
+from effkit.device import Device
+from effkit.recording import Capture, capture, load
+from effkit.whatif import WhatIf
+
+__version__ = "0.1.0"
+__all__ = ["Account", "Capture", "Device", "Receipt", "WhatIf", "capture", "load", "models", "padding"]

@@ -1,0 +1,111 @@
+"""A speech encoder-decoder with batches of any lengths, for profiling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
+
+NUM_MEL_BINS = 80
+
+
+class Speech(Speech2TextForConditionalGeneration):
+    """Speech2Text (fairseq S2T, arXiv 2010.05171) that can make its own batches.
+
+    Input cells are 10 ms frames of 80 mel bins, which two strided convolutions bring to a quarter; output cells are
+    tokens.
+    """
+
+    def make_batch(self, rows: Sequence[Any], lengths: Any) -> dict[str, torch.Tensor]:
+        """A batch of random features and tokens, padded to its longest.
+
+        Parameters
+        ----------
+        rows
+            Example indices of each row; a row holds one example (this model cannot take packed rows).
+        lengths
+            Frame with ``input_length`` and ``output_length`` [cells].
+
+        Returns
+        -------
+        dict
+            ``input_features`` [B, T, 80], ``attention_mask`` [B, T], ``labels`` [B, U] (padded with -100).
+        """
+        if any(len(row) != 1 for row in rows):
+            raise ValueError("a speech model takes one example per row: its convolutions would mix packed neighbours")
+        indices = np.concatenate(list(rows))
+        frames = torch.as_tensor(lengths["input_length"].to_numpy()[indices])
+        tokens = torch.as_tensor(lengths["output_length"].to_numpy()[indices])
+        generator = torch.Generator().manual_seed(int(indices[0]))
+        features = torch.randn(len(indices), int(frames.max()), NUM_MEL_BINS, generator=generator)
+        labels = torch.randint(4, self.config.vocab_size, (len(indices), int(tokens.max())), generator=generator)
+        mask = torch.arange(int(frames.max())) < frames[:, None]
+        labels[torch.arange(int(tokens.max())) >= tokens[:, None]] = -100
+        batch = {
+            "input_features": features * mask[..., None],
+            "attention_mask": mask.long(),
+            "labels": labels,
+        }
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+def build(
+    *,
+    encoder_layers: int = 4,
+    decoder_layers: int = 2,
+    hidden: int = 128,
+    ffn: int | None = None,
+    heads: int = 4,
+    vocabulary: int = 1000,
+    max_input_cells: int = 6000,
+    max_output_cells: int = 1024,
+    dropout: float = 0.0,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Speech:
+    """A Speech2Text model from its configuration, in training mode, on the GPU where there is one.
+
+    Parameters
+    ----------
+    encoder_layers, decoder_layers, hidden, ffn, heads, vocabulary
+        Its size; ``ffn`` is 4 x hidden unless given.
+    max_input_cells, max_output_cells
+        Longest input [10 ms frames] and output [tokens] that it has positions for.
+    dropout
+        0 keeps steps repeatable.
+    """
+    for name, count in {
+        "encoder_layers": encoder_layers,
+        "decoder_layers": decoder_layers,
+        "hidden": hidden,
+    }.items():
+        if count < 1:
+            raise ValueError(f"{name} is at least 1; given: {count}")
+    if hidden % heads:
+        raise ValueError(f"hidden is a multiple of heads; given: {hidden} and {heads}")
+    ffn = 4 * hidden if ffn is None else ffn
+    configuration = Speech2TextConfig(
+        vocab_size=vocabulary,
+        d_model=hidden,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        encoder_ffn_dim=ffn,
+        decoder_ffn_dim=ffn,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        conv_channels=2 * hidden,
+        input_feat_per_channel=NUM_MEL_BINS,
+        max_source_positions=max_input_cells,
+        max_target_positions=max_output_cells,
+        dropout=dropout,
+        attention_dropout=dropout,
+        activation_dropout=dropout,
+        use_cache=False,
+    )
+    torch.manual_seed(seed)
+    model: Any = Speech(configuration)  # transformers wraps .to() in a way that hides its types
+    return model.to(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).train()

@@ -1,0 +1,31 @@
+"""The padding analysis: how much of each step is computed on nothing, and what a better batch plan buys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from effkit.padding.accounting import account
+from effkit.padding.auditing import Watch, watch
+from effkit.padding.cost import CostModel, fit_cost
+from effkit.padding.memory import MemoryModel, fit_memory
+from effkit.padding.planning import STRATEGIES, plan
+from effkit.padding.plans import Plan
+from effkit.padding.prediction import predict, whatif
+from effkit.padding.rebuilding import lengths_from_buckets
+from effkit.padding.sources import lengths
+
+if TYPE_CHECKING:
+    from effkit.account import Account
+
+__all__ = [
+    "STRATEGIES", "CostModel", "MemoryModel", "Plan", "Watch", "account", "fit_cost", "fit_memory", "lengths",
+    "lengths_from_buckets", "measure",
+    "plan", "predict", "watch", "whatif",
+]  # fmt: skip
+
+
+def measure(plan: Plan, model: Any, **options: Any) -> Account:
+    """The time of one epoch of ``plan`` on a live ``model``: see :func:`effkit.padding.live.measure`."""
+    from effkit.padding import live  # torch is only needed here
+
+    return live.measure(plan, model, **options)

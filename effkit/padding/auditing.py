@@ -1,0 +1,203 @@
+"""watch(loader): what a DataLoader really delivers, seen without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.account import Account
+
+_IGNORED_LABEL = -100  # torch's CrossEntropyLoss default ignore_index, which collators pad labels with
+_NO_BETTER_FRAC = 0.95  # of the padding that shuffled batches of the same sizes would have
+_DRAINED_FRAC = 0.8  # of the usual fill
+
+
+class Watch:
+    """Iterate it in place of the loader, or call :meth:`run`; then read the account and the findings."""
+
+    def __init__(self, loader: Iterable[Any], budget_cells: int | None = None, num_batches: int | None = None) -> None:
+        self.loader, self.budget_cells, self.num_batches = loader, budget_cells, num_batches
+        self._seen: list[dict[str, Any]] = []
+        self._inputs: list[Any] = []
+        self._outputs: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        self._seen, self._inputs, self._outputs = [], [], []
+        for number, batch in enumerate(self.loader):
+            if number == self.num_batches:
+                return
+            self._note(batch)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def run(self) -> Watch:
+        """Draw the batches now."""
+        for _ in self:
+            pass
+        return self
+
+    def _note(self, batch: Any) -> None:
+        lengths, width = _input_lengths(batch)
+        row = {"num_rows": len(lengths), "input_length": width, "input_real": int(lengths.sum())}
+        self._inputs.append(lengths)
+        outputs = _output_lengths(batch)
+        if outputs is not None and len(outputs[0]) == len(lengths):
+            row |= {"output_length": outputs[1], "output_real": int(outputs[0].sum())}
+            self._outputs.append(outputs[0])
+        self._seen.append(row)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per batch: ``num_rows``, padded ``input_length`` [cells], sum of real cells ``input_real``."""
+        if not self._seen:
+            raise ValueError("nothing watched yet: iterate the watch in place of the loader, or call .run()")
+        return pd.DataFrame(self._seen).rename_axis("batch")
+
+    @property
+    def lengths(self) -> pd.DataFrame:
+        """The real length of every example that came by: what :func:`effkit.padding.plan` takes."""
+        self.frame  # noqa: B018  (raises when nothing was seen)
+        columns = {"input_length": np.concatenate(self._inputs)}
+        if len(self._outputs) == len(self._inputs):
+            columns["output_length"] = np.concatenate(self._outputs)
+        return pd.DataFrame(columns).astype("int64")
+
+    @property
+    def account(self) -> Account:
+        """Input cells: real ones counted in masks or lengths, padding counted in what the masks leave out."""
+        frame = self.frame
+        real, padded = int(frame["input_real"].sum()), int((frame["num_rows"] * frame["input_length"]).sum())
+        return Account.of(
+            "Input cells watched", "cells", {"real": real, "padding": padded - real},
+            total=padded, source="the shapes of the tensors delivered", setting={"num_batches": len(frame)},
+        )  # fmt: skip
+
+    @property
+    def findings(self) -> list[str]:
+        """What deserves a look, in sentences; empty when nothing does."""
+        found = [self._grouping(), self._budget(), self._draining()]
+        return [sentence for sentence in found if sentence]
+
+    def _grouping(self) -> str | None:
+        frame = self.frame
+        padding = float(self.account.share["padding"])
+        lengths = np.concatenate(self._inputs)
+        sizes = frame["num_rows"].to_numpy()
+        if len(frame) < 4 or np.ptp(lengths) == 0 or sizes.max() == 1:
+            return None
+        starts = np.cumsum(sizes) - sizes
+        rng = np.random.default_rng(0)
+        shuffled = np.mean([
+            1 - lengths.sum() / (np.maximum.reduceat(rng.permutation(lengths), starts) * sizes).sum() for _ in range(8)
+        ])  # fmt: skip
+        if padding < _NO_BETTER_FRAC * shuffled:
+            return None
+        return (
+            f"length grouping does nothing here: {padding:.1%} of the cells are padding, and shuffled batches of the "
+            f"same sizes would have {shuffled:.1%}"
+        )
+
+    def _budget(self) -> str | None:
+        if self.budget_cells is None:
+            return None
+        cells = self.frame["num_rows"] * self.frame["input_length"]
+        over = cells > self.budget_cells
+        if not over.any():
+            return None
+        return (
+            f"{over.sum():,} of {len(cells):,} batches exceed their own budget of {self.budget_cells:,} cells, the "
+            f"worst by {cells.max() / self.budget_cells:.2f}x: peak memory follows the worst"
+        )
+
+    def _draining(self) -> str | None:
+        frame = self.frame
+        if len(frame) < 20:
+            return None
+        fill = (frame["input_real"] / (frame["num_rows"] * frame["input_length"]).max()).to_numpy()
+        tail = max(2, len(fill) // 20)
+        usual, last = float(np.median(fill[:-tail])), float(np.mean(fill[-tail:]))
+        if last >= _DRAINED_FRAC * usual:
+            return None
+        return (
+            f"the last {tail} batches hold {last / usual:.0%} of the usual cells: the packer or its buckets drain at "
+            "the end of the epoch"
+        )
+
+    def __repr__(self) -> str:
+        if not self._seen:
+            return "Watch of a loader, nothing drawn yet"
+        return "\n".join([repr(self.account), *(f"  ! {sentence}" for sentence in self.findings)])
+
+
+def watch(loader: Iterable[Any], *, budget_cells: int | None = None, num_batches: int | None = None) -> Watch:
+    """Audit any DataLoader without changing it: it may stay in the training loop.
+
+    Parameters
+    ----------
+    loader
+        Yields dicts (or objects with the same attributes) that hold ``attention_mask`` [B, T], or lengths
+        (``input_lengths``, ``lengths``, ``length``) beside a padded tensor; labels are counted where not -100.
+    budget_cells
+        What the loader believes to be its largest batch [cells].
+    num_batches
+        Stop after so many.
+
+    Raises
+    ------
+    ValueError
+        When a batch shows no mask and no lengths: padding is then not visible, and not guessed.
+
+    Examples
+    --------
+    >>> for batch in (seen := watch(loader, budget_cells=36_000)):   # doctest: +SKIP
+    ...     train(batch)
+    >>> seen.account.share["padding"], seen.findings                 # doctest: +SKIP
+    """
+    return Watch(loader, budget_cells, num_batches)
+
+
+def _get(batch: Any, *names: str) -> Any:
+    for name in names:
+        value = batch.get(name) if hasattr(batch, "get") else getattr(batch, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+def _array(value: Any) -> Any:
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def _input_lengths(batch: Any) -> tuple[Any, int]:
+    """Real cells of each row, and the padded width."""
+    mask = _get(batch, "attention_mask", "padding_mask", "mask")
+    if mask is not None:
+        mask = _array(mask)
+        if mask.ndim == 2:
+            return mask.astype(bool).sum(axis=1), mask.shape[1]
+        if mask.ndim == 4 and mask.dtype == bool:  # a block mask: a real cell sees at least itself
+            return mask[:, 0].diagonal(axis1=1, axis2=2).sum(axis=1), mask.shape[-1]
+    lengths = _get(batch, "input_lengths", "lengths", "length")
+    padded = _get(batch, "input_features", "input_values", "input_ids", "inputs")
+    if lengths is not None:
+        counted = _array(lengths).astype("int64")
+        width = padded.shape[1] if padded is not None else int(counted.max())
+        return counted, int(width)
+    names = ", ".join(map(str, batch)) if hasattr(batch, "keys") else type(batch).__name__
+    raise ValueError(
+        f"padding is not visible in this batch ({names}): it holds neither attention_mask nor lengths. Let the "
+        "collate function return one of them"
+    )
+
+
+def _output_lengths(batch: Any) -> tuple[Any, int] | None:
+    labels = _get(batch, "labels")
+    if labels is None:
+        return None
+    labels = _array(labels)
+    return ((labels != _IGNORED_LABEL).sum(axis=1), labels.shape[1]) if labels.ndim == 2 else None

@@ -1,0 +1,113 @@
+"""Time of a training step as a function of its shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.padding.least_squares import Floats, nonnegative
+
+TERMS = ("1", "BT", "BU", "BT²", "BUT")
+ATTENTION = ("padded", "block_mask", "varlen")
+_REACH = 1.25  # how far beyond the largest measured batch a prediction still counts as in range
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """A step takes ``c0 + a·BT + b·BU + q·BT² + e·BUT`` nanoseconds.
+
+    Attributes
+    ----------
+    coefficients
+        ``(c0, a, b, q, e)`` [ns, ns per cell, …], none negative.
+    attention
+        The attention path that was measured: ``padded`` rows, packed rows under a dense ``block_mask``, or packed
+        rows with ``varlen`` kernels. Paths cost differently; a model of one says nothing certain of another.
+    error_frac
+        Root mean square error of each measured step predicted from the others (leave one out), as a fraction.
+    num_steps
+        How many steps were measured.
+    largest
+        The largest ``input_length``, ``output_length`` and ``BT`` that were measured.
+    """
+
+    coefficients: tuple[float, float, float, float, float]
+    attention: str
+    error_frac: float
+    num_steps: int
+    largest: tuple[float, float, float]
+
+    def step_ns(self, rows: Any, input_length: Any, output_length: Any = 0) -> Floats:
+        """Time of a batch of ``rows`` padded to these lengths [ns]. Broadcasts."""
+        return _terms(rows, input_length, output_length) @ np.array(self.coefficients)
+
+    def real_ns(self, input_real: float, output_real: float, input_squared: float, cross: float) -> float:
+        """Time of the real cells alone, given their sums [ns]; no fixed part."""
+        return float(np.dot(self.coefficients[1:], [input_real, output_real, input_squared, cross]))
+
+    def covers(self, rows: Any, input_length: Any, output_length: Any = 0) -> bool:
+        """Whether these batches stay within what was measured: no longer, and at most a quarter more cells.
+
+        Shorter batches count as covered: no coefficient is negative, so time falls towards the fixed cost.
+        """
+        t, u = np.asarray(input_length), np.asarray(output_length)
+        most_t, most_u, most_cells = self.largest
+        return bool(
+            t.max() <= most_t * 1.05
+            and u.max() <= most_u * 1.05
+            and (np.asarray(rows) * t).max() <= most_cells * _REACH
+        )
+
+
+def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> CostModel:
+    """Fit the cost model to measured steps, each weighted by its relative error.
+
+    Parameters
+    ----------
+    measured_steps
+        Columns ``num_rows``, ``input_length`` and, where there are outputs, ``output_length`` [cells]; ``dur_ns``.
+    attention
+        Which attention path they ran.
+
+    Raises
+    ------
+    ValueError
+        With fewer than three steps, or a column missing.
+    """
+    missing = {"num_rows", "input_length", "dur_ns"} - set(measured_steps.columns)
+    if missing:
+        raise ValueError(
+            f"fit_cost() takes the columns num_rows, input_length, output_length, dur_ns; missing: {sorted(missing)}"
+        )
+    if len(measured_steps) < 3:
+        raise ValueError(f"fit_cost() takes at least three measured steps; given: {len(measured_steps)}")
+    if attention not in ATTENTION:
+        raise ValueError(f"attention is one of {', '.join(ATTENTION)}; given: {attention!r}")
+    rows = measured_steps["num_rows"].to_numpy(dtype="float64")
+    inputs = measured_steps["input_length"].to_numpy(dtype="float64")
+    outputs = (
+        measured_steps["output_length"].to_numpy(dtype="float64")
+        if "output_length" in measured_steps
+        else np.zeros(len(rows))
+    )
+    times = measured_steps["dur_ns"].to_numpy(dtype="float64")
+    design = _terms(rows, inputs, outputs) / times[:, None]
+    ones = np.ones(len(times))
+    c0, a, b, q, e = (float(value) for value in nonnegative(design, ones))
+    left_out = [float(design[i] @ nonnegative(np.delete(design, i, axis=0), ones[1:])) - 1 for i in range(len(times))]
+    return CostModel(
+        coefficients=(c0, a, b, q, e),
+        attention=attention,
+        error_frac=float(np.sqrt(np.mean(np.square(left_out)))),
+        num_steps=len(times),
+        largest=(float(inputs.max()), float(outputs.max()), float((rows * inputs).max())),
+    )
+
+
+def _terms(rows: Any, input_length: Any, output_length: Any) -> Floats:
+    """1, BT, BU, BT², BUT: shape ``[…, 5]``."""
+    b, t, u = np.broadcast_arrays(*(np.asarray(x, dtype="float64") for x in (rows, input_length, output_length)))
+    return np.stack([np.ones_like(b), b * t, b * u, b * t * t, b * u * t], axis=-1)

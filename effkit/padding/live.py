@@ -1,0 +1,234 @@
+"""measure(): run a plan's batches on a live model, forward, backward and optimizer step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from effkit.account import Account
+from effkit.device import synchronize
+from effkit.padding.buckets import Ints
+from effkit.padding.cost import CostModel, fit_cost
+from effkit.padding.memory import MemoryModel, fit_memory
+from effkit.padding.plans import Plan
+from effkit.padding.totals import (
+    EPOCH_TIME,
+    cells_account,
+    epoch_rows,
+    peak_account,
+    steps_account,
+)
+from effkit.recording import peak_memory
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a measurement found, and all that :func:`~effkit.padding.predict` needs.
+
+    Attributes
+    ----------
+    plan
+        The plan that was measured.
+    cost, memory
+        Time and peak memory of a step as functions of its shape.
+    steps
+        One row per measured batch: ``num_rows, input_length, output_length`` [cells], ``dur_ns``, ``peak_bytes``.
+    noise_frac
+        How far repeats of the same batch lay apart (median of slowest / fastest - 1).
+    anchor
+        Measured over modelled time of those batches: 1.0 when the model fits perfectly.
+    """
+
+    plan: Plan
+    cost: CostModel
+    memory: MemoryModel
+    steps: pd.DataFrame
+    noise_frac: float
+    anchor: float
+
+
+def measure(
+    plan: Plan,
+    model: torch.nn.Module,
+    *,
+    num_batches: int | None = None,
+    repeats: int = 3,
+    make_batch: Callable[[list[Ints], pd.DataFrame], Any] | None = None,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    base: Account | None = None,
+    world_size: int = 1,
+    progress: Progress | None = None,
+) -> Account:
+    """The time of one epoch of this plan on this model, with what it was spent on.
+
+    Each batch runs once untimed while its peak memory is read, then ``repeats`` timed passes go over all of them in
+    turn; the fastest time of each batch counts. The model comes out as it went in: the optimizer steps with learning
+    rate 0, buffers and random state are restored.
+
+    Parameters
+    ----------
+    plan
+        Which examples make up which batch.
+    model
+        In training mode. Its own ``make_batch(rows, lengths)`` is used unless one is given.
+    num_batches
+        Run only so many, evenly spread from the smallest to the largest, and scale to the epoch by the fitted cost.
+        ``None`` runs them all.
+    repeats
+        Timed passes.
+    make_batch
+        ``(example indices of each row, lengths) -> batch``: keyword arguments of the model, on its device.
+    loss
+        Model output -> scalar; ``output.loss`` unless given.
+    optimizer
+        Parameters -> optimizer; AdamW unless given.
+    base
+        An earlier account of this model: its cost model then splits the time instead of one fitted to this plan.
+    world_size
+        Ranks that share the epoch. They are run one after another here, and communication is not visible.
+    progress
+        Called with (steps done, steps in all); what it raises ends the measurement.
+
+    Returns
+    -------
+    Account
+        In ns: rows ``step overhead``, ``real``, ``padding`` (and ``waiting`` for the slowest rank), split by the
+        cost model; the total is wall time. Companions: input cells, steps, peak memory. ``calibration`` is set.
+    """
+    make = make_batch or getattr(model, "make_batch", None)
+    if make is None:
+        raise TypeError(
+            f"measure() cannot make batches for {type(model).__name__}: give make_batch=(rows, lengths) -> batch"
+        )
+    if repeats < 1 or (num_batches is not None and num_batches < 1):
+        raise ValueError(f"repeats and num_batches are at least 1; given: {repeats} and {num_batches}")
+    frame = plan.frame
+    chosen = _spread(frame, num_batches)
+    to_loss = loss or (lambda output: output.loss)
+    num_steps = len(chosen) * (repeats + 1)
+    peaks: list[int] = []
+    times = np.zeros((repeats, len(chosen)), dtype="int64")
+    counter = "wall time"
+    with _unchanged(model):
+        update = (optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=0.0)))(model.parameters())
+        for group in update.param_groups:
+            group["lr"] = 0.0
+        batches = [make(plan.rows(int(i)), plan.lengths) for i in chosen]
+        _train(model, batches[0], to_loss, update)  # the optimizer's state exists from here on
+        for i, batch in enumerate(batches):
+            _tell(progress, i, num_steps)
+            peak, peak_source = peak_memory(
+                lambda batch=batch: _train(model, batch, to_loss, update),  # type: ignore[misc]
+                resident_bytes=_resident_bytes(model, update, batch),
+            )
+            peaks.append(peak)
+        for turn in range(repeats):
+            for i, batch in enumerate(batches):
+                _tell(progress, (turn + 1) * len(chosen) + i, num_steps)
+                synchronize()
+                start = time.perf_counter_ns()
+                _train(model, batch, to_loss, update)
+                synchronize()
+                times[turn, i] = time.perf_counter_ns() - start
+    fastest = times.min(axis=0)
+    shapes = ["num_rows", "input_length", *(["output_length"] if "output_length" in frame else [])]
+    steps = frame.loc[chosen, shapes].assign(dur_ns=fastest, peak_bytes=peaks)
+    packed = plan.row_starts is not None
+    own = base is None or base.calibration is None
+    attention = "block_mask" if packed else "padded"
+    cost = fit_cost(steps, attention=attention) if own else base.calibration.cost  # type: ignore[union-attr]
+    memory = fit_memory(steps.rename(columns={"num_rows": "batch_size"})) if own else base.calibration.memory  # type: ignore[union-attr]
+    modelled = cost.step_ns(steps["num_rows"], steps["input_length"], steps.get("output_length", 0))
+    anchor = float(fastest.sum() / modelled.sum())
+    rows, epoch_ns = epoch_rows(plan, cost, world_size)
+    if len(chosen) < len(frame):
+        counter += f" of {len(chosen)} of {len(frame)} steps, scaled to the epoch by the fitted cost"
+    counter += f", fastest of {repeats} passes"
+    if world_size > 1:
+        counter += f"; {world_size} ranks run one after another, communication not visible"
+    noise = float(np.median(times.max(axis=0) / fastest - 1))
+    # every batch was run: its sum is the epoch, without the model's help
+    total = int(fastest.sum()) if len(chosen) == len(frame) and world_size == 1 else round(anchor * epoch_ns)
+    return Account.of(
+        EPOCH_TIME,
+        "ns",
+        rows,
+        total=total,
+        source=counter,
+        basis="derived",
+        setting=setting_of(plan, world_size),
+        companions=(
+            cells_account(plan, "the shapes of the batches"),
+            steps_account(plan, world_size, "the number of batches"),
+            peak_account(max(peaks), peak_source + ("" if len(chosen) == len(frame) else ", largest of the steps run")),
+        ),
+        calibration=Calibration(plan, cost, memory, steps, noise, anchor if own else base.calibration.anchor),  # type: ignore[union-attr]
+    )
+
+
+def setting_of(plan: Plan, world_size: int = 1) -> dict[str, Any]:
+    """The knobs at which a plan stands: strategy, its limits, longest input [cells], ranks."""
+    numbers = {name: value for name, value in plan.limits.items() if isinstance(value, (int, float))}
+    numbers.pop("put_back", None)
+    longest = int(plan.lengths["input_length"].max())
+    return {"strategy": plan.strategy, **numbers, "max_length": longest, "world_size": world_size}
+
+
+def _spread(frame: pd.DataFrame, num_batches: int | None) -> Ints:
+    """Batches evenly spread in order of their padded cells, smallest and largest included, largest first."""
+    order = np.argsort((frame["num_rows"] * frame["input_length"]).to_numpy(), kind="stable")[::-1]
+    if num_batches is None or num_batches >= len(order):
+        return order
+    return order[np.rint(np.linspace(0, len(order) - 1, num_batches)).astype(int)]
+
+
+def _train(model: torch.nn.Module, batch: Any, to_loss: Any, update: torch.optim.Optimizer) -> None:
+    to_loss(model(**batch)).backward()
+    update.step()
+    # last, so that the gradients of one step are not freed inside the next
+    update.zero_grad(set_to_none=True)
+
+
+def _resident_bytes(model: torch.nn.Module, update: torch.optim.Optimizer, batch: Any) -> int:
+    """Parameters, buffers, optimizer state and the batch itself [bytes]."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for state in update.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    tensors += [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+@contextmanager
+def _unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Give the model back as it was: buffers, gradients, training mode and random state."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    training = model.training
+    with torch.random.fork_rng():
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            model.train()
+            yield
+        finally:
+            model.train(training)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def _tell(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)

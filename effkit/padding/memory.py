@@ -1,0 +1,123 @@
+"""Peak memory of a step as a function of its shape, and the largest batch that fits, without running out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.padding.least_squares import Floats, nonnegative
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes of a step as ``fixed + B · (a·T + b·U + c·U·T + d·T²)``; so, at a budget, 1/B is linear in the shape.
+
+    Attributes
+    ----------
+    per_example
+        The coefficients of T, U, U·T and T² [budget per example and cell].
+    fixed
+        What does not grow with the batch, in the same unit (0 when the probes only said 1/B).
+    budget
+        What a batch may take, in the same unit (1 when the probes only said 1/B).
+    shapes
+        Lowest and highest T and U that the probes saw.
+    error_frac
+        Largest error at the probes themselves, as a fraction.
+    """
+
+    per_example: tuple[float, float, float, float]
+    fixed: float
+    budget: float
+    shapes: tuple[tuple[float, float], tuple[float, float]]
+    error_frac: float
+
+    def amount(self, rows: Any, input_length: Any, output_length: Any = 0) -> Floats:
+        """What a batch of ``rows`` padded to these lengths takes. Broadcasts."""
+        return self.fixed + np.asarray(rows) * (_terms(input_length, output_length) @ np.array(self.per_example))
+
+    def batch_size(self, input_length: Any, output_length: Any = 0) -> Floats:
+        """The batch that just fits, as a real number. Broadcasts."""
+        return (self.budget - self.fixed) / (_terms(input_length, output_length) @ np.array(self.per_example))
+
+    def largest_batches(self, edges: pd.DataFrame) -> Floats:
+        """The largest whole batch for each bucket, at its upper edges.
+
+        Raises
+        ------
+        ValueError
+            When not even one example of a bucket fits.
+        """
+        output = edges["output_length"] if "output_length" in edges else self.shapes[1][1]
+        sizes = np.floor(self.batch_size(edges["input_length"], output) * (1 + 1e-9)).astype("int64")
+        if (sizes < 1).any():
+            longest = int(edges["input_length"].iloc[int(np.argmax(sizes < 1))])
+            raise ValueError(
+                f"not one example of {longest:,} cells fits the memory budget: raise it or filter the list"
+            )
+        return np.broadcast_to(sizes, len(edges))
+
+    def in_range(self, input_length: Any, output_length: Any = 0) -> bool:
+        """Whether the probes enclosed these shapes (longer extrapolates; shorter than the shortest probe does not)."""
+        (_, longest), (_, most) = self.shapes
+        return bool(np.max(input_length) <= longest and np.max(output_length) <= most)
+
+
+def fit_memory(probes: pd.DataFrame) -> MemoryModel:
+    """Fit the memory model to probe shapes.
+
+    Parameters
+    ----------
+    probes
+        Columns ``input_length`` and ``output_length`` [cells], ``batch_size``. Without ``peak_bytes``, ``batch_size``
+        is the largest that fits each shape, and 1/B = a·T + b·U + c·U·T is fitted (four probes suffice: the corners
+        of the shapes in use). With ``peak_bytes``, the fixed part and a T² term are fitted too.
+
+    Returns
+    -------
+    MemoryModel
+        ``budget`` is 1 without ``peak_bytes``, else the largest peak that was probed.
+
+    Raises
+    ------
+    ValueError
+        With fewer than three probes, or probes that do not vary.
+    """
+    missing = {"input_length", "batch_size"} - set(probes.columns)
+    if missing:
+        raise ValueError(
+            f"fit_memory() takes the columns input_length, output_length, batch_size; missing: {sorted(missing)}"
+        )
+    if len(probes) < 3:
+        raise ValueError(f"fit_memory() takes at least three probe shapes; given: {len(probes)}")
+    inputs = probes["input_length"].to_numpy(dtype="float64")
+    outputs = probes["output_length"].to_numpy(dtype="float64") if "output_length" in probes else np.zeros(len(probes))
+    rows = probes["batch_size"].to_numpy(dtype="float64")
+    if np.ptp(inputs) == 0:
+        raise ValueError("fit_memory() needs probes of different input lengths; all have the same")
+    terms = _terms(inputs, outputs)
+    if "peak_bytes" in probes:
+        peak = probes["peak_bytes"].to_numpy(dtype="float64")
+        design = np.column_stack([np.ones(len(peak)), rows[:, None] * terms])
+        coefficients = nonnegative(design / peak[:, None], np.ones(len(peak)))
+        fixed, per_example, budget = float(coefficients[0]), coefficients[1:], float(peak.max())
+        error = np.abs(design @ coefficients / peak - 1).max()
+    else:
+        # the published size is the floor of what fits; half a row more is its expectation
+        occupied = 1 / (rows + 0.5)
+        design = terms[:, :3]
+        solution = nonnegative(design / occupied[:, None], np.ones(len(rows)))
+        fixed, per_example, budget = 0.0, np.append(solution, 0.0), 1.0
+        error = np.abs(occupied / (design @ solution) - 1).max()
+    a, b, c, d = (float(value) for value in per_example)
+    seen = ((float(inputs.min()), float(inputs.max())), (float(outputs.min()), float(outputs.max())))
+    return MemoryModel((a, b, c, d), fixed, budget, seen, float(error))
+
+
+def _terms(input_length: Any, output_length: Any) -> Floats:
+    """T, U, U·T, T²: shape ``[…, 4]``."""
+    t, u = np.broadcast_arrays(np.asarray(input_length, dtype="float64"), np.asarray(output_length, dtype="float64"))
+    return np.stack([t, u, u * t, t * t], axis=-1)

@@ -1,0 +1,255 @@
+"""plan(): a strategy and its limits become a Plan, which assigns every example to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.padding import buckets
+from effkit.padding.buckets import Ints
+from effkit.padding.packing import best_fit_decreasing
+from effkit.padding.plans import Plan
+
+if TYPE_CHECKING:
+    from effkit.padding.memory import MemoryModel
+
+STRATEGIES = ("random", "sorted", "bucket", "bucket2d", "optimal", "token_budget", "pack")
+
+
+def plan(
+    lengths: pd.DataFrame,
+    strategy: str = "random",
+    *,
+    batch_size: int | Sequence[int] | None = None,
+    max_input_cells: int | None = None,
+    num_buckets: int = 30,
+    num_output_buckets: int = 2,
+    quadratic: float | None = None,
+    memory: MemoryModel | None = None,
+    edges: Ints | Sequence[int] | None = None,
+    output_edges: Ints | None = None,
+    put_back: bool = True,
+    seed: int = 0,
+) -> Plan:
+    """Assign every example to a batch.
+
+    Parameters
+    ----------
+    lengths
+        What :func:`effkit.padding.lengths` returns: ``input_length`` and, for ``bucket2d``, ``output_length`` [cells].
+    strategy
+        ``random`` (shuffled), ``sorted`` (by length), ``bucket`` (edges at equal summed length, shuffled inside),
+        ``bucket2d`` (input and output length), ``optimal`` (edges with the fewest padded cells), ``token_budget``
+        (sorted, filled up to ``max_input_cells``), ``pack`` (best-fit decreasing into rows of ``max_input_cells``).
+    batch_size
+        Rows per batch; for the bucket strategies also one size per bucket. With ``max_input_cells``: a cap.
+    max_input_cells
+        Padded input cells per batch, at most: ``rows · longest``. For ``pack``: the cells of one row.
+    num_buckets, num_output_buckets
+        Input buckets, and output buckets inside each of them.
+    quadratic
+        Length at which attention doubles the cost of an example: its effective length is ``T + T²/quadratic``
+        (Lhotse's ``quadratic_duration``).
+    memory
+        A fitted :class:`~effkit.padding.memory.MemoryModel`: gives each bucket the largest batch that fits.
+    edges, output_edges
+        Bucket edges of your own, inclusive upper bounds [cells]; output edges have shape [buckets, output buckets].
+    put_back
+        ``False`` keeps the example that overshoots ``max_input_cells``, as Lhotse's samplers do.
+    seed
+        Of the shuffle.
+
+    Raises
+    ------
+    ValueError
+        When a limit is missing, out of range, or an example alone exceeds ``max_input_cells``.
+
+    Examples
+    --------
+    >>> lengths = pd.DataFrame({"input_length": [9, 1, 8, 2]})
+    >>> [batch.tolist() for batch in plan(lengths, "sorted", batch_size=2).batches]
+    [[1, 3], [2, 0]]
+    """
+    limits = {
+        "batch_size": batch_size, "max_input_cells": max_input_cells, "num_buckets": num_buckets,
+        "num_output_buckets": num_output_buckets, "quadratic": quadratic, "memory": memory, "edges": edges,
+        "output_edges": output_edges, "put_back": put_back, "seed": seed,
+    }  # fmt: skip
+    _check(lengths, strategy, limits)
+    inputs = lengths["input_length"].to_numpy()
+    used = LIMITS[strategy]
+    kept = {name: limits[name] for name in limits if name in used and limits[name] is not None}
+    if strategy == "pack":
+        assert max_input_cells is not None
+        return _packed(lengths, kept, inputs, max_input_cells, batch_size or 1)
+    if strategy in ("sorted", "token_budget"):
+        columns = [lengths[name].to_numpy() for name in ("output_length", "input_length") if name in lengths]
+        order = np.lexsort(columns)
+        group = np.zeros(1, dtype="int64")
+        table = pd.DataFrame({"input_length": [int(inputs.max())]})
+    else:
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        bucket, table = _bucketed(lengths, strategy, limits)
+        if len(table) > 1:
+            order = order[np.argsort(bucket[order], kind="stable")]
+        group = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=len(table)))[:-1]])
+    sizes = batch_size if memory is None else memory.largest_batches(table)
+    starts, of_bucket = _cut(inputs[order], group, sizes, max_input_cells, quadratic, put_back)
+    return Plan(lengths, strategy, kept, order, None, starts, of_bucket, table)
+
+
+_COMMON = {"batch_size", "max_input_cells", "quadratic", "put_back"}
+_BUCKET = _COMMON | {"num_buckets", "memory", "edges", "seed"}
+# which limits each strategy heeds; the others are dropped
+LIMITS: Mapping[str, set[str]] = {
+    "random": _COMMON | {"seed"},
+    "sorted": _COMMON,
+    "bucket": _BUCKET,
+    "optimal": _BUCKET,
+    "bucket2d": _BUCKET | {"num_output_buckets", "output_edges"},
+    "token_budget": _COMMON,
+    "pack": {"batch_size", "max_input_cells"},
+}
+
+
+def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    if "input_length" not in lengths or not len(lengths):
+        raise ValueError("plan() takes a non-empty frame with the column input_length; padding.lengths() makes one")
+    if strategy == "bucket2d" and "output_length" not in lengths:
+        raise ValueError("bucket2d needs output lengths, and these lengths have none; use strategy='bucket'")
+    cells, size = limits["max_input_cells"], limits["batch_size"]
+    if strategy in ("pack", "token_budget") and cells is None:
+        raise ValueError(
+            f"{strategy} needs max_input_cells, the cells that one {'row' if strategy == 'pack' else 'batch'} holds"
+        )
+    if (
+        size is None
+        and cells is None
+        and (limits["memory"] is None or strategy not in ("bucket", "bucket2d", "optimal"))
+    ):
+        raise ValueError(
+            f"{strategy} needs a limit: batch_size or max_input_cells (bucket strategies also take memory)"
+        )
+    for name in ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic"):
+        value = limits[name]
+        if value is not None and np.min(value) <= 0:
+            raise ValueError(f"{name} is positive; given: {value}")
+    if not isinstance(size, (int, np.integer, type(None))) and strategy not in (
+        "bucket",
+        "bucket2d",
+        "optimal",
+    ):
+        raise ValueError(f"one batch_size per bucket goes with a bucket strategy; {strategy} takes a single number")
+    if cells is not None and limits["put_back"]:
+        longest = float(lengths["input_length"].max())
+        effective = longest + (longest**2 / limits["quadratic"] if limits["quadratic"] else 0)
+        if effective > cells:
+            raise ValueError(
+                f"the longest example counts {effective:,.0f} cells and max_input_cells is {cells:,}: raise the limit "
+                "or filter the list"
+            )
+
+
+def _bucketed(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> tuple[Ints, pd.DataFrame]:
+    """The bucket of each example, and the table of upper edges."""
+    inputs = lengths["input_length"].to_numpy()
+    if strategy == "random":
+        return np.zeros(len(inputs), dtype="uint8"), pd.DataFrame({"input_length": [int(inputs.max())]})
+    edges = limits["edges"]
+    if edges is None:
+        rule = buckets.optimal_edges if strategy == "optimal" else buckets.equal_duration_edges
+        edges = rule(inputs, limits["num_buckets"])
+    edges = np.asarray(edges)
+    if strategy != "bucket2d":
+        bucket = buckets.assign(inputs, edges)
+        if int(bucket.max()) >= len(edges):
+            raise ValueError(f"an input of {int(inputs.max())} cells is longer than the last edge {int(edges[-1])}")
+        return bucket, pd.DataFrame({"input_length": edges})
+    outputs = lengths["output_length"].to_numpy()
+    second = limits["output_edges"]
+    if second is None:
+        second = buckets.output_edges(inputs, outputs, edges, limits["num_output_buckets"])
+    second = np.asarray(second)
+    table = pd.DataFrame({"input_length": np.repeat(edges, second.shape[1]), "output_length": second.ravel()})
+    return buckets.assign2d(inputs, outputs, edges, second), table
+
+
+def _cut(
+    sizes: Ints,
+    group: Ints,
+    batch_size: Any,
+    max_input_cells: int | None,
+    quadratic: float | None,
+    put_back: bool,
+) -> tuple[Ints, Ints]:
+    """Cut each group of consecutive examples into batches; returns batch starts and the group of each batch."""
+    ends = np.append(group[1:], len(sizes))
+    if batch_size is not None and not np.isscalar(batch_size) and len(batch_size) != len(group):
+        raise ValueError(f"{len(group)} buckets and {len(batch_size)} batch sizes: give one size per bucket")
+    caps = np.broadcast_to(np.asarray(len(sizes) if batch_size is None else batch_size, dtype="int64"), len(group))
+    if max_input_cells is None:
+        counts = -(-(ends - group) // caps)
+        of_group = np.repeat(np.arange(len(group)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return group[of_group] + within * caps[of_group], of_group
+    effective = sizes + sizes.astype("float64") ** 2 / quadratic if quadratic else sizes
+    fill = _filled if put_back else _overfilled
+    starts = [
+        first + np.array(fill(effective[first:last].tolist(), max_input_cells, cap), dtype="int64")
+        for first, last, cap in zip(group.tolist(), ends.tolist(), caps.tolist(), strict=True)
+    ]
+    return np.concatenate(starts), np.repeat(np.arange(len(group)), [len(part) for part in starts])
+
+
+def _filled(sizes: list[float], limit: float, cap: int) -> list[int]:
+    """Starts of batches that end before ``(rows + 1) · longest`` would pass the limit."""
+    starts: list[int] = []
+    rows, longest, full = cap, 0.0, 0.0
+    for i, size in enumerate(sizes):
+        if size > longest:
+            longest = size
+            full = limit / longest
+        rows += 1
+        if rows > full or rows > cap:
+            starts.append(i)
+            rows, longest = 1, size
+            full = limit / size
+    return starts
+
+
+def _overfilled(sizes: list[float], limit: float, cap: int) -> list[int]:
+    """As Lhotse's ``close_to_exceeding``: a batch ends when one more *like its longest so far* would not fit."""
+    starts: list[int] = []
+    rows, longest, ended = 0, 0.0, True
+    for i, size in enumerate(sizes):
+        if ended:
+            starts.append(i)
+            rows, longest = 0, 0.0
+        rows += 1
+        if size > longest:
+            longest = size
+        ended = (rows + 1) * longest > limit or rows >= cap
+    return starts
+
+
+def _packed(lengths: pd.DataFrame, limits: Mapping[str, Any], inputs: Ints, capacity: int, rows_per_batch: Any) -> Plan:
+    row = best_fit_decreasing(inputs, capacity)
+    order = np.argsort(row, kind="stable")
+    row_starts = np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
+    batch_starts = np.arange(0, len(row_starts), rows_per_batch)
+    bucket = np.zeros(len(batch_starts), dtype="int64")
+    return Plan(
+        lengths,
+        "pack",
+        limits,
+        order,
+        row_starts,
+        batch_starts,
+        bucket,
+        pd.DataFrame({"input_length": [capacity]}),
+    )

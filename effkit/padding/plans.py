@@ -1,0 +1,197 @@
+"""Plan: what plan() makes, every example in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.account import Account
+from effkit.padding import flops
+from effkit.padding.buckets import Ints
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from effkit.padding.sampling import BatchSampler
+
+CELLS = ("input", "output", "input_squared", "flops")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Every example in one batch; every batch a list of rows; every row one example (several when packed).
+
+    Attributes
+    ----------
+    lengths
+        The frame that was planned: ``input_length`` and, where known, ``output_length`` [cells].
+    strategy, limits
+        What was asked for.
+    order
+        Shape ``[num_examples]``: example indices, batch after batch.
+    row_starts
+        Shape ``[num_rows]``: where each row begins in ``order``; ``None`` when every example is a row of its own.
+    batch_starts
+        Shape ``[num_batches]``: where each batch begins, counted in rows.
+    bucket
+        Shape ``[num_batches]``: the bucket that each batch was drawn from.
+    edges
+        Upper bounds of the buckets [cells]: columns ``input_length`` and, in 2D, ``output_length``.
+    """
+
+    lengths: pd.DataFrame
+    strategy: str
+    limits: Mapping[str, Any]
+    order: Ints
+    row_starts: Ints | None
+    batch_starts: Ints
+    bucket: Ints
+    edges: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the epoch: as many as examples, unless packed."""
+        return len(self.order) if self.row_starts is None else len(self.row_starts)
+
+    @property
+    def batches(self) -> Sequence[Ints]:
+        """Example indices of each batch: a sequence of integer arrays."""
+        return _Batches(self)
+
+    def rows(self, batch: int) -> list[Ints]:
+        """Example indices of each row of one batch."""
+        first = int(self.batch_starts[batch])
+        last = int(self.batch_starts[batch + 1]) if batch + 1 < len(self.batch_starts) else self.num_rows
+        if self.row_starts is None:
+            return list(self.order[first:last, None])
+        ends = np.append(self.row_starts, len(self.order))
+        return [self.order[ends[row] : ends[row + 1]] for row in range(first, last)]
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row per batch: ``bucket, num_rows, num_examples``; the padded ``input_length`` [cells] and the sums of
+        real cells ``input_real, input_squared_real``; where outputs are known, the same for ``output`` and the
+        sum of input times output, ``cross_real``.
+        """
+        columns = {"bucket": self.bucket, "num_rows": self._num_rows, "num_examples": np.diff(self._examples)}
+        names = ["input_length", "input_real", "input_squared_real"]
+        if "output_length" in self.lengths:
+            names += ["output_length", "output_real", "cross_real"]
+        return pd.DataFrame(columns | {name: self._column(name) for name in names}).rename_axis("batch")
+
+    @cached_property
+    def _num_rows(self) -> Ints:
+        return np.diff(self.batch_starts, append=self.num_rows)
+
+    @cached_property
+    def _examples(self) -> Ints:
+        """Where each batch begins in ``order``, and its end."""
+        starts = self.batch_starts if self.row_starts is None else self.row_starts[self.batch_starts]
+        return np.append(starts, len(self.order))
+
+    def _column(self, name: str) -> Ints:
+        """One column of ``frame``, computed when first asked for: a million examples cost 2 ms a column."""
+        cache: dict[str, Ints] = self.__dict__.setdefault("_columns", {})
+        if name not in cache:
+            cache[name] = self._reduced(name)
+        return cache[name]
+
+    def _reduced(self, name: str) -> Ints:
+        lengths = {column: self.lengths[column].to_numpy() for column in self.lengths}
+        if name.endswith("_length"):
+            rows = lengths[name][self.order]
+            if self.row_starts is not None:
+                rows = np.add.reduceat(rows, self.row_starts)
+            return np.maximum.reduceat(rows, self.batch_starts)
+        real = {
+            "input_real": lambda: lengths["input_length"],
+            "output_real": lambda: lengths["output_length"],
+            "input_squared_real": lambda: lengths["input_length"] ** 2,
+            "cross_real": lambda: lengths["input_length"] * lengths["output_length"],
+        }[name]()
+        return np.add.reduceat(real[self.order], self._examples[:-1])
+
+    def account(self, cells: str = "input", **model: int) -> Account:
+        """The cells of one epoch: rows ``real`` and ``padding``, total from the shapes of the batches.
+
+        Parameters
+        ----------
+        cells
+            ``"input"`` or ``"output"`` cells; ``"input_squared"``, the cells of full self-attention; or ``"flops"``
+            of a forward pass (see :func:`effkit.padding.flops.transformer`, which takes the ``model`` keywords).
+        """
+        return _account(self, cells, model)
+
+    def batch_sampler(self, rank: int = 0, world_size: int = 1, seed: int = 0) -> BatchSampler:
+        """A ``torch.utils.data`` batch sampler that follows this plan's strategy and limits, to take home."""
+        from effkit.padding.sampling import BatchSampler
+
+        return BatchSampler(self, rank=rank, world_size=world_size, seed=seed)
+
+    def straggler(self, world_size: int, cells: str = "input") -> float:
+        """E[max over ranks] / mean of the padded cells per step: 1.0 is no waiting at all."""
+        from effkit.padding.sampling import straggler
+
+        return straggler(self, world_size, cells)
+
+    def plot(self, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
+        """Draw the first batches to scale: real cells filled, padded cells hatched. Returns the axes."""
+        from effkit import view
+
+        return view.plan(self, ax, num_batches=num_batches)
+
+    def __repr__(self) -> str:
+        padding = self.account().share["padding"]
+        limits = ", ".join(f"{name}={value}" for name, value in self.limits.items() if value is not None)
+        return (
+            f"Plan {self.strategy}({limits}): {len(self.order):,} examples in {len(self.batch_starts):,} batches, "
+            f"{padding:.1%} of the input cells are padding"
+        )
+
+
+class _Batches(Sequence):  # type: ignore[type-arg]
+    def __init__(self, plan: Plan) -> None:
+        self._ends = plan._examples
+        self._order = plan.order
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, batch: Any) -> Any:
+        if isinstance(batch, slice):
+            return [self[i] for i in range(*batch.indices(len(self)))]
+        if not -len(self) <= batch < len(self):
+            raise IndexError(f"batch {batch} of a plan of {len(self)} batches")
+        batch %= len(self)
+        return self._order[self._ends[batch] : self._ends[batch + 1]]
+
+    def __iter__(self) -> Iterator[Ints]:
+        return (self[i] for i in range(len(self)))
+
+
+def _account(plan: Plan, cells: str, model: Mapping[str, int]) -> Account:
+    if cells not in CELLS:
+        raise ValueError(f"cells is one of {', '.join(CELLS)}; given: {cells!r}")
+    if cells == "output" and "output_length" not in plan.lengths:
+        raise ValueError("these lengths have no outputs to count; ask for cells='input'")
+    if cells == "flops":
+        real, padded = flops.of_plan(plan, **model)
+    else:
+        shape = plan._column("output_length" if cells == "output" else "input_length")
+        real = int(plan._column(f"{cells}_real").sum())
+        padded = int((plan._num_rows * (shape**2 if cells == "input_squared" else shape)).sum())
+    kind = {"flops": "forward FLOPs", "input_squared": "attention cells"}.get(cells, f"{cells} cells")
+    return Account.of(
+        f"{kind[0].upper()}{kind[1:]} of one epoch",
+        "FLOPs" if cells == "flops" else "cells",
+        {"real": real, "padding": padded - real},
+        total=padded,
+        source="the shapes of the batches",
+        basis="derived",
+        setting={"strategy": plan.strategy, **plan.limits},
+    )

@@ -1,0 +1,204 @@
+"""predict(): another setting's epoch from one measured account. whatif(): the same with sliders and a button."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.account import Account
+from effkit.padding.planning import LIMITS, STRATEGIES, plan
+from effkit.padding.plans import Plan
+from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, steps_account
+
+if TYPE_CHECKING:
+    import torch
+
+    from effkit.padding.live import Calibration, Progress
+    from effkit.whatif import WhatIf
+
+KNOBS = (
+    "strategy", "batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic", "memory_bytes",
+    "max_length", "world_size", "seed",
+)  # fmt: skip
+_OF_THE_EPOCH = ("strategy", "memory_bytes", "max_length", "world_size")  # the rest are limits of the plan
+_DEFAULTS = {"num_buckets": 30, "num_output_buckets": 2}
+_SPREAD = 2.0  # bands are two standard errors wide on each side
+
+
+def predict(base: Account, **setting: Any) -> Account:
+    """The epoch at another setting: time, cells, steps and peak memory, without running anything.
+
+    Parameters
+    ----------
+    base
+        What :func:`effkit.padding.measure` returned.
+    setting
+        Any of ``strategy, batch_size, max_input_cells, num_buckets, num_output_buckets, quadratic, seed`` (see
+        :func:`effkit.padding.plan`); ``memory_bytes``, a budget that then decides the batch sizes; ``max_length``,
+        beyond which examples are left out [cells]; ``world_size``. The rest stays as it was measured.
+
+    Returns
+    -------
+    Account
+        In ns, with a band. ``in_range`` is False when a batch is longer or larger than what was measured, or for
+        several ranks (communication was not measured). Cells and steps, among the companions, are exact; peak memory
+        has a band. At the measured setting: ``base`` itself.
+
+    Raises
+    ------
+    ValueError
+        For an unknown knob, a base without calibration, or limits that no plan can keep.
+    """
+    calibration = _calibration(base)
+    wanted = complete(base, setting)
+    if wanted == dict(base.setting):
+        return base
+    planned = plan_at(base, wanted)
+    cost, memory, frame = calibration.cost, calibration.memory, planned.frame
+    world_size = wanted["world_size"]
+    rows, epoch_ns = epoch_rows(planned, cost, world_size)
+    output = frame.get("output_length", 0)
+    covered = cost.covers(frame["num_rows"], frame["input_length"], output)
+    in_range = covered and world_size == 1 and planned.row_starts is None
+    total = round(epoch_ns * calibration.anchor)
+    margin = math.ceil(total * band_frac(calibration))
+    peaks = memory.amount(frame["num_rows"], frame["input_length"], output)
+    peak = round(float(np.max(peaks)))
+    slack = math.ceil(peak * max(memory.error_frac, 1e-9))
+    return Account.of(
+        EPOCH_TIME,
+        "ns",
+        rows,
+        total=total,
+        source=f"the cost of {cost.num_steps} measured steps",
+        basis="derived",
+        low=max(0, total - margin),
+        high=total + margin,
+        in_range=in_range,
+        setting=wanted,
+        companions=(
+            cells_account(planned, "the plan", **_exact(planned.account("input").total)),
+            steps_account(planned, world_size, "the plan", **_exact(-(-len(planned.batches) // world_size))),
+            peak_account(
+                peak, "the fitted memory model", low=max(0, peak - slack), high=peak + slack, in_range=covered
+            ),
+        ),
+        calibration=calibration,
+    )
+
+
+def band_frac(calibration: Calibration) -> float:
+    """Half-width of the band on an epoch's time, as a fraction.
+
+    Two parts that do not know of each other: how wrong the model was on a step that it had not seen (leave one out),
+    and how far repeats of one step lay apart.
+    """
+    return _SPREAD * math.hypot(calibration.cost.error_frac, calibration.noise_frac / 2)
+
+
+def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
+    """The measured setting with these changes, as a full setting.
+
+    A knob that the new setting's strategy has no use for is dropped; one that it needs and nobody gave falls back to
+    what was measured.
+    """
+    unknown = set(changes) - set(KNOBS)
+    if unknown:
+        raise ValueError(f"no such knob: {', '.join(sorted(unknown))}; the knobs are {', '.join(KNOBS)}")
+    setting = {
+        **_DEFAULTS,
+        **base.setting,
+        **{name: value for name, value in changes.items() if value is not None},
+    }
+    if setting["strategy"] not in STRATEGIES:
+        raise ValueError(f"unknown strategy {setting['strategy']!r}; choose one of {', '.join(STRATEGIES)}")
+    used = {*LIMITS[setting["strategy"]], *_OF_THE_EPOCH}
+    if setting.get("memory_bytes"):
+        used -= {"batch_size", "max_input_cells"}
+    return {name: value for name, value in setting.items() if name in used}
+
+
+def plan_at(base: Account, setting: dict[str, Any]) -> Plan:
+    """The plan of a full setting, over the lengths that were measured."""
+    calibration = _calibration(base)
+    measured = calibration.plan
+    lengths = measured.lengths
+    if setting["max_length"] < base.setting["max_length"]:
+        lengths = lengths[lengths["input_length"] <= setting["max_length"]].reset_index(drop=True)
+        if lengths.empty:
+            raise ValueError(f"no example is {setting['max_length']} cells or shorter: raise max_length")
+    fixed = {name: value for name, value in measured.limits.items() if name not in KNOBS}
+    limits = fixed | {name: value for name, value in setting.items() if name not in _OF_THE_EPOCH}
+    longest = int(lengths["input_length"].max())
+    if setting.get("memory_bytes"):
+        budget = replace(calibration.memory, budget=float(setting["memory_bytes"]))
+        whole = pd.DataFrame({name: [int(lengths[name].max())] for name in lengths})
+        if setting["strategy"] in ("bucket", "bucket2d", "optimal"):
+            limits["memory"] = budget
+        else:
+            limits["batch_size"] = int(budget.largest_batches(whole)[0])
+    if setting["strategy"] == "token_budget" and "max_input_cells" not in limits:
+        # the cells of one full batch of the longest examples: what the measured plan had to make room for
+        limits["max_input_cells"] = limits.pop("batch_size") * longest
+    return plan(lengths, setting["strategy"], **limits)
+
+
+def whatif(
+    base: Account, model: torch.nn.Module | None = None, *, num_batches: int | None = None, repeats: int = 3
+) -> WhatIf:
+    """Sliders over :func:`predict`; with the live ``model``, the button runs the setting and shows the receipt.
+
+    Parameters
+    ----------
+    base
+        What :func:`effkit.padding.measure` returned.
+    model
+        The live model that was measured; without it the button is disabled.
+    num_batches, repeats
+        Of the measurement behind the button, as in :func:`effkit.padding.measure`.
+    """
+    from effkit.whatif import Choice, Slider, WhatIf
+
+    calibration = _calibration(base)
+    rest = base.setting
+    longest = rest["max_length"]
+    shortest = int(np.percentile(calibration.plan.lengths["input_length"], 50))
+    knobs: list[Slider | Choice] = [
+        Slider("batch_size", "Batch size [examples]", 1, 4 * int(rest.get("batch_size", 16)), 1,
+               "Rows per batch, in every bucket"),
+        Choice("strategy", "Strategy", [name for name in STRATEGIES if name != "pack"],
+               "How examples are assigned to batches"),
+        Slider("num_buckets", "Input buckets [count]", 1, 40, 1, "Buckets by input length", rest=8),
+        Slider("num_output_buckets", "Output buckets [count]", 1, 8, 1, "By output length, within each", rest=2),
+        Slider("max_length", "Longest input [cells]", shortest, longest, max(1, (longest - shortest) // 50),
+               "Longer examples are left out"),
+        Slider("world_size", "Ranks [count]", 1, 16, 1, "Ranks that share the epoch and wait for each other"),
+    ]  # fmt: skip
+
+    def run(progress: Progress, **setting: Any) -> Account:
+        from effkit.padding.live import measure
+
+        assert model is not None
+        full = complete(base, setting)
+        measured = measure(
+            plan_at(base, full), model, base=base, num_batches=num_batches, repeats=repeats,
+            world_size=full["world_size"], progress=progress,
+        )  # fmt: skip
+        return replace(measured, setting=full)
+
+    return WhatIf(base, predict, knobs, run if model is not None else None)
+
+
+def _exact(value: int) -> dict[str, int]:
+    return {"low": value, "high": value}
+
+
+def _calibration(base: Account) -> Calibration:
+    if base.calibration is None:
+        raise ValueError("this account carries no calibration; padding.measure() makes one that does")
+    calibration: Calibration = base.calibration
+    return calibration

@@ -1,0 +1,156 @@
+"""A batch sampler to take home: the plan's strategy, dealt to ranks, epoch after epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from effkit.padding.buckets import Ints
+from effkit.padding.planning import plan as make_plan
+from effkit.padding.plans import Plan
+from effkit.padding.totals import world_total
+
+Step = list[Ints]  # one batch per rank
+
+
+class BatchSampler(Sampler[list[int]]):
+    """Yields lists of example indices; pass it as ``DataLoader(dataset, batch_sampler=…)``.
+
+    Each epoch is planned anew from ``(seed, epoch)``. Every example comes exactly once per epoch over all ranks, all
+    ranks take the same number of steps, and at each step they draw from the same bucket. A few batches are split so
+    that the leftovers of a bucket go round; no batch ever exceeds the plan's limits.
+
+    Parameters
+    ----------
+    plan
+        Gives lengths, strategy and limits.
+    rank, world_size
+        Which share this process takes.
+    seed
+        With the epoch, decides everything.
+
+    Examples
+    --------
+    >>> sampler = plan.batch_sampler(rank=0, world_size=8)     # doctest: +SKIP
+    >>> sampler.set_epoch(3)                                   # doctest: +SKIP
+    >>> loader = DataLoader(dataset, batch_sampler=sampler)    # doctest: +SKIP
+    """
+
+    def __init__(self, plan: Plan, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is in 0..world_size-1; given: rank {rank} of {world_size}")
+        if plan.row_starts is not None and len(plan.batch_starts) != plan.num_rows:
+            raise ValueError(
+                "a packed batch of several rows cannot be told apart in a flat list of indices: plan with "
+                "batch_size=1, so that each batch is one packed row"
+            )
+        self.plan, self.rank, self.world_size, self.seed = plan, rank, world_size, seed
+        self.epoch = 0
+        self.step = 0
+        self._planned: tuple[int, list[Step]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; without this, epochs follow one another."""
+        self.epoch, self.step = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where we are: ``seed, epoch, step`` (steps already handed out).
+
+        A DataLoader with workers asks ahead of time; then save the number of steps *you* have trained.
+        """
+        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where ``state`` was taken: the rest of that epoch comes out as it would have."""
+        missing = {"seed", "epoch", "step"} - set(state)
+        if missing:
+            raise ValueError(f"a sampler state holds seed, epoch and step; missing: {', '.join(sorted(missing))}")
+        self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
+        self._planned = None
+
+    def __len__(self) -> int:
+        return len(self._steps()) - self.step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = self._steps()
+        while self.step < len(steps):
+            batch = steps[self.step][self.rank]
+            self.step += 1
+            yield batch.tolist()
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def _steps(self) -> list[Step]:
+        if self._planned is None or self._planned[0] != self.epoch:
+            mixed = np.random.SeedSequence([self.seed, self.epoch])
+            limits: dict[str, Any] = dict(self.plan.limits)
+            if "seed" in limits:
+                limits["seed"] = int(mixed.generate_state(1)[0])
+            planned = make_plan(self.plan.lengths, self.plan.strategy, **limits)
+            self._planned = self.epoch, deal(planned, self.world_size, np.random.default_rng(mixed))
+        return self._planned[1]
+
+
+def deal(plan: Plan, world_size: int, rng: np.random.Generator) -> list[Step]:
+    """Deal the batches of a plan to ranks: a shuffled list of steps, each with one batch per rank of one bucket.
+
+    What a bucket has left over (fewer batches than ranks) is split until it goes round; too few examples even for
+    that join the next bucket, one by one.
+
+    Raises
+    ------
+    ValueError
+        When the examples cannot be dealt out evenly, each exactly once.
+    """
+    batches = plan.batches
+    steps: list[Step] = []
+    carried: list[Ints] = []
+    for bucket in np.unique(plan.bucket):
+        members = rng.permutation(np.flatnonzero(plan.bucket == bucket))
+        whole = len(members) // world_size * world_size
+        steps += [[batches[i] for i in group] for group in members[:whole].reshape(-1, world_size)]
+        carried += [batches[i] for i in members[whole:]]
+        if sum(map(len, carried)) >= world_size:
+            steps.append(_split(carried, world_size))
+            carried = []
+        else:
+            carried = [example[None] for batch in carried for example in batch]
+    taken = 1
+    while carried and steps:  # too few for one step: share out the last whole steps together with them
+        carried += steps.pop()
+        taken += 1
+        if sum(map(len, carried)) >= taken * world_size:
+            pieces = _split(carried, taken * world_size)
+            steps += [pieces[i::taken] for i in range(taken)]
+            carried = []
+    if carried:
+        raise ValueError(
+            f"{len(plan.order):,} examples cannot be dealt to {world_size} ranks evenly, each exactly once: use fewer "
+            "ranks, larger batches, or a number of examples that the ranks divide"
+        )
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+def _split(batches: list[Ints], num_pieces: int) -> list[Ints]:
+    """Halve the largest until there are ``num_pieces``: a part of a batch within its limits is within them too."""
+    pieces = sorted(batches, key=len)
+    while len(pieces) < num_pieces:
+        largest = pieces.pop()
+        half = len(largest) // 2
+        pieces += [largest[:half], largest[half:]]
+        pieces.sort(key=len)
+    return pieces
+
+
+def straggler(plan: Plan, world_size: int, cells: str = "input") -> float:
+    """E[max over ranks] / mean of the padded cells of a step, ranks drawing from one bucket at a time.
+
+    ``cells`` is ``"input"`` or ``"input_squared"``.
+    """
+    if cells not in ("input", "input_squared"):
+        raise ValueError(f"cells is input or input_squared; given: {cells!r}")
+    frame = plan.frame
+    cost = (frame["num_rows"] * frame["input_length"] ** (2 if cells == "input_squared" else 1)).to_numpy()
+    return world_total(plan, cost, world_size) * world_size / float(cost.sum())

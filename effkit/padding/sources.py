@@ -1,0 +1,272 @@
+"""lengths(): whatever lists examples becomes one tidy frame of input and output lengths."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+
+FRAMES_PER_SECOND = 100  # 10 ms, the usual step of speech features
+_LARGEST_BYTES = 8 * 2**30  # what a manifest may unpack to
+
+# In order of preference. A name ending in _s, or `duration`, is in seconds.
+INPUT_COLUMNS = (
+    "input_length",
+    "num_frames",
+    "duration",
+    "duration_s",
+    "input_tokens",
+    "num_tokens",
+    "length",
+    "input_ids",
+)
+OUTPUT_COLUMNS = ("output_length", "output_tokens", "num_output_tokens", "tokens", "labels", "text")
+
+
+class _Supervision(msgspec.Struct):
+    text: str | None = None
+
+
+class _Entry(msgspec.Struct):
+    """One line of a NeMo manifest or of a Lhotse cut manifest."""
+
+    duration: float | None = None
+    num_frames: int | None = None
+    input_length: int | None = None
+    input_tokens: int | None = None
+    output_length: int | None = None
+    output_tokens: int | None = None
+    num_tokens: int | None = None
+    tokens: int | list[Any] | None = None
+    text: str | None = None
+    supervisions: list[_Supervision] | None = None
+
+
+def lengths(
+    source: Any,
+    *,
+    input: str | None = None,
+    output: str | None = None,
+    tokenize: Callable[[str], Any] | None = None,
+    frames_per_second: float = FRAMES_PER_SECOND,
+) -> pd.DataFrame:
+    """The length of every example, whatever it is listed in.
+
+    Parameters
+    ----------
+    source
+        An array ``[num_examples]`` or ``[num_examples, 2]``, a DataFrame, a Hugging Face dataset, a running
+        ``DataLoader``, or the path of a CSV, a NeMo JSON-lines manifest or Lhotse cuts (``.jsonl``, ``.jsonl.gz``).
+    input, output
+        Column names, where they are not the usual ones.
+    tokenize
+        ``text -> tokens`` (or their number) for sources that hold text; without it, characters are counted.
+    frames_per_second
+        Durations in seconds become input cells of ``1 / frames_per_second``, rounded up.
+
+    Returns
+    -------
+    DataFrame
+        Integer columns ``input_length`` [cells] and, where the source has outputs, ``output_length`` [cells].
+        ``attrs["input_unit"]`` and ``attrs["output_unit"]`` say what a cell is.
+
+    Raises
+    ------
+    ValueError
+        Naming the first line whose length is missing, NaN, zero or negative; or for an empty source.
+    FileNotFoundError
+        When the path is none.
+
+    Examples
+    --------
+    >>> lengths([[120, 7], [80, 5]])
+       input_length  output_length
+    0           120              7
+    1            80              5
+    """
+    if isinstance(source, (str, Path)):
+        return _from_file(Path(source), input, output, tokenize, frames_per_second)
+    if hasattr(source, "column_names") and hasattr(source, "features"):  # a Hugging Face dataset
+        chosen_in = _choose(source.column_names, input, INPUT_COLUMNS)
+        chosen_out = _choose(source.column_names, output, OUTPUT_COLUMNS, required=False)
+        columns = {name: source[name] for name in (chosen_in, chosen_out) if name}
+        return _tidy(
+            pd.DataFrame({n: list(c) for n, c in columns.items()}),
+            input,
+            output,
+            tokenize,
+            frames_per_second,
+            "row",
+            0,
+        )
+    if hasattr(source, "batch_sampler") and hasattr(source, "dataset"):  # a DataLoader
+        from effkit.padding.auditing import watch
+
+        return watch(source).run().lengths
+    if not isinstance(source, pd.DataFrame):
+        array = np.asarray(source)
+        if array.ndim not in (1, 2) or array.dtype == object or (array.ndim == 2 and array.shape[1] not in (1, 2)):
+            raise ValueError(
+                f"lengths() takes numbers of shape [examples] or [examples, 2]; given: shape {array.shape}"
+            )
+        names = ["input_length", "output_length"][: array.reshape(len(array), -1).shape[1]]
+        source = pd.DataFrame(array.reshape(len(array), -1), columns=names)
+    return _tidy(source, input, output, tokenize, frames_per_second, "row", 0)
+
+
+def _from_file(path: Path, input: str | None, output: str | None, tokenize: Any, rate: float) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(f"no list of lengths at {path}")
+    name = path.name.removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        return _tidy(_manifest(path, input, output), input, output, tokenize, rate, f"{path.name}, line", 1)
+    if name.endswith((".csv", ".tsv")):
+        try:
+            table = pd.read_csv(path, sep="\t" if name.endswith(".tsv") else ",", skip_blank_lines=False)
+        except (ValueError, UnicodeDecodeError) as error:  # includes pandas' own parser errors
+            raise ValueError(f"{path.name} cannot be read as a table: {error}") from error
+        return _tidy(table, input, output, tokenize, rate, f"{path.name}, line", 2)
+    raise ValueError(f"{path.name}: lengths() reads .csv, .tsv, .jsonl, .json, and these with .gz; convert it first")
+
+
+def _manifest(path: Path, input: str | None, output: str | None) -> pd.DataFrame:
+    """Decode a JSON-lines manifest into the columns that any line of it has."""
+    named = [name for name in (input, output) if name and name not in _Entry.__struct_fields__]
+    decoder: Any = msgspec.json.Decoder(dict[str, Any] if named else _Entry)
+    entries: list[Any] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            entries.append(decoder.decode(line))
+        except msgspec.DecodeError as error:
+            raise ValueError(f"{path.name}, line {number}: {error}") from error
+    if named:
+        return pd.DataFrame(entries)
+    columns: dict[str, list[Any]] = {}
+    for field in (
+        "duration",
+        "num_frames",
+        "input_length",
+        "input_tokens",
+        "output_length",
+        "output_tokens",
+        "num_tokens",
+        "tokens",
+    ):
+        values = [getattr(entry, field) for entry in entries]
+        if any(value is not None for value in values):
+            columns[field] = values
+    texts = [entry.text if entry.text is not None else _spoken(entry) for entry in entries]
+    if any(text is not None for text in texts):
+        columns["text"] = texts
+    return pd.DataFrame(columns, index=range(len(entries)))
+
+
+def _spoken(entry: _Entry) -> str | None:
+    parts = [s.text for s in entry.supervisions or [] if s.text is not None]
+    return " ".join(parts) if parts else None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    total = 0
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+            for line in file:
+                total += len(line)
+                if total > _LARGEST_BYTES:
+                    raise ValueError(f"{path.name} unpacks to more than {_LARGEST_BYTES:,} bytes; split it")
+                yield line
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path.name} is not a whole gzip file: {error}") from error
+
+
+def _choose(names: Any, asked: str | None, usual: tuple[str, ...], *, required: bool = True) -> str | None:
+    if asked is not None:
+        if asked not in names:
+            raise ValueError(f"there is no column {asked!r}; the columns are {', '.join(map(str, names))}")
+        return asked
+    found = next((name for name in usual if name in names), None)
+    if found is None and required:
+        raise ValueError(
+            f"none of the columns {', '.join(map(str, names)) or '(none)'} is a usual length: say which with input=…"
+        )
+    return found
+
+
+def _tidy(
+    table: pd.DataFrame,
+    input: str | None,
+    output: str | None,
+    tokenize: Any,
+    rate: float,
+    where: str,
+    first: int,
+) -> pd.DataFrame:
+    if not len(table):
+        raise ValueError(
+            f"an empty list of lengths{'' if where == 'row' else ' in ' + where.split(',')[0]}: nothing to plan"
+        )
+    chosen_in = _choose(table.columns, input, INPUT_COLUMNS)
+    chosen_out = _choose(table.columns, output, OUTPUT_COLUMNS, required=False)
+    if chosen_out == chosen_in:
+        chosen_out = None
+    result, attrs = {}, {}
+    for target, column in (("input_length", chosen_in), ("output_length", chosen_out)):
+        if column is None:
+            continue
+        cells, unit = _cells(table[column], column, tokenize, rate)
+        bad = np.flatnonzero(~(np.isfinite(cells) & (cells > 0)))
+        if len(bad):
+            raise ValueError(
+                f"{where} {int(bad[0]) + first}: {column} is {table[column].iloc[int(bad[0])]!r}; a length is a "
+                f"positive number ({len(bad):,} such in all): mend or drop them"
+            )
+        result[target] = np.ceil(cells - 1e-9).astype("int64")
+        attrs[target.replace("length", "unit")] = unit
+    frame = pd.DataFrame(result)
+    frame.attrs.update(attrs)
+    return frame
+
+
+def _cells(column: pd.Series[Any], name: str, tokenize: Any, rate: float) -> tuple[Any, str]:
+    """The column as float cells (NaN where there is no number), and what a cell is."""
+    if pd.api.types.is_numeric_dtype(column):
+        seconds = name == "duration" or name.endswith("_s")
+        values = column.to_numpy(dtype="float64", na_value=np.nan)
+        return (values * rate, f"frames of {1000 / rate:g} ms") if seconds else (values, "cells")
+    present = column.dropna()
+    if len(present) and isinstance(present.iloc[0], str) and not _looks_numeric(present.iloc[0]):
+        count = _counter(tokenize)
+        return np.array(
+            [count(t) if isinstance(t, str) else np.nan for t in column]
+        ), "tokens" if tokenize else "characters"
+    if len(present) and isinstance(present.iloc[0], (list, tuple, np.ndarray)):
+        return np.array([len(t) if hasattr(t, "__len__") else np.nan for t in column], dtype="float64"), "tokens"
+    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
+    return (
+        (values * rate, f"frames of {1000 / rate:g} ms")
+        if name == "duration" or name.endswith("_s")
+        else (values, "cells")
+    )
+
+
+def _counter(tokenize: Any) -> Callable[[str], float]:
+    def count(text: str) -> float:
+        tokens = tokenize(text) if tokenize else text
+        return float(tokens) if isinstance(tokens, (int, float)) else float(len(tokens))
+
+    return count
+
+
+def _looks_numeric(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,275 @@
+"""capture(step) and load(path): the two doors to a Capture, and the only place that touches torch.profiler."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from effkit import snapshot, trace
+from effkit.device import provenance, synchronize
+
+FORMAT = "effkit capture"
+VERSION = 1
+_LARGEST_BYTES = 4 * 2**30  # what a saved capture may unpack to
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # zip entries carry no clock, so that equal captures are equal files
+_FRAMES = ("events", "allocations")
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """One profiled run.
+
+    Attributes
+    ----------
+    events
+        One row per event: ``name, category, start_ns, dur_ns, rank, process, thread, stream, correlation``.
+    allocations
+        One row per allocation: ``size_bytes, alloc_ns, free_ns, device, rank``; ``None`` where memory was not
+        recorded (absent, never zero).
+    provenance
+        Device, torch version, date, settings, what was profiled, and what profiling itself cost.
+    """
+
+    events: pd.DataFrame
+    allocations: pd.DataFrame | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """The marked steps: ``start_ns`` and ``dur_ns``, indexed by ``step`` (0, 1, …)."""
+        marks = self.events["name"].str.startswith("ProfilerStep#") & (self.events["category"] == "user_annotation")
+        return self.events.loc[marks, ["start_ns", "dur_ns"]].reset_index(drop=True).rename_axis("step")
+
+    def save(self, path: str | Path) -> Path:
+        """Write one zip file: ``capture.json`` (format, version, provenance, column types) and a CSV per frame.
+
+        Any tool can open it and nothing in it is code. It is written beside its place and moved there whole.
+        """
+        path = Path(path)
+        frames = {name: frame for name in _FRAMES if (frame := getattr(self, name)) is not None}
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "provenance": dict(self.provenance),
+            "columns": {name: {c: str(t) for c, t in frame.dtypes.items()} for name, frame in frames.items()},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+            try:
+                with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+                    _put(archive, "capture.json", json.dumps(header, indent=1, sort_keys=True, default=str))
+                    for name, frame in frames.items():
+                        _put(archive, f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+                part.close()
+                os.replace(part.name, path)
+            except BaseException:
+                os.unlink(part.name)
+                raise
+        return path
+
+    def __repr__(self) -> str:
+        p = self.provenance
+        memory = "not recorded" if self.allocations is None else f"{len(self.allocations):,} allocations"
+        return (
+            f"Capture of {p.get('what', 'a run')}: {len(self.steps)} steps, {len(self.events):,} events, "
+            f"memory {memory}\n  on {p.get('device', 'an unnamed device')}, torch {p.get('torch', 'not visible')}, "
+            f"{p.get('date', 'date not visible')}"
+        )
+
+
+def capture(
+    step: Callable[[], object],
+    *,
+    warmup: int = 2,
+    steps: int = 3,
+    memory: bool = False,
+    shapes: bool = False,
+    stacks: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    what: str | None = None,
+) -> Capture:
+    """Run ``step()`` under ``torch.profiler`` and return what was seen.
+
+    ::
+
+        step() x warmup | step() x steps | step()        | step() x steps           | step() x steps
+        untimed         | timed, plain   | profiler      | timed, recorded          | timed, plain
+                        |                | warms up      | ProfilerStep#1 … #steps  |
+                                                         '--- the capture's window -'
+
+    The plain steps on both sides are the same work without the profiler: their median against the recorded steps'
+    median is what capturing cost, and stands in ``provenance["overhead_frac"]``.
+
+    Parameters
+    ----------
+    step
+        Any callable without arguments: a training step, a forward pass, a ``generate``.
+    warmup, steps
+        Number of untimed and of recorded calls, each at least 1 (warmup may be 0).
+    memory, shapes, stacks
+        Record allocations, input shapes, Python stacks: off by default, for each costs time per event.
+    settings, what
+        Kept in the provenance: what was run, with which settings.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When ``step`` cannot be called or a count is out of range.
+    RuntimeError
+        When another profiler is active. Errors of ``step`` itself come through unchanged.
+
+    Examples
+    --------
+    >>> seen = capture(lambda: model(batch).sum().backward(), memory=True)   # doctest: +SKIP
+    >>> seen.steps["dur_ns"].median()                                        # doctest: +SKIP
+    61_300_512.0
+    """
+    if not callable(step):
+        raise TypeError(f"capture() takes a callable without arguments; given: {type(step).__name__}")
+    if steps < 1 or warmup < 0:
+        raise ValueError(f"capture() takes steps >= 1 and warmup >= 0; given: steps={steps}, warmup={warmup}")
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    if torch._C._autograd._profiler_enabled():
+        raise RuntimeError("capture() was called while another profiler is active; leave that one first")
+    _quiet_kineto()
+    cuda = torch.cuda.is_available()
+    for _ in range(warmup):
+        step()
+    plain = _timed(step, steps)
+    profiler = profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
+        schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+        profile_memory=memory,
+        record_shapes=shapes,
+        with_stack=stacks,
+    )
+    with profiler:
+        step()
+        synchronize()
+        profiler.step()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        recorded = _timed(step, steps, after_each=profiler.step)
+        peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
+    plain += _timed(step, steps)
+    events, allocator_events = trace.read(_exported(profiler))
+    if memory and not cuda:
+        peak_bytes = int(allocator_events["total_bytes"].max()) if len(allocator_events) else 0
+    seen = {
+        "what": what or getattr(step, "__qualname__", type(step).__name__),
+        "settings": dict(settings or {}),
+        "options": {"warmup": warmup, "steps": steps, "memory": memory, "shapes": shapes, "stacks": stacks},
+        "step_ns": round(statistics.median(plain)),
+        "step_ns_profiled": round(statistics.median(recorded)),
+        "overhead_frac": round(statistics.median(recorded) / statistics.median(plain) - 1, 4),
+        "peak_bytes": peak_bytes,
+        "peak_source": "torch.cuda.max_memory_allocated" if cuda else
+        "profiler's Total Allocated; allocations made before the window are not visible" if memory else "not recorded",
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return Capture(events, snapshot.from_events(allocator_events) if memory else None, provenance() | seen)
+
+
+def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple[int, str]:
+    """Run ``step()`` once and return the peak of its memory [bytes] and which counter said so.
+
+    On a GPU that is the allocator's own ``max_memory_allocated``. On the CPU the profiler sees only what is allocated
+    while it runs: ``resident_bytes`` (parameters, optimizer state, the batch) is what was there before.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        synchronize()
+        return torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
+    from torch.profiler import ProfilerActivity, profile
+
+    _quiet_kineto()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    _, memory = trace.read(_exported(profiler))
+    peak = max(0, int(memory["total_bytes"].max())) if len(memory) else 0
+    return resident_bytes + peak, "resident tensors + the profiler's Total Allocated"
+
+
+def load(path: str | Path) -> Capture:
+    """Read a Capture that :meth:`Capture.save` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such file.
+    ValueError
+        When the file is something else, damaged, larger than a capture may be, or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no capture at {path}: give the path of a file that Capture.save() wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > _LARGEST_BYTES:
+                raise ValueError(f"unpacks to {size:,} bytes; a capture holds at most {_LARGEST_BYTES:,}")
+            header = json.loads(archive.read("capture.json"))
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                raise ValueError(f"its capture.json does not say “{FORMAT}”")
+            if not isinstance(header.get("version"), int) or header["version"] > VERSION:
+                raise ValueError(
+                    f"it is of version {header.get('version')} and this effkit reads up to {VERSION}: upgrade effkit"
+                )
+            frames = {
+                name: pd.read_csv(io.BytesIO(archive.read(f"{name}.csv")), dtype=columns, keep_default_na=False,
+                                  na_values={c: [""] for c, t in columns.items() if t != "str"})
+                for name, columns in header["columns"].items() if name in _FRAMES
+            }  # fmt: skip
+            allocations = frames.get("allocations")
+            if allocations is not None:
+                allocations = allocations.rename_axis("allocation")
+            return Capture(frames["events"], allocations, header["provenance"])
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a capture that can be read: {error}") from error
+
+
+def _timed(step: Callable[[], object], count: int, after_each: Callable[[], object] | None = None) -> list[int]:
+    """Wall time of each of ``count`` calls [ns], the accelerator's work included, ``after_each`` excluded."""
+    times = []
+    for _ in range(count):
+        synchronize()
+        start = time.perf_counter_ns()
+        step()
+        synchronize()
+        times.append(time.perf_counter_ns() - start)
+        if after_each is not None:
+            after_each()
+    return times
+
+
+def _quiet_kineto() -> None:
+    """Kineto writes its own markers to stderr at a level above "error"; a notebook would show them."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def _exported(profiler: Any) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return path.read_bytes()
+
+
+def _put(archive: zipfile.ZipFile, name: str, text: str) -> None:
+    archive.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), text, compress_type=zipfile.ZIP_DEFLATED)

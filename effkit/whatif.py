@@ -1,0 +1,249 @@
+"""WhatIf: the sliders, the picture, the “Measure it” button. No arithmetic."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as widgets
+
+from effkit import view
+from effkit.account import Account, Receipt, readable
+from effkit.device import provenance
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A number to drag, with a box to type it into.
+
+    ``label`` names the unit in brackets. ``rest`` is where the slider stands when the measured setting has no such
+    knob.
+    """
+
+    name: str
+    label: str
+    low: int
+    high: int
+    step: int
+    tooltip: str
+    rest: int | None = None
+    readout_format: str = ",d"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several words."""
+
+    name: str
+    label: str
+    options: Sequence[str]
+    tooltip: str
+
+
+class Stopped(Exception):
+    """Raised inside a measurement whose Stop button was pressed."""
+
+
+class WhatIf(widgets.VBox):
+    """Sliders over a prediction, and a button that measures it.
+
+    Parameters
+    ----------
+    base
+        The measured Account: where every control rests.
+    predict
+        ``predict(base, **setting) -> Account``: pure and quick.
+    knobs
+        What can be changed, in order.
+    measure
+        ``measure(progress, **setting) -> Account``: runs the setting; ``progress(done, total)`` may raise to stop
+        it. Without it the button is disabled.
+
+    Attributes
+    ----------
+    controls
+        Knob name -> the widget whose ``value`` is the setting.
+    result
+        The predicted Account on the screen (the measured one while everything rests).
+    receipts
+        Every Receipt of this session, oldest first.
+
+    Examples
+    --------
+    >>> panel = padding.whatif(base, model)             # doctest: +SKIP
+    >>> panel.controls["strategy"].value = "bucket"     # doctest: +SKIP
+    >>> panel.result.total, panel.measure().error       # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        base: Account,
+        predict: Callable[..., Account],
+        knobs: Sequence[Slider | Choice],
+        measure: Callable[..., Account] | None = None,
+    ) -> None:
+        self.base = base
+        self.result = base
+        self.receipts: list[Receipt] = []
+        self._predict, self._run = predict, measure
+        self._picture = view.Comparison(base)
+        self._stop = threading.Event()
+        self._running = threading.Lock()
+        self.controls: dict[str, Any] = {}
+        rows = [self._row(knob) for knob in knobs]
+        self.screen = widgets.HTML().add_class("effkit-screen")
+        self._button = widgets.Button(
+            description="Measure it", button_style="primary", disabled=measure is None,
+            tooltip="Run this setting on the live model" if measure else "No live model was given",
+        ).add_class("effkit-measure")  # fmt: skip
+        self._stopper = widgets.Button(description="Stop", disabled=True, tooltip="End the measurement").add_class(
+            "effkit-stop"
+        )
+        self._bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(visibility="hidden")).add_class(
+            "effkit-progress"
+        )
+        self._button.on_click(self._measure_in_background)
+        self._stopper.on_click(lambda _: self._stop.set())
+        buttons = widgets.HBox([self._button, self._stopper, self._bar])
+        super().__init__([*rows, self.screen, buttons])
+        self.add_class("effkit-whatif")
+        for control in self.controls.values():
+            control.observe(self._changed, names="value")
+        self._show()
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Knob name -> where its control stands."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def measure(self) -> Receipt:
+        """Run the setting on the screen and return the Receipt. What the button calls; blocks until done.
+
+        Raises
+        ------
+        RuntimeError
+            When there is nothing to run it on, or a measurement is under way.
+        """
+        if self._run is None:
+            raise RuntimeError("nothing to measure on: make this what-if with the live model")
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("a measurement is under way; wait for it or press Stop")
+        predicted = self.result
+        self._stop.clear()
+        self._button.disabled, self._stopper.disabled = True, False
+        self._bar.layout.visibility = "visible"
+        try:
+            measured = self._run(self._progress, **self.setting)
+            receipt = Receipt(predicted, measured, setting=predicted.setting, provenance=provenance())
+            self.receipts.append(receipt)
+        finally:
+            self._button.disabled, self._stopper.disabled = False, True
+            self._bar.layout.visibility = "hidden"
+            self._running.release()
+        self._show()
+        return receipt
+
+    def shown(self) -> str:
+        """The sentence on the screen, read back from the trait that the browser draws."""
+        match = re.search(r"<p [^>]*>(.*?)</p>", self.screen.value, flags=re.DOTALL)
+        return html.unescape(re.sub(r"<[^>]+>", "", match.group(1))) if match else ""
+
+    def _row(self, knob: Slider | Choice) -> widgets.HBox:
+        rest = self.base.setting.get(knob.name)
+        wide, label = widgets.Layout(width="430px"), {"description_width": "170px"}
+        if isinstance(knob, Choice):
+            control = widgets.Dropdown(options=list(knob.options), value=rest, description=knob.label,
+                                       tooltip=knob.tooltip, layout=wide, style=label)  # fmt: skip
+            parts = [control]
+        else:
+            start = rest if rest is not None else knob.rest if knob.rest is not None else knob.low
+            bounds = {
+                "min": min(knob.low, start),
+                "max": max(knob.high, start),
+                "step": knob.step,
+                "value": start,
+            }
+            shown = {"readout_format": knob.readout_format, "layout": wide, "style": label}
+            control = widgets.IntSlider(**bounds, **shown, description=knob.label, tooltip=knob.tooltip)
+            # a slider has no accessible name; a box with a description has one, and takes any number
+            box = widgets.BoundedIntText(**bounds, description="or type", tooltip=f"{knob.label}: {knob.tooltip}")
+            box.layout.width, box.style.description_width = "150px", "55px"
+            widgets.link((control, "value"), (box, "value"))
+            parts = [control, box]
+        self.controls[knob.name] = control
+        mark = f"● measured at {rest}" if rest is not None else "not used by what was measured"
+        parts.append(widgets.HTML(f'<span style="color:#555">{html.escape(mark)}</span>'))
+        return widgets.HBox(parts).add_class("effkit-control").add_class(f"effkit-control-{knob.name}")
+
+    def _changed(self, _: Mapping[str, Any]) -> None:
+        try:
+            self.result = self._predict(self.base, **self.setting)
+        except ValueError as error:  # a setting that cannot be kept is said on the screen, where it was made
+            self.screen.value = f'<p role="alert" aria-live="assertive">{html.escape(str(error))}</p>'
+            return
+        self._show()
+
+    def _show(self) -> None:
+        receipt = next((r for r in reversed(self.receipts) if r.setting == self.result.setting), None)
+        sentence = self._sentence(receipt)
+        self.screen.value = (
+            f'<p role="status" aria-live="polite" style="line-height:1.5">{html.escape(sentence)}</p>'
+            + self._picture.svg(self.result, receipt, label=sentence)
+        )
+
+    def _sentence(self, receipt: Receipt | None) -> str:
+        result, base = self.result, self.base
+        if not result.predicted:
+            parts = [f"{result.title}: {readable(result.total, result.unit)}, measured. Move a control to ask what if."]
+        else:
+            change = result.total / base.total - 1 if base.total else 0.0
+            parts = [f"{result.headline()}, {change:+.0%} against {readable(base.total, base.unit)} measured."]
+        parts += [_companion(account) for account in result.companions]
+        if receipt is not None:
+            parts.insert(0, receipt.sentence())
+        return " ".join(parts)
+
+    def _progress(self, done: int, total: int) -> None:
+        self._bar.max, self._bar.value = total, done
+        if self._stop.is_set():
+            raise Stopped
+
+    def _measure_in_background(self, _: Any) -> None:
+        """A click runs in a thread, so that sliders and Stop go on working meanwhile."""
+        threading.Thread(target=self._measure_and_tell, daemon=True).start()
+
+    def _measure_and_tell(self) -> None:
+        try:
+            self.measure()
+        except Stopped:
+            self._say("Stopped: no receipt for this setting.")
+        except Exception as error:  # in a thread nobody else would show it
+            self._say(f"The measurement failed: {error}")
+
+    def _say(self, sentence: str) -> None:
+        self.screen.value = f'<p role="alert" aria-live="assertive">{html.escape(sentence)}</p>' + self.screen.value
+
+    def __repr__(self) -> str:
+        return f"WhatIf over {', '.join(self.controls)}"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The live widget, and a picture for readers who have no kernel."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        if data is not None:
+            receipt = self.receipts[-1] if self.receipts else None
+            data["text/plain"] = repr(self)
+            data["image/png"] = base64.b64encode(self._picture.png(self.result, receipt)).decode()
+        return bundle
+
+
+def _companion(account: Account) -> str:
+    text = f"{account.title}: {readable(account.total, account.unit)}"
+    if len(account.frame) > 1:
+        text += " (" + ", ".join(f"{share:.1%} {item}" for item, share in account.share.items()) + ")"
+    return text + "."

@@ -1,0 +1,296 @@
+"""The notebooks are canonical and show what the code says, and both checks notice when something breaks."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import nbformat
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
+
+import canonical
+
+REPO = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
+LIMIT_S = 600
+
+
+class Fault(NamedTuple):
+    """One thing broken on purpose: in `file`, the text `old`, which occurs once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+LAB = REPO / "notebooks" / "01_padding.ipynb"
+LAB_FAULTS: tuple[Fault, ...] = ()
+needs_lab = pytest.mark.skipif(not LAB.exists(), reason=f"{LAB.name} is not there")
+
+TINY_FAULTS = (
+    Fault("wrong formula", "tiny.py", "4 * 1000", "4 * 1001"),
+    Fault("disconnected observer", "tiny.py", 'self.slider.observe(self.draw, "value")\n', "\n"),
+    Fault("changed default", "tiny.py", "rows=8", "rows=9"),
+    Fault("output edited by hand", "tiny.ipynb", r'"8 rows: 32000 bytes\n"', r'"8 rows: 32001 bytes\n"'),
+    Fault("false assertion", "tiny.ipynb", "tiny.predict(2) == 8000", "tiny.predict(2) == 8001"),
+)
+TINY_MODULE = """
+    import base64, time
+    import ipywidgets
+
+    def predict(rows):
+        if rows < 0:
+            raise ValueError("rows must not be negative")
+        return 4 * 1000 * rows
+
+    def picture():
+        return base64.b64encode(str(time.time_ns()).encode()).decode()
+
+    class WhatIf(ipywidgets.VBox):
+        def __init__(self, rows=8):
+            self.slider = ipywidgets.IntSlider(value=rows, max=64, description="rows")
+            self.screen = ipywidgets.HTML()
+            super().__init__([self.slider, self.screen])
+            self.slider.observe(self.draw, "value")
+            self.draw()
+
+        def draw(self, change=None):
+            self.screen.value = f"{self.slider.value} rows: {predict(self.slider.value)} bytes"
+"""
+TINY_CELLS = (
+    "import tempfile, time, ipywidgets, tiny\nprint(object(), tempfile.mkdtemp() + '/a.txt', tiny.__file__)",
+    "whatif = tiny.WhatIf()\nprint(whatif.screen.value)\nwhatif",
+    "whatif.slider.value = 32\nprint(whatif.screen.value)",
+    "assert tiny.predict(2) == 8000, 'the formula is wrong'",
+    "print(time.time_ns())\nipywidgets.HTML(str(time.time_ns()))",
+    'display({"image/png": tiny.picture(), "text/plain": "a picture"}, raw=True)',
+    "tiny.predict(-1)",
+)
+TINY_TAGS = {4: canonical.IGNORED, 6: canonical.RAISES}
+ASSERTING = 4  # the place of the cell that asserts, after the title; it prints nothing
+
+
+def run_whole(command: list[str], root: Path, limit_s: float = LIMIT_S) -> tuple[int, str]:
+    """Exit status and output of a command that finds the package of `root` before the installed one.
+
+    Past the limit it is ended with its kernels, and that fails: a kernel leads a process group of its own.
+    No bytecode is written, since a fault of the same length in the same second would not replace it.
+    """
+    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=root, env=env, start_new_session=True, **pipes) as process:
+        try:
+            text, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            for member in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            os.killpg(process.pid, signal.SIGKILL)
+            text, _ = process.communicate()
+            pytest.fail(f"{' '.join(command)} took longer than {limit_s} s\n{text}")
+    return process.returncode, text
+
+
+def strict_nbval(notebook: Path, root: Path, *options: str) -> tuple[int, str]:
+    """How many cells nbval ran and found as the notebook shows them, and what it said.
+
+    Counting them is what makes it strict: a cell that is skipped, or never collected, has not passed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.xml"
+        command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--color=no"]
+        command += ["--nbval-sanitize-with", str(REPO / "notebooks" / "sanitize.cfg")]
+        command += ["-p", "no:cacheprovider", f"--junitxml={results}", *options, str(notebook)]
+        _, text = run_whole(command, root)
+        cells = list(ElementTree.parse(results).iter("testcase")) if results.exists() else []
+    return sum(not list(cell.iterfind("*")) for cell in cells), text
+
+
+def run_canonical(notebook: Path, *options: str) -> tuple[int, str]:
+    """Run the tool as `make notebooks` does."""
+    tool = REPO / "notebooks" / "canonical.py"
+    return run_whole([sys.executable, str(tool), *options, str(notebook)], notebook.parent)
+
+
+def num_code_cells(notebook: Path) -> int:
+    """How many cells nbval must have run."""
+    return sum(cell.cell_type == "code" for cell in nbformat.read(notebook, as_version=4).cells)
+
+
+def inject(fault: Fault, root: Path) -> None:
+    """Break one thing, or say loudly that the fault no longer fits the code."""
+    file = root / fault.file
+    text = file.read_text("utf-8")
+    num_found = text.count(fault.old)
+    assert num_found == 1, f"{fault.name}: {fault.old!r} occurs {num_found} times in {fault.file}, not once"
+    file.write_text(text.replace(fault.old, fault.new), "utf-8")
+
+
+def assert_noticed(notebook: Path, root: Path) -> None:
+    """The check must refuse a fault, or nbval see it: in what is shown, not in an import that fails."""
+    if not canonical.problems(notebook):
+        num_passed, text = strict_nbval(notebook, root, "-x")
+        assert num_passed < num_code_cells(notebook), text
+        assert re.search("Cell outputs differ|AssertionError|ValueError", text), text
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small lab with a slider, a picture, raw times and a lesson that raises, executed: its folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.py").write_text(textwrap.dedent(TINY_MODULE), "utf-8")
+    cells = [new_code_cell(source) for source in TINY_CELLS]
+    for place, tag in TINY_TAGS.items():
+        cells[place].metadata.tags = [tag]
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# A tiny lab"), *cells]), folder / "tiny.ipynb")
+    status, text = run_canonical(folder / "tiny.ipynb")
+    assert status == 0, text
+    return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
+    """The executed tiny lab in a folder of its own, to be broken: the notebook's path."""
+    shutil.copytree(tiny, tmp_path / "lab")
+    return tmp_path / "lab" / "tiny.ipynb"
+
+
+@pytest.fixture
+def lab_copy(tmp_path: Path) -> Path:
+    """The package, the notebooks and their data in a folder of their own, to be broken."""
+    for part in ("effkit", "notebooks", "data"):
+        shutil.copytree(REPO / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_canonical(notebook: Path) -> None:
+    assert not canonical.problems(notebook)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_shows_what_the_code_says(notebook: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.perf_counter()
+    num_passed, text = strict_nbval(notebook, REPO)
+    with capsys.disabled():
+        print(f"\n{notebook.name}: {num_passed} cells in {time.perf_counter() - start:.0f} s")
+    assert num_passed == num_code_cells(notebook), text
+
+
+@pytest.mark.slow
+def test_unharmed_tiny_lab_passes(tiny_copy: Path) -> None:
+    assert not canonical.problems(tiny_copy)
+    num_passed, text = strict_nbval(tiny_copy, tiny_copy.parent)
+    assert num_passed == len(TINY_CELLS), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", TINY_FAULTS, ids=lambda fault: fault.name)
+def test_fault_in_tiny_lab_is_noticed(fault: Fault, tiny_copy: Path) -> None:
+    inject(fault, tiny_copy.parent)
+    assert_noticed(tiny_copy, tiny_copy.parent)
+
+
+def test_stripped_notebook_is_refused(tiny_copy: Path) -> None:
+    notebook = nbformat.read(tiny_copy, as_version=4)
+    for cell in notebook.cells[1:]:
+        cell.update(outputs=[], execution_count=None)
+    tiny_copy.write_text(canonical.written(canonical.canonical_form(notebook)), "utf-8")
+    found = [problem for problem in canonical.problems(tiny_copy) if "has the count None" in problem]
+    assert len(found) == len(TINY_CELLS)
+
+
+@pytest.mark.slow
+@needs_lab
+def test_unharmed_copy_of_the_lab_passes(lab_copy: Path) -> None:
+    assert len(LAB_FAULTS) >= 3, "LAB_FAULTS must hold a wrong formula, a disconnected observer, a default"
+    _, origin = run_whole([sys.executable, "-P", "-c", "import effkit; print(effkit.__file__)"], lab_copy)
+    assert Path(origin.splitlines()[-1]).is_relative_to(lab_copy), f"not the copy is imported: {origin}"
+    notebook = lab_copy / "notebooks" / LAB.name
+    num_passed, text = strict_nbval(notebook, lab_copy)
+    assert num_passed == num_code_cells(notebook), text
+
+
+@pytest.mark.slow
+@needs_lab
+@pytest.mark.parametrize("fault", LAB_FAULTS, ids=lambda fault: fault.name)
+def test_fault_in_the_lab_is_noticed(fault: Fault, lab_copy: Path) -> None:
+    inject(fault, lab_copy)
+    assert_noticed(lab_copy / "notebooks" / LAB.name, lab_copy)
+
+
+REFUSED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("has the count 9 in place of 4", {"execution_count": 9}),
+    ("is not canonical in its metadata", {"metadata": {"collapsed": True}}),
+    ("is not canonical in its id", {"id": "other"}),
+    ("is not canonical in its source", {"source": "x = 1 "}),
+    ("is not canonical in its outputs", {"outputs": [new_output("stream", text="/home/me/x")]}),
+    ("is not canonical in its outputs", {"outputs": [new_output("stream", text="1")] * 2}),
+    ("is empty", {"source": ""}),
+    ("has 16 lines", {"source": "x = 1\n" * 16}),
+    ("ends in a semicolon", {"source": "plot();"}),
+    ("uses an Output widget", {"source": "with widgets.Output():\n    pass"}),
+    ("uses an Output widget", {"source": "@widgets.interact\ndef show(x):\n    pass"}),
+    ("hides from nbval by a comment", {"source": "# NBVAL_IGNORE_OUTPUT\nx"}),
+    ("has the tags ['nbval-skip']", {"metadata": {"tags": ["nbval-skip"]}}),
+    ("but raised nothing", {"metadata": {"tags": [canonical.RAISES]}}),
+    ("but shows nothing", {"metadata": {"tags": [canonical.IGNORED]}}),
+    ("has 2 of 7 code cells tagged", {"metadata": {"tags": [canonical.IGNORED]}}),
+    ("failed; repair it", {"outputs": [new_output("error")]}),
+    ("wrote to stderr", {"outputs": [new_output("stream", name="stderr", text="careful")]}),
+    ("bytes; bring it to", {"outputs": [new_output("stream", text="x" * canonical.MOST_BYTES)]}),
+)
+
+
+@pytest.mark.parametrize(("sentence", "change"), REFUSED, ids=[sentence for sentence, _ in REFUSED])
+def test_check_refuses(sentence: str, change: dict[str, Any], tiny_copy: Path) -> None:
+    notebook = nbformat.read(tiny_copy, as_version=4)
+    notebook.cells[ASSERTING].update(nbformat.from_dict(change))
+    tiny_copy.write_text(canonical.written(notebook), "utf-8")
+    assert any(sentence in problem for problem in canonical.problems(tiny_copy))
+
+
+def test_check_refuses_a_lab_that_is_too_short(tiny_copy: Path) -> None:
+    lab = tiny_copy.rename(tiny_copy.with_name("01_tiny.ipynb"))
+    status, text = run_canonical(lab, "--check")
+    assert status == 1
+    assert "has 8 cells; bring it to 30 to 45" in text
+    assert "has 3 words of prose; bring it to 700 to 1300" in text
+
+
+@pytest.mark.slow
+def test_second_run_changes_no_byte(tiny_copy: Path) -> None:
+    before = tiny_copy.read_bytes()
+    status, text = run_canonical(tiny_copy)
+    assert (status, tiny_copy.read_bytes()) == (0, before), text
+    assert run_canonical(tiny_copy, "--fresh")[0] == 0
+    after = tiny_copy.read_bytes()
+    lines = zip(before.splitlines(), after.splitlines(), strict=True)
+    num_new = sum(old != new for old, new in lines)
+    assert num_new == 4, "only a printed time, a shown one, its widget's state and a picture are new"
+
+
+@pytest.mark.slow
+def test_failing_notebook_is_left_untouched(tiny_copy: Path) -> None:
+    inject(Fault("false assertion", "tiny.ipynb", "tiny.predict(2) == 8000", "False"), tiny_copy.parent)
+    before, beside = tiny_copy.read_bytes(), sorted(tiny_copy.parent.iterdir())
+    status, text = run_canonical(tiny_copy)
+    assert status == 1
+    assert "cell-05 failed, so the file is left as it was: AssertionError: the formula is wrong" in text
+    assert tiny_copy.read_bytes() == before
+    assert sorted(tiny_copy.parent.iterdir()) == beside
