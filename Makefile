@@ -37,7 +37,7 @@ lint: .venv/.test  ## ruff, ruff format, mypy --strict
 	$(BIN)/mypy
 
 notebooks: .venv/.test  ## execute every notebook and write its canonical form
-	$(BIN)/python notebooks/canonical.py notebooks/*.ipynb
+	$(BIN)/python notebooks/canonical.py $(FRESH) notebooks/*.ipynb
 
 bench: .venv/.test .venv/.browser  ## the timed bars, peers side by side
 	$(BIN)/python -m pytest tests/bench_*.py -s -p no:cacheprovider

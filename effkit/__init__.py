@@ -1,8 +1,9 @@
 """effkit: see where the time and memory of a PyTorch model go, ask what if, and have the answer measured."""
 
 from effkit import models, padding
-from effkit.account import Account, Receipt
+from effkit.account import Account
 from effkit.device import Device
+from effkit.receipt import Receipt
 from effkit.recording import Capture, capture, load
 from effkit.whatif import WhatIf
 

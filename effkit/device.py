@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -17,53 +18,9 @@ from typing import Any
 
 import pandas as pd
 
+from effkit.datasheets import DATASHEETS, Datasheet
+
 _VERSION = 1  # of the cached file
-
-
-@dataclass(frozen=True)
-class Datasheet:
-    """Published ceilings of one accelerator: dense rates (no structured sparsity), FP32 accumulation.
-
-    ``rate_flops_per_s`` by dtype [FLOP/s], ``bandwidth_bytes_per_s`` [B/s], ``memory_bytes`` [B].
-    """
-
-    name: str
-    rate_flops_per_s: Mapping[str, float]
-    bandwidth_bytes_per_s: float
-    memory_bytes: float
-    source: str
-    date: str
-
-
-def _sheet(
-    name: str, rates: dict[str, float], bandwidth_gb: float, memory_gb: float, source: str, date: str
-) -> Datasheet:
-    tera = {dtype: rate * 1e12 for dtype, rate in rates.items()}
-    return Datasheet(name, tera, bandwidth_gb * 1e9, memory_gb * 1e9, source, date)
-
-
-# Vendors quote sparse rates first; these are the dense halves. float32 is the vector rate, tf32 the matrix rate.
-DATASHEETS: Mapping[str, Datasheet] = {
-    sheet.name: sheet
-    for sheet in (
-        _sheet("A100", {"float32": 19.5, "tf32": 156, "float16": 312, "bfloat16": 312}, 2039, 80,
-               "NVIDIA A100 Tensor Core GPU datasheet, SXM4 80 GB", "2021-06"),
-        _sheet("H100", {"float32": 67, "tf32": 494.5, "float16": 989.5, "bfloat16": 989.5, "float8_e4m3fn": 1979},
-               3350, 80, "NVIDIA H100 Tensor Core GPU datasheet, SXM5", "2023-03"),
-        _sheet("H200", {"float32": 67, "tf32": 494.5, "float16": 989.5, "bfloat16": 989.5, "float8_e4m3fn": 1979},
-               4800, 141, "NVIDIA H200 Tensor Core GPU datasheet, SXM", "2024-11"),
-        _sheet("B200", {"float32": 75, "tf32": 1125, "float16": 2250, "bfloat16": 2250, "float8_e4m3fn": 4500},
-               8000, 180, "NVIDIA DGX B200 datasheet, one eighth of the system, dense", "2025-03"),
-        _sheet("RTX 4090", {"float32": 82.6, "tf32": 82.6, "float16": 165.2, "bfloat16": 165.2,
-                            "float8_e4m3fn": 330.3}, 1008, 24,
-               "NVIDIA Ada GPU architecture whitepaper, appendix A", "2022-10"),
-        _sheet("L4", {"float32": 30.3, "tf32": 60, "float16": 121, "bfloat16": 121, "float8_e4m3fn": 242.5}, 300, 24,
-               "NVIDIA L4 Tensor Core GPU datasheet", "2023-03"),
-        _sheet("MI300X", {"float32": 163.4, "tf32": 653.7, "float16": 1307.4, "bfloat16": 1307.4,
-                          "float8_e4m3fn": 2614.9}, 5300, 192,
-               "AMD Instinct MI300X data sheet", "2023-12"),
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,8 +83,7 @@ class Device:
     @property
     def datasheet(self) -> Datasheet | None:
         """The published figures for this kind of accelerator, or None where we hold none."""
-        words = self.name.upper().replace("-", " ")
-        return next((sheet for name, sheet in DATASHEETS.items() if name in words), None)
+        return next((sheet for sheet in DATASHEETS.values() if re.search(sheet.pattern, self.name)), None)
 
     @property
     def frame(self) -> pd.DataFrame:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import statistics
 import tempfile
+import threading
 import time
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from effkit import snapshot, trace
+from effkit import snapshot, storage, trace
 from effkit.device import provenance, synchronize
 
-FORMAT = "effkit capture"
-VERSION = 1
-_LARGEST_BYTES = 4 * 2**30  # what a saved capture may unpack to
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # zip entries carry no clock, so that equal captures are equal files
-_FRAMES = ("events", "allocations")
+_recording = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,27 +51,8 @@ class Capture:
 
         Any tool can open it and nothing in it is code. It is written beside its place and moved there whole.
         """
-        path = Path(path)
-        frames = {name: frame for name in _FRAMES if (frame := getattr(self, name)) is not None}
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "provenance": dict(self.provenance),
-            "columns": {name: {c: str(t) for c, t in frame.dtypes.items()} for name, frame in frames.items()},
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-            try:
-                with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
-                    _put(archive, "capture.json", json.dumps(header, indent=1, sort_keys=True, default=str))
-                    for name, frame in frames.items():
-                        _put(archive, f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-                part.close()
-                os.replace(part.name, path)
-            except BaseException:
-                os.unlink(part.name)
-                raise
-        return path
+        frames = {name: frame for name in storage.FRAMES if (frame := getattr(self, name)) is not None}
+        return storage.write(Path(path), frames, self.provenance)
 
     def __repr__(self) -> str:
         p = self.provenance
@@ -142,32 +118,30 @@ def capture(
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    if torch._C._autograd._profiler_enabled():
-        raise RuntimeError("capture() was called while another profiler is active; leave that one first")
-    _quiet_kineto()
-    cuda = torch.cuda.is_available()
-    for _ in range(warmup):
-        step()
-    plain = _timed(step, steps)
-    profiler = profile(
-        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
-        schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
-        profile_memory=memory,
-        record_shapes=shapes,
-        with_stack=stacks,
-    )
-    with profiler:
-        step()
-        synchronize()
-        profiler.step()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        recorded = _timed(step, steps, after_each=profiler.step)
-        peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
-    plain += _timed(step, steps)
+    with _alone("capture()"):
+        cuda = torch.cuda.is_available()
+        for _ in range(warmup):
+            step()
+        plain = _timed(step, steps)
+        profiler = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
+            schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+            profile_memory=memory,
+            record_shapes=shapes,
+            with_stack=stacks,
+        )
+        with profiler:
+            step()
+            synchronize()
+            profiler.step()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            recorded = _timed(step, steps, after_each=profiler.step)
+            peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
+        plain += _timed(step, steps)
     events, allocator_events = trace.read(_exported(profiler))
     if memory and not cuda:
-        peak_bytes = int(allocator_events["total_bytes"].max()) if len(allocator_events) else 0
+        peak_bytes = _peak(allocator_events)
     seen = {
         "what": what or getattr(step, "__qualname__", type(step).__name__),
         "settings": dict(settings or {}),
@@ -199,12 +173,10 @@ def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple
         return torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
     from torch.profiler import ProfilerActivity, profile
 
-    _quiet_kineto()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _alone("peak_memory()"), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     _, memory = trace.read(_exported(profiler))
-    peak = max(0, int(memory["total_bytes"].max())) if len(memory) else 0
-    return resident_bytes + peak, "resident tensors + the profiler's Total Allocated"
+    return resident_bytes + _peak(memory), "resident tensors + the profiler's Total Allocated"
 
 
 def load(path: str | Path) -> Capture:
@@ -220,29 +192,22 @@ def load(path: str | Path) -> Capture:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no capture at {path}: give the path of a file that Capture.save() wrote")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-            if size > _LARGEST_BYTES:
-                raise ValueError(f"unpacks to {size:,} bytes; a capture holds at most {_LARGEST_BYTES:,}")
-            header = json.loads(archive.read("capture.json"))
-            if not isinstance(header, dict) or header.get("format") != FORMAT:
-                raise ValueError(f"its capture.json does not say “{FORMAT}”")
-            if not isinstance(header.get("version"), int) or header["version"] > VERSION:
-                raise ValueError(
-                    f"it is of version {header.get('version')} and this effkit reads up to {VERSION}: upgrade effkit"
-                )
-            frames = {
-                name: pd.read_csv(io.BytesIO(archive.read(f"{name}.csv")), dtype=columns, keep_default_na=False,
-                                  na_values={c: [""] for c, t in columns.items() if t != "str"})
-                for name, columns in header["columns"].items() if name in _FRAMES
-            }  # fmt: skip
-            allocations = frames.get("allocations")
-            if allocations is not None:
-                allocations = allocations.rename_axis("allocation")
-            return Capture(frames["events"], allocations, header["provenance"])
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a capture that can be read: {error}") from error
+    frames, provenance = storage.read(path)
+    allocations = frames.get("allocations")
+    if allocations is not None:
+        allocations = allocations.rename_axis("allocation")
+    return Capture(frames["events"], allocations, provenance)
+
+
+def _peak(memory: pd.DataFrame) -> int:
+    """The profiler's highest running total above where it stood when this recording began [bytes].
+
+    The total goes on counting from one recording of the process to the next.
+    """
+    if memory.empty:
+        return 0
+    before = int(memory["total_bytes"].iloc[0] - memory["size_bytes"].iloc[0])
+    return max(0, int(memory["total_bytes"].max()) - before)
 
 
 def _timed(step: Callable[[], object], count: int, after_each: Callable[[], object] | None = None) -> list[int]:
@@ -259,9 +224,19 @@ def _timed(step: Callable[[], object], count: int, after_each: Callable[[], obje
     return times
 
 
-def _quiet_kineto() -> None:
-    """Kineto writes its own markers to stderr at a level above "error"; a notebook would show them."""
+@contextmanager
+def _alone(caller: str) -> Iterator[None]:
+    """Profilers do not nest: a second one ends the process, or one of them sees nothing."""
+    import torch
+
+    if torch._C._autograd._profiler_enabled() or not _recording.acquire(blocking=False):
+        raise RuntimeError(f"{caller} was called while another profiler is active; leave that one first")
+    # Kineto writes its own markers to stderr at a level above "error"; a notebook would show them.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    try:
+        yield
+    finally:
+        _recording.release()
 
 
 def _exported(profiler: Any) -> bytes:
@@ -269,7 +244,3 @@ def _exported(profiler: Any) -> bytes:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         return path.read_bytes()
-
-
-def _put(archive: zipfile.ZipFile, name: str, text: str) -> None:
-    archive.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), text, compress_type=zipfile.ZIP_DEFLATED)

@@ -49,7 +49,7 @@ def from_events(memory: pd.DataFrame) -> pd.DataFrame:
             "size_bytes": np.abs(sizes[seen]),
             "alloc_ns": _times(times, birth),
             "free_ns": _times(times, death),
-            "device": memory["device"].to_numpy()[seen],
+            "device": memory["device"].iloc[seen].array,
             "rank": memory["rank"].to_numpy()[seen],
         }
     )

@@ -10,7 +10,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from effkit.account import Account, Receipt, readable
+from effkit.account import Account, readable
+from effkit.receipt import Receipt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +107,7 @@ class Comparison:
         self._outline = Rectangle((0, 0.65), 0, 0.7, fill=False, edgecolor="#D55E00", linestyle="--", linewidth=2)
         self._outline.set(hatch="//", zorder=3)  # a second sign beside the colour
         self._ax.add_patch(self._outline)
-        self._legend: Any = None
+        self._shown: list[str] = []
 
     def svg(self, result: Account, receipt: Receipt | None, *, label: str) -> str:
         """The picture as an accessible ``<svg>`` element."""
@@ -130,6 +131,8 @@ class Comparison:
         reach = max(max(bar.total, bar.high or 0) for bar in bars if bar is not None) or 1
         for row, bar in enumerate(bars):
             self._bar(row, bar)
+        self._name()
+        for row, bar in enumerate(bars):
             self._labels[row].set_visible(bar is not None)
             self._labels[row].set_position((-0.01 * reach, 2 - row))
             text = ""
@@ -163,6 +166,7 @@ class Comparison:
             width = max(0, int(values.get(item, 0))) * scale
             patches[row].set_x(left)
             patches[row].set_width(width)
+            patches[row].set_visible(width > 0)
             left += width
 
     def _add(self, item: str) -> None:
@@ -170,11 +174,18 @@ class Comparison:
         self._items[item] = [Rectangle((0, 1.65 - row), 0, 0.7, color=shade, linewidth=0) for row in range(3)]
         for patch in self._items[item]:
             self._ax.add_patch(patch)
-        if self._legend is not None:
-            self._legend.remove()
-        self._legend = self.figure.legend(
-            [patches[0] for patches in self._items.values()], list(self._items), loc="upper left",
-            ncols=len(self._items), frameon=False, fontsize=9, bbox_to_anchor=(0.145, 1.03), handlelength=1.0,
+
+    def _name(self) -> None:
+        """A legend of the rows that have a bar; made anew only when these change."""
+        shown = [item for item, patches in self._items.items() if any(patch.get_width() for patch in patches)]
+        if shown == self._shown:
+            return
+        self._shown = shown
+        for old in self.figure.legends[:]:
+            old.remove()
+        self.figure.legend(
+            [self._items[item][0] for item in shown], shown, loc="upper left", ncols=max(1, len(shown)),
+            frameon=False, fontsize=9, bbox_to_anchor=(0.145, 1.03), handlelength=1.0,
         )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import ipywidgets as widgets
 
 from effkit import view
-from effkit.account import Account, Receipt, readable
+from effkit.account import Account, readable
 from effkit.device import provenance
+from effkit.receipt import Receipt
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class WhatIf(widgets.VBox):
         self.base = base
         self.result = base
         self.receipts: list[Receipt] = []
+        self._refusal = ""  # why the controls' setting has no prediction
         self._predict, self._run = predict, measure
         self._picture = view.Comparison(base)
         self._stop = threading.Event()
@@ -126,11 +128,15 @@ class WhatIf(widgets.VBox):
 
         Raises
         ------
+        ValueError
+            When the setting on the controls was refused.
         RuntimeError
             When there is nothing to run it on, or a measurement is under way.
         """
         if self._run is None:
             raise RuntimeError("nothing to measure on: make this what-if with the live model")
+        if self._refusal:
+            raise ValueError(self._refusal)
         if not self._running.acquire(blocking=False):
             raise RuntimeError("a measurement is under way; wait for it or press Stop")
         predicted = self.result
@@ -184,17 +190,23 @@ class WhatIf(widgets.VBox):
         try:
             self.result = self._predict(self.base, **self.setting)
         except ValueError as error:  # a setting that cannot be kept is said on the screen, where it was made
+            self._refusal = str(error)
             self.screen.value = f'<p role="alert" aria-live="assertive">{html.escape(str(error))}</p>'
             return
+        self._refusal = ""
         self._show()
 
     def _show(self) -> None:
-        receipt = next((r for r in reversed(self.receipts) if r.setting == self.result.setting), None)
+        receipt = self._receipt()
         sentence = self._sentence(receipt)
         self.screen.value = (
             f'<p role="status" aria-live="polite" style="line-height:1.5">{html.escape(sentence)}</p>'
             + self._picture.svg(self.result, receipt, label=sentence)
         )
+
+    def _receipt(self) -> Receipt | None:
+        """The latest receipt of the setting on the screen."""
+        return next((r for r in reversed(self.receipts) if r.setting == self.result.setting), None)
 
     def _sentence(self, receipt: Receipt | None) -> str:
         result, base = self.result, self.base
@@ -236,9 +248,8 @@ class WhatIf(widgets.VBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         if data is not None:
-            receipt = self.receipts[-1] if self.receipts else None
             data["text/plain"] = repr(self)
-            data["image/png"] = base64.b64encode(self._picture.png(self.result, receipt)).decode()
+            data["image/png"] = base64.b64encode(self._picture.png(self.result, self._receipt())).decode()
         return bundle
 
 

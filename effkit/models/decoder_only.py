@@ -91,4 +91,5 @@ def build(
     )
     torch.manual_seed(seed)
     model: Any = Text(configuration)  # transformers wraps .to() in a way that hides its types
+    model.loss_type = "ForCausalLM"  # transformers infers it from the class name, and ours is another
     return model.to(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).train()

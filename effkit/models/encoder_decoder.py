@@ -58,7 +58,7 @@ def build(
     decoder_layers: int = 2,
     hidden: int = 128,
     ffn: int | None = None,
-    heads: int = 4,
+    heads: int = 2,
     vocabulary: int = 1000,
     max_input_cells: int = 6000,
     max_output_cells: int = 1024,

@@ -18,13 +18,8 @@ from effkit.padding.buckets import Ints
 from effkit.padding.cost import CostModel, fit_cost
 from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.plans import Plan
-from effkit.padding.totals import (
-    EPOCH_TIME,
-    cells_account,
-    epoch_rows,
-    peak_account,
-    steps_account,
-)
+from effkit.padding.probing import choose
+from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
 from effkit.recording import peak_memory
 
 Progress = Callable[[int, int], None]
@@ -41,7 +36,8 @@ class Calibration:
     cost, memory
         Time and peak memory of a step as functions of its shape.
     steps
-        One row per measured batch: ``num_rows, input_length, output_length`` [cells], ``dur_ns``, ``peak_bytes``.
+        One row per measured batch: ``num_rows, input_length, output_length`` [cells], ``whole`` (False for one that
+        was cut down), ``dur_ns``, ``peak_bytes``.
     noise_frac
         How far repeats of the same batch lay apart (median of slowest / fastest - 1).
     anchor
@@ -82,8 +78,9 @@ def measure(
     model
         In training mode. Its own ``make_batch(rows, lengths)`` is used unless one is given.
     num_batches
-        Run only so many, evenly spread from the smallest to the largest, and scale to the epoch by the fitted cost.
-        ``None`` runs them all.
+        Run only so many, evenly spread from the largest to the smallest, and scale to the epoch by the fitted cost;
+        ``None`` runs them all. A calibration (no ``base``) gives half of them to cut-down batches: few rows, or the
+        shortest. A plan's own batches can be so alike that the fixed cost and the cost per cell cannot be told apart.
     repeats
         Timed passes.
     make_batch
@@ -112,18 +109,17 @@ def measure(
         )
     if repeats < 1 or (num_batches is not None and num_batches < 1):
         raise ValueError(f"repeats and num_batches are at least 1; given: {repeats} and {num_batches}")
-    frame = plan.frame
-    chosen = _spread(frame, num_batches)
+    own = base is None or base.calibration is None
+    probes = choose(plan, num_batches, cut_down=own)
     to_loss = loss or (lambda output: output.loss)
-    num_steps = len(chosen) * (repeats + 1)
+    num_steps = len(probes) * (repeats + 1)
     peaks: list[int] = []
-    times = np.zeros((repeats, len(chosen)), dtype="int64")
-    counter = "wall time"
+    times = np.zeros((repeats, len(probes)), dtype="int64")
     with _unchanged(model):
         update = (optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=0.0)))(model.parameters())
         for group in update.param_groups:
             group["lr"] = 0.0
-        batches = [make(plan.rows(int(i)), plan.lengths) for i in chosen]
+        batches = [make(probe.rows, plan.lengths) for probe in probes]
         _train(model, batches[0], to_loss, update)  # the optimizer's state exists from here on
         for i, batch in enumerate(batches):
             _tell(progress, i, num_steps)
@@ -134,31 +130,38 @@ def measure(
             peaks.append(peak)
         for turn in range(repeats):
             for i, batch in enumerate(batches):
-                _tell(progress, (turn + 1) * len(chosen) + i, num_steps)
+                _tell(progress, (turn + 1) * len(probes) + i, num_steps)
                 synchronize()
                 start = time.perf_counter_ns()
                 _train(model, batch, to_loss, update)
                 synchronize()
                 times[turn, i] = time.perf_counter_ns() - start
     fastest = times.min(axis=0)
-    shapes = ["num_rows", "input_length", *(["output_length"] if "output_length" in frame else [])]
-    steps = frame.loc[chosen, shapes].assign(dur_ns=fastest, peak_bytes=peaks)
-    packed = plan.row_starts is not None
-    own = base is None or base.calibration is None
-    attention = "block_mask" if packed else "padded"
-    cost = fit_cost(steps, attention=attention) if own else base.calibration.cost  # type: ignore[union-attr]
-    memory = fit_memory(steps.rename(columns={"num_rows": "batch_size"})) if own else base.calibration.memory  # type: ignore[union-attr]
-    modelled = cost.step_ns(steps["num_rows"], steps["input_length"], steps.get("output_length", 0))
-    anchor = float(fastest.sum() / modelled.sum())
+    steps = pd.DataFrame([probe.shape(plan.lengths) for probe in probes]).assign(dur_ns=fastest, peak_bytes=peaks)
+    attention = "padded" if plan.row_starts is None else "block_mask"
+    if own:
+        cost, memory = (
+            fit_cost(steps, attention=attention),
+            fit_memory(steps.rename(columns={"num_rows": "batch_size"})),
+        )
+    else:
+        assert base is not None
+        cost, memory = base.calibration.cost, base.calibration.memory
+    whole = steps[steps["whole"]]
+    modelled = cost.step_ns(whole["num_rows"], whole["input_length"], whole.get("output_length", 0))
+    anchor = float(whole["dur_ns"].sum() / modelled.sum())
     rows, epoch_ns = epoch_rows(plan, cost, world_size)
-    if len(chosen) < len(frame):
-        counter += f" of {len(chosen)} of {len(frame)} steps, scaled to the epoch by the fitted cost"
+    complete = len(whole) == len(plan.batches)
+    counter = "wall time"
+    if not complete:
+        counter += f" of {len(whole)} of {len(plan.batches)} steps, scaled to the epoch by the fitted cost"
     counter += f", fastest of {repeats} passes"
     if world_size > 1:
         counter += f"; {world_size} ranks run one after another, communication not visible"
+    # where every batch was run, their sum is the epoch, without the model's help
+    total = int(whole["dur_ns"].sum()) if complete and world_size == 1 else round(anchor * epoch_ns)
+    peak = int(whole["peak_bytes"].max())
     noise = float(np.median(times.max(axis=0) / fastest - 1))
-    # every batch was run: its sum is the epoch, without the model's help
-    total = int(fastest.sum()) if len(chosen) == len(frame) and world_size == 1 else round(anchor * epoch_ns)
     return Account.of(
         EPOCH_TIME,
         "ns",
@@ -170,26 +173,10 @@ def measure(
         companions=(
             cells_account(plan, "the shapes of the batches"),
             steps_account(plan, world_size, "the number of batches"),
-            peak_account(max(peaks), peak_source + ("" if len(chosen) == len(frame) else ", largest of the steps run")),
+            peak_account(peak, peak_source + ("" if complete else ", largest of the steps run")),
         ),
-        calibration=Calibration(plan, cost, memory, steps, noise, anchor if own else base.calibration.anchor),  # type: ignore[union-attr]
+        calibration=Calibration(plan, cost, memory, steps, noise, anchor),
     )
-
-
-def setting_of(plan: Plan, world_size: int = 1) -> dict[str, Any]:
-    """The knobs at which a plan stands: strategy, its limits, longest input [cells], ranks."""
-    numbers = {name: value for name, value in plan.limits.items() if isinstance(value, (int, float))}
-    numbers.pop("put_back", None)
-    longest = int(plan.lengths["input_length"].max())
-    return {"strategy": plan.strategy, **numbers, "max_length": longest, "world_size": world_size}
-
-
-def _spread(frame: pd.DataFrame, num_batches: int | None) -> Ints:
-    """Batches evenly spread in order of their padded cells, smallest and largest included, largest first."""
-    order = np.argsort((frame["num_rows"] * frame["input_length"]).to_numpy(), kind="stable")[::-1]
-    if num_batches is None or num_batches >= len(order):
-        return order
-    return order[np.rint(np.linspace(0, len(order) - 1, num_batches)).astype(int)]
 
 
 def _train(model: torch.nn.Module, batch: Any, to_loss: Any, update: torch.optim.Optimizer) -> None:

@@ -70,3 +70,11 @@ def steps_account(plan: Plan, world_size: int, source: str, **more: Any) -> Acco
 def peak_account(peak_bytes: int, source: str, **more: Any) -> Account:
     """The largest peak of any step [bytes]."""
     return Account.of("Peak memory", "bytes", {"largest step": peak_bytes}, total=peak_bytes, source=source, **more)
+
+
+def setting_of(plan: Plan, world_size: int = 1) -> dict[str, Any]:
+    """The knobs at which a plan stands: strategy, its limits, longest input [cells], ranks."""
+    numbers = {name: value for name, value in plan.limits.items() if isinstance(value, (int, float))}
+    numbers.pop("put_back", None)
+    longest = int(plan.lengths["input_length"].max())
+    return {"strategy": plan.strategy, **numbers, "max_length": longest, "world_size": world_size}

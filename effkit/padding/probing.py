@@ -1,0 +1,54 @@
+"""Which batches a measurement runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.padding.buckets import Ints
+from effkit.padding.plans import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """One batch to run: the example indices of each row, and whether it is a batch of the plan as it stands."""
+
+    rows: list[Ints]
+    whole: bool
+
+    def shape(self, lengths: pd.DataFrame) -> dict[str, Any]:
+        """``num_rows``, padded ``input_length`` and, where known, ``output_length`` [cells]; ``whole``."""
+        padded = {name: max(int(lengths[name].to_numpy()[row].sum()) for row in self.rows) for name in lengths}
+        return {"num_rows": len(self.rows), **padded, "whole": self.whole}
+
+
+def choose(plan: Plan, num_batches: int | None, *, cut_down: bool) -> list[Probe]:
+    """Batches of the plan, evenly spread in order of their padded cells, the largest first.
+
+    With ``cut_down``, half of them (and four beside all of them) are not whole: the longest rows of the largest
+    batch, a batch of the plan's shortest rows, the shorter half of a middling batch, a few of the shortest rows.
+    """
+    frame = plan.frame
+    order = np.argsort((frame["num_rows"] * frame["input_length"]).to_numpy(), kind="stable")[::-1]
+    num_cut = 0 if not cut_down else 4 if num_batches is None else num_batches // 2
+    num_whole = len(order) if num_batches is None else min(len(order), num_batches - num_cut)
+    chosen = order[np.rint(np.linspace(0, len(order) - 1, num_whole)).astype(int)]
+    probes = [Probe(plan.rows(int(batch)), True) for batch in chosen]
+    return probes + [Probe(rows, False) for rows in _cut_down(plan, order)[:num_cut]]
+
+
+def _cut_down(plan: Plan, order: Ints) -> list[list[Ints]]:
+    lengths = plan.lengths["input_length"].to_numpy()
+
+    def by_length(rows: list[Ints]) -> list[Ints]:
+        return sorted(rows, key=lambda row: int(lengths[row].sum()))
+
+    usual = max(1, int(np.median(plan.frame["num_rows"])))
+    few = max(1, usual // 4)
+    # the shortest batches hold the shortest rows of a bucketed plan, and a fair sample of a shuffled one
+    pool = by_length([row for batch in order[-16:] for row in plan.rows(int(batch))])
+    middle = by_length(plan.rows(int(order[len(order) // 2])))
+    return [by_length(plan.rows(int(order[0])))[-few:], pool[:usual], middle[: max(1, len(middle) // 2)], pool[:few]]

@@ -1,0 +1,180 @@
+"""Receipt: a prediction beside the measurement of the same setting, and the error ledger that receipts go into."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from effkit.account import Account, readable
+
+LEDGER_COLUMNS = (
+    "lab", "model", "knob", "setting", "quantity", "unit",
+    "predicted", "low", "high", "measured", "error", "in_range", "provenance",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Receipt:
+    """A prediction beside the measurement of the same setting.
+
+    Parameters
+    ----------
+    predicted, measured
+        Two Accounts of the same unit. Companions are matched by title.
+    setting
+        What was predicted and then run.
+    provenance
+        Device, torch version, date.
+
+    Examples
+    --------
+    >>> guess = Account.of("Steps", "steps", {"steps": 11}, total=11, source="plan", low=10, high=12)
+    >>> truth = Account.of("Steps", "steps", {"steps": 10}, total=10, source="loop counter")
+    >>> receipt = Receipt(guess, truth)
+    >>> round(receipt.error, 3), receipt.within_band
+    (0.1, True)
+    """
+
+    predicted: Account
+    measured: Account
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.predicted.unit != self.measured.unit:
+            raise ValueError(
+                f"a receipt compares like with like; given: {self.predicted.unit} and {self.measured.unit}"
+            )
+
+    @property
+    def error(self) -> float:
+        """Signed error of the prediction as a fraction: predicted / measured - 1. Positive: predicted too much."""
+        return _error(self.predicted.total, self.measured.total)
+
+    @property
+    def within_band(self) -> bool:
+        """True when the measured total lies in the predicted band."""
+        return _within(self.predicted, self.measured)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per quantity: predicted, low, high, measured [unit], error (signed fraction), and two verdicts."""
+        rows = [
+            {
+                "quantity": guess.title,
+                "unit": guess.unit,
+                "predicted": guess.total,
+                "low": guess.low,
+                "high": guess.high,
+                "measured": truth.total,
+                "error": _error(guess.total, truth.total),
+                "within_band": _within(guess, truth),
+                "in_range": guess.in_range,
+            }
+            for guess, truth in self._pairs()
+        ]
+        return pd.DataFrame(rows).set_index("quantity").astype({"low": "Int64", "high": "Int64"})
+
+    def _pairs(self) -> Iterable[tuple[Account, Account]]:
+        yield self.predicted, self.measured
+        truths = {account.title: account for account in self.measured.companions}
+        for guess in self.predicted.companions:
+            if guess.title in truths:
+                yield guess, truths[guess.title]
+
+    def append_to(self, path: str | Path, *, lab: str, model: str, knob: str) -> None:
+        """Append one line per quantity to an error ledger (CSV), which is created with a header if absent.
+
+        Raises
+        ------
+        ValueError
+            When the file exists and its header is not a ledger's: nothing is written.
+        """
+        path = Path(path)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not path.exists():
+            writer.writerow(LEDGER_COLUMNS)
+        else:
+            content = path.read_bytes()
+            header = content.partition(b"\n")[0].decode("utf-8", errors="replace").strip()
+            if not content.endswith(b"\n"):
+                text.write("\n")
+            if header != ",".join(LEDGER_COLUMNS):
+                raise ValueError(
+                    f"{path} is not an error ledger: its first line is {header[:80]!r}. Choose another file"
+                )
+        for quantity, row in self.frame.iterrows():
+            cells = [row["unit"], row["predicted"], row["low"], row["high"], row["measured"]]
+            blank = ["" if pd.isna(cell) else cell for cell in cells]
+            writer.writerow(
+                [lab, model, knob, json.dumps(dict(self.setting), sort_keys=True, default=str), quantity, *blank,
+                 f"{row['error']:.6f}", row["in_range"], json.dumps(dict(self.provenance), sort_keys=True, default=str)]
+            )  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as ledger:
+            ledger.write(text.getvalue())
+
+    def sentence(self) -> str:
+        """The receipt of the main quantity in one sentence."""
+        guess, truth = self.predicted, self.measured
+        verdict = "inside the band" if self.within_band else "outside the band" if guess.predicted else "no band given"
+        tail = "" if guess.in_range else "; the prediction had gone beyond its calibrated range"
+        return (
+            f"Receipt: predicted {readable(guess.total, guess.unit)}, measured "
+            f"{readable(truth.total, truth.unit)}, error {self.error:+.1%}, {verdict}{tail}."
+        )
+
+    def __repr__(self) -> str:
+        lines = [self.sentence()]
+        for guess, truth in list(self._pairs())[1:]:
+            error = _error(guess.total, truth.total)
+            lines.append(
+                f"  {guess.title}: predicted {readable(guess.total, guess.unit)}, "
+                f"measured {readable(truth.total, truth.unit)}, error {error:+.1%}"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f"<td>{html.escape(cell)}</td>"
+                for cell in (
+                    guess.title,
+                    readable(guess.total, guess.unit),
+                    f"{readable(guess.low, guess.unit)} … {readable(guess.high, guess.unit)}"
+                    if guess.low is not None and guess.high is not None
+                    else "exact",
+                    readable(truth.total, truth.unit),
+                    f"{_error(guess.total, truth.total):+.1%}",
+                    "yes" if _within(guess, truth) else "no",
+                )
+            )
+            + "</tr>"
+            for guess, truth in self._pairs()
+        )
+        heads = "".join(f"<th>{head}</th>" for head in ("", "predicted", "band", "measured", "error", "within band"))
+        return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _error(predicted: float, measured: float) -> float:
+    if measured == 0:
+        return 0.0 if predicted == 0 else math.copysign(math.inf, predicted)
+    return predicted / measured - 1
+
+
+def _within(predicted: Account, measured: Account) -> bool:
+    """A prediction without a band claims to be exact."""
+    low = predicted.total if predicted.low is None else predicted.low
+    high = predicted.total if predicted.high is None else predicted.high
+    return low <= measured.total <= high

@@ -1,0 +1,105 @@
+"""The file of a Capture: a zip of capture.json and one CSV per frame. Nothing in it is code."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from effkit import snapshot, trace
+
+Frames = dict[str, pd.DataFrame]
+
+FORMAT = "effkit capture"
+VERSION = 1
+_LARGEST_BYTES = 4 * 2**30  # what a saved capture may unpack to
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # zip entries carry no clock, so that equal captures are equal files
+_LARGEST_HEADER = 2**24
+_DENSEST = 200  # times that an entry may unpack; tables of numbers and names stay far below
+FRAMES: Mapping[str, tuple[str, ...]] = {"events": trace.EVENT_COLUMNS, "allocations": snapshot.ALLOCATION_COLUMNS}
+
+
+def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> Path:
+    """Write beside its place and move there whole; equal content makes equal bytes."""
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "provenance": dict(provenance),
+        "columns": {name: {c: str(t) for c, t in frame.dtypes.items()} for name, frame in frames.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        try:
+            with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+                _put(archive, "capture.json", json.dumps(header, indent=1, sort_keys=True, default=str))
+                for name, frame in frames.items():
+                    _put(archive, f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+            part.close()
+            os.chmod(part.name, 0o666 & ~_umask())  # temporary files are private; a saved capture is not
+            os.replace(part.name, path)
+        except BaseException:
+            os.unlink(part.name)
+            raise
+    return path
+
+
+def read(path: Path) -> tuple[Frames, dict[str, Any]]:
+    """The frames and the provenance of a file that :func:`write` wrote.
+
+    Raises
+    ------
+    ValueError
+        For any other file, a damaged one, one that unpacks to too much, or one of a newer version.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(archive)
+    except Exception as error:  # whatever a stranger's bytes provoke in zip, JSON or CSV readers is one answer here
+        raise ValueError(f"{path} is not a capture that can be read: {error}") from error
+
+
+def _read(archive: zipfile.ZipFile) -> tuple[Frames, dict[str, Any]]:
+    for entry in archive.infolist():
+        if entry.file_size > _LARGEST_BYTES or entry.file_size > _LARGEST_HEADER + _DENSEST * entry.compress_size:
+            raise ValueError(f"{entry.filename} would unpack from {entry.compress_size:,} to {entry.file_size:,} bytes")
+    if archive.getinfo("capture.json").file_size > _LARGEST_HEADER:
+        raise ValueError(f"its capture.json is larger than {_LARGEST_HEADER:,} bytes")
+    header = json.loads(archive.read("capture.json"))
+    if not isinstance(header, dict) or header.get("format") != FORMAT or not isinstance(header.get("provenance"), dict):
+        raise ValueError(f"its capture.json does not say “{FORMAT}”")
+    if not isinstance(header.get("version"), int) or header["version"] > VERSION:
+        raise ValueError(
+            f"it is of version {header.get('version')} and this effkit reads up to {VERSION}: upgrade effkit"
+        )
+    frames = {name: _frame(archive, name, columns) for name, columns in header["columns"].items() if name in FRAMES}
+    if "events" not in frames:
+        raise ValueError("it holds no events")
+    return frames, header["provenance"]
+
+
+def _frame(archive: zipfile.ZipFile, name: str, columns: dict[str, str]) -> pd.DataFrame:
+    if missing := [column for column in FRAMES[name] if column not in columns]:
+        raise ValueError(f"its {name} lack the columns {', '.join(missing)}")
+    absent = {column: [""] for column, kind in columns.items() if kind != "str"}
+    with archive.open(f"{name}.csv") as file:
+        # the line ends that save() writes and no others: a name may hold a carriage return
+        frame = pd.read_csv(file, dtype=columns, keep_default_na=False, na_values=absent, lineterminator="\n")
+    if set(frame.columns) != set(columns):
+        raise ValueError(f"its {name} have the columns {', '.join(frame.columns)}, and capture.json names others")
+    return frame
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _put(archive: zipfile.ZipFile, name: str, text: str) -> None:
+    archive.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), text, compress_type=zipfile.ZIP_DEFLATED)

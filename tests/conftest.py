@@ -1,0 +1,53 @@
+"""What several test files share: small recordings, made once."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("MPLBACKEND", "agg")
+settings.register_profile("effkit", deadline=None, max_examples=60)
+settings.load_profile("effkit")
+
+
+def matmul_step():
+    """A training step in miniature: allocates, computes, frees."""
+    import torch
+
+    weight = torch.ones(16, 16, requires_grad=True)
+    (weight @ torch.ones(16, 8)).relu().sum().backward()
+
+
+@pytest.fixture(scope="session")
+def step():
+    return matmul_step
+
+
+@pytest.fixture(scope="session")
+def seen():
+    """A live Capture of three small steps, memory included."""
+    import effkit as ek
+
+    return ek.capture(matmul_step, memory=True, settings={"rows": 16, "name": "é"}, what="a small step")
+
+
+@pytest.fixture(scope="session")
+def kineto(tmp_path_factory) -> bytes:
+    """What torch.profiler itself exports, with memory, without effkit's help."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    path: Path = tmp_path_factory.mktemp("kineto") / "trace.json"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as profiler:
+        for _ in range(3):
+            with record_function("a name, with a comma"):
+                matmul_step()
+    profiler.export_chrome_trace(str(path))
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def plain_events(kineto) -> list[dict]:
+    """The same trace as plain Python reads it."""
+    return json.loads(kineto)["traceEvents"]

@@ -1,0 +1,119 @@
+"""The padding notebook as a reader meets it: JupyterLab in a real browser, a keyboard, and the button.
+
+Pictures of what the reader saw are left in tests/screenshots/.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from lab_browser import (
+    REPO,
+    cell_errors,
+    click_measure,
+    first_slider,
+    jupyterlab,
+    notebook_page,
+    press_key,
+    run_all_cells,
+    status_text,
+    svg_markup,
+    wait_for_receipt,
+    wait_until,
+    whatif,
+    why_no_browser,
+)
+
+NOTEBOOK = REPO / "notebooks" / "01_padding.ipynb"
+SCREENSHOTS = Path(__file__).parent / "screenshots"
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser())),
+]
+
+
+def started_by(pid: int) -> set[psutil.Process]:
+    return set(psutil.Process(pid).children(recursive=True))
+
+
+def still_there(processes: set[psutil.Process]) -> list[str]:
+    """The commands of those that have not ended ten seconds from now; they are ended then, for the next test's sake.
+
+    One that has ended but that its new parent has not yet buried has ended.
+    """
+    left = [p for p in psutil.wait_procs(processes, timeout=10)[1] if p.status() != psutil.STATUS_ZOMBIE]
+    commands = [" ".join(process.cmdline()) for process in left]
+    for process in left:
+        process.kill()
+    return commands
+
+
+def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt():
+    assert NOTEBOOK.is_file(), f"the notebook to open is missing: {NOTEBOOK}"
+    SCREENSHOTS.mkdir(exist_ok=True)
+    before, blocked = started_by(os.getpid()), []
+    with jupyterlab(NOTEBOOK.parent) as lab, notebook_page(lab, NOTEBOOK.name, blocked) as page:
+        try:
+            run_all_cells(page, timeout_s=300)
+            slider, sentence, picture = first_slider(page), status_text(page), svg_markup(page)
+            press_key(page, slider, "ArrowRight")
+            wait_until(page, lambda: status_text(page) != sentence, "the sentence followed the slider", 10)
+            wait_until(page, lambda: svg_markup(page) != picture, "the picture followed the slider", 10)
+            assert "receipt" not in status_text(page).lower(), "a receipt for a setting that nobody has run"
+            whatif(page).screenshot(path=SCREENSHOTS / "whatif_moved.png")
+
+            click_measure(page)
+            sentence = wait_for_receipt(page)
+            assert any(sign.isdigit() for sign in sentence), f"a receipt without a number: {sentence}"
+            whatif(page).screenshot(path=SCREENSHOTS / "whatif_receipt.png")
+
+            assert cell_errors(page) == []
+            assert "Traceback" not in lab.log.read_text()
+            assert blocked == [], "nothing may be asked of the network"
+        finally:  # after a failure this is what the reader would be looking at
+            if whatif(page).count():
+                whatif(page).evaluate("element => element.scrollIntoView({block: 'center'})")
+            page.screenshot(path=SCREENSHOTS / "page.png")
+        family = started_by(os.getpid()) - before
+        assert lab.process in family
+        assert started_by(lab.process.pid), "no kernel was seen, so its end would prove nothing"
+    assert still_there(family) == []
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from lab_browser import jupyterlab, notebook_page
+with jupyterlab(Path(sys.argv[1])) as lab, notebook_page(lab, "one.ipynb"):
+    print(lab.process.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_nothing_is_left_running_when_the_test_itself_is_killed(tmp_path):
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    one = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")], metadata=kernel)
+    nbformat.write(one, tmp_path / "one.ipynb")
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    # a killed test cannot remove its files; the folder's name is short because chromium puts a socket in it
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temp:
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": temp}
+        with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as test:
+            try:
+                server = int(test.stdout.readline())
+                family = started_by(test.pid)
+                assert psutil.Process(server) in family
+                assert started_by(server), "no kernel was seen, so its end would prove nothing"
+            finally:
+                test.send_signal(signal.SIGKILL)
+        assert still_there(family) == []

@@ -1,0 +1,112 @@
+"""What is installed is what is pinned, the same way everywhere, and the repository names no particular machine."""
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+REPO = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+NAMED = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
+LINES = [line for line in (REPO / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+ENVIRONMENT = REPO / "environment.yml"
+
+
+def pins() -> dict[str, Version]:
+    pairs = [line.split(";")[0].split("==") for line in LINES]
+    return {canonicalize_name(name.strip()): Version(version.strip()) for name, version in pairs}
+
+
+def repository_files() -> list[Path]:
+    """Everything that is, or could be, committed."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [REPO / name for name in names if name and (REPO / name).is_file()]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_constraint_is_one_exact_public_version(line):
+    assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*(\s*;.*)?", line), "no local build (+cpu), path or address"
+
+
+def test_no_package_is_pinned_twice():
+    assert len(pins()) == len(LINES)
+
+
+@pytest.mark.parametrize("line", NAMED)
+def test_every_requirement_is_pinned_within_its_range(line):
+    requirement = Requirement(line)
+    assert requirement.url is None
+    pinned = pins().get(canonicalize_name(requirement.name))
+    assert pinned is not None, f"constraints.txt lacks {requirement.name}"
+    assert requirement.specifier.contains(pinned, prereleases=False), f"{line} does not allow {pinned}"
+
+
+def test_torch_is_resolved_first():
+    assert Requirement(PROJECT["dependencies"][0]).name == "torch"
+
+
+def test_environment_yml_installs_the_same_as_make():
+    content = yaml.safe_load(ENVIRONMENT.read_text())
+    assert content["name"] == PROJECT["name"] == "effkit"
+    assert content["channels"] == ["conda-forge"]
+    python, pip, requirements = content["dependencies"]
+    assert python == f"python{PROJECT['requires-python']}"
+    assert pip == "pip"
+    assert requirements == {"pip": ["-c constraints.txt", "-e .[test,dev]"]}
+    assert set(EXTRAS) == {"test", "dev"}
+
+
+def test_files_that_the_package_names_are_there():
+    for name in (PROJECT["readme"], *PROJECT["license-files"]):
+        assert (REPO / name).is_file()
+
+
+def test_ci_only_calls_make_test():
+    script = REPO / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = [line.strip() for line in script.read_text().splitlines()]
+    commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["exec make test"]
+
+
+# a mirror, an index option, or somebody's home: written so that these lines do not match themselves
+ELSEWHERE = {
+    "a package registry": r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|conda\.anaconda\.org"
+    r"|--(?:extra-)?index-ur[l]|--find-link[s]|--trusted-hos[t]",
+    "a path of one machine": r"(?<![\w.])/(?:wor[k]|roo[t]|User[s])/",
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_no_file_names(what):
+    found = []
+    for path in repository_files():
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+            if match := re.search(ELSEWHERE[what], line):
+                found.append(f"{path.relative_to(REPO)}:{number}: {match.group()}")
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("a package registry", "pip install --index-" + "url https://x"),
+        ("a package registry", "https://files.python" + "hosted.org/x"),
+        ("a path of one machine", '"/wo' + 'rk/main/x"'),
+        ("a path of one machine", "cd /ro" + "ot/.cache"),
+    ],
+)
+def test_the_check_for_names_notices_them(what, line):
+    assert re.search(ELSEWHERE[what], line)

@@ -1,0 +1,101 @@
+"""What only a GPU can show: its allocator's own peak, its kernels, and predictions that hold on it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import effkit as ek
+from effkit import padding
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def train():
+    """A training step whose memory is the same each time: gradients go as they came."""
+    model = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 512)).cuda()
+    batch = torch.randn(1024, 512, device="cuda")
+
+    def step():
+        model(batch).square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def lengths() -> pd.DataFrame:
+    """Utterances of 2 to 30 s with their tokens."""
+    generator = np.random.default_rng(0)
+    frames = np.clip(generator.lognormal(6.6, 0.6, 640), 200, 3000).astype("int64")
+    return pd.DataFrame({"input_length": frames, "output_length": np.maximum(4, frames // 25)})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ek.models.speech(encoder_layers=8, decoder_layers=4, hidden=512, heads=8, vocabulary=5000)
+
+
+def test_the_peak_is_the_allocators_own(train):
+    for _ in range(3):
+        train()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    train()
+    torch.cuda.synchronize()
+    expected = torch.cuda.max_memory_allocated()
+    seen = ek.capture(train, memory=True)
+    assert seen.provenance["peak_bytes"] == expected
+    assert seen.provenance["peak_source"] == "torch.cuda.max_memory_allocated"
+
+
+def test_allocations_of_the_gpu_are_told_from_those_of_the_host(train):
+    seen = ek.capture(train, memory=True)
+    assert "device0" in set(seen.allocations["device"])
+    assert seen.allocations.loc[seen.allocations["device"] == "device0", "size_bytes"].max() >= 1024 * 2048 * 4
+
+
+def test_kernels_carry_their_stream_and_the_launch_they_came_from(train):
+    seen = ek.capture(train)
+    kernels = seen.events[seen.events["category"] == "kernel"]
+    assert len(kernels) >= 3 * 5
+    assert kernels["stream"].notna().all()
+    assert kernels["correlation"].notna().all()
+    launches = seen.events[seen.events["category"].isin(["cuda_runtime", "cuda_driver"])]
+    assert set(kernels["correlation"]) <= set(launches["correlation"].dropna())
+    assert (kernels["dur_ns"] > 0).all()
+
+
+def test_a_capture_of_a_gpu_comes_back_as_it_was(train, tmp_path):
+    seen = ek.capture(train, memory=True)
+    back = ek.load(seen.save(tmp_path / "seen.zip"))
+    pd.testing.assert_frame_equal(back.events, seen.events)
+    pd.testing.assert_frame_equal(back.allocations, seen.allocations)
+
+
+@pytest.mark.slow
+def test_a_bucketed_epoch_is_predicted_from_a_random_one(model, lengths):
+    base = padding.measure(padding.plan(lengths, "random", batch_size=16), model, num_batches=8)
+    guess = padding.predict(base, strategy="bucket", num_buckets=6)
+    truth = padding.measure(padding.plan(lengths, "bucket", batch_size=16, num_buckets=6), model, base=base)
+    receipt = ek.Receipt(guess, truth).frame
+    assert guess.total < base.total
+    assert abs(receipt["error"].iloc[0]) < 0.10, receipt
+    assert abs(receipt.loc[receipt["unit"] == "bytes", "error"]).item() < 0.08, receipt
+
+
+@pytest.mark.slow
+def test_this_gpu_reaches_no_more_than_its_datasheet(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = ek.Device.here()
+    assert here.kind == "cuda"
+    if here.datasheet is None:
+        pytest.skip(f"no datasheet held for {here.name}")
+    reached = here.frame["reached_frac"].dropna()
+    assert len(reached) >= 3
+    assert (reached <= 1.05).all(), here.frame
+    assert reached.drop("memory [B]").min() > 0.2, here.frame

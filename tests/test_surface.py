@@ -1,0 +1,174 @@
+"""What effkit shows to the outside, and how it is built inside."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import effkit
+
+ROOT = Path(effkit.__file__).parent
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+MODULES = ["effkit", *(found.name for found in pkgutil.walk_packages(effkit.__path__, "effkit."))]
+
+PUBLIC = {
+    "effkit": ["Account", "Capture", "Device", "Receipt", "WhatIf", "capture", "load", "models", "padding"],
+    "effkit.padding": [
+        "CostModel", "MemoryModel", "Plan", "STRATEGIES", "Watch", "account", "fit_cost", "fit_memory", "lengths",
+        "lengths_from_buckets", "measure", "plan", "predict", "watch", "whatif",
+    ],
+    "effkit.models": ["speech", "text"],
+}  # fmt: skip
+
+# From top to bottom; imports go down only. Rooms on one line may not import one another.
+HOUSE = [
+    {"__init__"},
+    {"advice"},
+    {"published"},
+    {"padding", "activations", "moe", "decoder"},
+    {"models"},
+    {"whatif"},
+    {"view"},
+    {"recording"},
+    {"storage"},
+    {"trace"},
+    {"snapshot"},
+    {"device"},
+    {"datasheets"},
+    {"receipt"},
+    {"account"},
+]
+FLOOR = {room: -depth for depth, rooms in enumerate(HOUSE) for room in rooms}
+# Account.plot() has to reach the drawing functions; inside the function, so that nothing is loaded for it
+PERMITTED_WHEN_CALLED = {("account", "view")}
+
+
+def room_of(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def runs_on_import(tree: ast.Module):
+    """Nodes outside functions and outside ``if TYPE_CHECKING``."""
+    todo: list[ast.AST] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+            continue
+        yield node
+        todo += ast.iter_child_nodes(node)
+
+
+def imported_rooms(nodes) -> set[str]:
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they lead; write effkit.<module>"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    parts = [name.split(".") for name in names if name.split(".")[0] == "effkit"]
+    # `from effkit import Account` takes it from the top of the house, `from effkit import view` does not
+    return {part[1] if len(part) > 1 and part[1] in FLOOR else "__init__" for part in parts}
+
+
+def upward(*, only_on_import: bool) -> set[tuple[str, str]]:
+    found = set()
+    for file in FILES:
+        room, tree = room_of(file), ast.parse((ROOT / file).read_text())
+        for other in imported_rooms(runs_on_import(tree) if only_on_import else ast.walk(tree)):
+            if other != room and FLOOR[other] >= FLOOR[room]:
+                found.add((room, other))
+    return found
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module):
+    names = importlib.import_module(module).__all__
+    assert sorted(names) == PUBLIC[module]
+    assert all(hasattr(importlib.import_module(module), name) for name in names)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_has_its_place_in_the_house(file):
+    assert room_of(file) in FLOOR, "a new module needs a line in DESIGN's list of modules, and in HOUSE"
+
+
+def test_imports_go_down_the_house():
+    assert upward(only_on_import=True) == set()
+
+
+@pytest.mark.xfail(reason="view.py imports effkit.padding.plans for a type: up, and into one analysis", strict=True)
+def test_imports_for_types_and_inside_functions_go_down_too():
+    assert upward(only_on_import=False) <= PERMITTED_WHEN_CALLED
+
+
+def test_the_import_check_notices_an_import_that_goes_up():
+    assert imported_rooms(ast.walk(ast.parse("from effkit.padding.plans import Plan"))) == {"padding"}
+    assert imported_rooms(ast.walk(ast.parse("from effkit import Account, view"))) == {"__init__", "view"}
+    assert imported_rooms(runs_on_import(ast.parse("def f():\n    import effkit.view"))) == set()
+    assert FLOOR["padding"] > FLOOR["view"] > FLOOR["account"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_are_short(file):
+    assert len((ROOT / file).read_text().splitlines()) <= 300
+
+
+def test_names_say_what_things_do():
+    assert not [file for file in FILES if Path(file).stem in ("utils", "helpers", "common", "misc")]
+    classes = [
+        node.name
+        for file in FILES
+        for node in ast.walk(ast.parse((ROOT / file).read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert not [name for name in classes if name.endswith(("Manager", "Analyzer", "Helper"))]
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_no_module_bears_the_name_of_a_public_function(module):
+    package = importlib.import_module(module)
+    modules = {found.name for found in pkgutil.iter_modules(package.__path__)}
+    assert not {name for name in package.__all__ if callable(getattr(package, name))} & modules
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_prints_unpickles_or_calls_out(file):
+    tree = ast.parse((ROOT / file).read_text())
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & {"print", "pickle.load", "pickle.loads", "torch.load"}
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert not modules & {"pickle", "requests", "urllib", "urllib.request", "socket"}
+
+
+def test_a_trace_is_read_where_torch_and_transformers_are_absent():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "import effkit.trace\n"
+        "events, memory = effkit.trace.read(b'{\"traceEvents\": []}')\n"
+        "assert len(events) == len(memory) == 0"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_hold(module, request):
+    if module == "effkit.device":
+        reason = "Device's second example uses the name that its skipped first example would have made"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+def test_there_are_examples_in_docstrings():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(examples) > 5

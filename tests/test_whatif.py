@@ -1,0 +1,259 @@
+"""The sliders, without a browser: what they show, what they measure, and how they say no."""
+
+import base64
+import contextlib
+import threading
+import time
+
+import ipywidgets as widgets
+import pandas as pd
+import pytest
+
+from effkit import padding, view
+from effkit.account import Account
+from effkit.receipt import Receipt
+from effkit.whatif import Choice, Slider, WhatIf
+
+KNOBS = [
+    Slider("rows", "Rows [count]", 1, 100, 1, "Rows per batch"),
+    Slider("ranks", "Ranks [count]", 1, 8, 1, "Ranks that share it", rest=2),
+    Choice("order", "Order", ["random", "sorted"], "How rows are chosen"),
+]
+
+
+def at(rows, order, *, total=None, **more) -> Account:
+    return Account.of("Time", "ns", {"real": rows}, total=total or 10 * rows, source="clock",
+                      setting={"rows": rows, "order": order}, **more)  # fmt: skip
+
+
+BASE = at(10, "random").with_companions(Account.of("Steps", "steps", {"steps": 7}, total=7, source="loop"))
+
+
+def predict(base, *, rows, order, ranks):
+    if rows > 90:
+        raise ValueError("<rows> must be 90 at most")
+    if {"rows": rows, "order": order} == base.setting:
+        return base
+    return at(rows, order, low=9 * rows, high=11 * rows, in_range=rows <= 50)
+
+
+def measure(progress, *, rows, order, ranks):
+    progress(0, 1)
+    return at(rows, order, total=8 * rows)
+
+
+def panel(measure=measure) -> WhatIf:
+    return WhatIf(BASE, predict, KNOBS, measure)
+
+
+def inside(widget, kind):
+    """Every widget of a kind in the tree, in order of display."""
+    children = getattr(widget, "children", ())
+    return [w for child in children for w in ([child] if isinstance(child, kind) else []) + inside(child, kind)]
+
+
+def button(widget, word):
+    return next(b for b in inside(widget, widgets.Button) if b.description == word)
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def test_at_rest_it_shows_the_measured_account_itself():
+    rest = panel()
+    assert rest.result is BASE
+    assert rest.setting == {"rows": 10, "ranks": 2, "order": "random"}
+    assert rest.shown() == "Time: 100 ns, measured. Move a control to ask what if. Steps: 7 steps."
+    assert '<p role="status" aria-live="polite"' in rest.screen.value
+    assert '<svg role="img" aria-label="Time: 100 ns, measured.' in rest.screen.value
+
+
+def test_moving_a_control_changes_setting_result_and_screen():
+    moved = panel()
+    moved.controls["rows"].value = 20
+    assert moved.setting["rows"] == 20
+    assert moved.result.total == 200
+    assert moved.shown() == "Time: 200 ns (predicted; band 180 ns to 220 ns), +100% against 100 ns measured."
+    moved.controls["order"].value = "sorted"
+    assert moved.result.setting == {"rows": 20, "order": "sorted"}
+    moved.controls["rows"].value, moved.controls["order"].value = 10, "random"
+    assert moved.result is BASE
+
+
+def test_outside_its_range_it_says_so():
+    moved = panel()
+    moved.controls["rows"].value = 60
+    assert "outside the calibrated range" in moved.shown()
+
+
+def test_the_number_box_and_the_slider_are_one():
+    moved = panel()
+    box = inside(moved, widgets.BoundedIntText)[0]
+    box.value = 33
+    assert moved.controls["rows"].value == moved.result.setting["rows"] == 33
+    moved.controls["rows"].value = 44
+    assert box.value == 44
+    box.value = 1000
+    assert moved.controls["rows"].value == box.value == 100, "a number beyond the slider's end stops there"
+
+
+def test_a_measured_setting_beyond_the_slider_still_has_its_rest_position():
+    wide = WhatIf(BASE, predict, [Slider("rows", "Rows [count]", 20, 30, 1, "")])
+    assert wide.controls["rows"].value == 10
+
+
+def test_a_setting_that_cannot_be_kept_is_said_on_the_screen():
+    refused = panel()
+    refused.controls["rows"].value = 95
+    assert refused.screen.value.startswith('<p role="alert"')
+    assert "&lt;rows&gt;" in refused.screen.value
+    assert refused.shown() == "<rows> must be 90 at most"
+    refused.controls["rows"].value = 20
+    assert refused.shown().startswith("Time: 200 ns")
+
+
+def test_measure_gives_a_receipt_and_keeps_it():
+    measured = panel()
+    measured.controls["rows"].value = 20
+    receipt = measured.measure()
+    assert isinstance(receipt, Receipt)
+    assert (receipt.predicted.total, receipt.measured.total) == (200, 160)
+    assert receipt.setting == {"rows": 20, "order": "random"}
+    assert "torch" in receipt.provenance
+    assert measured.receipts == [receipt]
+    assert measured.shown().startswith("Receipt: predicted 200 ns, measured 160 ns, error +25.0%, outside the band.")
+    # it belongs to its setting: gone elsewhere, there again on return
+    measured.controls["rows"].value = 30
+    assert "Receipt" not in measured.shown()
+    measured.controls["rows"].value = 20
+    assert "Receipt" in measured.shown()
+
+
+def test_a_receipt_never_pairs_two_settings():
+    refused = panel()
+    refused.controls["rows"].value = 60
+    refused.controls["rows"].value = 95
+    with contextlib.suppress(ValueError):
+        refused.measure()
+    assert all(receipt.predicted.setting == receipt.measured.setting for receipt in refused.receipts)
+
+
+def test_without_a_live_model_there_is_nothing_to_measure_on():
+    rest = panel(measure=None)
+    assert button(rest, "Measure it").disabled
+    with pytest.raises(RuntimeError, match="make this what-if with the live model"):
+        rest.measure()
+
+
+def test_an_error_of_the_measurement_comes_through_and_can_be_repeated():
+    def fails(progress, **_):
+        raise MemoryError("too <large>")
+
+    failing = panel(fails)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            failing.measure()
+    button(failing, "Measure it").click()
+    wait_for(lambda: "failed" in failing.shown())
+    assert failing.shown() == "The measurement failed: too <large>"
+    assert not button(failing, "Measure it").disabled
+    assert failing.receipts == []
+
+
+def test_the_button_measures_in_the_background_and_stop_ends_it():
+    def endless(progress, **_):
+        for done in range(10**6):
+            progress(done, 10**6)
+            time.sleep(0.001)
+
+    busy = panel(endless)
+    run, stop = button(busy, "Measure it"), button(busy, "Stop")
+    (bar,) = inside(busy, widgets.IntProgress)
+    assert stop.disabled
+    run.click()
+    wait_for(lambda: bar.value > 3)
+    assert run.disabled
+    assert not stop.disabled
+    assert bar.layout.visibility == "visible"
+    busy.controls["rows"].value = 20
+    assert busy.shown().startswith("Time: 200 ns"), "sliders go on working"
+    with pytest.raises(RuntimeError, match="a measurement is under way"):
+        busy.measure()
+    stop.click()
+    wait_for(lambda: busy.shown() == "Stopped: no receipt for this setting.")
+    assert (run.disabled, stop.disabled, bar.layout.visibility) == (False, True, "hidden")
+    assert busy.receipts == []
+
+
+def test_the_setting_may_move_on_while_it_is_measured():
+    started, go_on = threading.Event(), threading.Event()
+
+    def waits(progress, *, rows, order, ranks):
+        started.set()
+        go_on.wait(20)
+        return at(rows, order)
+
+    busy = panel(waits)
+    button(busy, "Measure it").click()
+    assert started.wait(20)
+    busy.controls["rows"].value = 20
+    go_on.set()
+    wait_for(lambda: busy.receipts and not button(busy, "Measure it").disabled)
+    (receipt,) = busy.receipts
+    assert receipt.predicted.setting == receipt.measured.setting == BASE.setting
+
+
+def mime(widget) -> dict[str, str]:
+    bundle = widget._repr_mimebundle_()
+    return bundle[0] if isinstance(bundle, tuple) else bundle
+
+
+def test_readers_without_a_kernel_see_a_picture():
+    data = mime(panel())
+    assert data["text/plain"] == "WhatIf over rows, ranks, order"
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_the_picture_for_readers_without_a_kernel_shows_no_other_settings_receipt():
+    moved = panel()
+    moved.measure()
+    moved.controls["rows"].value = 20
+    expected = view.Comparison(BASE).png(moved.result, None)
+    assert base64.b64decode(mime(moved)["image/png"]) == expected
+
+
+@pytest.fixture(scope="module")
+def padding_panel() -> WhatIf:
+    from effkit import models
+
+    model = models.text(layers=1, hidden=16, heads=2, vocabulary=50)
+    plan = padding.plan(pd.DataFrame({"input_length": range(4, 36, 4)}), "random", batch_size=2)
+    return padding.whatif(padding.measure(plan, model, repeats=1), model, repeats=1)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_every_slider_names_its_unit_and_explains_itself(own, padding_panel):
+    for slider in inside(panel() if own else padding_panel, widgets.IntSlider):
+        assert slider.description.endswith("]")
+        assert "[" in slider.description
+        assert slider.tooltip
+        assert slider.readout_format == ",d"
+
+
+def test_every_slider_says_where_it_rests():
+    marks = [mark.value for mark in inside(panel(), widgets.HTML)]
+    assert "● measured at 10" in marks[0]
+    assert "not used by what was measured" in marks[1]
+
+
+def test_the_padding_panel_predicts_and_measures_on_its_live_model(padding_panel):
+    padding_panel.controls["strategy"].value = "sorted"
+    receipt = padding_panel.measure()
+    assert receipt.setting["strategy"] == "sorted"
+    assert receipt.predicted.setting == receipt.measured.setting
+    assert padding_panel.shown().startswith("Receipt: predicted")
