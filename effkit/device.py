@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Device:
     Examples
     --------
     >>> device = Device.here()            # doctest: +SKIP
-    >>> device.rate_flops_per_s["float32"] / 1e9
+    >>> device.rate_flops_per_s["float32"] / 1e9    # doctest: +SKIP
     118.4
     """
 
@@ -74,10 +75,11 @@ class Device:
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 pass  # no cache, or one of another version: measure
         device = _measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"version": _VERSION, **asdict(device)}, file)
-        os.replace(file.name, path)
+        with suppress(OSError):  # a cache that cannot be written only costs the next call its seconds
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+                json.dump({"version": _VERSION, **asdict(device)}, file)
+            os.replace(file.name, path)
         return device
 
     @property

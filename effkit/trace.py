@@ -19,6 +19,7 @@ EVENT_COLUMNS = (
 )  # fmt: skip
 MEMORY_COLUMNS = ("time_ns", "address", "size_bytes", "total_bytes", "device", "rank")
 
+_LATEST_US = 2**63 / 1000
 _CPU_DEVICE = 0  # c10::DeviceType, as the profiler writes it into "Device Type"
 
 
@@ -66,11 +67,11 @@ def read(content: bytes, *, rank: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     try:
         with _no_garbage_collection():
             decoded = msgspec.json.decode(content, type=_Trace).traceEvents
-    except msgspec.DecodeError as error:
+        complete = [event for event in decoded if event.ph == "X" and event.cat != "Trace"]
+        instants = [event for event in decoded if event.name == "[memory]" and event.args is not None]
+        return _event_frame(complete, rank), _memory_frame(instants, rank)
+    except (msgspec.DecodeError, ValueError, OverflowError, TypeError, RecursionError) as error:
         raise ValueError(f"not a profiler trace: {error}. Expected Chrome JSON with traceEvents") from error
-    complete = [event for event in decoded if event.ph == "X" and event.cat != "Trace"]
-    instants = [event for event in decoded if event.name == "[memory]" and event.args is not None]
-    return _event_frame(complete, rank), _memory_frame(instants, rank)
 
 
 def _event_frame(events: list[_Event], rank: int) -> pd.DataFrame:
@@ -108,7 +109,11 @@ def _memory_frame(events: list[_Event], rank: int) -> pd.DataFrame:
 
 def _nanoseconds(microseconds: list[float]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Current traces count from a base near the run, so that microseconds with three decimals fit a float exactly."""
-    return np.rint(np.array(microseconds, dtype="float64") * 1e3).astype("int64")
+    exact = np.array(microseconds, dtype="float64")
+    whole = np.floor(exact)
+    if not (np.abs(whole) < _LATEST_US).all():
+        raise ValueError("a time beyond the range of 64-bit nanoseconds")
+    return whole.astype("int64") * 1000 + np.rint((exact - whole) * 1e3).astype("int64")
 
 
 def _stream(event: _Event) -> int | None:

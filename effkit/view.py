@@ -16,8 +16,6 @@ from effkit.receipt import Receipt
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from effkit.padding.plans import Plan
-
 # Okabe and Ito's palette: told apart with any colour vision. The first four suit stacked rows.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 GREY = "#777777"
@@ -53,8 +51,8 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plan(plan: Plan, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
-    """The first batches side by side, one thin bar per row: real cells filled, padded cells pale."""
+def plan(plan: Any, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
+    """The first batches of a padding Plan side by side, one thin bar per row: real cells filled, padded ones pale."""
     ax = _axes(ax, (7.0, 2.6))
     lengths = plan.lengths["input_length"].to_numpy()
     position, ticks = 0, []

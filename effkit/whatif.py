@@ -139,12 +139,13 @@ class WhatIf(widgets.VBox):
             raise ValueError(self._refusal)
         if not self._running.acquire(blocking=False):
             raise RuntimeError("a measurement is under way; wait for it or press Stop")
-        predicted = self.result
+        setting = self.setting  # sliders may move while it runs
+        predicted = self._predict(self.base, **setting)
         self._stop.clear()
         self._button.disabled, self._stopper.disabled = True, False
         self._bar.layout.visibility = "visible"
         try:
-            measured = self._run(self._progress, **self.setting)
+            measured = self._run(self._progress, **setting)
             receipt = Receipt(predicted, measured, setting=predicted.setting, provenance=provenance())
             self.receipts.append(receipt)
         finally:
@@ -177,8 +178,9 @@ class WhatIf(widgets.VBox):
             shown = {"readout_format": knob.readout_format, "layout": wide, "style": label}
             control = widgets.IntSlider(**bounds, **shown, description=knob.label, tooltip=knob.tooltip)
             # a slider has no accessible name; a box with a description has one, and takes any number
-            box = widgets.BoundedIntText(**bounds, description="or type", tooltip=f"{knob.label}: {knob.tooltip}")
-            box.layout.width, box.style.description_width = "150px", "55px"
+            box = widgets.BoundedIntText(**bounds, description=f"type {knob.label.partition(' [')[0].lower()}",
+                                         tooltip=f"{knob.label}: {knob.tooltip}")  # fmt: skip
+            box.layout.width, box.style.description_width = "230px", "135px"
             widgets.link((control, "value"), (box, "value"))
             parts = [control, box]
         self.controls[knob.name] = control

@@ -50,18 +50,17 @@ def why_no_browser() -> str | None:
 
 @dataclass(frozen=True)
 class Lab:
-    """A running JupyterLab: where it answers, what it serves, what it has said so far."""
+    """A running JupyterLab: where it answers, its process, and the file with what it has said."""
 
     url: str
     token: str
-    folder: Path
     process: psutil.Process
     log: Path
 
 
 @contextmanager
 def jupyterlab(notebooks: Path, config: Path = CONFIG) -> Iterator[Lab]:
-    """Serve a copy of the folder `notebooks`, with the repository's data beside it as in a checkout."""
+    """Serve a copy of the folder `notebooks`, beside the repository's data as in a checkout."""
     with tempfile.TemporaryDirectory(prefix="lab_browser_", ignore_cleanup_errors=True) as temp:
         home, folder = Path(temp), Path(temp) / "checkout" / "notebooks"
         shutil.copytree(notebooks, folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
@@ -81,8 +80,8 @@ def jupyterlab(notebooks: Path, config: Path = CONFIG) -> Iterator[Lab]:
                 preexec_fn=_ended_with_its_parent(),
             )
         try:
-            address = _address(server, home / "runtime" / f"jpserver-{server.pid}.json", log)
-            yield Lab(address["url"], address["token"], folder, psutil.Process(server.pid), log)
+            address = _address(server, home / "JUPYTER_RUNTIME" / f"jpserver-{server.pid}.json", log)
+            yield Lab(address["url"], address["token"], psutil.Process(server.pid), log)
         finally:
             _end(server)
 
@@ -90,12 +89,12 @@ def jupyterlab(notebooks: Path, config: Path = CONFIG) -> Iterator[Lab]:
 def _own_environment(home: Path) -> dict[str, str]:
     """The environment in which Jupyter and IPython read and write in `home` and nowhere else."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
-    env |= {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    env |= {f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
-    setting = home / "settings" / TRACKER[0]
+    folders = ["JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES"]
+    env |= {f"{name}_DIR": str(home / name) for name in folders} | {"IPYTHONDIR": str(home / "ipython")}
+    setting = home / "JUPYTERLAB_SETTINGS" / TRACKER[0]
     setting.parent.mkdir(parents=True)
     setting.write_text(TRACKER[1])
-    return env | {"IPYTHONDIR": str(home / "ipython")}
+    return env
 
 
 def _ended_with_its_parent() -> Callable[[], None] | None:
@@ -136,22 +135,21 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def notebook_page(lab: Lab, name: str, blocked: list[str] | None = None) -> Iterator[Page]:
     """The notebook `name` open in JupyterLab. Addresses off loopback are refused and noted in `blocked`."""
-    blocked = [] if blocked is None else blocked
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         raise RuntimeError(why_no_browser())
 
-    def refuse(route):
-        blocked.append(route.request.url)
-        route.abort()
+    def note(url: str) -> None:
+        if blocked is not None and OUTSIDE.match(url):
+            blocked.append(url)
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS.split(), NO_NAMES])
         context = browser.new_context(viewport={"width": 1280, "height": 1600}, service_workers="block")
-        context.route(OUTSIDE, refuse)
+        context.route(OUTSIDE, lambda route: route.abort())  # routes no websocket: NO_NAMES refuses those
         page = context.new_page()
-        # Playwright routes no websocket: NO_NAMES refuses those, and here they are counted.
-        page.on("websocket", lambda ws: blocked.append(ws.url) if OUTSIDE.match(ws.url) else None)
+        page.on("request", lambda request: note(request.url))
+        page.on("websocket", lambda socket: note(socket.url))
         try:
             page.goto(f"{lab.url}lab/tree/{name}?reset&token={lab.token}")
             wait_until(page, lambda: (_state(page) or {}).get("status") == "idle", "the kernel was up", 90)
@@ -169,37 +167,40 @@ def wait_until(page: Page, true: Callable[[], Any], what: str, timeout_s: float)
         page.wait_for_timeout(200)
 
 
+STATE = """() => {
+    const panel = window.jupyterapp?.shell.currentWidget;
+    const kernel = panel?.sessionContext?.session?.kernel;
+    if (!kernel || !panel.context.isReady) return null;
+    if (!window.observerErrors) {
+        window.observerErrors = [];
+        kernel.iopubMessage.connect((_, {parent_header, content}) => {
+            if (content.ename && parent_header.msg_type === "comm_msg") window.observerErrors.push(content);
+        });
+    }
+    const cells = panel.content.widgets.map(cell => cell.model)
+        .filter(cell => cell.type === "code" && cell.sharedModel.source.trim());
+    const errors = cells.filter(cell => !cell.getMetadata("tags")?.includes("raises-exception"))
+        .flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type === "error");
+    return {
+        status: kernel.status,
+        counts: cells.map(cell => cell.executionCount),
+        errors: [...errors, ...window.observerErrors].map(error => `${error.ename}: ${error.evalue}`),
+    };
+}"""
+
+
 def _state(page: Page) -> dict[str, Any] | None:
     """The kernel's status, each code cell's count, and errors not called for; None before it is open."""
-    return page.evaluate(
-        """() => {
-            const panel = window.jupyterapp?.shell.currentWidget;
-            const kernel = panel?.sessionContext?.session?.kernel;
-            if (!kernel || !panel.context.isReady) return null;
-            const cells = panel.content.widgets.map(cell => cell.model)
-                .filter(cell => cell.type === "code" && cell.sharedModel.source.trim());
-            const errors = cells.filter(cell => !cell.getMetadata("tags")?.includes("raises-exception"))
-                .flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type === "error");
-            return {
-                status: kernel.status,
-                counts: cells.map(cell => cell.executionCount),
-                errors: errors.map(error => `${error.ename}: ${error.evalue}`),
-            };
-        }"""
-    )
+    return page.evaluate(STATE)
 
 
-def cell_errors(page: Page) -> list[str]:
-    """Errors that stand under cells which do not carry the tag `raises-exception`."""
+def errors(page: Page) -> list[str]:
+    """Errors under cells without the tag `raises-exception`, and those of observers, which JupyterLab shows nowhere."""
     return _state(page)["errors"]
 
 
 def run_all_cells(page: Page, timeout_s: float = 180) -> None:
-    """Run the whole notebook; done when every code cell has a new count and the kernel rests.
-
-    Counts of an earlier run are cleared first. Between cells the kernel is idle for a moment: it has to be seen so
-    three times in a row.
-    """
+    """Run the whole notebook until every code cell has a new count and the kernel is idle three times running."""
     for command in ("notebook:clear-all-cell-outputs", "notebook:run-all-cells"):
         page.evaluate("name => { window.jupyterapp.commands.execute(name); }", command)
     rests = 0

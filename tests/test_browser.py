@@ -17,8 +17,8 @@ import psutil
 import pytest
 from lab_browser import (
     REPO,
-    cell_errors,
     click_measure,
+    errors,
     first_slider,
     jupyterlab,
     notebook_page,
@@ -77,7 +77,7 @@ def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt():
             assert any(sign.isdigit() for sign in sentence), f"a receipt without a number: {sentence}"
             whatif(page).screenshot(path=SCREENSHOTS / "whatif_receipt.png")
 
-            assert cell_errors(page) == []
+            assert errors(page) == []
             assert "Traceback" not in lab.log.read_text()
             assert blocked == [], "nothing may be asked of the network"
         finally:  # after a failure this is what the reader would be looking at

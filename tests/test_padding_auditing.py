@@ -60,7 +60,6 @@ def test_only_so_many_batches():
     assert watched.account.setting == {"num_batches": 2}
 
 
-@pytest.mark.xfail(reason="the batch after the last is drawn, then dropped", strict=True)
 def test_no_more_is_drawn_than_asked_for():
     source = iter(delivered([3], [5], [9]))
     watch(source, num_batches=2).run()
@@ -148,7 +147,6 @@ def test_a_draining_packer_is_named():
     assert only(watch(delivered(*full, *full[:3])).run().findings, "drain") == []
 
 
-@pytest.mark.xfail(reason="a last batch of short examples is taken for a draining packer", strict=True)
 def test_full_batches_of_grouped_lengths_drain_nothing():
     epochs = [np.random.default_rng(seed).permutation(GROUPED) for seed in range(20)]
     alarms = [seed for seed, epoch in enumerate(epochs) if only(watch(delivered(*epoch)).run().findings, "drain")]

@@ -256,18 +256,15 @@ def test_nothing_to_plan(lengths):
         plan(lengths, "random", batch_size=2)
 
 
-@pytest.mark.xfail(reason="the check is skipped with put_back=False: ZeroDivisionError", strict=True)
 def test_packing_what_does_not_fit_is_an_error_whatever_put_back_says():
     with pytest.raises(ValueError, match="raise the limit or filter"):
         plan(frame([(100, 3), (40, 2)]), "pack", max_input_cells=99, put_back=False)
 
 
-@pytest.mark.xfail(reason="the check counts a quadratic term that pack drops", strict=True)
 def test_packing_drops_the_quadratic_term_that_it_has_no_use_for():
     assert len(plan(frame([(100, 3), (40, 2)]), "pack", max_input_cells=140, quadratic=10).batches) == 1
 
 
-@pytest.mark.xfail(reason="memory silently overrules batch_size, in every strategy", strict=True)
 @pytest.mark.parametrize("strategy", ["random", "sorted", "bucket"])
 def test_a_batch_size_holds_where_memory_would_allow_more(strategy):
     memory = fit_memory(pd.DataFrame({"input_length": [100, 200, 400, 800], "batch_size": [800, 400, 200, 100]}))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_padding_planning import spread
 
@@ -97,10 +97,19 @@ def test_a_knob_that_the_strategy_has_no_use_for_changes_nothing():
 # Away from it
 
 
+def dealt(setting):
+    """The prediction, unless the examples cannot be dealt out to the ranks evenly."""
+    try:
+        return predict(BASE, **setting)
+    except ValueError as error:
+        assert "cannot be dealt" in str(error)  # noqa: PT017
+        assume(False)
+
+
 @settings(max_examples=40)
 @given(SETTINGS)
 def test_cells_and_steps_are_those_of_the_plan(setting):
-    result = predict(BASE, **setting)
+    result = dealt(setting)
     lengths = spread(640)
     kept = lengths[lengths["input_length"] <= setting.get("max_length", 600)].reset_index(drop=True)
     strategy, size = setting.get("strategy", "random"), setting.get("batch_size", 8)
@@ -111,13 +120,13 @@ def test_cells_and_steps_are_those_of_the_plan(setting):
     made = plan(kept, strategy, **limits, **{name: setting[name] for name in names if name in setting})
     assert cells(result).frame["value"].to_dict() == made.account().frame["value"].to_dict()
     assert cells(result).total == made.account().total
-    assert steps(result).total == -(-len(made.batches) // setting.get("world_size", 1))
+    assert steps(result).total == len(made.batch_sampler(0, setting.get("world_size", 1)))
 
 
 @settings(max_examples=40)
 @given(SETTINGS)
 def test_bands_enclose_and_rows_explain(setting):
-    result = predict(BASE, **setting)
+    result = dealt(setting)
     if result is BASE:
         return
     assert result.predicted
@@ -203,7 +212,7 @@ def test_ranks_wait_for_each_other_and_were_not_measured():
     assert alone.total / 4 < shared.total < alone.total
     assert alone.in_range
     assert not shared.in_range
-    assert steps(shared).total == -(-steps(alone).total // 4)
+    assert steps(alone).total / 4 <= steps(shared).total < steps(alone).total
 
 
 def test_larger_batches_than_measured_are_out_of_range():
@@ -252,19 +261,16 @@ def test_errors_say_what_to_do():
 # Known defects
 
 
-@pytest.mark.xfail(reason="a list of sizes is a knob, but no number: it is dropped", strict=True)
 def test_sizes_per_bucket_survive_another_world_size():
     base = measured("bucket", batch_size=[12, 8, 4], num_buckets=3)
     assert cells(predict(base, world_size=2)).total == cells(base).total
 
 
-@pytest.mark.xfail(reason="numpy's integers are no int: the size is dropped from the setting", strict=True)
 def test_a_numpy_batch_size_is_a_batch_size():
     base = measured("random", batch_size=np.int64(8))
     assert cells(predict(base, strategy="sorted")).total == cells(predict(BASE, strategy="sorted")).total
 
 
-@pytest.mark.xfail(reason="batches / ranks, rounded up once; the sampler rounds up in every bucket", strict=True)
 def test_the_exact_steps_are_those_that_the_sampler_takes():
     result = predict(BASE, strategy="bucket", num_buckets=6, world_size=4)
     made = plan(spread(640), "bucket", batch_size=8, num_buckets=6)

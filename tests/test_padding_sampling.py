@@ -67,7 +67,6 @@ def test_no_example_comes_twice(deal):
 LOSES = "deal(): a step of leftovers may hold more pieces than there are ranks, and those are lost"
 
 
-@pytest.mark.xfail(reason=LOSES, strict=True)
 @settings(max_examples=400, derandomize=True, phases=[Phase.generate])
 @given(deals())
 def test_each_example_comes_exactly_once_over_the_ranks(deal):
@@ -75,7 +74,6 @@ def test_each_example_comes_exactly_once_over_the_ranks(deal):
     assert examples(ranks) == list(range(len(made.order)))
 
 
-@pytest.mark.xfail(reason=LOSES, strict=True)
 def test_leftovers_of_two_buckets_that_are_more_than_the_ranks():
     lengths = pd.DataFrame({"input_length": [1] * 3 + [10] * 5})  # in batches: 2, 1 and 2, 2, 1
     assert examples(dealt(plan(lengths, "bucket", edges=[1, 10], batch_size=2), world_size=4)) == list(range(8))
@@ -210,7 +208,11 @@ def test_waiting_against_a_simulation():
 @given(asked(), st.integers(1, 8), st.sampled_from(["input", "input_squared"]))
 def test_waiting_is_never_less_than_none(case, world_size, cells):
     lengths, strategy, limits = case
-    factor = plan(lengths, strategy, **limits).straggler(world_size, cells)
+    try:
+        factor = plan(lengths, strategy, **limits).straggler(world_size, cells)
+    except ValueError as error:
+        assert "cannot be dealt" in str(error)  # noqa: PT017
+        assume(False)
     assert 1 - 1e-12 <= factor <= world_size * (1 + 1e-12)
 
 

@@ -105,7 +105,6 @@ def test_imports_go_down_the_house():
     assert upward(only_on_import=True) == set()
 
 
-@pytest.mark.xfail(reason="view.py imports effkit.padding.plans for a type: up, and into one analysis", strict=True)
 def test_imports_for_types_and_inside_functions_go_down_too():
     assert upward(only_on_import=False) <= PERMITTED_WHEN_CALLED
 
@@ -161,10 +160,7 @@ def test_a_trace_is_read_where_torch_and_transformers_are_absent():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_examples_in_docstrings_hold(module, request):
-    if module == "effkit.device":
-        reason = "Device's second example uses the name that its skipped first example would have made"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_examples_in_docstrings_hold(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0
 
 

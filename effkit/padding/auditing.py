@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,7 @@ class Watch:
 
     def __iter__(self) -> Iterator[Any]:
         self._seen, self._inputs, self._outputs = [], [], []
-        for number, batch in enumerate(self.loader):
-            if number == self.num_batches:
-                return
+        for batch in islice(self.loader, self.num_batches):
             self._note(batch)
             yield batch
 
@@ -121,7 +120,8 @@ class Watch:
         fill = (frame["input_real"] / (frame["num_rows"] * frame["input_length"]).max()).to_numpy()
         tail = max(2, len(fill) // 20)
         usual, last = float(np.median(fill[:-tail])), float(np.mean(fill[-tail:]))
-        if last >= _DRAINED_FRAC * usual:
+        # a shuffled loader may end on a short batch by chance, but not on several of the shortest
+        if last >= _DRAINED_FRAC * usual or fill[-tail:].max() >= np.quantile(fill[:-tail], 0.05):
             return None
         return (
             f"the last {tail} batches hold {last / usual:.0%} of the usual cells: the packer or its buckets drain at "

@@ -54,7 +54,8 @@ def plan(
         Length at which attention doubles the cost of an example: its effective length is ``T + T²/quadratic``
         (Lhotse's ``quadratic_duration``).
     memory
-        A fitted :class:`~effkit.padding.memory.MemoryModel`: gives each bucket the largest batch that fits.
+        A fitted :class:`~effkit.padding.memory.MemoryModel`: gives each bucket the largest batch that fits; with
+        ``batch_size``, at most that.
     edges, output_edges
         Bucket edges of your own, inclusive upper bounds [cells]; output edges have shape [buckets, output buckets].
     put_back
@@ -96,7 +97,10 @@ def plan(
         if len(table) > 1:
             order = order[np.argsort(bucket[order], kind="stable")]
         group = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=len(table)))[:-1]])
-    sizes = batch_size if memory is None else memory.largest_batches(table)
+    sizes: Any = batch_size
+    if memory is not None and "memory" in used:
+        fitting = memory.largest_batches(table)
+        sizes = fitting if batch_size is None else np.minimum(fitting, batch_size)
     starts, of_bucket = _cut(inputs[order], group, sizes, max_input_cells, quadratic, put_back)
     return Plan(lengths, strategy, kept, order, None, starts, of_bucket, table)
 
@@ -145,9 +149,10 @@ def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> N
         "optimal",
     ):
         raise ValueError(f"one batch_size per bucket goes with a bucket strategy; {strategy} takes a single number")
-    if cells is not None and limits["put_back"]:
+    if cells is not None and (limits["put_back"] or strategy == "pack"):
         longest = float(lengths["input_length"].max())
-        effective = longest + (longest**2 / limits["quadratic"] if limits["quadratic"] else 0)
+        penalty = limits["quadratic"] if "quadratic" in LIMITS[strategy] else None
+        effective = longest + (longest**2 / penalty if penalty else 0)
         if effective > cells:
             raise ValueError(
                 f"the longest example counts {effective:,.0f} cells and max_input_cells is {cells:,}: raise the limit "

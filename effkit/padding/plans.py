@@ -135,7 +135,7 @@ class Plan:
 
     def straggler(self, world_size: int, cells: str = "input") -> float:
         """E[max over ranks] / mean of the padded cells per step: 1.0 is no waiting at all."""
-        from effkit.padding.sampling import straggler
+        from effkit.padding.dealing import straggler
 
         return straggler(self, world_size, cells)
 

@@ -81,8 +81,8 @@ def predict(base: Account, **setting: Any) -> Account:
         in_range=in_range,
         setting=wanted,
         companions=(
-            cells_account(planned, "the plan", **_exact(planned.account("input").total)),
-            steps_account(planned, world_size, "the plan", **_exact(-(-len(planned.batches) // world_size))),
+            cells_account(planned, "the plan", exact=True),
+            steps_account(planned, world_size, "the plan", exact=True),
             peak_account(
                 peak, "the fitted memory model", low=max(0, peak - slack), high=peak + slack, in_range=covered
             ),
@@ -191,10 +191,6 @@ def whatif(
         return replace(measured, setting=full)
 
     return WhatIf(base, predict, knobs, run if model is not None else None)
-
-
-def _exact(value: int) -> dict[str, int]:
-    return {"low": value, "high": value}
 
 
 def _calibration(base: Account) -> Calibration:

@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from effkit.padding.buckets import Ints
+from effkit.padding.dealing import Step, deal
 from effkit.padding.planning import plan as make_plan
 from effkit.padding.plans import Plan
-from effkit.padding.totals import world_total
-
-Step = list[Ints]  # one batch per rank
 
 
 class BatchSampler(Sampler[list[int]]):
@@ -91,66 +88,3 @@ class BatchSampler(Sampler[list[int]]):
             planned = make_plan(self.plan.lengths, self.plan.strategy, **limits)
             self._planned = self.epoch, deal(planned, self.world_size, np.random.default_rng(mixed))
         return self._planned[1]
-
-
-def deal(plan: Plan, world_size: int, rng: np.random.Generator) -> list[Step]:
-    """Deal the batches of a plan to ranks: a shuffled list of steps, each with one batch per rank of one bucket.
-
-    What a bucket has left over (fewer batches than ranks) is split until it goes round; too few examples even for
-    that join the next bucket, one by one.
-
-    Raises
-    ------
-    ValueError
-        When the examples cannot be dealt out evenly, each exactly once.
-    """
-    batches = plan.batches
-    steps: list[Step] = []
-    carried: list[Ints] = []
-    for bucket in np.unique(plan.bucket):
-        members = rng.permutation(np.flatnonzero(plan.bucket == bucket))
-        whole = len(members) // world_size * world_size
-        steps += [[batches[i] for i in group] for group in members[:whole].reshape(-1, world_size)]
-        carried += [batches[i] for i in members[whole:]]
-        if sum(map(len, carried)) >= world_size:
-            steps.append(_split(carried, world_size))
-            carried = []
-        else:
-            carried = [example[None] for batch in carried for example in batch]
-    taken = 1
-    while carried and steps:  # too few for one step: share out the last whole steps together with them
-        carried += steps.pop()
-        taken += 1
-        if sum(map(len, carried)) >= taken * world_size:
-            pieces = _split(carried, taken * world_size)
-            steps += [pieces[i::taken] for i in range(taken)]
-            carried = []
-    if carried:
-        raise ValueError(
-            f"{len(plan.order):,} examples cannot be dealt to {world_size} ranks evenly, each exactly once: use fewer "
-            "ranks, larger batches, or a number of examples that the ranks divide"
-        )
-    return [steps[i] for i in rng.permutation(len(steps))]
-
-
-def _split(batches: list[Ints], num_pieces: int) -> list[Ints]:
-    """Halve the largest until there are ``num_pieces``: a part of a batch within its limits is within them too."""
-    pieces = sorted(batches, key=len)
-    while len(pieces) < num_pieces:
-        largest = pieces.pop()
-        half = len(largest) // 2
-        pieces += [largest[:half], largest[half:]]
-        pieces.sort(key=len)
-    return pieces
-
-
-def straggler(plan: Plan, world_size: int, cells: str = "input") -> float:
-    """E[max over ranks] / mean of the padded cells of a step, ranks drawing from one bucket at a time.
-
-    ``cells`` is ``"input"`` or ``"input_squared"``.
-    """
-    if cells not in ("input", "input_squared"):
-        raise ValueError(f"cells is input or input_squared; given: {cells!r}")
-    frame = plan.frame
-    cost = (frame["num_rows"] * frame["input_length"] ** (2 if cells == "input_squared" else 1)).to_numpy()
-    return world_total(plan, cost, world_size) * world_size / float(cost.sum())

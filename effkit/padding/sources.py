@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ INPUT_COLUMNS = (
     "input_ids",
 )
 OUTPUT_COLUMNS = ("output_length", "output_tokens", "num_output_tokens", "tokens", "labels", "text")
+
+
+class _Empty(ValueError):
+    """Raised where a file has no row, to be said with its name."""
 
 
 class _Supervision(msgspec.Struct):
@@ -95,50 +101,63 @@ def lengths(
         chosen_in = _choose(source.column_names, input, INPUT_COLUMNS)
         chosen_out = _choose(source.column_names, output, OUTPUT_COLUMNS, required=False)
         columns = {name: source[name] for name in (chosen_in, chosen_out) if name}
-        return _tidy(
-            pd.DataFrame({n: list(c) for n, c in columns.items()}),
-            input,
-            output,
-            tokenize,
-            frames_per_second,
-            "row",
-            0,
-        )
+        source = pd.DataFrame({name: list(column) for name, column in columns.items()})
     if hasattr(source, "batch_sampler") and hasattr(source, "dataset"):  # a DataLoader
         from effkit.padding.auditing import watch
 
         return watch(source).run().lengths
     if not isinstance(source, pd.DataFrame):
         array = np.asarray(source)
+        if not array.size:
+            raise _Empty("an empty list of lengths: nothing to plan")
         if array.ndim not in (1, 2) or array.dtype == object or (array.ndim == 2 and array.shape[1] not in (1, 2)):
             raise ValueError(
                 f"lengths() takes numbers of shape [examples] or [examples, 2]; given: shape {array.shape}"
             )
         names = ["input_length", "output_length"][: array.reshape(len(array), -1).shape[1]]
         source = pd.DataFrame(array.reshape(len(array), -1), columns=names)
-    return _tidy(source, input, output, tokenize, frames_per_second, "row", 0)
+    return _tidy(source, input, output, tokenize, frames_per_second, lambda row: f"row {row}")
 
 
 def _from_file(path: Path, input: str | None, output: str | None, tokenize: Any, rate: float) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"no list of lengths at {path}")
     name = path.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
-        return _tidy(_manifest(path, input, output), input, output, tokenize, rate, f"{path.name}, line", 1)
-    if name.endswith((".csv", ".tsv")):
-        try:
-            table = pd.read_csv(path, sep="\t" if name.endswith(".tsv") else ",", skip_blank_lines=False)
-        except (ValueError, UnicodeDecodeError) as error:  # includes pandas' own parser errors
-            raise ValueError(f"{path.name} cannot be read as a table: {error}") from error
-        return _tidy(table, input, output, tokenize, rate, f"{path.name}, line", 2)
+    try:
+        if name.endswith((".jsonl", ".json")):
+            table, lines = _manifest(path, input, output)
+            return _tidy(table, input, output, tokenize, rate, lambda row: f"{path.name}, line {lines[row]}")
+        if name.endswith((".csv", ".tsv")):
+            mark = "\t" if name.endswith(".tsv") else ","
+            # words like "null" and "NA" are text; a number that is missing shows when it is read as one
+            table = pd.read_csv(path, sep=mark, skip_blank_lines=False, keep_default_na=False)
+            return _tidy(
+                table, input, output, tokenize, rate, lambda row: f"{path.name}, line {_line(path, mark, row)}"
+            )
+    except _Empty as error:
+        raise ValueError(f"{path.name} holds an empty list of lengths: nothing to plan") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path.name} is not a whole gzip file: {error}") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} cannot be read as a table: {error}") from error
     raise ValueError(f"{path.name}: lengths() reads .csv, .tsv, .jsonl, .json, and these with .gz; convert it first")
 
 
-def _manifest(path: Path, input: str | None, output: str | None) -> pd.DataFrame:
-    """Decode a JSON-lines manifest into the columns that any line of it has."""
+def _line(path: Path, mark: str, row: int) -> int:
+    """The line of a table's row as an editor counts: a quoted text may run over several."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8") as file:
+        reader = csv.reader(file, delimiter=mark)
+        for _ in range(row + 2):
+            next(reader)
+        return reader.line_num
+
+
+def _manifest(path: Path, input: str | None, output: str | None) -> tuple[pd.DataFrame, list[int]]:
+    """Decode a JSON-lines manifest into the columns that any line of it has, and the line number of each row."""
     named = [name for name in (input, output) if name and name not in _Entry.__struct_fields__]
     decoder: Any = msgspec.json.Decoder(dict[str, Any] if named else _Entry)
     entries: list[Any] = []
+    numbers: list[int] = []
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -146,8 +165,9 @@ def _manifest(path: Path, input: str | None, output: str | None) -> pd.DataFrame
             entries.append(decoder.decode(line))
         except msgspec.DecodeError as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
+        numbers.append(number)
     if named:
-        return pd.DataFrame(entries)
+        return pd.DataFrame(entries), numbers
     columns: dict[str, list[Any]] = {}
     for field in (
         "duration",
@@ -165,7 +185,7 @@ def _manifest(path: Path, input: str | None, output: str | None) -> pd.DataFrame
     texts = [entry.text if entry.text is not None else _spoken(entry) for entry in entries]
     if any(text is not None for text in texts):
         columns["text"] = texts
-    return pd.DataFrame(columns, index=range(len(entries)))
+    return pd.DataFrame(columns, index=range(len(entries))), numbers
 
 
 def _spoken(entry: _Entry) -> str | None:
@@ -175,15 +195,12 @@ def _spoken(entry: _Entry) -> str | None:
 
 def _lines(path: Path) -> Iterator[bytes]:
     total = 0
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-            for line in file:
-                total += len(line)
-                if total > _LARGEST_BYTES:
-                    raise ValueError(f"{path.name} unpacks to more than {_LARGEST_BYTES:,} bytes; split it")
-                yield line
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path.name} is not a whole gzip file: {error}") from error
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+        for line in file:
+            total += len(line)
+            if total > _LARGEST_BYTES:
+                raise ValueError(f"{path.name} unpacks to more than {_LARGEST_BYTES:,} bytes; split it")
+            yield line
 
 
 def _choose(names: Any, asked: str | None, usual: tuple[str, ...], *, required: bool = True) -> str | None:
@@ -200,60 +217,47 @@ def _choose(names: Any, asked: str | None, usual: tuple[str, ...], *, required: 
 
 
 def _tidy(
-    table: pd.DataFrame,
-    input: str | None,
-    output: str | None,
-    tokenize: Any,
-    rate: float,
-    where: str,
-    first: int,
+    table: pd.DataFrame, input: str | None, output: str | None, tokenize: Any, rate: float, where: Callable[[int], str]
 ) -> pd.DataFrame:
     if not len(table):
-        raise ValueError(
-            f"an empty list of lengths{'' if where == 'row' else ' in ' + where.split(',')[0]}: nothing to plan"
-        )
+        raise _Empty("an empty list of lengths: nothing to plan")
     chosen_in = _choose(table.columns, input, INPUT_COLUMNS)
     chosen_out = _choose(table.columns, output, OUTPUT_COLUMNS, required=False)
-    if chosen_out == chosen_in:
-        chosen_out = None
-    result, attrs = {}, {}
-    for target, column in (("input_length", chosen_in), ("output_length", chosen_out)):
+    chosen = {"input_length": chosen_in, "output_length": None if chosen_out == chosen_in else chosen_out}
+    cells, attrs, offences = {}, {}, []
+    for target, column in chosen.items():
         if column is None:
             continue
-        cells, unit = _cells(table[column], column, tokenize, rate)
-        bad = np.flatnonzero(~(np.isfinite(cells) & (cells > 0)))
+        cells[target], attrs[target.replace("length", "unit")] = _cells(table[column], column, tokenize, rate)
+        bad = np.flatnonzero(~(np.isfinite(cells[target]) & (cells[target] > 0)))
         if len(bad):
-            raise ValueError(
-                f"{where} {int(bad[0]) + first}: {column} is {table[column].iloc[int(bad[0])]!r}; a length is a "
-                f"positive number ({len(bad):,} such in all): mend or drop them"
-            )
-        result[target] = np.ceil(cells - 1e-9).astype("int64")
-        attrs[target.replace("length", "unit")] = unit
-    frame = pd.DataFrame(result)
+            offences.append((int(bad[0]), column, len(bad)))
+    if offences:
+        row, column, count = min(offences, key=lambda offence: offence[0])
+        value = table[column].iloc[row]
+        value = value.item() if isinstance(value, np.generic) else value
+        raise ValueError(
+            f"{where(row)}: {column} is {value!r}; a length is a positive number ({count:,} such in all): mend or drop "
+            "them"
+        )
+    frame = pd.DataFrame({target: np.ceil(values - 1e-9).astype("int64") for target, values in cells.items()})
     frame.attrs.update(attrs)
     return frame
 
 
 def _cells(column: pd.Series[Any], name: str, tokenize: Any, rate: float) -> tuple[Any, str]:
     """The column as float cells (NaN where there is no number), and what a cell is."""
-    if pd.api.types.is_numeric_dtype(column):
-        seconds = name == "duration" or name.endswith("_s")
-        values = column.to_numpy(dtype="float64", na_value=np.nan)
-        return (values * rate, f"frames of {1000 / rate:g} ms") if seconds else (values, "cells")
-    present = column.dropna()
-    if len(present) and isinstance(present.iloc[0], str) and not _looks_numeric(present.iloc[0]):
-        count = _counter(tokenize)
-        return np.array(
-            [count(t) if isinstance(t, str) else np.nan for t in column]
-        ), "tokens" if tokenize else "characters"
-    if len(present) and isinstance(present.iloc[0], (list, tuple, np.ndarray)):
-        return np.array([len(t) if hasattr(t, "__len__") else np.nan for t in column], dtype="float64"), "tokens"
+    present = column[column.notna()]
+    if not pd.api.types.is_numeric_dtype(column) and len(present):
+        if isinstance(present.iloc[0], (list, tuple, np.ndarray)):
+            return np.array([len(t) if hasattr(t, "__len__") else np.nan for t in column], dtype="float64"), "tokens"
+        if pd.to_numeric(present, errors="coerce").notna().mean() < 0.5:  # mostly words: text, not damaged numbers
+            count = _counter(tokenize)
+            counted = np.array([count(t) if isinstance(t, str) else np.nan for t in column])
+            return counted, "tokens" if tokenize else "characters"
     values = pd.to_numeric(column, errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
-    return (
-        (values * rate, f"frames of {1000 / rate:g} ms")
-        if name == "duration" or name.endswith("_s")
-        else (values, "cells")
-    )
+    seconds = name == "duration" or name.endswith("_s")
+    return (values * rate, f"frames of {1000 / rate:g} ms") if seconds else (values, "cells")
 
 
 def _counter(tokenize: Any) -> Callable[[str], float]:
@@ -262,11 +266,3 @@ def _counter(tokenize: Any) -> Callable[[str], float]:
         return float(tokens) if isinstance(tokens, (int, float)) else float(len(tokens))
 
     return count
-
-
-def _looks_numeric(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 
 from effkit.account import Account
+from effkit.padding.buckets import Ints
 from effkit.padding.cost import CostModel
+from effkit.padding.dealing import deal, shares
 from effkit.padding.plans import Plan
 
 EPOCH_TIME = "Time of one epoch"
+_KNOBS = ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic", "seed")
 
 
 def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[str, int], float]:
@@ -20,51 +23,37 @@ def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[s
     rest of the computing; ``waiting`` for the slowest rank of each step.
     """
     frame = plan.frame
+    lengths = {name: plan.lengths[name].to_numpy() for name in plan.lengths}
     times = cost.step_ns(frame["num_rows"], frame["input_length"], frame.get("output_length", 0))
-    total, slowest = float(times.sum()), world_total(plan, times, world_size)
-    overhead = cost.coefficients[0] * len(frame)
+
+    def of_piece(piece: Ints) -> float:
+        longest = [values[piece].max() for values in lengths.values()]
+        return float(cost.step_ns(len(piece), *longest))
+
+    steps = shares(plan, times, world_size, of_piece)
+    overhead = cost.coefficients[0] * len(steps)
     zeros = np.zeros(1)
-    sums = [
-        float(frame.get(name, zeros).sum())
-        for name in ("input_real", "output_real", "input_squared_real", "cross_real")
-    ]
-    real = cost.real_ns(*sums)
-    rows = {
-        "step overhead": round(overhead / world_size),
-        "real": round(real / world_size),
-        "padding": round((total - overhead - real) / world_size),
-    }
+    names = ("input_real", "output_real", "input_squared_real", "cross_real")
+    real = cost.real_ns(*(float(frame.get(name, zeros).sum()) for name in names)) / world_size
+    mean, slowest = float(steps.mean(axis=1).sum()), float(steps.max(axis=1).sum())
+    rows = {"step overhead": round(overhead), "real": round(real), "padding": round(mean - overhead - real)}
     if world_size > 1:
-        rows["waiting"] = round(slowest - total / world_size)
+        rows["waiting"] = round(slowest - mean)
     return rows, slowest
 
 
-def world_total(plan: Plan, per_batch: Any, world_size: int) -> float:
-    """Sum over the steps of the slowest rank's share, ranks drawing batches of one bucket at a time."""
-    if world_size == 1:
-        return float(np.sum(per_batch))
-    rng = np.random.default_rng(0)
-    slowest = 0.0
-    for bucket in np.unique(plan.bucket):
-        members = rng.permutation(per_batch[plan.bucket == bucket])
-        whole = len(members) // world_size * world_size
-        slowest += float(members[:whole].reshape(-1, world_size).max(axis=1).sum())
-        slowest += float(members[whole:].sum()) / world_size  # leftovers are split until they go round
-    return slowest
-
-
-def cells_account(plan: Plan, source: str, **more: Any) -> Account:
-    """Input cells of the epoch: rows ``real`` and ``padding``."""
+def cells_account(plan: Plan, source: str, *, exact: bool = False) -> Account:
+    """Input cells of the epoch: rows ``real`` and ``padding``; ``exact`` gives a prediction a band of no width."""
     cells = plan.account("input")
-    return Account("Input cells of one epoch", "cells", cells.frame, cells.total, source, **more)
+    band: dict[str, Any] = {"low": cells.total, "high": cells.total} if exact else {}
+    return Account("Input cells of one epoch", "cells", cells.frame, cells.total, source, **band)
 
 
-def steps_account(plan: Plan, world_size: int, source: str, **more: Any) -> Account:
+def steps_account(plan: Plan, world_size: int, source: str, *, exact: bool = False) -> Account:
     """Steps of the epoch, per rank."""
-    steps = -(-len(plan.batches) // world_size)
-    return Account.of(
-        "Steps of one epoch", "steps", {"steps": steps}, total=steps, source=source, basis="derived", **more
-    )
+    steps = len(plan.batches) if world_size == 1 else len(deal(plan, world_size, np.random.default_rng(0)))
+    rows, band = {"steps": steps}, {"low": steps, "high": steps} if exact else {}
+    return Account.of("Steps of one epoch", "steps", rows, total=steps, source=source, basis="derived", **band)
 
 
 def peak_account(peak_bytes: int, source: str, **more: Any) -> Account:
@@ -74,7 +63,8 @@ def peak_account(peak_bytes: int, source: str, **more: Any) -> Account:
 
 def setting_of(plan: Plan, world_size: int = 1) -> dict[str, Any]:
     """The knobs at which a plan stands: strategy, its limits, longest input [cells], ranks."""
-    numbers = {name: value for name, value in plan.limits.items() if isinstance(value, (int, float))}
-    numbers.pop("put_back", None)
+    knobs = {name: value for name, value in plan.limits.items() if name in _KNOBS}
+    knobs = {name: value if np.ndim(value) == 0 else tuple(value) for name, value in knobs.items()}
+    knobs = {name: value.item() if isinstance(value, np.generic) else value for name, value in knobs.items()}
     longest = int(plan.lengths["input_length"].max())
-    return {"strategy": plan.strategy, **numbers, "max_length": longest, "world_size": world_size}
+    return {"strategy": plan.strategy, **knobs, "max_length": longest, "world_size": world_size}
