@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -114,7 +115,9 @@ class Comparison:
         with mpl.rc_context(_SVG):
             self.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
         markup = out.getvalue()
-        markup = markup[markup.index("<svg") :]
+        markup = re.sub(
+            r"<style.*?</style>", "", markup[markup.index("<svg") :], flags=re.DOTALL
+        )  # it would style the page
         return markup.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)
 
     def png(self, result: Account, receipt: Receipt | None) -> bytes:

@@ -162,7 +162,7 @@ class WhatIf(widgets.VBox):
 
     def _row(self, knob: Slider | Choice) -> widgets.HBox:
         rest = self.base.setting.get(knob.name)
-        wide, label = widgets.Layout(width="430px"), {"description_width": "170px"}
+        wide, label = widgets.Layout(width="430px", flex="0 0 auto"), {"description_width": "170px"}
         if isinstance(knob, Choice):
             control = widgets.Dropdown(options=list(knob.options), value=rest, description=knob.label,
                                        tooltip=knob.tooltip, layout=wide, style=label)  # fmt: skip
@@ -184,8 +184,8 @@ class WhatIf(widgets.VBox):
             widgets.link((control, "value"), (box, "value"))
             parts = [control, box]
         self.controls[knob.name] = control
-        mark = f"● measured at {rest}" if rest is not None else "not used by what was measured"
-        parts.append(widgets.HTML(f'<span style="color:#555">{html.escape(mark)}</span>'))
+        mark = f"● measured at {rest}" if rest is not None else "not in use when measured"
+        parts.append(widgets.HTML(f'<span style="color:#555;white-space:nowrap">{html.escape(mark)}</span>'))
         return widgets.HBox(parts).add_class("effkit-control").add_class(f"effkit-control-{knob.name}")
 
     def _changed(self, _: Mapping[str, Any]) -> None:

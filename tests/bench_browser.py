@@ -44,6 +44,11 @@ def median_and_p95(times_ms: list[float]) -> tuple[float, float]:
     return statistics.median(times_ms), statistics.quantiles(times_ms, n=20, method="inclusive")[-1]
 
 
+def of_the_bar(seen: tuple[float, float]) -> float:
+    """How much of the bar a try has used up: 1 is just in time, for the worse of its two figures."""
+    return max(seen[0] / MEDIAN_MS, seen[1] / P95_MS)
+
+
 def test_the_picture_follows_the_slider(tmp_path):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
@@ -53,7 +58,7 @@ def test_the_picture_follows_the_slider(tmp_path):
     with jupyterlab(tmp_path) as lab, notebook_page(lab, "slider.ipynb") as page:
         run_all_cells(page)
         slider = first_slider(page)
-        while len(tries) < NUM_TRIES and not any(median <= MEDIAN_MS and p95 <= P95_MS for median, p95 in tries):
+        while len(tries) < NUM_TRIES and not any(of_the_bar(seen) <= 1 for seen in tries):
             wait_for_an_idle_machine()
             slider_latencies(page, slider, NUM_WARM_UPS)
             psutil.cpu_percent()  # from here
@@ -61,6 +66,6 @@ def test_the_picture_follows_the_slider(tmp_path):
             busy, load = psutil.cpu_percent(), psutil.getloadavg()[0]
             median, p95 = tries[-1]
             print(f"  {slider}: median {median:.0f} ms, p95 {p95:.0f} ms; machine {busy:.0f}% busy, load {load:.1f}")
-    median, p95 = min(tries)
+    median, p95 = min(tries, key=of_the_bar)
     assert median <= MEDIAN_MS, f"median {median:.0f} ms"
     assert p95 <= P95_MS, f"95th percentile {p95:.0f} ms"

@@ -24,6 +24,9 @@ from effkit.recording import peak_memory
 
 Progress = Callable[[int, int], None]
 
+_SETTLED_FRAC = 0.05  # two fastest runs that agree so far have found the batch's time
+_PATIENCE = 3  # times ``repeats`` that a batch is run at most
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -39,7 +42,7 @@ class Calibration:
         One row per measured batch: ``num_rows, input_length, output_length`` [cells], ``whole`` (False for one that
         was cut down), ``dur_ns``, ``peak_bytes``.
     noise_frac
-        How far repeats of the same batch lay apart (median of slowest / fastest - 1).
+        How far the two fastest runs of the same batch lay apart (median of second / fastest - 1).
     anchor
         Measured over modelled time of those batches: 1.0 when the model fits perfectly.
     """
@@ -68,8 +71,9 @@ def measure(
     """The time of one epoch of this plan on this model, with what it was spent on.
 
     Each batch runs once untimed while its peak memory is read, then ``repeats`` timed passes go over all of them in
-    turn; the fastest time of each batch counts. The model comes out as it went in: the optimizer steps with learning
-    rate 0, buffers and random state are restored.
+    turn. A batch whose two fastest times do not agree to 5% is run again, up to three times as often: other work on the
+    machine makes steps slower and never faster, so the fastest time counts. The model comes
+    out as it went in: the optimizer steps with learning rate 0, buffers and random state are restored.
 
     Parameters
     ----------
@@ -114,7 +118,7 @@ def measure(
     to_loss = loss or (lambda output: output.loss)
     num_steps = len(probes) * (repeats + 1)
     peaks: list[int] = []
-    times = np.zeros((repeats, len(probes)), dtype="int64")
+    times: list[list[int]] = [[] for _ in probes]
     with _unchanged(model):
         update = (optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=0.0)))(model.parameters())
         for group in update.param_groups:
@@ -128,15 +132,16 @@ def measure(
                 resident_bytes=_resident_bytes(model, update, batch),
             )
             peaks.append(peak)
-        for turn in range(repeats):
+        for turn in range(_PATIENCE * repeats):
             for i, batch in enumerate(batches):
-                _tell(progress, (turn + 1) * len(probes) + i, num_steps)
-                synchronize()
-                start = time.perf_counter_ns()
-                _train(model, batch, to_loss, update)
-                synchronize()
-                times[turn, i] = time.perf_counter_ns() - start
-    fastest = times.min(axis=0)
+                _tell(progress, min(num_steps - 1, (turn + 1) * len(probes) + i), num_steps)
+                if turn < repeats or _spread(times[i]) > _SETTLED_FRAC:
+                    synchronize()
+                    start = time.perf_counter_ns()
+                    _train(model, batch, to_loss, update)
+                    synchronize()
+                    times[i].append(time.perf_counter_ns() - start)
+    fastest = [min(repeated) for repeated in times]
     steps = pd.DataFrame([probe.shape(plan.lengths) for probe in probes]).assign(dur_ns=fastest, peak_bytes=peaks)
     attention = "padded" if plan.row_starts is None else "block_mask"
     if own:
@@ -152,16 +157,18 @@ def measure(
     anchor = float(whole["dur_ns"].sum() / modelled.sum())
     rows, epoch_ns = epoch_rows(plan, cost, world_size)
     complete = len(whole) == len(plan.batches)
+    noise = float(np.median([_spread(repeated) for repeated in times]))
     counter = "wall time"
     if not complete:
         counter += f" of {len(whole)} of {len(plan.batches)} steps, scaled to the epoch by the fitted cost"
-    counter += f", fastest of {repeats} passes"
+    counter += f", fastest of {repeats} passes or more"
+    if noise > _SETTLED_FRAC:
+        counter += f"; repeats lie {noise:.0%} apart, so this machine is busy with something else"
     if world_size > 1:
         counter += f"; {world_size} ranks run one after another, communication not visible"
     # where every batch was run, their sum is the epoch, without the model's help
     total = int(whole["dur_ns"].sum()) if complete and world_size == 1 else round(anchor * epoch_ns)
     peak = int(whole["peak_bytes"].max())
-    noise = float(np.median(times.max(axis=0) / fastest - 1))
     return Account.of(
         EPOCH_TIME,
         "ns",
@@ -214,6 +221,12 @@ def _unchanged(model: torch.nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+def _spread(times: list[int]) -> float:
+    """Second fastest / fastest - 1."""
+    fastest, *rest = sorted(times)
+    return rest[0] / fastest - 1 if rest else 0.0
 
 
 def _tell(progress: Progress | None, done: int, total: int) -> None:

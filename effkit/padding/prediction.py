@@ -97,7 +97,7 @@ def band_frac(calibration: Calibration) -> float:
     Two parts that do not know of each other: how wrong the model was on a step that it had not seen (leave one out),
     and how far repeats of one step lay apart.
     """
-    return _SPREAD * math.hypot(calibration.cost.error_frac, calibration.noise_frac / 2)
+    return _SPREAD * math.hypot(calibration.cost.error_frac, calibration.noise_frac)
 
 
 def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
