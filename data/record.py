@@ -130,8 +130,8 @@ def record_ledger() -> None:
         full = complete(base, wanted)
         ratios, measured = [], None
         for _ in range(TRIES):  # the machine's speed drifts: only neighbours in time are compared
-            again = padding.measure(base_plan, model, num_batches=8, base=base)
-            measured = padding.measure(plan_at(base, full), model, num_batches=None, base=base)
+            again = padding.measure(base_plan, model, num_batches=4, repeats=2, base=base)
+            measured = padding.measure(plan_at(base, full), model, num_batches=8, repeats=2, base=base)
             ratios.append(measured.total / again.total)
         steady = replace(
             measured, total=round(statistics.median(ratios) * base.total),

@@ -74,6 +74,7 @@ def plan(plan: Any, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
     ax.set_xticks(ticks, [str(i) for i in range(len(ticks))])
     ax.set_xlabel("batch (one bar per row)")
     ax.set_ylabel("input cells")
+    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the legend
     ax.set_title(
         f"{plan.strategy}: {plan.account().share['padding']:.0%} of the cells are padding",
         loc="left",

@@ -23,7 +23,7 @@ class Slider:
     """A number to drag, with a box to type it into.
 
     ``label`` names the unit in brackets. ``rest`` is where the slider stands when the measured setting has no such
-    knob.
+    knob. A knob in bytes may be dragged in larger units: its setting is the slider's value times ``scale``.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Slider:
     tooltip: str
     rest: int | None = None
     readout_format: str = ",d"
+    scale: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class WhatIf(widgets.VBox):
         self._stop = threading.Event()
         self._running = threading.Lock()
         self.controls: dict[str, Any] = {}
+        self._scales = {knob.name: knob.scale for knob in knobs if isinstance(knob, Slider) and knob.scale != 1}
         rows = [self._row(knob) for knob in knobs]
         self.screen = widgets.HTML().add_class("effkit-screen")
         self._button = widgets.Button(
@@ -121,7 +123,7 @@ class WhatIf(widgets.VBox):
     @property
     def setting(self) -> dict[str, Any]:
         """Knob name -> where its control stands."""
-        return {name: control.value for name, control in self.controls.items()}
+        return {name: control.value * self._scales.get(name, 1) for name, control in self.controls.items()}
 
     def measure(self) -> Receipt:
         """Run the setting on the screen and return the Receipt. What the button calls; blocks until done.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_padding_planning import spread
 
 from effkit.account import Account
-from effkit.padding import fit_cost, fit_memory, plan, predict
+from effkit.padding import fit_cost, fit_memory, plan, predict, whatif
 from effkit.padding.live import Calibration, setting_of
 from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, steps_account
 
@@ -275,3 +275,33 @@ def test_the_exact_steps_are_those_that_the_sampler_takes():
     result = predict(BASE, strategy="bucket", num_buckets=6, world_size=4)
     made = plan(spread(640), "bucket", batch_size=8, num_buckets=6)
     assert steps(result).total == len(made.batch_sampler(0, 4))
+
+
+# The sliders
+
+
+@pytest.mark.parametrize(
+    ("strategy", "limits"),
+    [
+        ("random", {"batch_size": 8}),
+        ("bucket", {"batch_size": 8, "num_buckets": 3}),
+        ("random", {"max_input_cells": 9000}),
+    ],
+)
+def test_every_slider_rests_on_the_measurement(strategy, limits):
+    base = measured(strategy, **limits)
+    panel = whatif(base)
+    assert predict(base, **panel.setting) is base
+    panel.controls["max_length"].value -= 1
+    panel.controls["max_length"].value += 1
+    assert panel.result is base
+
+
+def test_a_memory_budget_in_mebibytes_decides_the_batches():
+    panel = whatif(measured("bucket", batch_size=8, num_buckets=3))
+    budget = panel.controls["memory_bytes"]
+    budget.value = budget.max
+    assert panel.setting["memory_bytes"] == budget.max * 2**20
+    assert panel.result.setting["memory_bytes"] == budget.max * 2**20
+    assert "batch_size" not in panel.result.setting
+    assert peak(panel.result).total <= budget.max * 2**20

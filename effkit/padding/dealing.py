@@ -11,6 +11,7 @@ from effkit.padding.buckets import Ints
 from effkit.padding.least_squares import Floats
 from effkit.padding.plans import Plan
 
+_ORDERED = ("sorted", "token_budget")  # neighbouring batches are alike: ranks that share them wait least
 Step = list[Ints]  # one batch per rank
 
 
@@ -38,7 +39,9 @@ def _dealt(plan: Plan, world_size: int, rng: np.random.Generator) -> tuple[list[
     leftovers: list[Step] = []
     carried: list[Ints] = []
     for bucket in np.unique(plan.bucket):
-        members = rng.permutation(np.flatnonzero(plan.bucket == bucket))
+        members = np.flatnonzero(plan.bucket == bucket)
+        if plan.strategy not in _ORDERED:
+            members = rng.permutation(members)
         whole = len(members) // world_size * world_size
         groups += list(members[:whole].reshape(-1, world_size))
         carried += [batches[i] for i in members[whole:]]

@@ -26,6 +26,7 @@ KNOBS = (
 )  # fmt: skip
 _OF_THE_EPOCH = ("strategy", "memory_bytes", "max_length", "world_size")  # the rest are limits of the plan
 _DEFAULTS = {"num_buckets": 30, "num_output_buckets": 2}
+_MIB = 2**20
 _SPREAD = 2.0  # bands are two standard errors wide on each side
 
 
@@ -117,8 +118,7 @@ def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
     if setting["strategy"] not in STRATEGIES:
         raise ValueError(f"unknown strategy {setting['strategy']!r}; choose one of {', '.join(STRATEGIES)}")
     used = {*LIMITS[setting["strategy"]], *_OF_THE_EPOCH}
-    if setting.get("memory_bytes"):
-        used -= {"batch_size", "max_input_cells"}
+    used -= {"batch_size", "max_input_cells"} if setting.get("memory_bytes") else {"memory_bytes"}
     return {name: value for name, value in setting.items() if name in used}
 
 
@@ -163,13 +163,19 @@ def whatif(
     """
     from effkit.whatif import Choice, Slider, WhatIf
 
-    calibration = _calibration(base)
     rest = base.setting
     longest = rest["max_length"]
-    shortest = int(np.percentile(calibration.plan.lengths["input_length"], 50))
+    shortest = int(np.percentile(_calibration(base).plan.lengths["input_length"], 50))
+    peak_mib = next(account.total for account in base.companions if account.unit == "bytes") // _MIB
+    limits = {
+        "batch_size": ("Batch size [examples]", "Rows per batch, in every bucket"),
+        "max_input_cells": ("Largest batch [cells]", "Padded input cells per batch"),
+    }
     knobs: list[Slider | Choice] = [
-        Slider("batch_size", "Batch size [examples]", 1, 4 * int(rest.get("batch_size", 16)), 1,
-               "Rows per batch, in every bucket"),
+        *(Slider(name, label, 1, 4 * rest[name], 1, tooltip)
+          for name, (label, tooltip) in limits.items() if isinstance(rest.get(name), int)),
+        Slider("memory_bytes", "Memory budget [MiB]", 0, 2 * peak_mib, max(1, peak_mib // 50),
+               "What a step may take; decides the batch sizes, unless 0", rest=0, scale=_MIB),
         Choice("strategy", "Strategy", [name for name in STRATEGIES if name != "pack"],
                "How examples are assigned to batches"),
         Slider("num_buckets", "Input buckets [count]", 1, 40, 1, "Buckets by input length", rest=8),
