@@ -116,6 +116,7 @@ def record_captures() -> None:
 def record_ledger() -> None:
     """Predict and measure every held-out setting; each measurement alternates with one of the base."""
     gpu = torch.cuda.is_available()
+    torch.set_num_threads(1)  # on a shared machine, two threads that wait for each other are timed at their worst
     lengths = spoken(2048 if gpu else 256)
     model = ek.models.speech(**({"hidden": 512, "encoder_layers": 12, "decoder_layers": 6, "heads": 8} if gpu else {}))
     scale = 4 if gpu else 1

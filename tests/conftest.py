@@ -1,13 +1,13 @@
 """What several test files share: small recordings, made once."""
 
 import json
-import os
 from pathlib import Path
 
+import matplotlib
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault("MPLBACKEND", "agg")
+matplotlib.use("agg")  # here, and not in the environment: kernels that tests start draw inline
 settings.register_profile("effkit", deadline=None, max_examples=60)
 settings.load_profile("effkit")
 

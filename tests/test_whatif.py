@@ -248,7 +248,7 @@ def test_every_slider_names_its_unit_and_explains_itself(own, padding_panel):
 def test_every_slider_says_where_it_rests():
     marks = [mark.value for mark in inside(panel(), widgets.HTML)]
     assert "● measured at 10" in marks[0]
-    assert "not used by what was measured" in marks[1]
+    assert "not in use when measured" in marks[1]
 
 
 def test_the_padding_panel_predicts_and_measures_on_its_live_model(padding_panel):

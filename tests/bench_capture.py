@@ -1,0 +1,33 @@
+"""The bar on capturing: a light capture of a 60 ms step against the same step without the profiler (`make bench`)."""
+
+from __future__ import annotations
+
+import statistics
+
+import pandas as pd
+import torch
+
+import effkit as ek
+
+BAR = 0.10
+NUM_CAPTURES = 9
+
+
+def test_a_light_capture_costs_little():
+    """Each capture times plain steps on both sides of the recorded ones, so that drift cancels."""
+    model = ek.models.text(hidden=128, layers=4)
+    lengths = pd.DataFrame({"input_length": [192] * 8})
+    batch = model.make_batch([[row] for row in lengths.index], lengths)
+    update = torch.optim.AdamW(model.parameters())
+
+    def step():
+        model(**batch).loss.backward()
+        update.step()
+        update.zero_grad(set_to_none=True)
+
+    seen = [ek.capture(step, steps=5).provenance for _ in range(NUM_CAPTURES)]
+    overhead = statistics.median(p["overhead_frac"] for p in seen)
+    plain_ms = statistics.median(p["step_ns"] for p in seen) / 1e6
+    print(f"\n\na step of {plain_ms:.0f} ms, captured: {overhead:+.1%}; bar: {BAR:.0%}")
+    assert 30 < plain_ms < 120, "the bar is for a step of about 60 ms: change the model's size"
+    assert overhead <= BAR
