@@ -10,7 +10,7 @@ help:  ## list the targets
 
 # torch first and alone: whatever is resolved after it then finds the pinned build in place.
 .venv/.lab: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(INSTALL) torch
 	$(INSTALL) -e .
 	@touch $@
@@ -45,7 +45,7 @@ bench: .venv/.test .venv/.browser  ## the timed bars, peers side by side
 ledger: .venv/.lab  ## predict and measure the held-out grid; refresh the accuracy table in README.md
 	$(BIN)/python data/record.py ledger
 
-record: .venv/.lab  ## re-create every recorded file under data/ and the ledger, on this machine
+record: .venv/.lab  ## re-create the captures and the ledger under data/, on this machine
 	$(BIN)/python data/record.py all
 
 clean:  ## remove the virtual environment and caches

@@ -153,7 +153,9 @@ class Receipt:
                     guess.title,
                     readable(guess.total, guess.unit),
                     f"{readable(guess.low, guess.unit)} … {readable(guess.high, guess.unit)}"
-                    if guess.low is not None and guess.high is not None
+                    if guess.low is not None and guess.high is not None and guess.low < guess.high
+                    else "none"
+                    if guess.low is None
                     else "exact",
                     readable(truth.total, truth.unit),
                     f"{_error(guess.total, truth.total):+.1%}",

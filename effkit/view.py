@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with any colour vision. The first four suit stacked rows.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 GREY = "#777777"
-_NAMED = {"real": "#0072B2", "padding": "#E69F00", "step overhead": "#56B4E9", "waiting": "#CC79A7"}
+_NAMED = {
+    "real": "#0072B2",
+    "padding": "#E69F00",
+    "step overhead": "#56B4E9",
+    "waiting": "#CC79A7",
+    "residual": "#DDDDDD",
+}
 # text stays text (a browser draws it, a test reads it) and equal pictures are equal bytes
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "effkit"}
 
@@ -156,16 +162,13 @@ class Comparison:
         self._ax.set_xlim(0, reach * 1.32)
 
     def _bar(self, row: int, bar: Account | None) -> None:
-        values = {} if bar is None else dict(bar.frame["value"])
+        values = {} if bar is None else {**bar.frame["value"], "residual": bar.residual}
         for item in values:
             if item not in self._items:
                 self._add(str(item))
-        # segments fill the bar to its total, whatever the residual: the rows' sum is the length's explanation
-        total = sum(max(0, int(v)) for v in values.values())
-        scale = bar.total / total if bar is not None and total else 0.0
         left = 0.0
         for item, patches in self._items.items():
-            width = max(0, int(values.get(item, 0))) * scale
+            width = max(0, int(values.get(item, 0)))
             patches[row].set_x(left)
             patches[row].set_width(width)
             patches[row].set_visible(width > 0)

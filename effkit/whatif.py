@@ -97,6 +97,7 @@ class WhatIf(widgets.VBox):
         self._picture = view.Comparison(base)
         self._stop = threading.Event()
         self._running = threading.Lock()
+        self._drawing = threading.RLock()
         self.controls: dict[str, Any] = {}
         self._scales = {knob.name: knob.scale for knob in knobs if isinstance(knob, Slider) and knob.scale != 1}
         rows = [self._row(knob) for knob in knobs]
@@ -141,12 +142,12 @@ class WhatIf(widgets.VBox):
             raise ValueError(self._refusal)
         if not self._running.acquire(blocking=False):
             raise RuntimeError("a measurement is under way; wait for it or press Stop")
-        setting = self.setting  # sliders may move while it runs
-        predicted = self._predict(self.base, **setting)
-        self._stop.clear()
-        self._button.disabled, self._stopper.disabled = True, False
-        self._bar.layout.visibility = "visible"
         try:
+            setting = self.setting  # sliders may move while it runs
+            predicted = self._predict(self.base, **setting)
+            self._stop.clear()
+            self._button.disabled, self._stopper.disabled = True, False
+            self._bar.layout.visibility = "visible"
             measured = self._run(self._progress, **setting)
             receipt = Receipt(predicted, measured, setting=predicted.setting, provenance=provenance())
             self.receipts.append(receipt)
@@ -164,6 +165,8 @@ class WhatIf(widgets.VBox):
 
     def _row(self, knob: Slider | Choice) -> widgets.HBox:
         rest = self.base.setting.get(knob.name)
+        if rest is not None and isinstance(knob, Slider):
+            rest = rest // knob.scale
         wide, label = widgets.Layout(width="430px", flex="0 0 auto"), {"description_width": "170px"}
         if isinstance(knob, Choice):
             control = widgets.Dropdown(options=list(knob.options), value=rest, description=knob.label,
@@ -201,12 +204,13 @@ class WhatIf(widgets.VBox):
         self._show()
 
     def _show(self) -> None:
-        receipt = self._receipt()
-        sentence = self._sentence(receipt)
-        self.screen.value = (
-            f'<p role="status" aria-live="polite" style="line-height:1.5">{html.escape(sentence)}</p>'
-            + self._picture.svg(self.result, receipt, label=sentence)
-        )
+        with self._drawing:  # one figure, and two threads while something is measured
+            receipt = self._receipt()
+            sentence = self._sentence(receipt)
+            self.screen.value = (
+                f'<p role="status" aria-live="polite" style="line-height:1.5">{html.escape(sentence)}</p>'
+                + self._picture.svg(self.result, receipt, label=sentence)
+            )
 
     def _receipt(self) -> Receipt | None:
         """The latest receipt of the setting on the screen."""

@@ -43,8 +43,10 @@ class Text(LlamaForCausalLM):
         tokens = torch.randint(4, self.config.vocab_size, owner.shape, generator=generator)
         mask: torch.Tensor = (owner >= 0).long()
         if any(len(row) > 1 for row in rows):
-            same = owner[:, :, None] == owner[:, None, :]
-            mask = (same & torch.ones(longest, longest, dtype=torch.bool).tril())[:, None]
+            same = (owner[:, :, None] == owner[:, None, :]) & (owner >= 0)[:, :, None]
+            mask = same & torch.ones(longest, longest, dtype=torch.bool).tril()
+            mask[..., 0] |= owner < 0  # padding sees one cell, since softmax over none is not a number
+            mask = mask[:, None]
         batch = {
             "input_ids": tokens.masked_fill(owner < 0, 0),
             "labels": tokens.masked_fill((owner < 0) | (position == 0), -100),

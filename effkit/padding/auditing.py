@@ -32,7 +32,8 @@ class Watch:
             yield batch
 
     def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
+        whole = len(self.loader)  # type: ignore[arg-type]
+        return whole if self.num_batches is None else min(whole, self.num_batches)
 
     def run(self) -> Watch:
         """Draw the batches now."""
@@ -41,7 +42,7 @@ class Watch:
         return self
 
     def _note(self, batch: Any) -> None:
-        lengths, width = _input_lengths(batch)
+        lengths, width = input_lengths(batch)
         row = {"num_rows": len(lengths), "input_length": width, "input_real": int(lengths.sum())}
         self._inputs.append(lengths)
         outputs = _output_lengths(batch)
@@ -68,7 +69,7 @@ class Watch:
 
     @property
     def account(self) -> Account:
-        """Input cells: real ones counted in masks or lengths, padding counted in what the masks leave out."""
+        """Input cells: real ones counted in masks or lengths; padding is what they leave of the tensors' shapes."""
         frame = self.frame
         real, padded = int(frame["input_real"].sum()), int((frame["num_rows"] * frame["input_length"]).sum())
         return Account.of(
@@ -173,7 +174,7 @@ def _array(value: Any) -> Any:
     return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
-def _input_lengths(batch: Any) -> tuple[Any, int]:
+def input_lengths(batch: Any) -> tuple[Any, int]:
     """Real cells of each row, and the padded width."""
     mask = _get(batch, "attention_mask", "padding_mask", "mask")
     if mask is not None:

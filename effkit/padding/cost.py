@@ -49,7 +49,7 @@ class CostModel:
         return float(np.dot(self.coefficients[1:], [input_real, output_real, input_squared, cross]))
 
     def covers(self, rows: Any, input_length: Any, output_length: Any = 0) -> bool:
-        """Whether these batches stay within what was measured: no longer, and at most a quarter more cells.
+        """Whether these batches stay within what was measured: at most a twentieth longer and a quarter more cells.
 
         Shorter batches count as covered: no coefficient is negative, so time falls towards the fixed cost.
         """

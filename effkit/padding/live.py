@@ -14,11 +14,12 @@ import torch
 
 from effkit.account import Account
 from effkit.device import synchronize
+from effkit.padding.auditing import input_lengths
 from effkit.padding.buckets import Ints
 from effkit.padding.cost import CostModel, fit_cost
 from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.plans import Plan
-from effkit.padding.probing import choose
+from effkit.padding.probing import Probe, choose
 from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
 from effkit.recording import peak_memory
 
@@ -111,9 +112,12 @@ def measure(
         raise TypeError(
             f"measure() cannot make batches for {type(model).__name__}: give make_batch=(rows, lengths) -> batch"
         )
-    if repeats < 1 or (num_batches is not None and num_batches < 1):
-        raise ValueError(f"repeats and num_batches are at least 1; given: {repeats} and {num_batches}")
     own = base is None or base.calibration is None
+    fewest = 3 if own else 1
+    if repeats < 1 or (num_batches is not None and num_batches < fewest):
+        raise ValueError(
+            f"measure() takes repeats >= 1 and num_batches >= {fewest} here; given: {repeats} and {num_batches}"
+        )
     probes = choose(plan, num_batches, cut_down=own)
     to_loss = loss or (lambda output: output.loss)
     num_steps = len(probes) * (repeats + 1)
@@ -123,9 +127,10 @@ def measure(
         update = (optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=0.0)))(model.parameters())
         for group in update.param_groups:
             group["lr"] = 0.0
-        batches = [make(probe.rows, plan.lengths) for probe in probes]
-        _train(model, batches[0], to_loss, update)  # the optimizer's state exists from here on
-        for i, batch in enumerate(batches):
+        _train(model, make(probes[0].rows, plan.lengths), to_loss, update)  # the optimizer's state exists from here on
+        for i, probe in enumerate(probes):
+            batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
+            _check(batch, probe, plan.lengths)
             _tell(progress, i, num_steps)
             peak, peak_source = peak_memory(
                 lambda batch=batch: _train(model, batch, to_loss, update),  # type: ignore[misc]
@@ -133,9 +138,10 @@ def measure(
             )
             peaks.append(peak)
         for turn in range(_PATIENCE * repeats):
-            for i, batch in enumerate(batches):
+            for i, probe in enumerate(probes):
                 _tell(progress, min(num_steps - 1, (turn + 1) * len(probes) + i), num_steps)
                 if turn < repeats or _spread(times[i]) > _SETTLED_FRAC:
+                    batch = make(probe.rows, plan.lengths)
                     synchronize()
                     start = time.perf_counter_ns()
                     _train(model, batch, to_loss, update)
@@ -207,20 +213,34 @@ def _unchanged(model: torch.nn.Module) -> Iterator[None]:
     """Give the model back as it was: buffers, gradients, training mode and random state."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng():
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
-            model.train()
             yield
         finally:
-            model.train(training)
+            for module, mode in training:
+                module.training = mode
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+def _check(batch: Any, probe: Probe, lengths: pd.DataFrame) -> None:
+    """Refuse a batch whose tensors do not hold the cells that its plan says: a receipt would compare two things."""
+    try:
+        real, width = input_lengths(batch)
+    except ValueError:  # this batch shows no padding: nothing to compare
+        return
+    planned = sum(int(lengths["input_length"].to_numpy()[row].sum()) for row in probe.rows)
+    if int(real.sum()) != planned or width != probe.shape(lengths)["input_length"]:
+        raise ValueError(
+            f"make_batch() made {int(real.sum()):,} real cells in rows of {width:,}, and the plan says {planned:,} in "
+            f"rows of {probe.shape(lengths)['input_length']:,}: let it pad to the longest row and count as lengths do"
+        )
 
 
 def _spread(times: list[int]) -> float:

@@ -96,7 +96,7 @@ def fit_memory(probes: pd.DataFrame) -> MemoryModel:
     inputs = probes["input_length"].to_numpy(dtype="float64")
     outputs = probes["output_length"].to_numpy(dtype="float64") if "output_length" in probes else np.zeros(len(probes))
     rows = probes["batch_size"].to_numpy(dtype="float64")
-    if np.ptp(inputs) == 0:
+    if "peak_bytes" not in probes and np.ptp(inputs) == 0:
         raise ValueError("fit_memory() needs probes of different input lengths; all have the same")
     terms = _terms(inputs, outputs)
     if "peak_bytes" in probes:

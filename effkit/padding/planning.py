@@ -16,6 +16,7 @@ from effkit.padding.plans import Plan
 if TYPE_CHECKING:
     from effkit.padding.memory import MemoryModel
 
+BUCKETED = ("bucket", "bucket2d", "optimal")
 STRATEGIES = ("random", "sorted", "bucket", "bucket2d", "optimal", "token_budget", "pack")
 
 
@@ -131,11 +132,7 @@ def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> N
         raise ValueError(
             f"{strategy} needs max_input_cells, the cells that one {'row' if strategy == 'pack' else 'batch'} holds"
         )
-    if (
-        size is None
-        and cells is None
-        and (limits["memory"] is None or strategy not in ("bucket", "bucket2d", "optimal"))
-    ):
+    if size is None and cells is None and (limits["memory"] is None or strategy not in BUCKETED):
         raise ValueError(
             f"{strategy} needs a limit: batch_size or max_input_cells (bucket strategies also take memory)"
         )

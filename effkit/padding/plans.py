@@ -140,7 +140,7 @@ class Plan:
         return straggler(self, world_size, cells)
 
     def plot(self, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
-        """Draw the first batches to scale: real cells filled, padded cells hatched. Returns the axes."""
+        """Draw the first batches to scale: real cells filled, padded cells pale. Returns the axes."""
         from effkit import view
 
         return view.plan(self, ax, num_batches=num_batches)

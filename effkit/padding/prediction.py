@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
-from effkit.padding.planning import LIMITS, STRATEGIES, plan
+from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, plan
 from effkit.padding.plans import Plan
 from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, steps_account
 
@@ -45,9 +45,9 @@ def predict(base: Account, **setting: Any) -> Account:
     Returns
     -------
     Account
-        In ns, with a band. ``in_range`` is False when a batch is longer or larger than what was measured, or for
-        several ranks (communication was not measured). Cells and steps, among the companions, are exact; peak memory
-        has a band. At the measured setting: ``base`` itself.
+        In ns, with a band. ``in_range`` is False when a batch is longer or larger than what was measured, for packed
+        rows (their mask costs differently) and for several ranks (communication was not measured). Cells and steps,
+        among the companions, are exact; peak memory has a band. At the measured setting: ``base`` itself.
 
     Raises
     ------
@@ -131,19 +131,26 @@ def plan_at(base: Account, setting: dict[str, Any]) -> Plan:
         lengths = lengths[lengths["input_length"] <= setting["max_length"]].reset_index(drop=True)
         if lengths.empty:
             raise ValueError(f"no example is {setting['max_length']} cells or shorter: raise max_length")
+    if isinstance(setting.get("batch_size"), tuple) and setting["strategy"] not in BUCKETED:
+        raise ValueError(
+            f"{setting['strategy']} takes one batch_size, and what was measured had one per bucket: give it"
+        )
     fixed = {name: value for name, value in measured.limits.items() if name not in KNOBS}
     limits = fixed | {name: value for name, value in setting.items() if name not in _OF_THE_EPOCH}
     longest = int(lengths["input_length"].max())
     if setting.get("memory_bytes"):
         budget = replace(calibration.memory, budget=float(setting["memory_bytes"]))
         whole = pd.DataFrame({name: [int(lengths[name].max())] for name in lengths})
-        if setting["strategy"] in ("bucket", "bucket2d", "optimal"):
+        if setting["strategy"] in BUCKETED:
             limits["memory"] = budget
         else:
             limits["batch_size"] = int(budget.largest_batches(whole)[0])
     if setting["strategy"] == "token_budget" and "max_input_cells" not in limits:
         # the cells of one full batch of the longest examples: what the measured plan had to make room for
-        limits["max_input_cells"] = limits.pop("batch_size") * longest
+        size = limits.pop("batch_size", None)
+        if not isinstance(size, int):
+            raise ValueError("token_budget needs max_input_cells here: what was measured had no one batch size")
+        limits["max_input_cells"] = size * longest
     return plan(lengths, setting["strategy"], **limits)
 
 
@@ -176,7 +183,7 @@ def whatif(
           for name, (label, tooltip) in limits.items() if isinstance(rest.get(name), int)),
         Slider("memory_bytes", "Memory budget [MiB]", 0, 2 * peak_mib, max(1, peak_mib // 50),
                "What a step may take; decides the batch sizes, unless 0", rest=0, scale=_MIB),
-        Choice("strategy", "Strategy", [name for name in STRATEGIES if name != "pack"],
+        Choice("strategy", "Strategy", [name for name in STRATEGIES if name != "pack" or name == rest["strategy"]],
                "How examples are assigned to batches"),
         Slider("num_buckets", "Input buckets [count]", 1, 40, 1, "Buckets by input length", rest=8),
         Slider("num_output_buckets", "Output buckets [count]", 1, 8, 1, "By output length, within each", rest=2),

@@ -11,8 +11,7 @@ def lengths_from_buckets(profile: pd.DataFrame, num_examples: int, *, seed: int 
 
     Bucket edges are placed so that each input bucket holds the same summed length (the rule by which Lhotse and NeMo
     estimate them). So a bucket between ``lo`` and ``hi`` holds examples in proportion to ``1 / mean length``; inside,
-    inputs are uniform. Half of the examples fall below the first output edge of their input bucket and half between
-    that and the last, uniformly again: the published table says no more.
+    inputs are uniform. Output buckets inside an input bucket follow the same rule: the published table says no more.
 
     Parameters
     ----------
@@ -42,8 +41,9 @@ def lengths_from_buckets(profile: pd.DataFrame, num_examples: int, *, seed: int 
     for i, edge in enumerate(edges):
         members = np.flatnonzero(bucket == i)
         second = np.sort(profile.loc[profile["input_length"] == edge, "output_length"].to_numpy())
-        column = rng.integers(len(second), size=len(members))
         floor = np.concatenate([[0], second[:-1]])
+        share = 2 / (floor + second)
+        column = rng.choice(len(second), size=len(members), p=share / share.sum())
         outputs[members] = floor[column] + rng.random(len(members)) * (second - floor)[column]
     return pd.DataFrame(
         {"input_length": np.maximum(1, np.ceil(inputs)), "output_length": np.maximum(1, np.ceil(outputs))}

@@ -16,9 +16,10 @@ from effkit.padding.plans import Plan
 class BatchSampler(Sampler[list[int]]):
     """Yields lists of example indices; pass it as ``DataLoader(dataset, batch_sampler=…)``.
 
-    Each epoch is planned anew from ``(seed, epoch)``. Every example comes exactly once per epoch over all ranks, all
-    ranks take the same number of steps, and at each step they draw from the same bucket. A few batches are split so
-    that the leftovers of a bucket go round; no batch ever exceeds the plan's limits.
+    Each epoch is planned anew from ``(seed, epoch)``; where the strategy leaves nothing to chance (``sorted``,
+    ``token_budget``, ``pack``), only the order of the steps changes. Every example comes exactly once per epoch over
+    all ranks, all ranks take the same number of steps, and at each step they draw from the same bucket. What a bucket
+    has left over is split until it goes round, or joins the next bucket; no batch grows beyond what was planned.
 
     Parameters
     ----------
