@@ -101,13 +101,14 @@ class Plan:
             cache[name] = self._reduced(name)
         return cache[name]
 
+    def _row_lengths(self, name: str) -> Ints:
+        rows = self.lengths[name].to_numpy()[self.order]
+        return rows if self.row_starts is None else np.add.reduceat(rows, self.row_starts)
+
     def _reduced(self, name: str) -> Ints:
         lengths = {column: self.lengths[column].to_numpy() for column in self.lengths}
         if name.endswith("_length"):
-            rows = lengths[name][self.order]
-            if self.row_starts is not None:
-                rows = np.add.reduceat(rows, self.row_starts)
-            return np.maximum.reduceat(rows, self.batch_starts)
+            return np.maximum.reduceat(self._row_lengths(name), self.batch_starts)
         real = {
             "input_real": lambda: lengths["input_length"],
             "output_real": lambda: lengths["output_length"],
@@ -180,17 +181,22 @@ def _account(plan: Plan, cells: str, model: Mapping[str, int]) -> Account:
     if cells == "output" and "output_length" not in plan.lengths:
         raise ValueError("these lengths have no outputs to count; ask for cells='input'")
     if cells == "flops":
-        real, padded = flops.of_plan(plan, **model)
+        real, total = flops.of_plan(plan, **model)
+        padding = total - real
     else:
-        shape = plan._column("output_length" if cells == "output" else "input_length")
-        real = int(plan._column(f"{cells}_real").sum())
-        padded = int((plan._num_rows * (shape**2 if cells == "input_squared" else shape)).sum())
+        name = "output_length" if cells == "output" else "input_length"
+        shape, real = plan._column(name), int(plan._column(f"{cells}_real").sum())
+        total = int((plan._num_rows * (shape**2 if cells == "input_squared" else shape)).sum())
+        if cells == "input_squared":
+            padding = total - real
+        else:  # counted row by row, so that the account can fail to close
+            padding = int((np.repeat(shape, plan._num_rows) - plan._row_lengths(name)).sum())
     kind = {"flops": "forward FLOPs", "input_squared": "attention cells"}.get(cells, f"{cells} cells")
     return Account.of(
         f"{kind[0].upper()}{kind[1:]} of one epoch",
         "FLOPs" if cells == "flops" else "cells",
-        {"real": real, "padding": padded - real},
-        total=padded,
+        {"real": real, "padding": padding},
+        total=total,
         source="the shapes of the batches",
         basis="derived",
         setting={"strategy": plan.strategy, **plan.limits},
