@@ -185,7 +185,7 @@ class WhatIf(widgets.VBox):
             # a slider has no accessible name; a box with a description has one, and takes any number
             box = widgets.BoundedIntText(**bounds, description=f"type {knob.label.partition(' [')[0].lower()}",
                                          tooltip=f"{knob.label}: {knob.tooltip}")  # fmt: skip
-            box.layout.width, box.style.description_width = "230px", "135px"
+            box.layout.width, box.style.description_width = "250px", "155px"
             widgets.link((control, "value"), (box, "value"))
             parts = [control, box]
         self.controls[knob.name] = control
