@@ -152,7 +152,6 @@ def capture(
         "peak_bytes": peak_bytes,
         "peak_source": "torch.cuda.max_memory_allocated" if cuda else
         "profiler's Total Allocated; allocations made before the window are not visible" if memory else "not recorded",
-        "threads": torch.get_num_threads(),
     }  # fmt: skip
     return Capture(events, snapshot.from_events(allocator_events) if memory else None, provenance() | seen)
 

@@ -122,9 +122,8 @@ class Comparison:
         with mpl.rc_context(_SVG):
             self.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
         markup = out.getvalue()
-        markup = re.sub(
-            r"<style.*?</style>", "", markup[markup.index("<svg") :], flags=re.DOTALL
-        )  # it would style the page
+        markup = markup[markup.index("<svg") :]
+        markup = re.sub(r"<style.*?</style>", "", markup, flags=re.DOTALL)  # it would style the whole page
         return markup.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)
 
     def png(self, result: Account, receipt: Receipt | None) -> bytes:

@@ -30,10 +30,10 @@ def measured(strategy="random", noise=0.02, noise_frac=0.01, lengths=None, **lim
     peaks = np.stack([np.ones_like(t), rows * t, rows * u, rows * u * t, rows * t * t], axis=1) @ TRUE_PEAK
     steps = steps.assign(dur_ns=times, peak_bytes=peaks)
     cost, memory = fit_cost(steps), fit_memory(steps.rename(columns={"num_rows": "batch_size"}))
-    told, epoch_ns = epoch_rows(made, cost)
+    told, epoch_ns, num_steps = epoch_rows(made, cost)
     companions = (
         cells_account(made, "shapes"),
-        steps_account(made, 1, "count"),
+        steps_account(num_steps, "count"),
         peak_account(int(peaks.max()), "counter"),
     )
     return Account.of(

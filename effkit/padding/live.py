@@ -120,7 +120,7 @@ def measure(
         )
     probes = choose(plan, num_batches, cut_down=own)
     to_loss = loss or (lambda output: output.loss)
-    num_steps = len(probes) * (repeats + 1)
+    num_runs = len(probes) * (repeats + 1)
     peaks: list[int] = []
     times: list[list[int]] = [[] for _ in probes]
     with _unchanged(model):
@@ -131,7 +131,7 @@ def measure(
         for i, probe in enumerate(probes):
             batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
             _check(batch, probe, plan.lengths)
-            _tell(progress, i, num_steps)
+            _tell(progress, i, num_runs)
             peak, peak_source = peak_memory(
                 lambda batch=batch: _train(model, batch, to_loss, update),  # type: ignore[misc]
                 resident_bytes=_resident_bytes(model, update, batch),
@@ -139,7 +139,7 @@ def measure(
             peaks.append(peak)
         for turn in range(_PATIENCE * repeats):
             for i, probe in enumerate(probes):
-                _tell(progress, min(num_steps - 1, (turn + 1) * len(probes) + i), num_steps)
+                _tell(progress, min(num_runs - 1, (turn + 1) * len(probes) + i), num_runs)
                 if turn < repeats or _spread(times[i]) > _SETTLED_FRAC:
                     batch = make(probe.rows, plan.lengths)
                     synchronize()
@@ -151,17 +151,15 @@ def measure(
     steps = pd.DataFrame([probe.shape(plan.lengths) for probe in probes]).assign(dur_ns=fastest, peak_bytes=peaks)
     attention = "padded" if plan.row_starts is None else "block_mask"
     if own:
-        cost, memory = (
-            fit_cost(steps, attention=attention),
-            fit_memory(steps.rename(columns={"num_rows": "batch_size"})),
-        )
+        cost = fit_cost(steps, attention=attention)
+        memory = fit_memory(steps.rename(columns={"num_rows": "batch_size"}))
     else:
         assert base is not None
         cost, memory = base.calibration.cost, base.calibration.memory
     whole = steps[steps["whole"]]
     modelled = cost.step_ns(whole["num_rows"], whole["input_length"], whole.get("output_length", 0))
     anchor = float(whole["dur_ns"].sum() / modelled.sum())
-    rows, epoch_ns = epoch_rows(plan, cost, world_size)
+    rows, epoch_ns, num_steps = epoch_rows(plan, cost, world_size)
     complete = len(whole) == len(plan.batches)
     noise = float(np.median([_spread(repeated) for repeated in times]))
     counter = "wall time"
@@ -185,7 +183,7 @@ def measure(
         setting=setting_of(plan, world_size),
         companions=(
             cells_account(plan, "the shapes of the batches"),
-            steps_account(plan, world_size, "the number of batches"),
+            steps_account(num_steps, "the number of batches"),
             peak_account(peak, peak_source + ("" if complete else ", largest of the steps run")),
         ),
         calibration=Calibration(plan, cost, memory, steps, noise, anchor),
@@ -236,10 +234,11 @@ def _check(batch: Any, probe: Probe, lengths: pd.DataFrame) -> None:
     except ValueError:  # this batch shows no padding: nothing to compare
         return
     planned = sum(int(lengths["input_length"].to_numpy()[row].sum()) for row in probe.rows)
-    if int(real.sum()) != planned or width != probe.shape(lengths)["input_length"]:
+    longest = probe.shape(lengths)["input_length"]
+    if int(real.sum()) != planned or width != longest:
         raise ValueError(
             f"make_batch() made {int(real.sum()):,} real cells in rows of {width:,}, and the plan says {planned:,} in "
-            f"rows of {probe.shape(lengths)['input_length']:,}: let it pad to the longest row and count as lengths do"
+            f"rows of {longest:,}: let it pad to the longest row and count as lengths do"
         )
 
 

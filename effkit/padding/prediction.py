@@ -12,7 +12,7 @@ import pandas as pd
 from effkit.account import Account
 from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, plan
 from effkit.padding.plans import Plan
-from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, steps_account
+from effkit.padding.totals import EPOCH_TIME, LIMIT_KNOBS, cells_account, epoch_rows, peak_account, steps_account
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
     from effkit.padding.live import Calibration, Progress
     from effkit.whatif import WhatIf
 
-KNOBS = (
-    "strategy", "batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic", "memory_bytes",
-    "max_length", "world_size", "seed",
-)  # fmt: skip
-_OF_THE_EPOCH = ("strategy", "memory_bytes", "max_length", "world_size")  # the rest are limits of the plan
+_OF_THE_EPOCH = ("strategy", "memory_bytes", "max_length", "world_size")
+KNOBS = ("strategy", *LIMIT_KNOBS, *_OF_THE_EPOCH[1:])
 _DEFAULTS = {"num_buckets": 30, "num_output_buckets": 2}
 _MIB = 2**20
 _SPREAD = 2.0  # bands are two standard errors wide on each side
@@ -61,7 +58,7 @@ def predict(base: Account, **setting: Any) -> Account:
     planned = plan_at(base, wanted)
     cost, memory, frame = calibration.cost, calibration.memory, planned.frame
     world_size = wanted["world_size"]
-    rows, epoch_ns = epoch_rows(planned, cost, world_size)
+    rows, epoch_ns, num_steps = epoch_rows(planned, cost, world_size)
     output = frame.get("output_length", 0)
     covered = cost.covers(frame["num_rows"], frame["input_length"], output)
     in_range = covered and world_size == 1 and planned.row_starts is None
@@ -83,7 +80,7 @@ def predict(base: Account, **setting: Any) -> Account:
         setting=wanted,
         companions=(
             cells_account(planned, "the plan", exact=True),
-            steps_account(planned, world_size, "the plan", exact=True),
+            steps_account(num_steps, "the plan", exact=True),
             peak_account(
                 peak, "the fitted memory model", low=max(0, peak - slack), high=peak + slack, in_range=covered
             ),

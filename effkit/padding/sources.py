@@ -169,16 +169,9 @@ def _manifest(path: Path, input: str | None, output: str | None) -> tuple[pd.Dat
     if named:
         return pd.DataFrame(entries), numbers
     columns: dict[str, list[Any]] = {}
-    for field in (
-        "duration",
-        "num_frames",
-        "input_length",
-        "input_tokens",
-        "output_length",
-        "output_tokens",
-        "num_tokens",
-        "tokens",
-    ):
+    for field in _Entry.__struct_fields__:
+        if field in ("text", "supervisions"):  # two places for one thing, joined below
+            continue
         values = [getattr(entry, field) for entry in entries]
         if any(value is not None for value in values):
             columns[field] = values

@@ -9,15 +9,15 @@ import numpy as np
 from effkit.account import Account
 from effkit.padding.buckets import Ints
 from effkit.padding.cost import CostModel
-from effkit.padding.dealing import deal, shares
+from effkit.padding.dealing import shares
 from effkit.padding.plans import Plan
 
 EPOCH_TIME = "Time of one epoch"
-_KNOBS = ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic", "seed")
+LIMIT_KNOBS = ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic", "seed")
 
 
-def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[str, int], float]:
-    """What the cost model says an epoch spends its time on, per rank [ns]: the rows, and their sum unrounded.
+def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[str, int], float, int]:
+    """What the cost model says an epoch spends its time on, per rank [ns]: the rows, their sum unrounded, the steps.
 
     ``step overhead`` is the fixed cost of the steps; ``real`` what the real cells alone would take; ``padding`` the
     rest of the computing; ``waiting`` for the slowest rank of each step.
@@ -39,7 +39,7 @@ def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[s
     rows = {"step overhead": round(overhead), "real": round(real), "padding": round(mean - overhead - real)}
     if world_size > 1:
         rows["waiting"] = round(slowest - mean)
-    return rows, slowest
+    return rows, slowest, len(steps)
 
 
 def cells_account(plan: Plan, source: str, *, exact: bool = False) -> Account:
@@ -49,9 +49,8 @@ def cells_account(plan: Plan, source: str, *, exact: bool = False) -> Account:
     return Account("Input cells of one epoch", "cells", cells.frame, cells.total, source, **band)
 
 
-def steps_account(plan: Plan, world_size: int, source: str, *, exact: bool = False) -> Account:
+def steps_account(steps: int, source: str, *, exact: bool = False) -> Account:
     """Steps of the epoch, per rank."""
-    steps = len(plan.batches) if world_size == 1 else len(deal(plan, world_size, np.random.default_rng(0)))
     rows, band = {"steps": steps}, {"low": steps, "high": steps} if exact else {}
     return Account.of("Steps of one epoch", "steps", rows, total=steps, source=source, basis="derived", **band)
 
@@ -63,7 +62,7 @@ def peak_account(peak_bytes: int, source: str, **more: Any) -> Account:
 
 def setting_of(plan: Plan, world_size: int = 1) -> dict[str, Any]:
     """The knobs at which a plan stands: strategy, its limits, longest input [cells], ranks."""
-    knobs = {name: value for name, value in plan.limits.items() if name in _KNOBS}
+    knobs = {name: value for name, value in plan.limits.items() if name in LIMIT_KNOBS}
     knobs = {name: value if np.ndim(value) == 0 else tuple(value) for name, value in knobs.items()}
     knobs = {name: value.item() if isinstance(value, np.generic) else value for name, value in knobs.items()}
     longest = int(plan.lengths["input_length"].max())
