@@ -2,9 +2,11 @@
 
 from effkit import models, padding
 from effkit.account import Account
+from effkit.captured import Capture
 from effkit.device import Device
+from effkit.loading import load
 from effkit.receipt import Receipt
-from effkit.recording import Capture, capture, load
+from effkit.recording import capture
 from effkit.whatif import WhatIf
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""capture(step) and load(path): the two doors to a Capture, and the only place that touches torch.profiler."""
+"""capture(step): a live run becomes a Capture. The only place that touches torch.profiler."""
 
 from __future__ import annotations
 
@@ -9,59 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from effkit import snapshot, storage, trace
+from effkit import snapshot, trace
+from effkit.captured import Capture
 from effkit.device import provenance, synchronize
+from effkit.trace import nesting
 
 _recording = threading.Lock()
-
-
-@dataclass(frozen=True, eq=False)
-class Capture:
-    """One profiled run.
-
-    Attributes
-    ----------
-    events
-        One row per event: ``name, category, start_ns, dur_ns, rank, process, thread, stream, correlation``.
-    allocations
-        One row per allocation: ``size_bytes, alloc_ns, free_ns, device, rank``; ``None`` where memory was not
-        recorded (absent, never zero).
-    provenance
-        Device, torch version, date, settings, what was profiled, and what profiling itself cost.
-    """
-
-    events: pd.DataFrame
-    allocations: pd.DataFrame | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> pd.DataFrame:
-        """The marked steps: ``start_ns`` and ``dur_ns``, indexed by ``step`` (0, 1, …)."""
-        marks = self.events["name"].str.startswith("ProfilerStep#") & (self.events["category"] == "user_annotation")
-        return self.events.loc[marks, ["start_ns", "dur_ns"]].reset_index(drop=True).rename_axis("step")
-
-    def save(self, path: str | Path) -> Path:
-        """Write one zip file: ``capture.json`` (format, version, provenance, column types) and a CSV per frame.
-
-        Any tool can open it and nothing in it is code. It is written beside its place and moved there whole.
-        """
-        frames = {name: frame for name in storage.FRAMES if (frame := getattr(self, name)) is not None}
-        return storage.write(Path(path), frames, self.provenance)
-
-    def __repr__(self) -> str:
-        p = self.provenance
-        memory = "not recorded" if self.allocations is None else f"{len(self.allocations):,} allocations"
-        return (
-            f"Capture of {p.get('what', 'a run')}: {len(self.steps)} steps, {len(self.events):,} events, "
-            f"memory {memory}\n  on {p.get('device', 'an unnamed device')}, torch {p.get('torch', 'not visible')}, "
-            f"{p.get('date', 'date not visible')}"
-        )
 
 
 def capture(
@@ -139,9 +97,10 @@ def capture(
             recorded = _timed(step, steps, after_each=profiler.step)
             peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
         plain += _timed(step, steps)
-    events, allocator_events = trace.read(_exported(profiler))
-    if memory and not cuda:
-        peak_bytes = _peak(allocator_events)
+    read = trace.read(_exported(profiler), details=trace.DETAIL_COLUMNS, stacks=stacks)
+    allocations, of_memory = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
+    if of_memory and not cuda:
+        peak_bytes = of_memory[0]["peak_bytes"]
     seen = {
         "what": what or getattr(step, "__qualname__", type(step).__name__),
         "settings": dict(settings or {}),
@@ -152,8 +111,9 @@ def capture(
         "peak_bytes": peak_bytes,
         "peak_source": "torch.cuda.max_memory_allocated" if cuda else
         "profiler's Total Allocated; allocations made before the window are not visible" if memory else "not recorded",
+        "memory": of_memory,
     }  # fmt: skip
-    return Capture(events, snapshot.from_events(allocator_events) if memory else None, provenance() | seen)
+    return Capture(read.events, allocations, provenance() | seen)
 
 
 def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple[int, str]:
@@ -174,28 +134,9 @@ def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple
 
     with _alone("peak_memory()"), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    _, memory = trace.read(_exported(profiler))
-    return resident_bytes + _peak(memory), "resident tensors + the profiler's Total Allocated"
-
-
-def load(path: str | Path) -> Capture:
-    """Read a Capture that :meth:`Capture.save` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        When there is no such file.
-    ValueError
-        When the file is something else, damaged, larger than a capture may be, or of a newer version.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no capture at {path}: give the path of a file that Capture.save() wrote")
-    frames, provenance = storage.read(path)
-    allocations = frames.get("allocations")
-    if allocations is not None:
-        allocations = allocations.rename_axis("allocation")
-    return Capture(frames["events"], allocations, provenance)
+    return resident_bytes + _peak(
+        trace.read(_exported(profiler)).memory
+    ), "resident tensors + the profiler's Total Allocated"
 
 
 def _peak(memory: pd.DataFrame) -> int:

@@ -22,7 +22,12 @@ _LARGEST_BYTES = 4 * 2**30  # what a saved capture may unpack to
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip entries carry no clock, so that equal captures are equal files
 _LARGEST_HEADER = 2**24
 _DENSEST = 200  # times that an entry may unpack; tables of numbers and names stay far below
-FRAMES: Mapping[str, tuple[str, ...]] = {"events": trace.EVENT_COLUMNS, "allocations": snapshot.ALLOCATION_COLUMNS}
+FRAMES: Mapping[str, tuple[str, ...]] = {
+    "events": trace.EVENT_COLUMNS,
+    "allocations": snapshot.ALLOCATION_COLUMNS,
+    "segments": snapshot.SEGMENT_COLUMNS,
+}
+_MAY_LACK_TEXT = {*trace.DETAIL_COLUMNS, "stack"}  # of other columns an empty text is a text
 
 
 def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> Path:
@@ -86,7 +91,7 @@ def _read(archive: zipfile.ZipFile) -> tuple[Frames, dict[str, Any]]:
 def _frame(archive: zipfile.ZipFile, name: str, columns: dict[str, str]) -> pd.DataFrame:
     if missing := [column for column in FRAMES[name] if column not in columns]:
         raise ValueError(f"its {name} lack the columns {', '.join(missing)}")
-    absent = {column: [""] for column, kind in columns.items() if kind != "str"}
+    absent = {column: [""] for column, kind in columns.items() if kind != "str" or column in _MAY_LACK_TEXT}
     with archive.open(f"{name}.csv") as file:
         # the line ends that save() writes and no others: a name may hold a carriage return
         frame = pd.read_csv(file, dtype=columns, keep_default_na=False, na_values=absent, lineterminator="\n")

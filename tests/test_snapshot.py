@@ -51,8 +51,26 @@ def test_what_was_there_before_and_what_is_still_there():
 
 def test_a_free_ends_one_allocation_only():
     found = snapshot.from_events(memory((1, 7, 100), (2, 7, -100), (3, 7, -30)))
-    assert found["size_bytes"].tolist() == [100, 30]
-    assert found["free_ns"].tolist() == [2, 3]
+    assert found["size_bytes"].tolist() == [30, 100], "what was there before comes first"
+    assert found["free_ns"].tolist() == [3, 2]
+
+
+def test_events_of_one_moment_keep_their_order():
+    found = snapshot.from_events(memory((5, 7, 100), (5, 7, -100), (5, 7, 30), (9, 7, -30)))
+    assert found["alloc_ns"].tolist() == [5, 7]
+    assert found["free_ns"].tolist() == [6, 9]
+
+
+def test_an_allocation_carries_the_stack_of_its_birth():
+    events = memory((1, 7, 100), (2, 7, -100), (3, 8, -5), (4, 7, 30))
+    found = snapshot.from_events(events, stacks=pd.Series(["a", "b", "c", "d"], dtype="str"))
+    assert found["stack"].isna().tolist() == [True, False, False]
+    assert found["stack"].tolist()[1:] == ["a", "d"]
+    assert set(found["category"]) == {"unknown"}
+    assert set(found["known_by"]) == {"not recorded"}
+    without = snapshot.from_events(events)
+    assert without["stack"].isna().all()
+    assert without.dtypes.astype(str).to_dict() == found.dtypes.astype(str).to_dict()
 
 
 def test_one_address_on_two_devices_is_two_places():
@@ -94,7 +112,7 @@ def test_replaying_gives_the_running_total(events):
 
 
 def test_replaying_a_live_recording_gives_the_allocators_own_total(kineto):
-    _, events = trace.read(kineto)
+    events = trace.read(kineto).memory
     # the allocator's count does not begin at zero when something was recorded before
     base = int(events["total_bytes"].iloc[0] - events["size_bytes"].iloc[0])
     last = events.drop_duplicates("time_ns", keep="last")

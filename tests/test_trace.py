@@ -20,7 +20,7 @@ def nanoseconds(microseconds) -> int:
 
 
 def test_events_are_those_of_the_file(kineto, plain_events):
-    events, _ = trace.read(kineto)
+    events = trace.read(kineto).events
     expected = [event for event in plain_events if event["ph"] == "X" and event.get("cat") != "Trace"]
     assert len(events) == len(expected) > 20
     assert Counter(events["name"]) == Counter(event["name"] for event in expected)
@@ -30,7 +30,7 @@ def test_events_are_those_of_the_file(kineto, plain_events):
 
 
 def test_memory_is_that_of_the_file(kineto, plain_events):
-    _, memory = trace.read(kineto)
+    memory = trace.read(kineto).memory
     args = [event["args"] for event in plain_events if event["name"] == "[memory]"]
     assert len(memory) == len(args) > 5
     columns = zip(memory["address"], memory["size_bytes"], memory["total_bytes"], strict=True)
@@ -40,28 +40,28 @@ def test_memory_is_that_of_the_file(kineto, plain_events):
 
 def test_columns_and_types(kineto):
     for content in (kineto, b'{"traceEvents": []}'):
-        events, memory = trace.read(content, rank=3)
+        events, memory, *_ = trace.read(content, rank=3)
         assert tuple(events) == trace.EVENT_COLUMNS
         assert tuple(memory) == trace.MEMORY_COLUMNS
         assert set(events.dtypes[["start_ns", "dur_ns", "rank"]].map(str)) == {"int64"}
         assert set(events.dtypes[["stream", "correlation"]].map(str)) == {"Int64"}
-        assert set(memory.dtypes[["time_ns", "size_bytes", "total_bytes", "rank"]].map(str)) == {"int64"}
+        assert set(memory.dtypes[["time_ns", "size_bytes", "rank"]].map(str)) == {"int64"}
         assert set(events["rank"]) <= {3}
         assert events["start_ns"].is_monotonic_increasing
         assert memory["time_ns"].is_monotonic_increasing
 
 
 def test_what_was_not_recorded_is_absent():
-    events, memory = trace.read(encoded())
+    events, memory, *_ = trace.read(encoded())
     assert events.loc[0, ["stream", "correlation"]].isna().all()
     assert memory.empty
-    events, _ = trace.read(encoded(args={"stream": 7, "correlation": 11}))
+    events = trace.read(encoded(args={"stream": 7, "correlation": 11})).events
     assert events.loc[0, ["stream", "correlation"]].tolist() == [7, 11]
 
 
 def test_only_complete_events_count():
     events = [{"ph": phase, "name": phase, "ts": 1} for phase in "BEMfsX"]
-    found, _ = trace.read(json.dumps({"traceEvents": events}).encode())
+    found, *_ = trace.read(json.dumps({"traceEvents": events}).encode())
     assert found["name"].tolist() == ["X"]
 
 

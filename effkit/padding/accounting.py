@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from effkit.account import Account
+from effkit.captured import Capture
 from effkit.padding.auditing import Watch
 from effkit.padding.plans import Plan
-from effkit.recording import Capture
 
 
 def account(recorded: Plan | Watch | Capture | Sequence[Any], cells: str = "input") -> Account:

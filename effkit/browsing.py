@@ -1,0 +1,91 @@
+"""Who holds the memory at a moment that one picks with a slider."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from typing import Any
+
+import ipywidgets as widgets
+
+from effkit import view
+from effkit.account import Account, readable
+from effkit.captured import Capture
+
+
+class MemoryBrowser(widgets.VBox):
+    """A slider over the moments of a recorded memory, and what is alive at each.
+
+    Attributes
+    ----------
+    controls
+        ``moment`` (a number of the timeline's rows) and ``by`` (``category`` or ``stack``).
+    result
+        The Account of the moment on the screen.
+
+    Raises
+    ------
+    ValueError
+        When the capture holds no memory.
+    """
+
+    def __init__(self, capture: Capture, *, device: str | None = None, rank: int | None = None) -> None:
+        self._capture, self._device, self._rank = capture, device, rank
+        self._timeline = capture.memory_timeline(device=device, rank=rank)
+        if self._timeline.empty:
+            raise ValueError("nothing came or went while this memory was recorded: there are no moments to choose from")
+        self._picture = view.MemoryPicture(self._timeline)
+        peak = int(self._timeline["allocated_bytes"].to_numpy().argmax())
+        wide, label = widgets.Layout(width="430px", flex="0 0 auto"), {"description_width": "110px"}
+        bounds = {"min": 0, "max": len(self._timeline) - 1, "value": peak}
+        moment = widgets.IntSlider(**bounds, description="Moment [row]", tooltip="Rests at the peak", layout=wide,
+                                   style=label)  # fmt: skip
+        box = widgets.BoundedIntText(**bounds, description="type moment", layout=widgets.Layout(width="200px"))
+        widgets.link((moment, "value"), (box, "value"))
+        by = widgets.Dropdown(options=["category", "stack"], description="Rows by", layout=wide, style=label,
+                              tooltip="What the memory is, or where it was allocated")  # fmt: skip
+        self.controls = {"moment": moment, "by": by}
+        self.screen = widgets.HTML().add_class("effkit-screen")
+        super().__init__([widgets.HBox([moment, box, widgets.HTML(f"● peak at {peak}")]), by, self.screen])
+        self.add_class("effkit-memory")
+        for control in self.controls.values():
+            control.observe(self._show, names="value")
+        self.result: Account
+        self._show()
+
+    @property
+    def time_ns(self) -> int:
+        """The moment on the screen [ns]."""
+        return int(self._timeline["time_ns"].iloc[self.controls["moment"].value])
+
+    def shown(self) -> str:
+        """The sentence on the screen, read back from the trait that the browser draws."""
+        match = re.search(r"<p [^>]*>(.*?)</p>", self.screen.value, flags=re.DOTALL)
+        return html.unescape(match.group(1)) if match else ""
+
+    def _show(self, _: Any = None) -> None:
+        self.result = self._capture.memory(
+            by=self.controls["by"].value, at_ns=self.time_ns, device=self._device, rank=self._rank
+        )
+        largest = self.result.frame["value"].head(3)
+        after_ms = (self.time_ns - int(self._timeline["time_ns"].min())) / 1e6
+        sentence = f"{readable(self.result.total, 'bytes')} allocated after {after_ms:,.1f} ms: " + "; ".join(
+            f"{item} {readable(int(value), 'bytes')}" for item, value in largest.items()
+        )
+        self.screen.value = (
+            f'<p role="status" aria-live="polite">{html.escape(sentence)}</p>'
+            + self._picture.svg(self.result, self.time_ns, label=sentence)
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"MemoryBrowser over {len(self._timeline):,} moments"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The live widget, and a picture for readers who have no kernel."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        if data is not None:
+            data["text/plain"] = repr(self)
+            data["image/png"] = base64.b64encode(self._picture.png(self.result, self.time_ns)).decode()
+        return bundle

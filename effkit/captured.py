@@ -1,0 +1,249 @@
+"""Capture: one profiled run, live or recorded, and the panes that summarise it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+
+from effkit import panes, snapshot, storage
+from effkit.account import Account
+from effkit.panes import breakdown, collectives, differences, tables, tensorboard
+from effkit.panes.steps import marks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class Memory(NamedTuple):
+    """What was recorded of one device's memory on one rank."""
+
+    facts: Mapping[str, Any]
+    allocations: pd.DataFrame
+    segments: pd.DataFrame | None
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """One profiled run.
+
+    Attributes
+    ----------
+    events
+        One row per event: ``name, category, start_ns, dur_ns, rank, process, thread, stream, correlation``, and those
+        of ``effkit.trace.DETAIL_COLUMNS`` that were asked for and recorded. ``category`` is Kineto's word.
+    allocations
+        One row per allocation: ``size_bytes, alloc_ns, free_ns, device, rank, stack, category, known_by``; ``None``
+        where memory was not recorded (absent, never zero).
+    provenance
+        Device, torch version, date, settings, what was profiled, and what profiling itself cost.
+    segments
+        One row per piece of memory that the allocator reserved: ``size_bytes, alloc_ns, free_ns, device, rank``;
+        ``None`` where that was not recorded.
+    """
+
+    events: pd.DataFrame
+    allocations: pd.DataFrame | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    segments: pd.DataFrame | None = None
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """The marked steps: ``rank``, ``start_ns`` and ``dur_ns``, indexed by ``step`` (0, 1, …)."""
+        return marks(self.events).rename_axis("step")
+
+    def overview(self, step: str | None = None) -> pd.DataFrame:
+        """Where each step's wall time goes, one row per ``rank`` and ``step``.
+
+        ``kernel_ns``, ``exposed_communication_ns``, ``memcpy_ns`` (copies and fills), ``dataloader_ns``,
+        ``not_visible_ns`` (the host waits for device work that is not in the recording), ``cpu_exec_ns`` (operators
+        and launches while the device has nothing to do) and ``idle_ns`` sum to ``dur_ns``: a moment counts for the
+        first of these that it shows. ``hidden_communication_ns`` ran under kernels, ``device_busy_frac`` is the share
+        of the step in which the device does anything, ``device_span_ns`` lasts from its first to its last work. What
+        was not recorded is ``<NA>``. A step ends when what it launched has run.
+
+        Parameters
+        ----------
+        step
+            The annotation that marks a step (``*`` stands for anything); by default the profiler's own marks, and the
+            whole window where there are none. ``attrs["notes"]`` says which, ``attrs["suggestions"]`` what follows.
+
+        Raises
+        ------
+        ValueError
+            When no annotation has that name.
+        """
+        return breakdown.overview(self._of_ranks("overview", step))
+
+    def operators(self, by_shape: bool = False) -> pd.DataFrame:
+        """Calls, total and self time on host and device [ns] of each operator, summed over ranks.
+
+        The same figures as ``key_averages()``: an only child that bears its parent's name is counted as its parent.
+        Device time belongs to the innermost operator around the launch; what was launched outside of any, or before
+        the recording, stands in the row ``not visible``. Without a recorded device its columns are ``<NA>``.
+        """
+        return tables.operators(self._of_ranks("operators"), by_shape)
+
+    def kernels(self) -> pd.DataFrame:
+        """Each kernel's calls and times [ns], summed over ranks.
+
+        ``occupancy_frac`` is the estimate that was recorded, weighted by time, ``<NA>`` where there is none.
+        ``tensor_cores`` goes by the kernel's name: profilers do not record it.
+        """
+        return tables.kernels(self._of_ranks("kernels"))
+
+    def collectives(self) -> pd.DataFrame:
+        """Every collective call of every rank, on the clock of the first rank.
+
+        ``size_bytes`` is what the rank put in, ``waiting_ns`` lasts until the last of the recorded ranks has come,
+        ``moving_ns`` is the rest of its time, ``exposed_ns`` what no computation hides, and
+        ``bus_bandwidth_bytes_per_s`` comes from moving time alone. ``<NA>`` where it was not recorded; who waits
+        for whom is not visible from one rank.
+        """
+        calls = collectives.matched(self._of_ranks("collectives"))
+        world = self.provenance.get("world_size")
+        # a group without a name is taken to be all ranks
+        calls["num_ranks"] = calls["num_ranks"].fillna(world) if world else calls["num_ranks"]
+        return collectives.waits(calls)
+
+    def communication(self) -> pd.DataFrame:
+        """The collectives by kind: calls, bytes, waiting and moving time summed over ranks, bus bandwidth."""
+        table = collectives.summary(self.collectives())
+        table.attrs["notes"] = self._notes()
+        return table
+
+    def clocks(self) -> pd.DataFrame:
+        """How far each rank's clock is ahead of the first one's, and the spread that aligning them leaves [ns]."""
+        return collectives.clocks(collectives.matched(self._of_ranks("collectives")))
+
+    def rank_pairs(self) -> pd.DataFrame:
+        """Bytes from each ``sender`` to each ``receiver`` in all all-to-alls; ``basis`` says how they are known."""
+        return collectives.rank_pairs(self.collectives())
+
+    def memory(
+        self, *, by: str = "category", device: str | None = None, rank: int | None = None, at_ns: int | None = None
+    ) -> Account:
+        """What fills the memory at its peak, or at the moment ``at_ns``: an Account in bytes.
+
+        Parameters
+        ----------
+        by
+            ``"category"`` (parameter, gradient, saved activation, …) or ``"stack"`` (where it was allocated).
+        device, rank
+            Of which memory; by default the accelerator's, of the rank with the highest peak.
+
+        Raises
+        ------
+        ValueError
+            When memory was not recorded, or not on that device and rank.
+        """
+        recorded, allocations, segments = self._memory_of(device, rank)
+        peak_bytes, source = int(recorded["peak_bytes"]), str(recorded["peak_source"])
+        if at_ns is not None:
+            peak_bytes = int(snapshot.at(allocations, at_ns)["size_bytes"].sum())
+            source = "the allocations alive then"
+        return snapshot.account(
+            allocations, peak_bytes=peak_bytes, source=source, device=str(recorded["device"]), by=by,
+            segments=segments, at_ns=at_ns,
+        )  # fmt: skip
+
+    def memory_timeline(
+        self, *, device: str | None = None, rank: int | None = None, num_points: int = 2000
+    ) -> pd.DataFrame:
+        """How full the memory was: ``time_ns, allocated_bytes, reserved_bytes``, at most ``num_points`` rows.
+
+        Each row is the fullest moment of a stretch of time, so the peak is exact.
+        """
+        _, allocations, segments = self._memory_of(device, rank)
+        return snapshot.timeline(allocations, segments, num_points=num_points)
+
+    def browse_memory(self, *, device: str | None = None, rank: int | None = None) -> Any:
+        """A slider over the moments of the recording, and who holds the memory at each: a widget."""
+        from effkit.browsing import MemoryBrowser
+
+        return MemoryBrowser(self, device=device, rank=rank)
+
+    def diff(self, other: Capture) -> pd.DataFrame:
+        """Which operators and kernels grew, shrank, appeared or went from this capture to another, per step."""
+        return differences.diff(
+            (self.operators(), self.kernels(), self._num_steps()),
+            (other.operators(), other.kernels(), other._num_steps()),
+        )
+
+    def tensorboard(self, logdir: str | Path) -> tensorboard.Folder:
+        """Write a run folder that the retired TensorBoard plugin shows correctly; what it cannot show is in the result.
+
+        Its parser knows neither today's categories nor the linking of kernels by correlation alone: with the files
+        of current profilers it shows operators that take no time on the device.
+        """
+        return tensorboard.write(Path(logdir), self.events)
+
+    def plot(self, pane: str = "overview", ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw a pane: ``overview``, ``operators``, ``kernels``, ``communication``, ``rank_pairs``, ``memory`` or
+        ``memory_timeline``. ``options`` are the pane's own."""
+        from effkit import view
+
+        if pane not in view.PANES:
+            raise ValueError(f"there is no pane “{pane}”; there are {', '.join(view.PANES)}")
+        return view.PANES[pane](getattr(self, pane)(**options), ax)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one zip file: ``capture.json`` (format, version, provenance, column types) and a CSV per frame.
+
+        Any tool can open it and nothing in it is code. It is written beside its place and moved there whole.
+        """
+        frames = {name: frame for name in storage.FRAMES if (frame := getattr(self, name)) is not None}
+        memory = list(self._recorded_memory())
+        return storage.write(Path(path), frames, {**self.provenance, **({"memory": memory} if memory else {})})
+
+    def _of_ranks(self, pane: str, *options: Any) -> list[Any]:
+        """The first part of a pane, rank by rank."""
+        if self.events.empty:
+            return [panes.OF_RANK[pane](self.events, *options)]
+        return [panes.OF_RANK[pane](events, *options) for _, events in self.events.groupby("rank")]
+
+    def _recorded_memory(self) -> Sequence[Mapping[str, Any]]:
+        return self.provenance.get("memory", ())
+
+    def _chosen_memory(self, device: str | None, rank: int | None) -> Mapping[str, Any]:
+        recorded = self._recorded_memory()
+        if not recorded:
+            raise ValueError("memory was not recorded: capture with memory=True, or profile with profile_memory=True")
+        fitting = [one for one in recorded if device in (None, one["device"]) and rank in (None, one["rank"])]
+        if not fitting:
+            there = ", ".join(f"{one['device']} of rank {one['rank']}" for one in recorded)
+            raise ValueError(f"no memory of device {device} and rank {rank} was recorded; there is {there}")
+        return max(fitting, key=lambda memory: (memory["device"] != "cpu", memory["peak_bytes"]))
+
+    def _memory_of(self, device: str | None, rank: int | None) -> Memory:
+        chosen = self._chosen_memory(device, rank)
+        frames = (frame if frame is None else frame[(frame["rank"] == chosen["rank"])
+                                                    & (frame["device"] == chosen["device"])]
+                  for frame in (self.allocations, self.segments))  # fmt: skip
+        return Memory(chosen, *frames)
+
+    def _num_steps(self) -> int:
+        return max(1, len(self.overview()))
+
+    def _notes(self) -> list[str]:
+        missing = self.provenance.get("missing_ranks") or []
+        listed = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        return [f"ranks {listed} were not recorded: waiting for them counts as moving"] if missing else []
+
+    def _what_memory(self) -> str:
+        return "not recorded" if self.allocations is None else f"{len(self.allocations):,} allocations"
+
+    def __repr__(self) -> str:
+        p = self.provenance
+        lines = [
+            f"Capture of {p.get('what', 'a run')}: {len(self.steps)} steps, {len(self.events):,} events, "
+            f"memory {self._what_memory()}",
+            f"on {p.get('device', 'an unnamed device')}, torch {p.get('torch', 'not visible')}, "
+            f"{p.get('date', 'date not visible')}",
+            *p.get("left_out", ()),
+            *self._notes(),
+        ]
+        return "\n  ".join(lines)

@@ -1,0 +1,77 @@
+"""load(path): what others recorded, one file or many ranks, opens as the Capture that a live run gives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from effkit import trace
+from effkit.captured import Capture
+from effkit.loading.files import Options, load_file
+from effkit.loading.fleet import Fleet
+
+_SUFFIXES = (".json", ".json.gz", ".zip", ".pickle", ".pkl")
+
+
+def load(
+    path: str | Path | Sequence[str | Path],
+    *,
+    columns: Sequence[str] = trace.DETAIL_COLUMNS,
+    stacks: bool = False,
+    client: Any = None,
+) -> Capture:
+    """Read what PyTorch or :meth:`Capture.save` wrote. Needs neither torch nor a GPU.
+
+    Parameters
+    ----------
+    path
+        A profiler trace (Chrome JSON of ``torch.profiler``, compressed or not), a memory snapshot
+        (``torch.cuda.memory._dump_snapshot()``), a saved capture; or a folder or list of these, one per rank.
+    columns
+        Which of ``effkit.trace.DETAIL_COLUMNS`` to keep beside the nine columns that every event has.
+    stacks
+        Keep the events of Python functions.
+    client
+        A ``dask.distributed.Client``: ranks are then read by its workers, which must see the same paths.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is nothing at the path.
+    ValueError
+        When a file is something else, or damaged, or holds far more than its size lets expect.
+
+    Examples
+    --------
+    >>> load("traces/").overview()                        # doctest: +SKIP
+    >>> load("rank0.pt.trace.json.gz").operators()        # doctest: +SKIP
+    >>> load("snapshot.pickle").memory(by="stack")        # doctest: +SKIP
+    """
+    if unknown := set(columns) - set(trace.DETAIL_COLUMNS):
+        raise ValueError(f"no such column: {', '.join(sorted(unknown))}; there are {', '.join(trace.DETAIL_COLUMNS)}")
+    options = Options(tuple(columns), stacks)
+    paths = _files(path)
+    if len(paths) == 1 and isinstance(path, str | Path) and Path(path).is_file():
+        return load_file(paths[0], None, options)
+    return Fleet(paths, options, client)
+
+
+def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    given = [Path(one) for one in ([path] if isinstance(path, str | Path) else path)]
+    found = []
+    for one in given:
+        inside = [file for file in one.iterdir() if file.name.endswith(_SUFFIXES)] if one.is_dir() else [one]
+        found += sorted(inside, key=_natural)
+    if not found or (absent := [one for one in found if not one.is_file()]):
+        raise FileNotFoundError(
+            f"no capture at {absent[0] if found else path}: give the path of a file that Capture.save() wrote, of a "
+            f"profiler trace, of a memory snapshot, or of a folder of these ({', '.join(_SUFFIXES)})"
+        )
+    return found
+
+
+def _natural(path: Path) -> list[Any]:
+    """Names in the order in which people count: rank2 before rank10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]

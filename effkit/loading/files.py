@@ -1,0 +1,73 @@
+"""One file that somebody recorded becomes a Capture, whatever kind of file it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from effkit import snapshot, storage, trace
+from effkit.captured import Capture
+from effkit.trace import nesting
+
+_LARGEST_SNAPSHOT = 4 * 2**30
+
+
+class Options(NamedTuple):
+    """What to keep of a trace beside the columns that every event has."""
+
+    columns: Sequence[str] = trace.DETAIL_COLUMNS
+    stacks: bool = False
+
+
+def load_file(path: Path, rank: int | None, options: Options) -> Capture:
+    """The Capture of one file; ``rank`` None for what the file says."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix == ".zip" or start.startswith(b"PK"):
+        return _saved(path)
+    if path.suffix in (".pickle", ".pkl") or start[:1] == b"\x80":
+        return _snapshot(path, rank or 0)
+    return _trace(path, rank, options)
+
+
+def _saved(path: Path) -> Capture:
+    frames, provenance = storage.read(path)
+    for name, index in (("allocations", "allocation"), ("segments", "segment")):
+        if name in frames:
+            frames[name] = frames[name].rename_axis(index)
+    return Capture(frames["events"], frames.get("allocations"), provenance, frames.get("segments"))
+
+
+def _snapshot(path: Path, rank: int) -> Capture:
+    if path.stat().st_size > _LARGEST_SNAPSHOT:
+        raise ValueError(f"{path} is larger than {_LARGEST_SNAPSHOT:,} bytes: record fewer events (max_entries=)")
+    try:
+        recorded = snapshot.read(path.read_bytes(), rank=rank)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    devices = [{"rank": rank, "device": device, **facts} for device, facts in recorded.facts["devices"].items()]
+    seen = {"what": path.name, "device": "a CUDA device", "num_events": recorded.facts["num_events"], "memory": devices}
+    return Capture(trace.read(b'{"traceEvents": []}').events, recorded.allocations, seen, recorded.segments)
+
+
+def _trace(path: Path, rank: int | None, options: Options) -> Capture:
+    try:
+        with trace.opened(path) as stream:
+            read = trace.read(stream, rank=rank, details=options.columns, stacks=options.stacks)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    seen: dict[str, Any] = {"what": path.name, **described(read.metadata)}
+    if read.num_left_out:
+        seen["left_out"] = [f"left out: {read.num_left_out:,} events of Python functions (load with stacks=True)"]
+    allocations, seen["memory"] = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
+    return Capture(read.events, allocations, seen)
+
+
+def described(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trace's metadata says that a Capture's provenance keeps."""
+    devices, job = metadata.get("deviceProperties") or [{}], metadata.get("distributedInfo") or {}
+    found = {"device": devices[0].get("name"), "backend": job.get("backend")}
+    found = {key: value for key, value in found.items() if value is not None}
+    world = job.get("world_size")
+    return found | ({"world_size": world} if isinstance(world, int) and 0 < world < 2**20 else {})

@@ -1,0 +1,153 @@
+"""The overview: where each step's wall time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.panes.steps import steps
+from effkit.trace import intervals
+from effkit.trace.names import COLLECTIVE, COMMUNICATES, COPIES, DATALOADER, DEVICE, LAUNCHES, WAITS
+
+# In this order: a moment belongs to the first of them that it shows. They sum to dur_ns.
+PARTS = (
+    "kernel_ns", "exposed_communication_ns", "memcpy_ns", "dataloader_ns", "not_visible_ns", "cpu_exec_ns", "idle_ns",
+)  # fmt: skip
+_DEVICE_PARTS = ("kernel_ns", "memcpy_ns", "not_visible_ns", "device_ns", "device_span_ns")
+NO_DEVICE = "no device activity was recorded: its columns are absent"
+
+
+def communication(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Events that move data between ranks: kernels on the device, and calls of libraries that work on the host."""
+    names = pd.Series({name: bool(COMMUNICATES.search(name)) for name in events["name"].unique()}, dtype=bool)
+    candidates = events[events["name"].map(names).to_numpy(dtype=bool)]
+    kernels = candidates[candidates["category"] == "kernel"]
+    calls = candidates[candidates["category"] == "user_annotation"]
+    backends = calls["name"].str.extract(COLLECTIVE)["backend"]
+    return kernels, calls[backends.notna() & ~backends.isin(["nccl", "rccl", "xccl"])]
+
+
+def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """The overview of one rank, and what has to be said of it."""
+    rank = int(events["rank"].iloc[0]) if len(events) else 0
+    marked, source = steps(events, step)
+    category = events["category"]
+    on_device = events[category.isin(DEVICE)]
+    starts, ends = _with_their_device_work(marked, events[category.str.endswith(LAUNCHES)], on_device)
+    kernels, calls = communication(events)
+    launches = events[category.str.endswith(LAUNCHES)]
+    operators = events[category == "cpu_op"]
+    device = intervals.of(on_device)
+    parts: dict[str, tuple[pd.DataFrame, ...]] = {
+        "kernel_ns": (on_device[on_device["category"] == "kernel"].drop(kernels.index),),
+        "exposed_communication_ns": (kernels, calls),
+        "memcpy_ns": (on_device[on_device["category"].isin(COPIES)],),
+        "dataloader_ns": (events[events["name"].str.startswith(DATALOADER)],),
+        # the host waits for the device, and nothing that the device did is in the recording
+        "not_visible_ns": (launches[launches["name"].str.contains(WAITS)],),
+        "cpu_exec_ns": (operators, launches),
+    }
+    if on_device.empty:  # then operators are what computes, and communication can hide under them
+        moving = operators["name"].str.contains(COMMUNICATES)
+        parts = {"cpu_exec_ns": (operators[~moving],)} | parts
+    frame = pd.DataFrame(
+        {"rank": rank, "step": np.arange(len(starts)), "start_ns": starts, "dur_ns": ends - starts}
+    ).astype("int64")
+    before: list[pd.DataFrame] = []
+    covered = np.zeros(len(starts), dtype="int64")
+    for name, frames in parts.items():
+        before += frames
+        reach = intervals.of(*before).within(starts, ends)
+        frame[name] = reach - covered
+        covered = reach
+    frame["idle_ns"] = frame["dur_ns"] - covered
+    moves, computes = parts["exposed_communication_ns"], parts["cpu_exec_ns" if on_device.empty else "kernel_ns"]
+    alone, both, without = (
+        intervals.of(*frames).within(starts, ends) for frames in (moves, (*moves, *computes), computes)
+    )
+    frame["hidden_communication_ns"] = alone + without - both
+    frame["device_ns"] = device.within(starts, ends)
+    frame["device_span_ns"] = _span(device, starts, ends)
+    notes = [f"steps from {source}"]
+    if on_device.empty:
+        frame[list(_DEVICE_PARTS)] = pd.NA
+        notes.append(NO_DEVICE)
+    frame[list(_DEVICE_PARTS)] = frame[list(_DEVICE_PARTS)].astype("Int64")
+    frame["device_busy_frac"] = frame["device_ns"] / frame["dur_ns"].replace(0, pd.NA).astype("Int64")
+    frame = frame.set_index(["rank", "step"])
+    order = ["start_ns", "dur_ns", *PARTS, "hidden_communication_ns", "device_span_ns", "device_busy_frac"]
+    return frame[order], notes
+
+
+def _with_their_device_work(marked: pd.DataFrame, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
+    """Starts and ends of the steps, each until what it launched has run; the next step begins no earlier.
+
+    The same rule as the TensorBoard plugin's: the host runs ahead of the device, and a mark is made on the host.
+    """
+    starts = marked["start_ns"].to_numpy("int64").copy()
+    ends = starts + marked["dur_ns"].to_numpy("int64")
+    linked = launches.drop_duplicates("correlation").dropna(subset="correlation").set_index("correlation")["start_ns"]
+    launched = on_device["correlation"].map(linked).astype("Int64").fillna(-1).to_numpy("int64")
+    # in which step each kernel was launched: the last that had begun, unless it had ended
+    step = np.searchsorted(starts, launched, side="right") - 1
+    step = np.where((step >= 0) & (launched < ends[step]), step, -1) if len(starts) else step
+    begun = on_device["start_ns"].to_numpy("int64")
+    done = begun + on_device["dur_ns"].to_numpy("int64")
+    if not (step >= 0).any():
+        return starts, ends
+    earlier = done[(step < 0) & (done < begun[step == step[step >= 0].min()].min())]
+    previous = earlier.max(initial=starts[0])
+    for i in range(len(starts)):
+        starts[i] = max(starts[i], previous)
+        ends[i] = previous = max(starts[i], ends[i], done[step == i].max(initial=ends[i]))
+    return starts, ends
+
+
+def _span(device: intervals.Covered, starts: Any, ends: Any) -> Any:
+    """From the first to the last moment of a step in which the device is busy [ns]."""
+    if not len(device.starts):
+        return np.zeros(len(starts), dtype="int64")
+    first = np.searchsorted(device.ends, starts, side="right")
+    last = np.searchsorted(device.starts, ends, side="left") - 1
+    there = (first < len(device.starts)) & (last >= first)
+    first, last = np.minimum(first, len(device.starts) - 1), np.maximum(last, 0)
+    span = np.minimum(device.ends[last], ends) - np.maximum(device.starts[first], starts)
+    return np.where(there, span, 0)
+
+
+def overview(parts: Sequence[tuple[pd.DataFrame, list[str]]]) -> pd.DataFrame:
+    """The overviews of all ranks as one frame; ``attrs`` holds ``notes`` and ``suggestions``."""
+    frame = pd.concat([frame for frame, _ in parts]).sort_index()
+    frame.attrs["notes"] = list(dict.fromkeys(note for _, notes in parts for note in notes))
+    frame.attrs["suggestions"] = suggestions(frame)
+    return frame
+
+
+# part of the time, from which share on it is worth a word, and the word
+_ADVICE: Mapping[str, tuple[float, str]] = {
+    "exposed_communication_ns": (0.15, "is communication that no computation hides: overlap it, or send less"),
+    "dataloader_ns": (0.05, "waits for the DataLoader: more workers, or cheaper preparation"),
+    "memcpy_ns": (0.10, "copies to or from the device: pinned memory, or copy less often"),
+    "not_visible_ns": (0.10, "waits for device work that was not recorded (launched before the recording, or hidden "
+                             "in a graph): it says nothing about whether the device was idle"),
+}  # fmt: skip
+_LAUNCH_BOUND = 0.25
+
+
+def suggestions(frame: pd.DataFrame) -> list[str]:
+    """What the numbers of an overview support saying; empty where they support nothing."""
+    total = int(frame["dur_ns"].sum())
+    if not total:
+        return []
+    share = {name: float(frame[name].sum() / total) for name in PARTS if frame[name].notna().any()}
+    found = [f"{share[name]:.0%} of the time {word}" for name, (least, word) in _ADVICE.items()
+             if share.get(name, 0) >= least]  # fmt: skip
+    if "kernel_ns" in share and share["cpu_exec_ns"] >= _LAUNCH_BOUND:
+        found.append(
+            f"{share['cpu_exec_ns']:.0%} of the time the device idles while the host runs operators and launches: "
+            "larger batches, CUDA graphs or torch.compile"
+        )
+    return found

@@ -1,0 +1,240 @@
+"""Communication: what moved between the ranks, who waited for whom, and how fast the bytes went."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.panes.breakdown import communication
+from effkit.trace import intervals, nesting
+from effkit.trace.names import (
+    COLLECTIVE,
+    COMMUNICATES,
+    ITEM_BYTES,
+    collective_of_kernel,
+    plain_collective,
+)  # fmt: skip
+
+COLUMNS = (
+    "rank", "collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "on", "start_ns", "dur_ns",
+    "exposed_ns", "splits",
+)  # fmt: skip
+_DETAILS = ("shapes", "dtypes", "inputs", "collective", "dtype", "num_elements", "group", "group_name", "group_size",
+            "splits")  # fmt: skip
+
+
+def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
+    """Every collective call of one rank, in order, columns ``COLUMNS``.
+
+    ``size_bytes`` is what the rank put in. ``on`` says whether the times are those of kernels on the ``device`` or of a
+    library on the ``host``; where a device call's kernels were not recorded, its times are absent.
+    """
+    events = events.assign(**{name: pd.NA for name in _DETAILS if name not in events})
+    tree = nesting.host(events)
+    parent = nesting.parents(tree)
+    kernels, _ = communication(events)
+    calls = tree["name"].str.extract(COLLECTIVE)
+    is_call = (calls["backend"].notna() & (tree["category"] == "user_annotation")).to_numpy()
+    owner = nesting.owners(tree, nesting.nearest(parent, is_call), kernels)
+    ran = pd.DataFrame({"start": kernels["start_ns"].to_numpy(), "owner": owner})
+    ran["end"] = ran["start"] + kernels["dur_ns"].to_numpy()
+    ran = ran[owner >= 0].groupby("owner").agg({"start": "min", "end": "max"})
+
+    # c10d writes what a call moves into the operator around it, older ones into the annotation itself
+    around = nesting.nearest(parent, (tree["name"] == "record_param_comms").to_numpy())
+    outer = nesting.nearest(parent, tree["name"].str.startswith("c10d::").to_numpy())
+    _pair_by_order(tree, calls["collective"][is_call], outer)
+    rows = []
+    for row in np.flatnonzero(is_call).tolist():
+        call = tree.loc[row]
+        told = tree.loc[around[row]] if around[row] >= 0 else call
+        backend, collective = calls.loc[row, "backend"], plain_collective(calls.loc[row, "collective"])
+        host = backend not in ("nccl", "rccl", "xccl")
+        if host:
+            start, end = call["start_ns"], call["start_ns"] + call["dur_ns"]
+        elif row in ran.index:
+            start, end = ran.loc[row, "start"], ran.loc[row, "end"]
+        else:
+            start = end = None
+        inputs = tree.loc[outer[row], "inputs"] if outer[row] >= 0 else None
+        rows.append((collective, backend, *_moved(call, told, inputs), "host" if host else "device", start, end))
+    for _, kernel in kernels[owner < 0].iterrows():  # launched by a library that c10d knows nothing of
+        named = kernel["collective"] if _is(kernel["collective"]) else collective_of_kernel(kernel["name"])
+        start, end = kernel["start_ns"], kernel["start_ns"] + kernel["dur_ns"]
+        rows.append((plain_collective(named), "", *_moved(kernel, kernel, None), "device", start, end))
+
+    frame = pd.DataFrame(rows, columns=["collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "splits",
+                                        "on", "start_ns", "end_ns"])  # fmt: skip
+    frame = frame.astype({"start_ns": "Int64", "end_ns": "Int64", "num_ranks": "Int64", "size_bytes": "Int64"})
+    frame["rank"] = int(events["rank"].iloc[0]) if len(events) else 0
+    frame["dur_ns"] = frame["end_ns"] - frame["start_ns"]
+    frame["exposed_ns"] = frame["dur_ns"] - _hidden(events, frame)
+    return frame.sort_values("start_ns", kind="stable", ignore_index=True)[list(COLUMNS)]
+
+
+def _pair_by_order(tree: pd.DataFrame, calls: pd.Series[str], outer: Any) -> None:
+    """Complete ``outer``: libraries that work on threads of their own run in the order in which c10d was called."""
+    called = tree["name"][tree["name"].str.startswith("c10d::")].str.removeprefix("c10d::").map(plain_collective)
+    apart = calls[outer[calls.index] < 0].map(plain_collective)
+    for kind, rows in apart.groupby(apart):
+        operators = called.index[called == kind]
+        if len(operators) == len(rows):
+            outer[rows.index] = operators
+
+
+def _is(value: Any) -> bool:
+    return bool(pd.notna(value)) and value != ""
+
+
+def _listed(text: Any) -> list[Any]:
+    """A list that a trace holds as text; empty where it holds something else."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return []
+    return value if isinstance(value, list) else []
+
+
+def _moved(call: pd.Series[Any], told: pd.Series[Any], inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """group, num_ranks, dtype, size_bytes and splits of one call, each None where it was not recorded."""
+    group = next((str(row[name]) for name in ("group", "group_name") for row in (told, call) if _is(row[name])), "")
+    num_ranks = next((int(row["group_size"]) for row in (told, call) if _is(row["group_size"])), None)
+    dtype, size_bytes = None, None
+    if _is(told["num_elements"]) and _is(told["dtype"]):
+        dtype = str(told["dtype"])
+        size_bytes = int(told["num_elements"]) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else None
+    else:
+        tensors = [
+            (math.prod(shape), kind)
+            for shape, kind in zip(_listed(call["shapes"]), _listed(call["dtypes"]), strict=False)
+            if kind in ITEM_BYTES and isinstance(shape, list) and all(isinstance(side, int) for side in shape)
+        ]
+        if tensors:
+            dtype = tensors[0][1]
+            size_bytes = sum(count * ITEM_BYTES[kind] for count, kind in tensors)
+    arguments = _listed(inputs)  # of alltoall_base_(output, input, group, output splits, input splits, …)
+    splits = _listed(told["splits"]) or (_listed(arguments[4]) if len(arguments) > 4 else [])
+    known = splits and all(isinstance(split, int) for split in splits)
+    return group, num_ranks, dtype, size_bytes, json.dumps(splits) if known else None
+
+
+def _hidden(events: pd.DataFrame, calls: pd.DataFrame) -> Any:
+    """How much of each call ran while something was computed [ns]."""
+    kernels, _ = communication(events)
+    computing = events[events["category"] == "kernel"].drop(kernels.index)
+    if computing.empty and kernels.empty:
+        operators = events[events["category"] == "cpu_op"]
+        computing = operators[~operators["name"].str.contains(COMMUNICATES)]
+    start = calls["start_ns"].fillna(0).to_numpy("int64")
+    hidden = intervals.of(computing).within(start, calls["end_ns"].fillna(0).to_numpy("int64"))
+    return pd.Series(hidden, calls.index, dtype="Int64").where(calls["dur_ns"].notna())
+
+
+# What nccl-tests calls bus bandwidth: bytes that cross the slowest link per byte that a rank puts in, for n ranks
+# (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md)
+_BUS = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: n - 1,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+    "broadcast": lambda n: 1.0,
+    "reduce": lambda n: 1.0,
+    "send_recv": lambda n: 1.0,
+}
+# collectives that nobody leaves before all have come
+_SYNCHRONISE = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")
+_SAME_SIZE = ("all_reduce", "broadcast", "reduce")
+
+
+def matched(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The calls of all ranks with ``call``: the number of the collective that they took part in.
+
+    The n-th call of a kind in a group is the same on every rank. Where ranks disagree on how many there were, nothing
+    is matched, rather than wrongly: ``call`` is absent.
+    """
+    frame = pd.concat(parts, ignore_index=True)
+    size = frame["size_bytes"].where(frame["collective"].isin(_SAME_SIZE)).fillna(-1)
+    kind = frame.groupby([frame["collective"], frame["backend"], frame["group"], size], sort=False).ngroup()
+    position = frame.groupby([frame["rank"], kind]).cumcount()
+    counts = frame.groupby([kind, "rank"]).size().groupby(level=0).agg(["min", "max", "size"])
+    agree = (counts["min"] == counts["max"]) & (counts["size"] > 1)
+    number = frame.groupby([kind, position], sort=False).ngroup().astype("Int64")
+    return frame.assign(call=number.where(kind.map(agree)))
+
+
+def clocks(calls: pd.DataFrame) -> pd.DataFrame:
+    """How far each rank's clock is ahead of the first one's: ``offset_ns``, ``spread_ns``, ``num_matched`` by rank.
+
+    A collective ends for all at nearly the same moment. The offset is the median difference of ends over the matched
+    ones, the spread the median distance from it that remains; absent for a rank that shares no collective.
+    """
+    ranks = sorted(calls["rank"].unique())
+    usable = calls[calls["call"].notna() & calls["dur_ns"].notna() & calls["collective"].isin(_SYNCHRONISE)]
+    ends = usable.assign(end=usable["start_ns"] + usable["dur_ns"]).pivot_table(
+        index="call", columns="rank", values="end", aggfunc="first"
+    )
+    found = pd.DataFrame({"offset_ns": 0, "spread_ns": 0, "num_matched": 0}, index=pd.Index(ranks, name="rank"))
+    found = found.astype("Int64")
+    for rank in ranks[1:]:
+        both = (ends[rank] - ends[ranks[0]]).dropna() if {rank, ranks[0]} <= set(ends.columns) else pd.Series()
+        offset = round(float(both.median())) if len(both) else pd.NA
+        spread = round(float((both - both.median()).abs().median())) if len(both) else pd.NA
+        found.loc[rank] = [offset, spread, len(both)]
+    return found
+
+
+def waits(calls: pd.DataFrame) -> pd.DataFrame:
+    """Every call with ``waiting_ns`` (until the last of the recorded ranks came), ``moving_ns`` (the rest of its time)
+    and ``bus_bandwidth_bytes_per_s`` (from moving time alone); absent where no other rank was recorded.
+    """
+    offset = calls["rank"].map(clocks(calls)["offset_ns"]).fillna(0).astype("int64")
+    start = calls["start_ns"] - offset
+    matching = calls["call"].notna() & calls["collective"].isin(_SYNCHRONISE)
+    last = start.where(matching).groupby(calls["call"]).transform("max")
+    waiting = (last - start).clip(lower=0).astype("Int64")
+    waiting = waiting.where(waiting.isna() | (waiting <= calls["dur_ns"]), calls["dur_ns"])
+    moving = calls["dur_ns"] - waiting
+    num_ranks = calls["num_ranks"].fillna(0).tolist()
+    per_byte = [
+        _BUS[kind](num) if kind in _BUS and num else pd.NA
+        for kind, num in zip(calls["collective"], num_ranks, strict=True)
+    ]
+    factor = pd.Series(pd.array(per_byte, dtype="Float64"), calls.index)
+    speed = calls["size_bytes"] * factor / moving.replace(0, pd.NA).astype("Float64") * 1e9
+    return calls.assign(start_ns=start, waiting_ns=waiting, moving_ns=moving, bus_bandwidth_bytes_per_s=speed)
+
+
+def summary(calls: pd.DataFrame) -> pd.DataFrame:
+    """The calls by kind: how many, bytes, waiting and moving time summed over ranks, bus bandwidth, exposed time."""
+    sums = ["size_bytes", "dur_ns", "waiting_ns", "moving_ns", "exposed_ns"]
+    groups = calls.groupby(["backend", "collective", "on"], sort=False)
+    table = groups[sums].sum(min_count=1).astype("Int64")
+    table.insert(0, "calls", groups.size())
+    table.insert(1, "num_ranks", groups["num_ranks"].max())
+    table["waiting_frac"] = table["waiting_ns"] / table["dur_ns"].replace(0, pd.NA)
+    table["bus_bandwidth_bytes_per_s"] = groups["bus_bandwidth_bytes_per_s"].median()
+    return table.sort_values("dur_ns", ascending=False, kind="stable")
+
+
+def rank_pairs(calls: pd.DataFrame) -> pd.DataFrame:
+    """Bytes from each sender to each receiver over all all-to-alls: ``sender, receiver, size_bytes, basis``.
+
+    ``measured`` where the split sizes were recorded, ``assumed`` where equal shares stand for them.
+    """
+    rows = []
+    for _, call in calls[(calls["collective"] == "all_to_all") & calls["size_bytes"].notna()].iterrows():
+        splits = _listed(call["splits"])
+        num = len(splits) or (int(call["num_ranks"]) if _is(call["num_ranks"]) else 0)
+        members = _listed(call["group"])
+        total = sum(splits) or 1
+        for place, receiver in enumerate(members if len(members) == num else range(num)):
+            share = splits[place] / total if splits else 1 / num
+            rows.append((call["rank"], receiver, call["size_bytes"] * share, "measured" if splits else "assumed"))
+    frame = pd.DataFrame(rows, columns=["sender", "receiver", "size_bytes", "basis"])
+    frame = frame.groupby(["sender", "receiver", "basis"], as_index=False)["size_bytes"].sum()
+    return frame.astype({"size_bytes": "int64"})[["sender", "receiver", "size_bytes", "basis"]]

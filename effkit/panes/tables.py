@@ -1,0 +1,119 @@
+"""Operators and kernels as tables: where the time goes, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.trace import nesting
+from effkit.trace.names import DEVICE
+
+_DEVICE_TIMES = ["device_total_ns", "device_self_ns"]
+# Libraries say in a kernel's name that it uses matrix units: NVIDIA's instruction shapes and families, AMD's MFMA
+_TENSOR_CORES = re.compile(
+    r"[hs](?:884|1688|16816)|i8816|16816|hmma|wgmma|gmma|xmma|_tensorop|nvjet|flash::?.*(?:fwd|bwd)|flash_(?:fwd|bwd)"
+    r"|cudnn_generated_fort_native_sdpa|mfma|_MI\d+x\d+",
+    re.IGNORECASE,
+)
+
+
+def operators_of(events: pd.DataFrame) -> pd.DataFrame:
+    """One row per operator and input shapes of one rank. Device time goes to the operator that launched it."""
+    tree = nesting.host(events)
+    parent = nesting.parents(tree)
+    operator = (tree["category"] == "cpu_op").to_numpy()
+    dur_ns = tree["dur_ns"].to_numpy()
+    names = pd.factorize(tree["name"])[0]
+    num_children = np.bincount(parent[parent >= 0], minlength=len(tree))
+    # torch counts an only child that bears its parent's name as its parent
+    folded = (parent >= 0) & (names == names[parent]) & (num_children[parent] == 1)
+    standing = nesting.nearest(parent, ~folded)
+    above = np.where(parent >= 0, standing[parent], -1)
+    inside = ~folded & (above >= 0)
+    self_ns = dur_ns - np.bincount(above[inside], dur_ns[inside], minlength=len(tree)).astype("int64")
+
+    on_device = events[events["category"].isin(DEVICE)]
+    caller = nesting.owners(tree, nesting.nearest(parent, operator), on_device)
+    owner = np.where(caller >= 0, standing[caller], -1)
+    kernel_ns = on_device["dur_ns"].to_numpy()
+    device_self_ns = _sums(owner, kernel_ns, len(tree))
+    device_total_ns = device_self_ns.copy()
+    while (owner >= 0).any():
+        owner = np.where(owner >= 0, above[owner], -1)
+        device_total_ns += _sums(owner, kernel_ns, len(tree))
+
+    table = pd.DataFrame(
+        {
+            "operator": tree["name"],
+            "shapes": tree["shapes"] if "shapes" in tree else pd.Series(pd.NA, tree.index, dtype="str"),
+            "calls": 1,
+            "host_total_ns": dur_ns,
+            "host_self_ns": self_ns,
+            "device_total_ns": device_total_ns,
+            "device_self_ns": device_self_ns,
+        }
+    )[operator & ~folded]
+    table = table.groupby(["operator", "shapes"], dropna=False, sort=False).sum().reset_index()
+    if lost := int(kernel_ns[caller < 0].sum()):
+        # launched outside the recording, or outside any operator
+        table.loc[len(table)] = ["not visible", pd.NA, 0, 0, 0, lost, lost]
+    if on_device.empty:
+        table[_DEVICE_TIMES] = pd.NA
+    return table.astype(dict.fromkeys(_DEVICE_TIMES, "Int64"))
+
+
+def _sums(place: Any, values: Any, length: int) -> Any:
+    there = place >= 0
+    return np.bincount(place[there], values[there], minlength=length).astype("int64")
+
+
+def operators(parts: Sequence[pd.DataFrame], by_shape: bool = False) -> pd.DataFrame:
+    """The tables of all ranks as one, the most expensive first."""
+    keys = ["operator", "shapes"] if by_shape else ["operator"]
+    table = pd.concat(parts).drop(columns=[] if by_shape else ["shapes"])
+    # a sum over nothing is absent, not 0
+    table = table.groupby(keys, dropna=False, sort=False).sum(min_count=1)
+    return table.sort_values(["device_self_ns", "host_self_ns"], ascending=False, kind="stable")
+
+
+def kernels_of(events: pd.DataFrame) -> pd.DataFrame:
+    """One row per kernel of one rank."""
+    kernels = events[events["category"] == "kernel"]
+    dur_ns = kernels["dur_ns"]
+    percent = kernels.get("occupancy_percent", pd.Series(pd.NA, kernels.index, dtype="Float64"))
+    table = pd.DataFrame(
+        {
+            "kernel": kernels["name"],
+            "calls": 1,
+            "total_ns": dur_ns,
+            "min_ns": dur_ns,
+            "max_ns": dur_ns,
+            "known_ns": dur_ns.where(percent.notna(), 0),
+            "occupied_ns": (percent / 100 * dur_ns).fillna(0.0).astype("float64"),
+        }
+    )
+    return _merged(table)
+
+
+def _merged(table: pd.DataFrame) -> pd.DataFrame:
+    how = dict.fromkeys(table.columns.drop("kernel"), "sum") | {"min_ns": "min", "max_ns": "max"}
+    return table.groupby("kernel", sort=False).agg(how).reset_index()
+
+
+def kernels(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of all ranks as one, the most expensive first."""
+    table = _merged(pd.concat(parts))
+    known = table["known_ns"].replace(0, pd.NA).astype("Float64")
+    total = table["total_ns"].sum()
+    table = table.assign(
+        mean_ns=(table["total_ns"] / table["calls"]).round().astype("int64"),
+        share_frac=table["total_ns"] / total if total else 0.0,
+        occupancy_frac=table["occupied_ns"] / known,
+        tensor_cores=table["kernel"].str.contains(_TENSOR_CORES),
+    )
+    order = ["calls", "total_ns", "share_frac", "mean_ns", "min_ns", "max_ns", "occupancy_frac", "tensor_cores"]
+    return table.set_index("kernel")[order].sort_values("total_ns", ascending=False, kind="stable")

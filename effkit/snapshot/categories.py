@@ -1,0 +1,69 @@
+"""What allocations are for, where stacks and lifetimes tell; otherwise unknown, never a guess.
+
+Stacks divide the events into *parts* of a step: runs of events that are all in a backward, all in an optimizer's
+step, and so on. What lives only inside one part was workspace; what outlives a backward or an optimizer's step is what
+that made; what a backward frees though it was made before it, the graph had kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from effkit.snapshot.stacks import BACKWARD, FORWARD, INPUT, LIBRARY, NOTHING, OPTIMIZER, OTHER, PARAMETER
+
+CATEGORIES = ("unknown", "parameter", "gradient", "optimizer state", "saved activation", "workspace", "input")
+KNOWN_BY = ("not recorded", "stack", "lifetime", "stack and lifetime")
+
+
+def categorise(roles: Any, birth: Any, death: Any, parts: Any, *, step_ended: bool) -> tuple[Any, Any]:
+    """Places in ``CATEGORIES`` and in ``KNOWN_BY``, one of each per allocation.
+
+    Parameters
+    ----------
+    roles
+        What the stack of each allocation tells, ``NOTHING`` where it was not recorded.
+    birth, death
+        Events, -1 for a birth before the first, ``len(parts)`` or more for a death after the last.
+    parts
+        The part of the step that was running at each event, ``NOTHING`` where the event does not tell.
+    step_ended
+        Whether it is recorded that the last optimizer's step came to its end.
+    """
+    never = len(parts) + 1 + (death.max() if len(death) else 0)
+    told = np.flatnonzero(parts != NOTHING)
+    edges = np.flatnonzero(np.diff(parts[told], prepend=-1, append=-1))
+    first, last, kind = told[edges[:-1]], told[edges[1:] - 1], parts[told[edges[:-1]]]
+
+    def next_that(ends: Any) -> Any:
+        """For runs counted from each one on: the first event of the first run for which ``ends``; never if none."""
+        starts = np.append(np.where(ends, first, never), never)
+        return np.minimum.accumulate(starts[::-1])[::-1]
+
+    after_backward = next_that(kind != BACKWARD)
+    after_step = next_that((kind != BACKWARD) & (kind != OPTIMIZER))  # a step may call backward, and the reverse
+    if step_ended and len(kind) and kind[-1] == OPTIMIZER:
+        after_step[after_step == never] = len(parts)
+
+    born_in = np.searchsorted(first, birth, "right") - 1  # -1: before all of them
+    died_in = np.searchsorted(first, death, "right") - 1
+    inside = (born_in >= 0) & (death <= np.append(last, -1)[born_in])
+    freed_by_backward = (death <= np.append(last, -1)[died_in]) & (np.append(kind, NOTHING)[died_in] == BACKWARD)
+    own = np.append(kind, NOTHING)[born_in]
+
+    makes = np.isin(roles, (BACKWARD, OPTIMIZER))
+    rules = [
+        ("parameter", roles == PARAMETER, "stack"),
+        ("input", roles == INPUT, "stack"),
+        ("workspace", roles == LIBRARY, "stack"),
+        ("workspace", inside & (makes | ((roles == FORWARD) & (own == FORWARD))), "stack and lifetime"),
+        ("gradient", (roles == BACKWARD) & (death >= after_backward[born_in + 1]), "stack and lifetime"),
+        ("optimizer state", (roles == OPTIMIZER) & (death >= after_step[born_in + 1]), "stack and lifetime"),
+        ("saved activation", np.isin(roles, (FORWARD, OTHER)) & freed_by_backward & ~inside, "stack and lifetime"),
+    ]
+    conditions = [condition for _, condition, _ in rules]
+    return (
+        np.select(conditions, [CATEGORIES.index(category) for category, *_ in rules], 0),
+        np.select(conditions, [KNOWN_BY.index(how) for *_, how in rules], 0),
+    )

@@ -1,0 +1,46 @@
+"""A profiler's memory events with their running total become allocations and the peaks that these must explain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from effkit.snapshot.pairing import from_events
+
+
+def from_trace(
+    memory: pd.DataFrame, *, stacks: pd.Series[str] | None = None
+) -> tuple[pd.DataFrame | None, list[dict[str, Any]]]:
+    """Allocations, and per rank and device ``peak_bytes`` and ``peak_source``.
+
+    An accelerator's running total is its allocator's own: what was there before the recording and stayed is one row.
+    The host's counts from anywhere: its peak is above what the recording shows to have been there at its beginning.
+
+    ``(None, [])`` where the events have no addresses or no total, as torch before 1.13 wrote them.
+    """
+    if memory.empty or memory["total_bytes"].isna().any() or not memory["address"].any():
+        return None, []
+    frames, facts = [], []
+    for (rank, device), events in memory.groupby(["rank", "device"], sort=True):
+        allocations = from_events(events, stacks=None if stacks is None else stacks.loc[events.index])
+        seen_before = int(allocations.loc[allocations["alloc_ns"].isna(), "size_bytes"].sum())
+        start = int(events["total_bytes"].iloc[0] - events["size_bytes"].iloc[0])
+        above = max(0, int(events["total_bytes"].max()) - start)
+        if device == "cpu":
+            source = "the profiler's Total Allocated, above what was there when the recording began"
+            begin = seen_before
+        else:
+            source, begin = "the allocator's own Total Allocated", start
+            if (stayed := start - seen_before) > 0:
+                allocations = pd.concat([_stayed(allocations, stayed, str(device), int(rank)), allocations])
+        frames.append(allocations)
+        facts.append({"rank": int(rank), "device": str(device), "peak_bytes": begin + above, "peak_source": source})
+    frame = pd.concat(frames).sort_values("alloc_ns", kind="stable", na_position="first", ignore_index=True)
+    return frame.rename_axis("allocation"), facts
+
+
+def _stayed(like: pd.DataFrame, size_bytes: int, device: str, rank: int) -> pd.DataFrame:
+    row = {"size_bytes": size_bytes, "alloc_ns": pd.NA, "free_ns": pd.NA, "device": device, "rank": rank,
+           "stack": pd.NA, "category": "unknown", "known_by": "the allocator's running total"}  # fmt: skip
+    return pd.DataFrame([row]).astype(like.dtypes.to_dict())

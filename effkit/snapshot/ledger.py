@@ -1,0 +1,133 @@
+"""The allocator's events and final state on one device, checked against each other byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from effkit.snapshot.pairing import distinct, pair
+from effkit.snapshot.stacks import NOTHING, Stacks
+
+ALLOC, FREE, RESERVE, RETURN, OOM = range(1, 6)
+_KINDS = {
+    "alloc": ALLOC, "free": FREE, "free_completed": FREE, "segment_alloc": RESERVE, "segment_map": RESERVE,
+    "segment_free": RETURN, "segment_unmap": RETURN, "oom": OOM,
+}  # fmt: skip
+_LATEST_US = 2**62 // 1000
+_MOST_BYTES = 2**42  # no device has 4 TiB, and a million of these still add up within 64 bits
+
+
+class _Block(NamedTuple):
+    address: int
+    size: int
+    requested: int
+    state: str
+    stack: int
+
+
+class Ledger:
+    """One device: ``kinds``, ``times`` [ns], ``addresses``, ``sizes`` [bytes] and ``stacks`` of its events.
+
+    Raises
+    ------
+    ValueError
+        When the events do not lead to the final state.
+    """
+
+    def __init__(self, trace: list[dict[str, Any]], segments: list[dict[str, Any]], stacks: Stacks) -> None:
+        self.ranges = [(segment["address"], segment["address"] + segment["total_size"]) for segment in segments]
+        self.blocks = [block for segment in segments for block in _blocks(segment, stacks)]
+        self.kinds = np.array([_KINDS.get(event["action"], 0) for event in trace], dtype="int8")
+        self.sizes = _integers([event.get("size", 0) for event in trace])
+        _bounded(self.sizes[(self.kinds > 0) & (self.kinds < OOM)], _MOST_BYTES)
+        # an event of no memory left tells what was free on the device instead of an address
+        self.addresses = _integers([event.get("addr", event.get("device_free")) for event in trace])
+        times_us = _bounded(_integers([event.get("time_us", 0) for event in trace]), _LATEST_US)
+        self.times = distinct(times_us * 1000)
+        self.stacks = np.array([stacks.number(event.get("frames") or []) for event in trace], dtype="int64")
+        self.parts = np.array([*stacks.parts, NOTHING], dtype="int64")[self.stacks]
+        self.reserved_bytes = sum(block.size for block in self.blocks)
+        self.active_bytes = sum(block.size for block in self.blocks if block.state != "inactive")
+        self.allocated_bytes = sum(block.size for block in self.blocks if block.state == "active_allocated")
+        self.requested_bytes = sum(block.requested for block in self.blocks if block.state != "inactive")
+        self.levels = self._levels(ALLOC, FREE, self.requested_bytes)
+        self.reserved_levels = self._levels(RESERVE, RETURN, self.reserved_bytes)
+        if (self.levels > self.reserved_levels).any():
+            raise ValueError("its trace allocates more than was reserved")
+
+    def _levels(self, grows: int, shrinks: int, final: int) -> Any:
+        """Bytes before the first event, and after each."""
+        signed = self.sizes * ((self.kinds == grows) * 1 - (self.kinds == shrinks))
+        levels = np.append(0, np.cumsum(signed))
+        return levels + (final - levels[-1])
+
+    def lives(self) -> tuple[Any, Any, Any, Any, Any]:
+        """Of each allocation: size [bytes], event of birth (-1: before), event of death, stack; of each event: part.
+
+        Blocks that are alive at the end close their allocations, with events from ``len(kinds)`` on.
+        """
+        changes = np.flatnonzero((self.kinds == ALLOC) | (self.kinds == FREE))
+        active = [block for block in self.blocks if block.state != "inactive"]
+        born = np.append(self.kinds[changes] == ALLOC, np.zeros(len(active), dtype=bool))
+        places = np.append(self.addresses[changes], _integers([block.address for block in active]))
+        sizes = np.append(self.sizes[changes], _bounded(_integers([block.requested for block in active]), _MOST_BYTES))
+        codes = np.append(self.stacks[changes], _integers([block.stack for block in active]))
+        events = np.append(changes, np.arange(len(active)) + len(self.kinds))
+
+        birth, death = pair(born, places)
+        seen, here = birth >= 0, death < len(changes)
+        if (death < 0).any() or (sizes[birth] != sizes[death])[seen].any() or _again(places)[death[~seen]].any():
+            raise ValueError(
+                "its trace does not lead to its final segments; record every action (skip_actions may leave out "
+                "free_requested alone)"
+            )
+        # Frees that never have a stack of their own repeat that of their allocation, and tell nothing of when.
+        tells = (self.kinds == ALLOC) | (codes[birth] != codes[death])[seen & here].any()
+        parts = np.where(tells, self.parts, NOTHING)
+        # a block keeps the stack that allocated it; a free does not
+        stack = np.where(seen, codes[birth], np.where(here, -1, codes[death]))
+        return sizes[death], np.where(seen, events[birth], -1), events[death], stack, parts
+
+
+def _blocks(segment: dict[str, Any], stacks: Stacks) -> Iterator[_Block]:
+    """The blocks of a segment, which must fill it; in torch 2.0 they had a history and no address."""
+    address, requested = segment["address"], 0
+    for block in segment["blocks"]:
+        past = (block.get("history") or [{}])[0]
+        block = _Block(
+            block.get("address", address),
+            block["size"],
+            block.get("requested_size", past.get("real_size", block["size"])),
+            block["state"],
+            stacks.number(block.get("frames") or past.get("frames") or []),
+        )
+        address += block.size
+        requested += block.requested * (block.state != "inactive")
+        yield block
+    if address - segment["address"] != segment["total_size"]:
+        raise ValueError("the blocks of a segment do not fill it")
+    if requested != segment.get("requested_size", requested):
+        raise ValueError("the blocks of a segment do not add up to what it says was requested")
+
+
+def _integers(values: list[Any]) -> Any:
+    array = np.array(values, dtype=None if values else "int64")
+    if array.dtype != "int64" or array.ndim != 1:
+        raise ValueError("something in the place of a number is none, or is beyond 64 bits")
+    return array
+
+
+def _bounded(numbers: Any, limit: int) -> Any:
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < limit):
+        raise ValueError("a size or a time in it is beyond all bounds")
+    return numbers
+
+
+def _again(places: Any) -> Any:
+    """Whether the same place came up before, event by event."""
+    order = np.argsort(places, kind="stable")
+    again = np.zeros(len(places), dtype=bool)
+    again[order[1:]] = places[order[1:]] == places[order[:-1]]
+    return again

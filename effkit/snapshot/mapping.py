@@ -1,0 +1,48 @@
+"""Reserved memory: ranges of addresses that grow and shrink become one row per piece."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+
+Range = tuple[int, int]  # from, to (exclusive) [addresses]
+
+
+def pieces(final: Iterable[Range], events: Iterable[tuple[bool, Range]], ended: int) -> list[tuple[int, int, int]]:
+    """(size [bytes], event that reserved it, event that gave it back) of each piece, in order of birth.
+
+    Undoes the events from the last one on, since only the end is known in full: an expandable segment is mapped
+    piece by piece, and given back in other pieces.
+
+    Parameters
+    ----------
+    final
+        Ranges reserved at the end; their pieces are given back at ``ended``.
+    events
+        For each event, whether it reserves (else it gives back), and which range; -1 stands for "before the first".
+
+    Raises
+    ------
+    ValueError
+        When an event reserves what is not there afterwards, or gives back what is.
+    """
+    rows: list[tuple[int, int, int]] = []
+    alive = sorted((start, end, ended) for start, end in final)
+    for event, (reserves, (start, end)) in reversed(list(enumerate(events))):
+        low = bisect_left(alive, (start,))
+        low -= low > 0 and alive[low - 1][1] > start
+        high = bisect_left(alive, (end,), low)
+        touched, kept, covered = alive[low:high], [], 0
+        for from_, to, freed in touched:
+            cut = min(to, end) - max(from_, start)
+            covered += cut
+            rows.append((cut, event, freed))
+            kept += [piece for piece in ((from_, start, freed), (end, to, freed)) if piece[0] < piece[1]]
+        if covered != (end - start if reserves else 0):
+            raise ValueError("its segment events do not lead to its final segments")
+        if reserves:
+            alive[low:high] = kept
+        else:
+            insort(alive, (start, end, event))
+    before = [(end - start, -1, freed) for start, end, freed in alive]
+    return before + rows[::-1]

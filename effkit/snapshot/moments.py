@@ -1,0 +1,149 @@
+"""What was in memory, moment by moment. Pure functions of allocation frames, whichever source these came from.
+
+Give the rows of one rank. A moment is a time [ns]: an allocation is alive from its birth on, until just before its end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.account import Account
+
+
+def timeline(
+    allocations: pd.DataFrame, segments: pd.DataFrame | None = None, *, num_points: int = 2000
+) -> pd.DataFrame:
+    """How full the memory was, device by device.
+
+    Parameters
+    ----------
+    num_points
+        Rows per device, at most: the fullest moment of each stretch of time, so that the peak stays exact.
+
+    Returns
+    -------
+    DataFrame
+        ``time_ns``, ``device``, ``allocated_bytes``, ``reserved_bytes`` (``<NA>`` where ``segments`` does not tell),
+        in order of time within each device. A device on which nothing came or went has no rows.
+    """
+    if num_points < 1:
+        raise ValueError(f"a timeline needs at least one point; given: {num_points}")
+    frames = [pd.DataFrame({"time_ns": [], "device": [], "allocated_bytes": [], "reserved_bytes": []})]
+    for device, rows in allocations.groupby("device", sort=True):
+        times, levels = _levels(rows)
+        stretch = ((times - times[0]) / max(times[-1] - times[0], 1) * (num_points - 1)).astype("int64")
+        fullest = np.lexsort((-levels, stretch))  # within each stretch, the first of the fullest moments comes first
+        kept = fullest[np.unique(stretch[fullest], return_index=True)[1]] if len(times) > 1 else fullest[:0]
+        reserved = _reserved(segments, str(device), times[kept])
+        columns = {"time_ns": times[kept], "device": device, "allocated_bytes": levels[kept]}
+        frames.append(pd.DataFrame(columns | {"reserved_bytes": reserved}))
+    types = {"time_ns": "int64", "device": "str", "allocated_bytes": "int64", "reserved_bytes": "Int64"}
+    return pd.concat([frame.astype(types) for frame in frames], ignore_index=True)
+
+
+def at(allocations: pd.DataFrame, time_ns: int) -> pd.DataFrame:
+    """The allocations that are alive at a moment [ns]."""
+    born = ~(allocations["alloc_ns"] > time_ns).fillna(False)
+    dead = (allocations["free_ns"] <= time_ns).fillna(False)
+    return allocations[(born & ~dead).to_numpy(dtype=bool)]
+
+
+def peak_ns(allocations: pd.DataFrame, device: str) -> int:
+    """The first moment [ns] at which most bytes are alive; just before the first event if that is from the start.
+
+    Raises
+    ------
+    ValueError
+        When there is nothing on that device.
+    """
+    rows = _on(allocations, device)
+    times, levels = _levels(rows)
+    return int(times[levels.argmax()])
+
+
+def account(
+    allocations: pd.DataFrame,
+    *,
+    peak_bytes: int,
+    source: str,
+    device: str,
+    by: str = "category",
+    segments: pd.DataFrame | None = None,
+    at_ns: int | None = None,
+    num_rows: int = 12,
+) -> Account:
+    """What fills the memory of a device at its peak, or at another moment.
+
+    Parameters
+    ----------
+    peak_bytes, source
+        The allocator's own total at that moment [bytes], and which counter that is.
+    by
+        ``"category"``, or ``"stack"``: the ``num_rows`` stacks that hold most, and all others in one row.
+    segments
+        Where given, a companion says how the memory reserved at that moment was used.
+    at_ns
+        The moment [ns]; ``None`` for the first at which most bytes are alive.
+
+    Raises
+    ------
+    ValueError
+        When there is nothing on that device, or ``by`` is neither of these.
+    """
+    if by not in ("category", "stack"):
+        raise ValueError(f"memory is accounted for by category or by stack; given: {by!r}")
+    rows = _on(allocations, device)
+    moment = peak_ns(rows, device) if at_ns is None else at_ns
+    alive = at(rows, moment)
+    held = (
+        alive["size_bytes"].groupby(alive[by].fillna("not recorded")).sum().sort_values(ascending=False, kind="stable")
+    )
+    items = {str(item): int(value) for item, value in held.items()}
+    if by == "stack" and len(items) > num_rows:
+        rest = dict(list(items.items())[num_rows:])
+        items = {item: value for item, value in items.items() if item not in rest}
+        items[f"{len(rest):,} other stacks"] = sum(rest.values())
+    companions = []
+    if (reserved := _reserved(segments, device, np.array([moment]))[0]) is not pd.NA:
+        used = sum(items.values())
+        parts = {"allocated": used, "reserved but not allocated": int(reserved) - used}
+        companions.append(
+            Account.of(
+                "Reserved at that moment", "bytes", parts, total=int(reserved), source="the allocator's segments"
+            )
+        )
+    title = f"Memory of {device} at {'its peak' if at_ns is None else f'{at_ns:,} ns'}"
+    return Account.of(title, "bytes", items, total=peak_bytes, source=source, companions=tuple(companions))
+
+
+def _on(allocations: pd.DataFrame, device: str) -> pd.DataFrame:
+    rows = allocations[allocations["device"] == device]
+    if rows.empty:
+        known = ", ".join(sorted(allocations["device"].unique())) or "none"
+        raise ValueError(f"nothing was allocated on {device!r}; devices with allocations: {known}")
+    return rows
+
+
+def _levels(rows: pd.DataFrame) -> tuple[Any, Any]:
+    """Moments [ns] at which something came or went, the first one just before all of them; bytes alive at each."""
+    sizes = rows["size_bytes"].to_numpy()
+    born, dead = (rows[name].notna().to_numpy() for name in ("alloc_ns", "free_ns"))
+    times = np.append(rows["alloc_ns"][born].to_numpy("int64"), rows["free_ns"][dead].to_numpy("int64"))
+    order = np.argsort(times, kind="stable")
+    signed = np.append(sizes[born], -sizes[dead])[order]
+    moments, first = np.unique(times[order], return_index=True)
+    changes = np.add.reduceat(signed, first) if len(first) else signed
+    start = moments[0] - 1 if len(moments) else 0
+    return np.append(start, moments), sizes[~born].sum() + np.append(0, np.cumsum(changes))
+
+
+def _reserved(segments: pd.DataFrame | None, device: str, times: Any) -> Any:
+    """Bytes reserved at moments [ns], ``<NA>`` where that is not recorded."""
+    rows = None if segments is None else segments[segments["device"] == device]
+    if rows is None or rows.empty:
+        return pd.array([pd.NA] * len(times), dtype="Int64")
+    moments, levels = _levels(rows)
+    return pd.array(levels[np.maximum(np.searchsorted(moments, times, "right") - 1, 0)], dtype="Int64")

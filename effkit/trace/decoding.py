@@ -1,0 +1,182 @@
+"""The text of a trace becomes lists of decoded events, and what the trace says of itself.
+
+A trace may be larger than memory, so it is cut between two events and decoded piece by piece. Where it may be cut is
+not to be known without parsing, but a wrong cut cannot be decoded: a piece that decodes was cut right.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Generic, TypeVar
+
+import msgspec
+
+Event = TypeVar("Event")
+
+_PIECE = 2**24
+_LARGEST_HEAD = 2**26  # metadata before the events: real ones stay below a few hundred kB
+_LONGEST_EVENT = 2**28
+_DENSEST = 200  # times that gzip may unpack; real traces stay below 50
+_ARRAY = re.compile(rb'"traceEvents"\s*:\s*\[')
+_BETWEEN = re.compile(rb"\}\s*,\s*(?=\{\s*\")")  # inside a string the last quotation mark would be escaped
+
+# What old or unlucky profilers write that is no JSON, and what stands for it
+_CONTROL = bytes.maketrans(bytes(range(32)), b" " * 32)
+_ESCAPE = re.compile(rb'(\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))|\\')
+_NO_NUMBER = re.compile(rb"(?<=[:,\[])\s*-?(?:NaN|nan|Infinity|inf|N/A)\s*(?=[,}\]])")
+_NAME = re.compile(rb'(?<="name": ")(.*?)(?=", "pid": )')
+
+
+class Metadata(msgspec.Struct, gc=False):
+    """What a trace says of itself, beside its events; None where it says nothing."""
+
+    distributedInfo: dict[str, Any] | None = None
+    deviceProperties: list[dict[str, Any]] | None = None
+    baseTimeNanoseconds: int | None = None
+    host_name: str | None = None
+
+    def known(self) -> dict[str, Any]:
+        return {field: value for field in Metadata.__struct_fields__ if (value := getattr(self, field)) is not None}
+
+
+class Decoder(Generic[Event]):
+    """Decodes one trace into lists of ``event`` structs; ``metadata`` is complete when all pieces have been taken."""
+
+    def __init__(self, event: type[Event]) -> None:
+        self.metadata: dict[str, Any] = {}
+        self._events: msgspec.json.Decoder[list[Event]] = msgspec.json.Decoder(list[event])  # type: ignore[valid-type]
+        whole = msgspec.defstruct("_Whole", [("traceEvents", list[event])], bases=(Metadata,), gc=False, kw_only=True)  # type: ignore[valid-type]
+        self._whole = msgspec.json.Decoder(whole)
+
+    def pieces(self, stream: IO[bytes]) -> Iterator[list[Event]]:
+        """Lists of events, in the order of the file.
+
+        Raises
+        ------
+        msgspec.DecodeError, ValueError
+            When the stream is no trace, or a larger one than its compressed size can honestly hold.
+        """
+        head, buffer = self._head(stream)
+        self.metadata |= _decode(msgspec.json.Decoder(Metadata), head + b"]}").known() if head else {}
+        wanted = _PIECE
+        while block := stream.read(wanted):
+            buffer += block
+            cut = _last_between(buffer)
+            events = self._piece(buffer[: cut[0] + 1]) if cut else None
+            if cut is None or events is None:
+                # not between events: inside one, or behind the last; more of it will tell
+                wanted = len(buffer)
+                if wanted > _LONGEST_EVENT:
+                    raise ValueError(f"it holds an event or an error within {wanted:,} bytes")
+                continue
+            yield events
+            del buffer[: cut[1]]
+            wanted = _PIECE
+        if not head:
+            yield _decode(self._events, b"[" + bytes(buffer))
+            return
+        rest = _decode(self._whole, b'{"traceEvents":[' + bytes(buffer))
+        self.metadata |= rest.known()
+        yield rest.traceEvents
+
+    def _piece(self, text: bytearray) -> list[Event] | None:
+        try:
+            return _decode(self._events, b"[" + bytes(text) + b"]")
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            return None
+
+    def _head(self, stream: IO[bytes]) -> tuple[bytes, bytearray]:
+        """Everything up to the bracket that opens the events, and the beginning of what follows."""
+        buffer = bytearray()
+        while block := stream.read(_PIECE if buffer else 2**16):
+            buffer += block
+            if found := _ARRAY.search(buffer):
+                return bytes(buffer[: found.end()]), buffer[found.end() :]
+            if re.match(rb"\s*\[\s*\{", buffer):  # Chrome's other form, that torch's older profiler writes
+                return b"", buffer[buffer.index(b"[") + 1 :]
+            if len(buffer) > _LARGEST_HEAD:
+                break
+        raise ValueError("no traceEvents in it")
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The plain text of a trace file, compressed or not."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return _Unpacked(path) if compressed else path.open("rb")  # type: ignore[return-value]
+
+
+class _Unpacked:
+    """A gzip file that refuses to grow beyond what an honest one grows to."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = gzip.open(path)  # noqa: SIM115 - closed by __exit__
+        self._most = _LARGEST_HEAD + _DENSEST * path.stat().st_size
+        self._taken = 0
+
+    def read(self, size: int) -> bytes:
+        try:
+            block = self._file.read(size)
+        except (EOFError, zlib.error) as error:
+            raise ValueError(f"its compression is damaged ({error})") from error
+        self._taken += len(block)
+        if self._taken > self._most:
+            raise ValueError(f"it unpacks to more than {_DENSEST} times its size")
+        return block
+
+    def __enter__(self) -> _Unpacked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def head(path: Path) -> Mapping[str, Any]:
+    """The metadata before the events, without reading these; empty where there is none."""
+    decoder = Decoder(msgspec.Raw)
+    with opened(path) as stream:
+        text, _ = decoder._head(stream)
+    return _decode(msgspec.json.Decoder(Metadata), text + b"]}").known() if text else {}
+
+
+def _last_between(buffer: bytearray) -> tuple[int, int] | None:
+    """Where the last event that is surely whole ends, and where the next begins."""
+    reach = 2**12
+    while True:
+        start = max(0, len(buffer) - reach)
+        found = None
+        for found in _BETWEEN.finditer(buffer, start):  # noqa: B007
+            pass
+        if found:
+            return found.start(), found.end()
+        if start == 0:
+            return None
+        reach *= 8
+
+
+def _decode(decoder: Any, text: bytes) -> Any:
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        try:
+            return decoder.decode(_repaired(text))
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            raise error from None
+
+
+def _repaired(text: bytes) -> bytes:
+    """The same with control characters, bad escapes, bad UTF-8, NaN and quotation marks in names made harmless."""
+    text = text.translate(_CONTROL).decode("utf-8", "replace").encode()
+    text = _NAME.sub(lambda name: re.sub(rb'(?<!\\)"', rb"\\\"", name[1]), text)
+    text = _ESCAPE.sub(lambda escape: escape[1] or rb"\\", text)
+    return _NO_NUMBER.sub(b" null", text)

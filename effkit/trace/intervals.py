@@ -1,0 +1,58 @@
+"""Time that is covered by events, however these overlap."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+
+class Covered(NamedTuple):
+    """Disjoint stretches of time in order: ``starts`` and ``ends`` [ns]."""
+
+    starts: Any
+    ends: Any
+
+    def before(self, time_ns: Any) -> Any:
+        """How much is covered up to each time [ns]."""
+        sums = np.concatenate([[0], np.cumsum(self.ends - self.starts)])
+        place = np.searchsorted(self.starts, time_ns, side="right")
+        # the last stretch that has begun may reach beyond the time
+        reaches = np.concatenate([[np.iinfo("int64").min], self.ends])[place]
+        return sums[place] - np.maximum(0, reaches - time_ns) * (place > 0)
+
+    def within(self, starts_ns: Any, ends_ns: Any) -> Any:
+        """How much is covered between each pair of times [ns]."""
+        return self.before(np.asarray(ends_ns)) - self.before(np.asarray(starts_ns))
+
+    def total(self) -> int:
+        return int((self.ends - self.starts).sum())
+
+    def without(self, other: Covered) -> Covered:
+        """What this covers and the other does not."""
+        edges = np.unique(np.concatenate([*self, *other]))
+        left, right = edges[:-1], edges[1:]
+        mine = self.within(left, right) > 0
+        return union(left[mine & (other.within(left, right) == 0)], right[mine & (other.within(left, right) == 0)])
+
+
+def union(starts: Any, ends: Any) -> Covered:
+    """The time that at least one of the stretches covers.
+
+    >>> union(np.array([0, 5, 20]), np.array([10, 15, 30])).total()
+    25
+    """
+    starts, ends = np.asarray(starts, "int64"), np.asarray(ends, "int64")
+    order = np.argsort(starts, kind="stable")
+    starts, reach = starts[order], np.maximum.accumulate(ends[order]) if len(ends) else ends
+    new = np.flatnonzero(np.concatenate([[True], starts[1:] > reach[:-1]])) if len(starts) else np.array([], "int64")
+    last = np.concatenate([new[1:] - 1, [len(starts) - 1]]) if len(starts) else new
+    return Covered(starts[new], reach[last])
+
+
+def of(events: pd.DataFrame, *more: pd.DataFrame) -> Covered:
+    """The time that at least one of the events covers."""
+    starts = np.concatenate([frame["start_ns"].to_numpy("int64") for frame in (events, *more)])
+    lengths = np.concatenate([frame["dur_ns"].to_numpy("int64") for frame in (events, *more)])
+    return union(starts, starts + lengths)

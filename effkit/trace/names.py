@@ -1,0 +1,87 @@
+"""The words that PyTorch's profiler uses, and what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# Categories that older profilers (torch before 1.13) wrote, and today's for the same
+TODAY: Mapping[str, str] = {
+    "Operator": "cpu_op",
+    "Kernel": "kernel",
+    "Runtime": "cuda_runtime",
+    "Memcpy": "gpu_memcpy",
+    "Memset": "gpu_memset",
+}
+ANNOTATIONS = ("ProfilerStep#", "enumerate(DataLoader)#", "Optimizer.")  # that older profilers call operators
+STEP, DATALOADER = "ProfilerStep#", "enumerate(DataLoader)#"
+
+COPIES = ("gpu_memcpy", "gpu_memset")
+DEVICE = ("kernel", *COPIES)
+LAUNCHES = ("_runtime", "_driver")  # how the categories of host calls to the device end: cuda_, hip_, xpu_, …
+STACKS = ("python_function",)
+SPANS = ("Trace",)  # the profiler's own marks
+
+# Calls in which the host waits for the device; everything launched before is done when they return
+WAITS = re.compile(r"(?:cuda|hip|cu)(?:Device|Stream|Event|Ctx)Synchronize|(?:cuda|hip)Memcpy(?:WithStream|2D)?$")
+
+# Operators, annotations and kernels that move data between ranks
+COMMUNICATES = re.compile(
+    r"\bnccl|\brccl|\bgloo:|\bucc:|\bmpi:|\bc10d::|record_param_comms|::ep::|\bdeep_ep|nvshmem|multimem"
+    r"|cross_device_reduce|(?:one|two)_shot_all_reduce",
+    re.IGNORECASE,
+)
+COLLECTIVE = re.compile(r"(?P<backend>nccl|gloo|ucc|mpi|xccl|rccl):(?P<collective>.+)")  # an annotation of c10d
+
+# bytes of an element, as traces spell types (C++ of the profiler, c10d, and torch)
+ITEM_BYTES: Mapping[str, int] = {
+    **dict.fromkeys(("double", "Double", "float64", "long int", "long", "Long", "int64", "int64_t"), 8),
+    **dict.fromkeys(("c10::complex<float>", "ComplexFloat", "complex64", "UInt64", "unsigned long"), 8),
+    **dict.fromkeys(("float", "Float", "float32", "int", "Int", "int32", "unsigned int", "UInt32"), 4),
+    **dict.fromkeys(("c10::Half", "Half", "float16", "c10::BFloat16", "BFloat16", "bfloat16", "short int", "Short"), 2),
+    **dict.fromkeys(("signed char", "Char", "int8", "unsigned char", "Byte", "uint8", "bool", "Bool"), 1),
+    **dict.fromkeys(("c10::Float8_e4m3fn", "Float8_e4m3fn", "c10::Float8_e5m2", "Float8_e5m2"), 1),
+}
+
+_KERNEL_COLLECTIVES = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "reducescatter": "reduce_scatter",
+    "broadcast": "broadcast",
+    "sendrecv": "send_recv",
+    "alltoall": "all_to_all",
+    "reduce": "reduce",
+}
+
+
+def plain_collective(name: str) -> str:
+    """The usual name of a collective.
+
+    >>> plain_collective("_all_gather_base"), plain_collective("allreduce"), plain_collective("all_to_allv")
+    ('all_gather', 'all_reduce', 'all_to_all')
+    """
+    plain = re.sub(r"^_+|_?(base|single|tensor|coalesced)?_*$", "", name.lower())
+    squeezed = plain.replace("_", "")
+    for start, usual in _KERNEL_COLLECTIVES.items():
+        if squeezed.startswith(start):
+            return usual
+    return plain
+
+
+def collective_of_kernel(name: str) -> str:
+    """What a communication kernel does, from its name.
+
+    >>> collective_of_kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)")
+    'all_reduce'
+    >>> collective_of_kernel("void deep_ep::internode::dispatch<false, 4>(int4*)")
+    'dispatch'
+    """
+    if found := re.search(r"(?:ep::|deep_ep::)\w*::(\w+)", name):
+        return found[1]
+    if found := re.search(r"(allreduce|allgather|reducescatter|broadcast|sendrecv|alltoall|reduce)", _letters(name)):
+        return _KERNEL_COLLECTIVES[found[1]]
+    return "communication"
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z]", "", name.split("(")[0].lower())

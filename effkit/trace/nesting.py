@@ -1,0 +1,91 @@
+"""Which event runs inside which: the call tree of every thread, from times alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.trace.names import LAUNCHES
+
+_DEEPEST = 12  # callers that a stack names: the innermost
+
+
+def host(events: pd.DataFrame) -> pd.DataFrame:
+    """What ran on the host and nests: operators, annotations, calls to the device; with a new index 0, 1, …"""
+    category = events["category"]
+    nests = category.isin(["cpu_op", "user_annotation"]) | category.str.endswith(LAUNCHES)
+    return events[nests].reset_index(drop=True)
+
+
+def parents(frame: pd.DataFrame) -> Any:
+    """For each row the position of the innermost event around it on its thread; -1 where there is none.
+
+    Two events that overlap without nesting (clocks of coarse traces) are beside one another, as torch has it.
+    """
+    thread = frame.groupby(["rank", "process", "thread"], sort=False).ngroup().to_numpy()
+    start = frame["start_ns"].to_numpy()
+    end = start + frame["dur_ns"].to_numpy()
+    order = np.lexsort((-end, start, thread))
+    found = np.full(len(frame), -1, dtype="int64")
+    around: list[int] = []
+    ends: list[int] = []
+    current = -1
+    ordered = zip(order.tolist(), thread[order].tolist(), start[order].tolist(), end[order].tolist(), strict=True)
+    for row, at, begins, finishes in ordered:
+        if at != current:
+            current = at
+            around.clear()
+            ends.clear()
+        while ends and (begins >= ends[-1] or finishes > ends[-1]):
+            around.pop()
+            ends.pop()
+        if around:
+            found[row] = around[-1]
+        around.append(row)
+        ends.append(finishes)
+    return found
+
+
+def nearest(parent: Any, wanted: Any) -> Any:
+    """For each row the position of itself or its innermost ancestor that is wanted; -1 where there is none."""
+    place = np.arange(len(parent))
+    while True:
+        climbs = (place >= 0) & ~wanted[place]
+        if not climbs.any():
+            return place
+        place = np.where(climbs, parent[place], place)
+
+
+def owners(tree: pd.DataFrame, nearest_row: Any, on_device: pd.DataFrame) -> Any:
+    """For each event of the device the row that ``nearest_row`` gives for the host call that launched it.
+
+    The call is found by its ``correlation``; -1 where that was not recorded.
+    """
+    calls = tree[tree["category"].str.endswith(LAUNCHES) & tree["correlation"].notna()]
+    launch = pd.Series(calls.index, calls["correlation"].astype("int64")).groupby(level=0).first()
+    sought = on_device["correlation"].fillna(-1).astype("int64")
+    row = launch.reindex(sought, fill_value=-1).to_numpy("int64")
+    return np.where(row >= 0, nearest_row[row], -1) if len(nearest_row) else row
+
+
+def callers(events: pd.DataFrame, memory: pd.DataFrame) -> pd.Series[str]:
+    """For each allocator event the operators and annotations around it, the innermost first; absent where none is."""
+    tree = host(events)
+    tree = tree[~tree["category"].str.endswith(LAUNCHES)]
+    moments = memory.rename(columns={"time_ns": "start_ns"})[["start_ns", "rank", "process", "thread"]]
+    both = pd.concat([tree, moments.assign(dur_ns=0)], ignore_index=True)
+    parent = parents(both).tolist()
+    names = tree["name"].tolist()
+    stacks: dict[int, str | None] = {-1: None}
+    found = []
+    for row in parent[len(tree) :]:
+        if row not in stacks:
+            above, chain = row, list[str]()
+            while above >= 0 and len(chain) < _DEEPEST:
+                chain.append(names[above])
+                above = parent[above]
+            stacks[row] = " < ".join(chain)
+        found.append(stacks[row])
+    return pd.Series(pd.array(found, dtype="str"), memory.index)

@@ -1,0 +1,238 @@
+"""Decoded events become columns: strings interned, times whole nanoseconds, absent values absent."""
+
+from __future__ import annotations
+
+import gc
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pandas as pd
+
+from effkit.trace.columns import Interned, Sparse, nanoseconds
+from effkit.trace.decoding import Decoder
+from effkit.trace.names import ANNOTATIONS, COMMUNICATES, DEVICE, SPANS, STACKS, TODAY
+
+EVENT_COLUMNS = (
+    "name", "category", "start_ns", "dur_ns", "rank", "process", "thread", "stream", "correlation",
+)  # fmt: skip
+MEMORY_COLUMNS = ("time_ns", "address", "size_bytes", "total_bytes", "device", "rank", "process", "thread")
+
+_OPERATORS = ("cpu_op", "user_annotation")
+
+
+class _Detail(NamedTuple):
+    """Where Kineto keeps a detail, its type there, and which events may have it."""
+
+    key: str
+    kind: Any  # JSON text stays text: shapes and the like are read when asked for
+    categories: tuple[str, ...] = ()
+    communicates: bool = False
+
+
+_DETAILS: Mapping[str, _Detail] = {
+    "size_bytes": _Detail("bytes", int, DEVICE),
+    "occupancy_percent": _Detail("est. achieved occupancy %", float, DEVICE),
+    "shapes": _Detail("Input Dims", msgspec.Raw, _OPERATORS),
+    "dtypes": _Detail("Input type", msgspec.Raw, _OPERATORS),
+    "inputs": _Detail("Concrete Inputs", msgspec.Raw, communicates=True),  # the splits of gloo's all-to-all
+    "collective": _Detail("Collective name", str, communicates=True),
+    "dtype": _Detail("dtype", str, communicates=True),
+    "num_elements": _Detail("In msg nelems", int, communicates=True),
+    "group": _Detail("Process Group Ranks", msgspec.Raw, communicates=True),
+    "group_name": _Detail("Process Group Name", str, communicates=True),
+    "group_size": _Detail("Group size", int, communicates=True),
+    "splits": _Detail("In split size", msgspec.Raw, communicates=True),
+}
+DETAIL_COLUMNS = tuple(_DETAILS)
+_ALWAYS: Mapping[str, tuple[str, Any]] = {
+    "stream": ("stream", int | str | None),
+    "correlation": ("correlation", int | None),
+    "address": ("Addr", int | None),
+    "bytes": ("Bytes", int | None),
+    "total": ("Total Allocated", int | None),
+    "device_type": ("Device Type", int | None),
+    "device_id": ("Device Id", int | None),
+}
+_NO_TEXT = msgspec.Raw(b"")
+
+_ABSENT = -(2**63)
+_CPU_DEVICE = 0  # c10::DeviceType, as the profiler writes it into "Device Type"
+
+
+class Trace(NamedTuple):
+    """One decoded trace.
+
+    ``events``: one row per complete event, sorted by ``start_ns``. ``memory``: one row per allocator event, with signed
+    ``size_bytes`` and the allocator's own running total after it; empty where memory was not recorded. ``metadata``:
+    what the trace says of itself. ``num_left_out``: events of Python functions that were not asked for.
+    """
+
+    events: pd.DataFrame
+    memory: pd.DataFrame
+    metadata: Mapping[str, Any]
+    num_left_out: int
+
+
+def read(
+    source: bytes | IO[bytes], *, rank: int | None = None, details: Sequence[str] = (), stacks: bool = False
+) -> Trace:
+    """Decode one trace, piece by piece, keeping only the columns that are asked for.
+
+    Parameters
+    ----------
+    source
+        Its text, or a stream of that.
+    rank
+        What to write into ``rank``; by default what the trace says, else 0.
+    details
+        Which of ``DETAIL_COLUMNS`` to keep beside ``EVENT_COLUMNS``; those that no event has are left out.
+    stacks
+        Keep the events of Python functions.
+
+    Raises
+    ------
+    ValueError
+        When the source is not a Chrome trace.
+    """
+    if unknown := set(details) - set(_DETAILS):
+        raise ValueError(f"no such column: {', '.join(sorted(unknown))}; there are {', '.join(DETAIL_COLUMNS)}")
+    decoder = Decoder(_event_type(details))
+    frames = _Columns(details, stacks)
+    try:
+        with _no_garbage_collection():
+            for piece in decoder.pieces(io.BytesIO(source) if isinstance(source, bytes) else source):
+                frames.add(piece)
+        metadata = decoder.metadata
+        base_ns = metadata.get("baseTimeNanoseconds", 0)
+        if rank is None:
+            rank = _rank(metadata)
+        return Trace(frames.events(base_ns, rank), frames.memory(base_ns, rank), metadata, frames.num_left_out)
+    except (msgspec.DecodeError, ValueError, OverflowError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"not a profiler trace: {error}. Expected Chrome JSON with traceEvents") from error
+
+
+def _rank(metadata: Mapping[str, Any]) -> int:
+    rank = metadata.get("distributedInfo", {}).get("rank", 0)
+    return rank if isinstance(rank, int) and 0 <= rank < 2**31 else 0
+
+
+def _event_type(details: Sequence[str]) -> type[Any]:
+    """The struct of an event with as few fields as will do: what is not a field is skipped without being decoded."""
+    fields: list[Any] = [(name, kind, msgspec.field(name=key, default=None)) for name, (key, kind) in _ALWAYS.items()]
+    for name in details:
+        detail = _DETAILS[name]
+        # a detail of another type (“N/A” for a number) is no detail, and no reason to refuse a trace
+        kind, absent = (msgspec.Raw, _NO_TEXT) if detail.kind is msgspec.Raw else (Any, None)
+        fields.append((name, kind, msgspec.field(name=detail.key, default=absent)))
+    args = msgspec.defstruct("args", fields, gc=False)
+    event: list[Any] = [
+        *((name, str, "") for name in ("ph", "name", "cat")),
+        *((name, float, 0.0) for name in ("ts", "dur")),
+        *((name, int | str, 0) for name in ("pid", "tid")),
+        ("args", args | None, None),
+    ]
+    return msgspec.defstruct("Event", event, gc=False)
+
+
+class _Columns:
+    """Pieces of a trace go in, frames come out."""
+
+    def __init__(self, details: Sequence[str], stacks: bool) -> None:
+        self._left_out = () if stacks else STACKS
+        self.num_left_out = 0
+        self._num_rows = 0
+        self._strings = {name: Interned() for name in ("name", "category", "process", "thread")}
+        self._numbers: dict[str, list[Any]] = {name: [] for name in ("start_ns", "dur_ns", "stream", "correlation")}
+        self._details = {name: Sparse(_DETAILS[name].kind) for name in details}
+        self._memory: list[tuple[Any, ...]] = []
+
+    def add(self, piece: list[Any]) -> None:
+        complete = [event for event in piece if event.ph == "X" and event.cat not in SPANS]
+        kept = [event for event in complete if event.cat not in self._left_out]
+        self.num_left_out += len(complete) - len(kept)
+        names = self._strings["name"].add([event.name for event in kept])
+        categories = self._strings["category"].add([event.cat for event in kept])
+        self._strings["process"].add([event.pid for event in kept])
+        self._strings["thread"].add([event.tid for event in kept])
+        self._numbers["start_ns"].append(np.array([event.ts for event in kept], "float64"))
+        self._numbers["dur_ns"].append(np.array([event.dur for event in kept], "float64"))
+        args = [event.args for event in kept]
+        streams = [_ABSENT if a is None or not isinstance(a.stream, int) else a.stream for a in args]
+        links = [_ABSENT if a is None or a.correlation is None else a.correlation for a in args]
+        self._numbers["stream"].append(np.array(streams, "int64"))
+        self._numbers["correlation"].append(np.array(links, "int64"))
+        self._add_details(args, names, categories)
+        self._num_rows += len(kept)
+        self._memory += [
+            (event.ts, a.address or 0, a.bytes or 0, a.total, a.device_type, a.device_id, event.pid, event.tid)
+            for event in piece
+            if event.name == "[memory]" and (a := event.args) is not None
+        ]
+
+    def _add_details(self, args: list[Any], names: Any, categories: Any) -> None:
+        communicates = self._strings["name"].holds(names, lambda name: bool(COMMUNICATES.search(name)))
+        of_category: dict[tuple[str, ...], Any] = {
+            wanted: self._strings["category"].holds(categories, lambda c, wanted=wanted: TODAY.get(c, c) in wanted)
+            for wanted in (_OPERATORS, DEVICE)
+        }
+        has_args = np.array([a is not None for a in args], dtype=bool)
+        for name, column in self._details.items():
+            detail = _DETAILS[name]
+            having = communicates if detail.communicates else of_category[detail.categories]
+            rows = np.flatnonzero(having & has_args)
+            values = [getattr(args[row], name) for row in rows.tolist()]
+            column.add(rows + self._num_rows, map(bytes, values) if detail.kind is msgspec.Raw else values)
+
+    def events(self, base_ns: int, rank: int) -> pd.DataFrame:
+        numbers = {name: np.concatenate(parts) for name, parts in self._numbers.items()}
+        masked = {name: pd.arrays.IntegerArray(n, n == _ABSENT) for name, n in numbers.items() if n.dtype == "int64"}
+        frame = pd.DataFrame(
+            {
+                "name": self._strings["name"].column(),
+                "category": self._strings["category"].column(lambda category: TODAY.get(category, category)),
+                "start_ns": nanoseconds(numbers["start_ns"], base_ns),
+                "dur_ns": nanoseconds(numbers["dur_ns"]),
+                "rank": np.full(self._num_rows, rank, "int64"),
+                "process": self._strings["process"].column(),
+                "thread": self._strings["thread"].column(),
+                **masked,
+                **{name: detail.column(self._num_rows) for name, detail in self._details.items() if len(detail)},
+            }
+        )
+        if "Operator" in self._strings["category"].values:
+            frame.loc[frame["name"].str.startswith(ANNOTATIONS), "category"] = "user_annotation"
+        return frame.sort_values("start_ns", kind="stable", ignore_index=True)
+
+    def memory(self, base_ns: int, rank: int) -> pd.DataFrame:
+        rows = zip(*self._memory, strict=True) if self._memory else [()] * 8
+        times, addresses, sizes, totals, types, ids, processes, threads = rows
+        devices = ["cpu" if kind == _CPU_DEVICE else f"device{i}" for kind, i in zip(types, ids, strict=True)]
+        frame = pd.DataFrame(
+            {
+                "time_ns": nanoseconds(np.array(times, "float64"), base_ns),
+                "address": np.array(addresses, "uint64"),
+                "size_bytes": np.array(sizes, "int64"),
+                "total_bytes": pd.array(totals, "Int64"),  # older profilers do not say it
+                "device": pd.Series(devices, dtype="str"),
+                "rank": np.full(len(times), rank, "int64"),
+                "process": pd.Series(map(str, processes), dtype="str"),
+                "thread": pd.Series(map(str, threads), dtype="str"),
+            }
+        )
+        return frame.sort_values("time_ns", kind="stable", ignore_index=True)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Millions of fresh objects make the collector run over and over; none of them is garbage yet."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,66 @@
+"""Pictures of accounts and of padding plans."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from effkit.account import Account
+from effkit.view.style import GREY, NAMED, axes, colour, unit_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def account(account: Account, ax: Axes | None = None) -> Axes:
+    """One horizontal bar, a segment per row, the residual hatched, the band as a whisker."""
+    ax = axes(ax, (7.0, 1.7))
+    left = 0.0
+    for position, (item, value) in enumerate(account.frame["value"].items()):
+        share = account.share[item]
+        ax.barh(0, value, left=left, color=colour(str(item), position), label=f"{item} {share:.1%}", height=0.6)
+        left += value
+    if account.residual:
+        ax.barh(0, account.residual, left=left, color="white", edgecolor=GREY, hatch="///", height=0.6,
+                label=f"residual {account.residual / account.total:+.1%}" if account.total else "residual")  # fmt: skip
+    if account.low is not None and account.high is not None:
+        ax.errorbar(account.total, 0, xerr=[[account.total - account.low], [account.high - account.total]],
+                    color="black", capsize=5, label="band")  # fmt: skip
+    ax.set_title(account.headline(), loc="left", fontsize=10)
+    ax.set_yticks([])
+    unit_axis(ax.xaxis, account.unit)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, frameon=False, fontsize=9)
+    return ax
+
+
+def plan(plan: Any, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
+    """The first batches of a padding Plan side by side, one thin bar per row: real cells filled, padded ones pale."""
+    ax = axes(ax, (7.0, 2.6))
+    lengths = plan.lengths["input_length"].to_numpy()
+    position, ticks = 0, []
+    for batch in range(min(num_batches, len(plan.batches))):
+        rows = sorted((int(lengths[row].sum()) for row in plan.rows(batch)), reverse=True)
+        spots = range(position, position + len(rows))
+        ax.bar(
+            spots,
+            rows[0],
+            width=1.0,
+            color=NAMED["padding"],
+            alpha=0.45,
+            label="padding" if batch == 0 else None,
+        )
+        ax.bar(spots, rows, width=1.0, color=NAMED["real"], label="real" if batch == 0 else None)
+        ticks.append(position + len(rows) / 2 - 0.5)
+        position += len(rows) + max(1, len(rows) // 8)
+    ax.set_xticks(ticks, [str(i) for i in range(len(ticks))])
+    ax.set_xlabel("batch (one bar per row)")
+    ax.set_ylabel("input cells")
+    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the legend
+    ax.set_title(
+        f"{plan.strategy}: {plan.account().share['padding']:.0%} of the cells are padding",
+        loc="left",
+        fontsize=10,
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+    return ax

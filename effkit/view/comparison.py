@@ -1,0 +1,104 @@
+"""The picture of a what-if: measured, predicted and receipt."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from effkit.account import Account, readable
+from effkit.receipt import Receipt
+from effkit.view.style import colour, png, svg
+
+
+class Comparison:
+    """Measured, predicted and receipt as bars under one another, in one figure that is drawn again and again.
+
+    A new figure costs several times as much as moving the bars of an old one, and a slider cannot wait.
+    """
+
+    def __init__(self, base: Account) -> None:
+        self._base = base
+        self.figure = Figure(figsize=(7.4, 1.9))
+        self._ax = self.figure.add_axes((0.155, 0.04, 0.84, 0.78))
+        self._ax.set_ylim(-0.6, 2.6)
+        self._ax.axis("off")
+        self._items: dict[str, list[Rectangle]] = {}
+        names = ("measured", "predicted", "measured here")
+        self._labels = [
+            self._ax.text(0, 2 - row, name, ha="right", va="center", fontsize=9) for row, name in enumerate(names)
+        ]
+        self._values = [self._ax.text(0, 2 - row, "", va="center", fontsize=9) for row in range(3)]
+        (self._whisker,) = self._ax.plot([], [], color="black", marker="|", markersize=9, linewidth=1.5, zorder=4)
+        self._outline = Rectangle((0, 0.65), 0, 0.7, fill=False, edgecolor="#D55E00", linestyle="--", linewidth=2)
+        self._outline.set(hatch="//", zorder=3)  # a second sign beside the colour
+        self._ax.add_patch(self._outline)
+        self._shown: list[str] = []
+
+    def svg(self, result: Account, receipt: Receipt | None, *, label: str) -> str:
+        """The picture as an accessible ``<svg>`` element."""
+        self._draw(result, receipt)
+        return svg(self.figure, label=label)
+
+    def png(self, result: Account, receipt: Receipt | None) -> bytes:
+        """The picture for places without a browser."""
+        self._draw(result, receipt)
+        return png(self.figure)
+
+    def _draw(self, result: Account, receipt: Receipt | None) -> None:
+        bars = [self._base, result, receipt.measured if receipt else None]
+        reach = max(max(bar.total, bar.high or 0) for bar in bars if bar is not None) or 1
+        for row, bar in enumerate(bars):
+            self._bar(row, bar)
+        self._name()
+        for row, bar in enumerate(bars):
+            self._labels[row].set_visible(bar is not None)
+            self._labels[row].set_position((-0.01 * reach, 2 - row))
+            text = ""
+            if bar is not None:
+                text = readable(bar.total, bar.unit)
+                if row == 1 and not bar.in_range:
+                    text += "  outside the calibrated range"
+                if row == 2 and receipt is not None:
+                    text += f"  error {receipt.error:+.1%}"
+            self._values[row].set_text(text)
+            end = 0 if bar is None else max(bar.total, bar.high or 0)
+            self._values[row].set_position((end + 0.012 * reach, 2 - row))
+        if result.low is not None and result.high is not None:
+            self._whisker.set_data([result.low, result.high], [1, 1])
+        else:
+            self._whisker.set_data([], [])
+        self._outline.set_width(result.total)
+        self._outline.set_visible(not result.in_range)
+        self._ax.set_xlim(0, reach * 1.32)
+
+    def _bar(self, row: int, bar: Account | None) -> None:
+        values = {} if bar is None else {**bar.frame["value"], "residual": bar.residual}
+        for item in values:
+            if item not in self._items:
+                self._add(str(item))
+        left = 0.0
+        for item, patches in self._items.items():
+            width = max(0, int(values.get(item, 0)))
+            patches[row].set_x(left)
+            patches[row].set_width(width)
+            patches[row].set_visible(width > 0)
+            left += width
+
+    def _add(self, item: str) -> None:
+        shade = colour(item, len(self._items))
+        self._items[item] = [Rectangle((0, 1.65 - row), 0, 0.7, color=shade, linewidth=0) for row in range(3)]
+        for patch in self._items[item]:
+            self._ax.add_patch(patch)
+
+    def _name(self) -> None:
+        """A legend of the rows that have a bar; made anew only when these change."""
+        shown = [item for item, patches in self._items.items() if any(patch.get_width() for patch in patches)]
+        if shown == self._shown:
+            return
+        self._shown = shown
+        for old in self.figure.legends[:]:
+            old.remove()
+        self.figure.legend(
+            [self._items[item][0] for item in shown], shown, loc="upper left", ncols=max(1, len(shown)),
+            frameon=False, fontsize=9, bbox_to_anchor=(0.145, 1.03), handlelength=1.0,
+        )  # fmt: skip

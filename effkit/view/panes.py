@@ -1,0 +1,217 @@
+"""Pictures of the panes of a Capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from effkit.account import Account, readable
+from effkit.view import accounts
+from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, png, svg, unit_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST_BARS = 12
+_LONGEST_NAME = 44
+_WORTH_NAMING = 0.005
+
+
+def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """One bar per step (per rank, where there are several), split into where its wall time goes."""
+    ranks = frame.index.get_level_values("rank")
+    means = ranks.nunique() > 1
+    bars = frame.groupby("rank").mean() if means else frame.droplevel("rank")
+    bars = bars.sort_values("dur_ns", ascending=False, kind="stable").head(_MOST_BARS).sort_index()
+    ax = axes(ax, (7.4, 1.3 + 0.3 * len(bars)))
+    left = pd.Series(0.0, bars.index)
+    names = [f"{'rank' if means else 'step'} {number}" for number in bars.index]
+    parts = [name for name in bars if name in _PARTS and bars[name].notna().any() and bars[name].sum() > 0]
+    for name in parts:
+        word = _PARTS[name]
+        width = bars[name].astype("float64").fillna(0.0)
+        share = width.sum() / bars["dur_ns"].sum()
+        label = f"{word} {share:.0%}" if share >= _WORTH_NAMING else None
+        ax.barh(names, width, left=left, color=NAMED[word], hatch="//" if word == "not visible" else None,
+                edgecolor="white", linewidth=0.5, height=0.7, label=label)  # fmt: skip
+        left += width
+    ax.invert_yaxis()
+    unit_axis(ax.xaxis, "ns")
+    ax.set_title(f"Where the time of a step goes{', on average' if means else ''}", loc="left", fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.45, -0.3 / (0.5 + 0.2 * len(bars))), ncols=4, frameon=False, fontsize=9
+    )
+    return ax
+
+
+_PARTS = {
+    "kernel_ns": "kernel",
+    "exposed_communication_ns": "exposed communication",
+    "memcpy_ns": "memcpy",
+    "dataloader_ns": "dataloader",
+    "not_visible_ns": "not visible",
+    "cpu_exec_ns": "cpu exec",
+    "idle_ns": "idle",
+}
+
+
+def operators(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The operators that take the most time of their own: on the device where it was recorded, else on the host."""
+    on_device = frame["device_self_ns"].notna().any()
+    column = "device_self_ns" if on_device else "host_self_ns"
+    return _top(frame[column], f"Self time of operators on the {'device' if on_device else 'host'}", ax)
+
+
+def kernels(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The kernels that take the most time; those that use tensor cores, by their name, are marked."""
+    ax = _top(frame["total_ns"], "Time of kernels", ax)
+    uses = frame.sort_values("total_ns", ascending=False, kind="stable").head(_MOST_BARS)["tensor_cores"]
+    marked = [bar for bar, used in zip(ax.patches, uses, strict=False) if used]
+    for bar in marked:
+        bar.set_color(NAMED["moving"])
+    if marked:
+        ax.legend(marked[:1], ["tensor cores, by its name"], frameon=False, fontsize=9, loc="lower right")
+    return ax
+
+
+def _top(times: pd.Series[Any], title: str, ax: Axes | None) -> Axes:
+    shown = times.astype("Float64").fillna(0.0).sort_values(ascending=False, kind="stable").head(_MOST_BARS)
+    ax = axes(ax, (7.4, 0.9 + 0.24 * len(shown)))
+    total = float(times.sum()) or 1.0
+    places = range(len(shown))
+    ax.barh(places, shown.astype("float64"), color=NAMED["real"], height=0.7)
+    for place, value in zip(places, shown, strict=True):
+        ax.text(value, place, f" {value / total:.0%}", va="center", fontsize=8, color=GREY)
+    ax.set_yticks(places, [_short(name) for name in shown.index], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_title(f"{title}: {readable(total, 'ns')}", loc="left", fontsize=10)
+    unit_axis(ax.xaxis, "ns")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _short(name: Any) -> str:
+    text = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
+    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
+
+
+def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Per kind of collective waiting for the slowest rank, then moving bytes; grey where these are not told apart."""
+    ax = axes(ax, (7.4, 1.3 + 0.4 * len(frame)))
+    names = [f"{collective} ({backend or 'other'})" for backend, collective, *_ in frame.index]
+    waiting, moving, total = (
+        frame[column].astype("Float64").fillna(0.0).astype("float64")
+        for column in ("waiting_ns", "moving_ns", "dur_ns")
+    )
+    ax.barh(names, waiting, color=NAMED["waiting"], label="waiting", height=0.6)
+    ax.barh(names, moving, left=waiting, color=NAMED["moving"], label="moving", height=0.6)
+    if (unknown := total - waiting - moving).sum() > 0:
+        ax.barh(names, unknown, left=waiting + moving, color=NAMED["not visible"], hatch="//", edgecolor="white",
+                label="not told apart: one rank only", height=0.6)  # fmt: skip
+    for place, (end, size) in enumerate(zip(total, frame["size_bytes"], strict=True)):
+        words = "bytes not visible" if pd.isna(size) else readable(int(size), "bytes")
+        ax.text(end, place, f" {words}", va="center", fontsize=8, color=GREY)
+    ax.margins(x=0.18)
+    ax.invert_yaxis()
+    unit_axis(ax.xaxis, "ns")
+    ax.set_title("Communication, summed over ranks", loc="left", fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9, loc="lower right")
+    return ax
+
+
+def rank_pairs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Who sends how many bytes to whom in the all-to-alls."""
+    table = frame.pivot_table(index="sender", columns="receiver", values="size_bytes", aggfunc="sum")
+    side = 1.6 + 0.35 * max(table.shape, default=1)
+    ax = axes(ax, (side + 1.2, side))
+    if table.empty:
+        ax.set_title("no all-to-all whose bytes were recorded", loc="left", fontsize=10)
+        return ax
+    picture = ax.imshow(table.to_numpy("float64"), cmap="cividis", vmin=0)
+    ax.set_xticks(range(table.shape[1]), [str(rank) for rank in table.columns])
+    ax.set_yticks(range(table.shape[0]), [str(rank) for rank in table.index])
+    ax.set_xlabel("receiving rank")
+    ax.set_ylabel("sending rank")
+    assumed = (frame["basis"] == "assumed").any()
+    ax.set_title(f"Bytes of all-to-alls{', equal shares assumed' if assumed else ''}", loc="left", fontsize=10)
+    ax.figure.colorbar(picture, ax=ax, format=lambda value, _: readable(value, "bytes"))
+    return ax
+
+
+def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How full the memory was over time; reserved memory as a line above, where it was recorded."""
+    ax = axes(ax, (7.4, 2.4))
+    start = frame["time_ns"].min() if len(frame) else 0
+    for position, (device, rows) in enumerate(frame.groupby("device")):
+        time_ms = (rows["time_ns"] - start) / 1e6
+        ax.fill_between(time_ms, rows["allocated_bytes"], step="post", color=colour(str(device), position), alpha=0.7,
+                        linewidth=0, label=f"allocated on {device}")  # fmt: skip
+        if rows["reserved_bytes"].notna().any():
+            reserved = rows["reserved_bytes"].to_numpy("float64", na_value=float("nan"))
+            ax.step(time_ms, reserved, where="post", color="black", linewidth=1, linestyle="--",
+                    label=f"reserved on {device}")  # fmt: skip
+    ax.set_ylim(bottom=0)
+    unit_axis(ax.yaxis, "bytes")
+    ax.set_xlabel("ms")
+    if len(frame):
+        peak = frame["allocated_bytes"].max()
+        ax.set_title(f"Allocated memory, peak {readable(int(peak), 'bytes')}", loc="left", fontsize=10)
+        ax.legend(frameon=False, fontsize=9, loc="lower right")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def memory(account: Account, ax: Axes | None = None) -> Axes:
+    """The account at the peak."""
+    return accounts.account(account, ax)
+
+
+PANES: Mapping[str, Callable[..., Axes]] = {
+    "overview": overview,
+    "operators": operators,
+    "kernels": kernels,
+    "communication": communication,
+    "rank_pairs": rank_pairs,
+    "memory": memory,
+    "memory_timeline": memory_timeline,
+}
+
+
+class MemoryPicture:
+    """A timeline with a mark that is moved again and again, and who holds the memory at that moment."""
+
+    def __init__(self, timeline: pd.DataFrame) -> None:
+        self.figure = Figure(figsize=(7.4, 3.6))
+        self._start_ns = int(timeline["time_ns"].min())
+        upper, self._lower = self.figure.subplots(2, 1, height_ratios=(3, 2))
+        memory_timeline(timeline, upper)
+        self._mark = upper.axvline(0, color=OKABE_ITO[5], linewidth=2)
+        self.figure.subplots_adjust(left=0.12, right=0.98, top=0.93, bottom=0.04, hspace=0.45)
+
+    def svg(self, account: Account, time_ns: int, *, label: str) -> str:
+        """The picture at a moment as an accessible ``<svg>`` element."""
+        self._draw(account, time_ns)
+        return svg(self.figure, label=label)
+
+    def png(self, account: Account, time_ns: int) -> bytes:
+        """The picture at a moment for places without a browser."""
+        self._draw(account, time_ns)
+        return png(self.figure)
+
+    def _draw(self, account: Account, time_ns: int) -> None:
+        moment = (time_ns - self._start_ns) / 1e6
+        self._mark.set_xdata([moment, moment])
+        self._lower.clear()
+        self._lower.axis("off")
+        left = 0.0
+        for position, (item, value) in enumerate(account.frame["value"].items()):
+            self._lower.barh(0, value, left=left, color=OKABE_ITO[position % len(OKABE_ITO)], height=0.5,
+                             label=f"{_short(item)} {readable(int(value), 'bytes')}")  # fmt: skip
+            left += value
+        self._lower.set_ylim(-3.2, 0.4)
+        self._lower.legend(loc="upper left", bbox_to_anchor=(0, 0.75), ncols=2, frameon=False, fontsize=8)
