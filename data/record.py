@@ -1,7 +1,7 @@
 """Re-create what is recorded under data/, on this machine.
 
     python data/record.py lengths     data/spoken_docs.csv (needs espeak-ng)
-    python data/record.py captures    data/captures/*.zip, small reference captures of live steps
+    python data/record.py captures    data/captures/*.zip, small reference captures of live steps and of two ranks
     python data/record.py ledger      data/ledger/<device>.csv and the accuracy table in README.md
     python data/record.py all         captures and ledger (the list of lengths is the same on every machine)
 
@@ -21,12 +21,14 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import wave
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.profiler import record_function
 
 import effkit as ek
 from effkit import padding
@@ -112,6 +114,52 @@ def record_captures() -> None:
         seen = ek.capture(step, steps=1, memory=True, what=f"training step, {name} model",
                           settings={"batches": [lengths["input_length"].tolist()], "hidden": 64})  # fmt: skip
         print(seen.save(DATA / "captures" / f"{name}_{_slug()}.zip").name, seen, sep="\n")
+    record_alltoall()
+
+
+def record_alltoall() -> None:
+    """Two ranks that dispatch tokens to each other, compute, and combine; rank 1 has three times the tokens of rank 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_expert_rank, (2, folder), nprocs=2)
+        ranks = ek.load(folder)
+        made = provenance() | {"what": "two ranks of an expert-parallel layer in miniature, gloo"}
+        seen = ek.Capture(ranks.events, None, {**ranks.provenance, **made, "files": None})
+        print(seen.save(DATA / "captures" / f"alltoall_{_slug()}.zip").name, seen.communication(), sep="\n")
+
+
+def _expert_rank(rank: int, num_ranks: int, folder: str) -> None:
+    """One process: what torchrun would start on a cluster."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks
+    )
+    router, expert = torch.randn(256, num_ranks), torch.randn(256, 256)
+    tokens = 1024 * (2 * rank + 1)
+    of_ranks = [1024 * (2 * other + 1) // num_ranks for other in range(num_ranks)]
+
+    def step() -> None:
+        with record_function("gate"):
+            x = torch.randn(tokens, 256)
+            for _ in range(4):  # the layers before: more tokens, more work
+                x = torch.relu(x @ expert) / 16
+            (x @ router).softmax(-1)
+        sent, received = [tokens // num_ranks] * num_ranks, torch.empty(sum(of_ranks), 256)
+        with record_function("dispatch"):
+            torch.distributed.all_to_all_single(received, x, of_ranks, sent)
+        with record_function("experts"):
+            y = torch.relu(received @ expert)
+        with record_function("combine"):
+            torch.distributed.all_to_all_single(x, y, sent, of_ranks)
+        torch.distributed.all_reduce(expert.clone())
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=3, repeat=1)
+    with torch.profiler.profile(activities=activities, record_shapes=True, schedule=schedule) as profiler:
+        for _ in range(4):
+            step()
+            profiler.step()
+    profiler.export_chrome_trace(f"{folder}/rank{rank}.json")
+    torch.distributed.destroy_process_group()
 
 
 def record_ledger() -> None:

@@ -79,7 +79,7 @@ class MemoryBrowser(widgets.VBox):
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"MemoryBrowser over {len(self._timeline):,} moments"
+        return f"MemoryBrowser of {self._timeline['device'].iloc[0]}"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The live widget, and a picture for readers who have no kernel."""

@@ -109,6 +109,7 @@ def test_a_step_within_a_backward():
 def test_a_forward_computed_again_within_a_backward_is_its_workspace():
     again = [LINEAR, CALL, (TORCH + "utils/checkpoint.py", 9, "unpack_hook"), ENGINE]
     assert told((1, other), (2, again), (-2, backward), (3, other))[2] == "workspace"
+    assert told((1, other), (2, again), (3, other))[2] == "unknown", "no gradient, at any rate"
 
 
 def test_frees_that_repeat_the_stack_of_their_allocation_do_not_tell_when():

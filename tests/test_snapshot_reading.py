@@ -155,15 +155,17 @@ def test_replaying_a_ring_that_was_cut_anywhere_gives_the_truth(acts, fraction, 
 @given(ACTS, ACTS)
 def test_devices_are_kept_apart(first, second):
     one, two = lived(first), lived(second)
+    cut = len(two.trace) // 2
     if not (one.trace and two.trace):
         return
-    found = snapshot.read(dump(one.trace, [], two.trace, segments=two.final(2) + one.final(0)), rank=3)
+    found = snapshot.read(dump(one.trace, [], two.trace[cut:], segments=two.final(2) + one.final(0)), rank=3)
     assert set(found.facts["devices"]) == {"device0", "device2"}
-    for name, allocator in (("device0", one), ("device2", two)):
-        assert found.facts["devices"][name]["peak_bytes"] == max(allocator.levels)
+    for name, allocator, begin in (("device0", one, 0), ("device2", two, cut)):
+        assert found.facts["devices"][name]["peak_bytes"] == max(allocator.levels[begin:])
         rows = found.allocations[found.allocations["device"] == name]
-        assert len(rows) == sum(event["action"] == "alloc" for event in allocator.trace)
-    assert found.allocations["alloc_ns"].is_monotonic_increasing
+        assert rows["alloc_ns"].notna().sum() == sum(event["action"] == "alloc" for event in allocator.trace[begin:])
+    assert found.allocations["alloc_ns"].isna().is_monotonic_decreasing, "what was there before comes first"
+    assert found.allocations["alloc_ns"].dropna().is_monotonic_increasing
     assert set(found.allocations["rank"]) <= {3}
 
 
@@ -208,31 +210,51 @@ def test_a_trace_that_leaves_out_what_is_needed_is_refused(action):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda trace, segments: trace[1].update(size=599),
-        lambda trace, segments: trace.append(trace[1]),
+        lambda trace, segments: trace[0].update(size=599),
+        lambda trace, segments: trace.append(trace[0]),
+        lambda trace, segments: trace.extend(event for event in trace[:] if event["action"] == "free_completed"),
         lambda trace, segments: segments[0]["blocks"][0].update(requested_size=1),
         lambda trace, segments: segments[0]["blocks"].pop(),
         lambda trace, segments: segments.clear(),
-        lambda trace, segments: trace[0].update(size=10**6),
-        lambda trace, segments: trace[1].update(size=2**60),
-        lambda trace, segments: trace[1].update(size=-5),
-        lambda trace, segments: trace[1].update(size="600"),
-        lambda trace, segments: trace[1].update(size=600.5),
-        lambda trace, segments: trace[1].update(addr=None),
-        lambda trace, segments: trace[1].update(time_us=2**62),
-        lambda trace, segments: trace[1].update(frames=[3]),
-        lambda trace, segments: trace[1].update(frames=[{"name": "f", "line": 3}]),
-        lambda trace, segments: trace[1].pop("action"),
+        lambda trace, segments: trace[2].update(size=10**6),
+        lambda trace, segments: trace[0].update(size=2**60),
+        lambda trace, segments: trace[0].update(size=-5),
+        lambda trace, segments: trace[0].update(size="600"),
+        lambda trace, segments: trace[0].update(size=600.5),
+        lambda trace, segments: trace[0].update(addr=None),
+        lambda trace, segments: trace[0].update(time_us=2**62),
+        lambda trace, segments: trace[0].update(frames=[3]),
+        lambda trace, segments: trace[0].update(frames=[{"name": "f", "line": 3}]),
+        lambda trace, segments: trace[0].pop("action"),
         lambda trace, segments: segments[0].pop("blocks"),
     ],
 )
 def test_what_does_not_add_up_is_refused(spoil):
     allocator = some()
-    trace, segments = allocator.trace, allocator.final()
+    trace, segments = allocator.trace[1:], allocator.final()  # the first segment is older: there is room for mistakes
+    assert [event["action"] for event in trace[:3]] == ["alloc", "alloc", "segment_alloc"]
     snapshot.read(dump(trace, segments=segments))
     spoil(trace, segments)
     with pytest.raises(ValueError, match=r"^not a memory snapshot that can be replayed: .+; expected"):
         snapshot.read(dump(trace, segments=segments))
+
+
+def test_more_allocated_than_reserved_is_refused():
+    block = {"address": 0, "size": 2048, "requested_size": 9, "state": "inactive"}
+    frees = [{"action": "free_completed", "addr": address, "size": 1500, "time_us": 1} for address in (0, 512)]
+    segments = [{"address": 0, "total_size": 2048, "blocks": [block]}]
+    assert len(snapshot.read(dump(frees[:1], segments=segments)).allocations) == 1
+    with pytest.raises(ValueError, match="allocates more than was reserved"):
+        snapshot.read(dump(frees, segments=segments))
+
+
+def test_what_is_freed_twice_is_refused():
+    block = {"address": 0, "size": 2048, "requested_size": 9, "state": "inactive"}
+    segments = [{"address": 0, "total_size": 2048, "blocks": [block]}]
+    alloc, free = ({"action": action, "addr": 0, "size": 100, "time_us": 1} for action in ("alloc", "free_completed"))
+    assert len(snapshot.read(dump([free, alloc, free], segments=segments)).allocations) == 2
+    with pytest.raises(ValueError, match="does not lead to its final segments"):
+        snapshot.read(dump([alloc, free, free], segments=segments))
 
 
 def test_final_state_alone():

@@ -74,4 +74,4 @@ def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _natural(path: Path) -> list[Any]:
     """Names in the order in which people count: rank2 before rank10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]

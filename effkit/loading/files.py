@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from effkit import snapshot, storage, trace
 from effkit.captured import Capture
 from effkit.trace import nesting
@@ -20,19 +22,57 @@ class Options(NamedTuple):
     stacks: bool = False
 
 
+class _Memory(msgspec.Struct):
+    rank: int
+    device: str
+    peak_bytes: int
+    peak_source: str
+
+
+class _Provenance(msgspec.Struct):
+    """What the panes read of a provenance, that somebody else may have written."""
+
+    memory: list[_Memory] = []
+    missing_ranks: list[int] = []
+    left_out: list[str] = []
+    world_size: int | None = None
+
+
 def load_file(path: Path, rank: int | None, options: Options) -> Capture:
     """The Capture of one file; ``rank`` None for what the file says."""
+    match kind_of(path):
+        case "saved":
+            return _saved(path, rank)
+        case "snapshot":
+            return _snapshot(path, rank or 0)
+        case _:
+            return _trace(path, rank, options)
+
+
+def kind_of(path: Path) -> str:
+    """``saved``, ``snapshot`` or ``trace``, by its first bytes; only where these say nothing by its name."""
     with path.open("rb") as file:
-        start = file.read(4)
-    if path.suffix == ".zip" or start.startswith(b"PK"):
-        return _saved(path)
-    if path.suffix in (".pickle", ".pkl") or start[:1] == b"\x80":
-        return _snapshot(path, rank or 0)
-    return _trace(path, rank, options)
+        start = file.read(32)
+    if start.startswith(b"PK"):
+        return "saved"
+    if start.startswith(b"\x80"):
+        return "snapshot"
+    if start.startswith(b"\x1f\x8b") or start.lstrip()[:1] in (b"{", b"["):
+        return "trace"
+    return {".zip": "saved", ".pickle": "snapshot", ".pkl": "snapshot"}.get(path.suffix, "trace")
 
 
-def _saved(path: Path) -> Capture:
+def _saved(path: Path, rank: int | None) -> Capture:
     frames, provenance = storage.read(path)
+    try:
+        msgspec.convert(provenance, _Provenance)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path} is not a capture that can be read: its provenance is damaged: {error}") from error
+    if rank is not None:
+        if any(frame["rank"].nunique() > 1 for frame in frames.values()):
+            raise ValueError(f"{path} holds several ranks already: load it alone, or give one file per rank")
+        frames = {name: frame.assign(rank=rank) for name, frame in frames.items()}
+        provenance["memory"] = [{**memory, "rank": rank} for memory in provenance.get("memory", ())]
     for name, index in (("allocations", "allocation"), ("segments", "segment")):
         if name in frames:
             frames[name] = frames[name].rename_axis(index)

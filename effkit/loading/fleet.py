@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from effkit import trace
 from effkit.captured import Capture, Memory
-from effkit.loading.files import Options, described, load_file
+from effkit.loading.files import Options, described, kind_of, load_file
 from effkit.panes import OF_RANK
 
 Item = TypeVar("Item")
@@ -142,8 +142,8 @@ def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:
     heads = []
     for path in paths:
         try:
-            heads.append(trace.head(path) if path.name.endswith((".json", ".json.gz")) else {})
-        except (ValueError, OSError, EOFError) as error:
+            heads.append(trace.head(path) if kind_of(path) == "trace" else {})
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a profiler trace: {error}") from error
     told = [(head.get("distributedInfo") or {}).get("rank") for head in heads]
     named = [found and int(found[1]) for found in (_RANK.search(path.name) for path in paths)]

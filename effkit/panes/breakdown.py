@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.panes.steps import steps
+from effkit.panes.steps import WHOLE, steps
 from effkit.trace import intervals
 from effkit.trace.names import COLLECTIVE, COMMUNICATES, COPIES, DATALOADER, DEVICE, LAUNCHES, WAITS
 
@@ -36,9 +36,12 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     marked, source = steps(events, step)
     category = events["category"]
     on_device = events[category.isin(DEVICE)]
-    starts, ends = _with_their_device_work(marked, events[category.str.endswith(LAUNCHES)], on_device)
-    kernels, calls = communication(events)
     launches = events[category.str.endswith(LAUNCHES)]
+    starts = marked["start_ns"].to_numpy("int64")
+    ends = starts + marked["dur_ns"].to_numpy("int64")
+    if source != WHOLE:
+        starts, ends = _with_their_device_work(starts, ends, launches, on_device)
+    kernels, calls = communication(events)
     operators = events[category == "cpu_op"]
     device = intervals.of(on_device)
     parts: dict[str, tuple[pd.DataFrame, ...]] = {
@@ -52,6 +55,7 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     }
     if on_device.empty:  # then operators are what computes, and communication can hide under them
         moving = operators["name"].str.contains(COMMUNICATES)
+        del parts["cpu_exec_ns"]
         parts = {"cpu_exec_ns": (operators[~moving],)} | parts
     frame = pd.DataFrame(
         {"rank": rank, "step": np.arange(len(starts)), "start_ns": starts, "dur_ns": ends - starts}
@@ -82,13 +86,12 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     return frame[order], notes
 
 
-def _with_their_device_work(marked: pd.DataFrame, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
+def _with_their_device_work(starts: Any, ends: Any, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
     """Starts and ends of the steps, each until what it launched has run; the next step begins no earlier.
 
     The same rule as the TensorBoard plugin's: the host runs ahead of the device, and a mark is made on the host.
     """
-    starts = marked["start_ns"].to_numpy("int64").copy()
-    ends = starts + marked["dur_ns"].to_numpy("int64")
+    starts = starts.copy()
     linked = launches.drop_duplicates("correlation").dropna(subset="correlation").set_index("correlation")["start_ns"]
     launched = on_device["correlation"].map(linked).astype("Int64").fillna(-1).to_numpy("int64")
     # in which step each kernel was launched: the last that had begun, unless it had ended

@@ -8,6 +8,8 @@ import pandas as pd
 
 from effkit.trace.names import STEP
 
+WHOLE = "the whole window: no step is marked"
+
 
 def marks(events: pd.DataFrame, step: str | None = None) -> pd.DataFrame:
     """The marked steps: ``rank, start_ns, dur_ns``. ``step`` names an annotation, ``*`` standing for anything."""
@@ -46,4 +48,4 @@ def steps(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFrame, 
     start = int(events["start_ns"].min())
     length = int((events["start_ns"] + events["dur_ns"]).max()) - start
     window = pd.DataFrame({"rank": [int(events["rank"].iloc[0])], "start_ns": [start], "dur_ns": [length]})
-    return window, "the whole window: no step is marked"
+    return window, WHOLE

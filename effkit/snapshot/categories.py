@@ -50,17 +50,15 @@ def categorise(roles: Any, birth: Any, death: Any, parts: Any, *, step_ended: bo
     died_in = np.searchsorted(first, death, "right") - 1
     inside = (born_in >= 0) & (death <= np.append(last, -1)[born_in])
     freed_by_backward = (death <= np.append(last, -1)[died_in]) & (np.append(kind, NOTHING)[died_in] == BACKWARD)
-    own = np.append(kind, NOTHING)[born_in]
 
-    makes = np.isin(roles, (BACKWARD, OPTIMIZER))
     rules = [
         ("parameter", roles == PARAMETER, "stack"),
         ("input", roles == INPUT, "stack"),
         ("workspace", roles == LIBRARY, "stack"),
-        ("workspace", inside & (makes | ((roles == FORWARD) & (own == FORWARD))), "stack and lifetime"),
+        ("workspace", inside & np.isin(roles, (FORWARD, BACKWARD, OPTIMIZER)), "stack and lifetime"),
         ("gradient", (roles == BACKWARD) & (death >= after_backward[born_in + 1]), "stack and lifetime"),
         ("optimizer state", (roles == OPTIMIZER) & (death >= after_step[born_in + 1]), "stack and lifetime"),
-        ("saved activation", np.isin(roles, (FORWARD, OTHER)) & freed_by_backward & ~inside, "stack and lifetime"),
+        ("saved activation", np.isin(roles, (FORWARD, OTHER)) & freed_by_backward, "stack and lifetime"),
     ]
     conditions = [condition for _, condition, _ in rules]
     return (

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from effkit.snapshot.pairing import from_events
+from effkit.snapshot.categories import CATEGORIES, KNOWN_BY, categorise
+from effkit.snapshot.pairing import chosen, from_events, pair
+from effkit.snapshot.stacks import BACKWARD, NOTHING, OPTIMIZER, OTHER
 
 
 def from_trace(
@@ -24,6 +27,8 @@ def from_trace(
     frames, facts = [], []
     for (rank, device), events in memory.groupby(["rank", "device"], sort=True):
         allocations = from_events(events, stacks=None if stacks is None else stacks.loc[events.index])
+        if stacks is not None:
+            allocations = allocations.assign(**_known(events, stacks.loc[events.index]))
         seen_before = int(allocations.loc[allocations["alloc_ns"].isna(), "size_bytes"].sum())
         start = int(events["total_bytes"].iloc[0] - events["size_bytes"].iloc[0])
         above = max(0, int(events["total_bytes"].max()) - start)
@@ -42,5 +47,24 @@ def from_trace(
 
 def _stayed(like: pd.DataFrame, size_bytes: int, device: str, rank: int) -> pd.DataFrame:
     row = {"size_bytes": size_bytes, "alloc_ns": pd.NA, "free_ns": pd.NA, "device": device, "rank": rank,
-           "stack": pd.NA, "category": "unknown", "known_by": "the allocator's running total"}  # fmt: skip
+           "stack": pd.NA, "category": "unknown", "known_by": "not recorded"}  # fmt: skip
     return pd.DataFrame([row]).astype(like.dtypes.to_dict())
+
+
+def _known(events: pd.DataFrame, stacks: pd.Series[str]) -> dict[str, Any]:
+    """``category`` and ``known_by``: autograd's engine and torch's optimizers bear their names among the callers."""
+    codes, texts = pd.factorize(stacks)
+    parts = np.array([*(_part(text) for text in texts), NOTHING])[codes]
+    sizes, addresses = events["size_bytes"].to_numpy(), events["address"].to_numpy()
+    birth, death = pair(sizes > 0, addresses)
+    death = np.where(death < 0, len(events), death)
+    roles = np.append(parts, NOTHING)[birth]
+    # an annotation is recorded when it ends, so a step that is there has ended
+    category, known_by = categorise(roles, birth, death, parts, step_ended=True)
+    return {"category": chosen(CATEGORIES, category), "known_by": chosen(KNOWN_BY, known_by)}
+
+
+def _part(stack: str) -> int:
+    if "autograd::engine::evaluate_function" in stack:
+        return BACKWARD
+    return OPTIMIZER if "Optimizer.step#" in stack else OTHER

@@ -12,6 +12,9 @@ import pandas as pd
 
 from effkit.account import Account
 
+_LIBRARIES = ("torch/", "einops/", "transformers/")  # frames that say how, not for whom
+_CALLERS = 3
+
 
 def timeline(
     allocations: pd.DataFrame, segments: pd.DataFrame | None = None, *, num_points: int = 2000
@@ -98,9 +101,10 @@ def account(
     rows = _on(allocations, device)
     moment = peak_ns(rows, device) if at_ns is None else at_ns
     alive = at(rows, moment)
-    held = (
-        alive["size_bytes"].groupby(alive[by].fillna("not recorded")).sum().sort_values(ascending=False, kind="stable")
-    )
+    names = alive[by].fillna("not recorded")
+    if by == "stack":
+        names = names.map({stack: _short(stack) for stack in names.unique()})
+    held = alive["size_bytes"].groupby(names).sum().sort_values(ascending=False, kind="stable")
     items = {str(item): int(value) for item, value in held.items()}
     if by == "stack" and len(items) > num_rows:
         rest = dict(list(items.items())[num_rows:])
@@ -117,6 +121,13 @@ def account(
         )
     title = f"Memory of {device} at {'its peak' if at_ns is None else f'{at_ns:,} ns'}"
     return Account.of(title, "bytes", items, total=peak_bytes, source=source, companions=tuple(companions))
+
+
+def _short(stack: str) -> str:
+    """The innermost callers that are not a library's own, as many as fit on a line."""
+    frames = stack.split(" < ")
+    own = [frame for frame in frames if not frame.startswith(_LIBRARIES)] or frames
+    return " < ".join(own[:_CALLERS]) + (" < …" if len(own) > _CALLERS else "")
 
 
 def _on(allocations: pd.DataFrame, device: str) -> pd.DataFrame:

@@ -71,10 +71,9 @@ class Stacks:
         # Python where there is any; else the nodes of the graph that ran backward; else C++
         readable = next(filter(any, texts), ())
         told = [part for part in tells if part != OTHER]
-        role = told[0] if told else OTHER
         self.texts.append(" < ".join([text for text in readable if text][:_STACK_FRAMES]))
         # within a backward an optimizer may step, and a forward be computed again
-        self.roles.append(BACKWARD if role == FORWARD and BACKWARD in told else role)
+        self.roles.append(told[0] if told else OTHER)
         self.parts.append(
             next((part for part in (BACKWARD, OPTIMIZER, FORWARD, PARAMETER, INPUT) if part in told), OTHER)
         )

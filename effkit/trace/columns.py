@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -11,8 +11,17 @@ import msgspec
 import numpy as np
 import pandas as pd
 
+from effkit.trace.decoding import decoded
+
+_ANYTHING = msgspec.json.Decoder()
+_ACCEPTED: Mapping[Any, Callable[[Any], bool]] = {  # what of a kind can be kept; anything else is absent
+    int: lambda value: type(value) is int and -(2**63) < value < 2**63,
+    float: lambda value: type(value) in (int, float),
+    str: lambda value: type(value) is str and value != "",
+    msgspec.Raw: lambda value: value not in (b"", b"null"),
+}
 _LATEST_US = 2**63 / 1000
-_EXACT_US = 2**43  # up to here a double holds microseconds with three decimals
+_BEYOND = "a time beyond the range of 64-bit nanoseconds"
 
 
 class Interned:
@@ -42,14 +51,13 @@ class Sparse:
 
     def __init__(self, kind: Any) -> None:
         self._kind = kind
-        accepted: Mapping[Any, Any] = {int: int, float: (int, float), str: str, msgspec.Raw: bytes}
-        self._accepted = accepted[kind]
         self._rows: list[int] = []
         self._values: list[Any] = []
 
     def add(self, rows: Any, values: Iterable[Any]) -> None:
+        accepted = _ACCEPTED[self._kind]
         for row, value in zip(rows.tolist(), values, strict=True):
-            if isinstance(value, self._accepted) and value != b"":
+            if accepted(value):
                 self._rows.append(row)
                 self._values.append(value)
 
@@ -72,17 +80,23 @@ class Sparse:
 
 
 def _compact(text: bytes) -> str:
-    value = json.loads(text)  # some profilers write a list as a text
+    value = decoded(_ANYTHING, text)  # some profilers write a list as a text
     return value.replace(" ", "") if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def nanoseconds(microseconds: Any, base_ns: int = 0) -> Any:
-    """Whole nanoseconds. A double holds three decimals of microseconds since a recent base; of those since 1970 it
-    holds one or two, and the shortest decimal that means the same double is what the file says."""
-    whole = np.floor(microseconds)
+def nanoseconds(microseconds: Sequence[float | Decimal]) -> Any:
+    """Whole nanoseconds, of doubles or, where these were too coarse, of decimals."""
+    times = np.array(microseconds, "float64")
+    whole = np.floor(times)
     if not (np.abs(whole) < _LATEST_US).all():
-        raise ValueError("a time beyond the range of 64-bit nanoseconds")
-    exact = whole.astype("int64") * 1000 + np.rint((microseconds - whole) * 1e3).astype("int64")
-    for i in np.flatnonzero((np.abs(whole) > _EXACT_US) & (microseconds != whole)).tolist():
-        exact[i] = round(Decimal(repr(float(microseconds[i]))) * 1000)
-    return exact + base_ns
+        raise ValueError(_BEYOND)
+    if microseconds and isinstance(microseconds[0], Decimal):
+        return np.array([round(time * 1000) for time in microseconds], "int64")
+    return whole.astype("int64") * 1000 + np.rint((times - whole) * 1e3).astype("int64")
+
+
+def since(base_ns: int, times_ns: Any) -> Any:
+    """Times that count from a base, on the clock of that base."""
+    if int(np.abs(times_ns).max(initial=0)) + abs(base_ns) >= 2**63:
+        raise ValueError(_BEYOND)
+    return times_ns + base_ns

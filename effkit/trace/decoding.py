@@ -18,17 +18,24 @@ import msgspec
 Event = TypeVar("Event")
 
 _PIECE = 2**24
+_EXACT_US = 2**43  # up to here a double holds microseconds with three decimals; those since 1970 are beyond
 _LARGEST_HEAD = 2**26  # metadata before the events: real ones stay below a few hundred kB
 _LONGEST_EVENT = 2**28
-_DENSEST = 200  # times that gzip may unpack; real traces stay below 50
+_SMALL_UNPACKED = 2**24  # bytes; a small trace may be of one event repeated
+_DENSEST = 200  # times that gzip may unpack beyond that; real traces stay below 50
 _ARRAY = re.compile(rb'"traceEvents"\s*:\s*\[')
-_BETWEEN = re.compile(rb"\}\s*,\s*(?=\{\s*\")")  # inside a string the last quotation mark would be escaped
+# inside a string the quotation marks would be escaped; a list of dicts within an event seldom begins with these keys
+_BETWEEN = re.compile(rb"\}\s*,\s*(?=\{\s*\"(?:ph|name|cat|pid|tid|ts|dur|args|id|s|bp)\"\s*:)")
 
 # What old or unlucky profilers write that is no JSON, and what stands for it
 _CONTROL = bytes.maketrans(bytes(range(32)), b" " * 32)
 _ESCAPE = re.compile(rb'(\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))|\\')
-_NO_NUMBER = re.compile(rb"(?<=[:,\[])\s*-?(?:NaN|nan|Infinity|inf|N/A)\s*(?=[,}\]])")
-_NAME = re.compile(rb'(?<="name": ")(.*?)(?=", "pid": )')
+_STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+"'  # behind its first quotation mark
+_NO_NUMBER = re.compile(rb'((?:"' + _STRING + rb'|[^"NIni-])++)|-?(?:NaN|nan|Infinity|inf|N/A)')
+_NAME = re.compile(  # that holds a quotation mark: its first string is not its end
+    rb'(?<="name": ")(?!' + _STRING + rb'\s*(?:,\s*"|\}))(?:(?!"name": ").)*?(?=", "pid": )'
+)
+_QUOTATION_MARK = re.compile(rb'(?<!\\)"')
 
 
 class Metadata(msgspec.Struct, gc=False):
@@ -44,10 +51,17 @@ class Metadata(msgspec.Struct, gc=False):
 
 
 class Decoder(Generic[Event]):
-    """Decodes one trace into lists of ``event`` structs; ``metadata`` is complete when all pieces have been taken."""
+    """Decodes one trace into lists of ``event`` structs; ``metadata`` is complete when all pieces have been taken.
 
-    def __init__(self, event: type[Event]) -> None:
+    From the first time ``ts`` on that a double is too coarse for, they are ``exact`` structs, where these are given.
+    """
+
+    def __init__(self, event: type[Event], exact: type[Event] | None = None) -> None:
         self.metadata: dict[str, Any] = {}
+        self._exact = exact
+        self._use(event)
+
+    def _use(self, event: type[Event]) -> None:
         self._events: msgspec.json.Decoder[list[Event]] = msgspec.json.Decoder(list[event])  # type: ignore[valid-type]
         whole = msgspec.defstruct("_Whole", [("traceEvents", list[event])], bases=(Metadata,), gc=False, kw_only=True)  # type: ignore[valid-type]
         self._whole = msgspec.json.Decoder(whole)
@@ -61,7 +75,7 @@ class Decoder(Generic[Event]):
             When the stream is no trace, or a larger one than its compressed size can honestly hold.
         """
         head, buffer = self._head(stream)
-        self.metadata |= _decode(msgspec.json.Decoder(Metadata), head + b"]}").known() if head else {}
+        self.metadata |= decoded(msgspec.json.Decoder(Metadata), head + b"]}").known() if head else {}
         wanted = _PIECE
         while block := stream.read(wanted):
             buffer += block
@@ -77,18 +91,30 @@ class Decoder(Generic[Event]):
             del buffer[: cut[1]]
             wanted = _PIECE
         if not head:
-            yield _decode(self._events, b"[" + bytes(buffer))
+            yield self._list(b"[" + bytes(buffer))
             return
-        rest = _decode(self._whole, b'{"traceEvents":[' + bytes(buffer))
+        rest = decoded(self._whole, text := b'{"traceEvents":[' + bytes(buffer))
         self.metadata |= rest.known()
-        yield rest.traceEvents
+        yield decoded(self._whole, text).traceEvents if self._too_coarse(rest.traceEvents) else rest.traceEvents
+
+    def _list(self, text: bytes) -> list[Event]:
+        events = decoded(self._events, text)
+        return decoded(self._events, text) if self._too_coarse(events) else events
+
+    def _too_coarse(self, events: list[Any]) -> bool:
+        """Whether to decode these again, as ``exact`` ones; all that follow are decoded so at once."""
+        if self._exact is None or not any(event.ts > _EXACT_US for event in events):
+            return False
+        self._use(self._exact)
+        self._exact = None
+        return True
 
     def _piece(self, text: bytearray) -> list[Event] | None:
         try:
-            return _decode(self._events, b"[" + bytes(text) + b"]")
+            return self._list(b"[" + bytes(text) + b"]")
         except msgspec.ValidationError:
             raise
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return None
 
     def _head(self, stream: IO[bytes]) -> tuple[bytes, bytearray]:
@@ -116,17 +142,17 @@ class _Unpacked:
     """A gzip file that refuses to grow beyond what an honest one grows to."""
 
     def __init__(self, path: Path) -> None:
-        self._file = gzip.open(path)  # noqa: SIM115 - closed by __exit__
-        self._most = _LARGEST_HEAD + _DENSEST * path.stat().st_size
+        self._packed = path.open("rb")  # closed by __exit__
+        self._file = gzip.GzipFile(fileobj=self._packed)
         self._taken = 0
 
     def read(self, size: int) -> bytes:
         try:
             block = self._file.read(size)
-        except (EOFError, zlib.error) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"its compression is damaged ({error})") from error
         self._taken += len(block)
-        if self._taken > self._most:
+        if self._taken > _SMALL_UNPACKED + _DENSEST * self._packed.tell():
             raise ValueError(f"it unpacks to more than {_DENSEST} times its size")
         return block
 
@@ -135,6 +161,7 @@ class _Unpacked:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._packed.close()
 
 
 def head(path: Path) -> Mapping[str, Any]:
@@ -142,7 +169,7 @@ def head(path: Path) -> Mapping[str, Any]:
     decoder = Decoder(msgspec.Raw)
     with opened(path) as stream:
         text, _ = decoder._head(stream)
-    return _decode(msgspec.json.Decoder(Metadata), text + b"]}").known() if text else {}
+    return decoded(msgspec.json.Decoder(Metadata), text + b"]}").known() if text else {}
 
 
 def _last_between(buffer: bytearray) -> tuple[int, int] | None:
@@ -160,7 +187,7 @@ def _last_between(buffer: bytearray) -> tuple[int, int] | None:
         reach *= 8
 
 
-def _decode(decoder: Any, text: bytes) -> Any:
+def decoded(decoder: Any, text: bytes) -> Any:
     try:
         return decoder.decode(text)
     except msgspec.ValidationError:
@@ -177,6 +204,6 @@ def _decode(decoder: Any, text: bytes) -> Any:
 def _repaired(text: bytes) -> bytes:
     """The same with control characters, bad escapes, bad UTF-8, NaN and quotation marks in names made harmless."""
     text = text.translate(_CONTROL).decode("utf-8", "replace").encode()
-    text = _NAME.sub(lambda name: re.sub(rb'(?<!\\)"', rb"\\\"", name[1]), text)
+    text = _NAME.sub(lambda name: _QUOTATION_MARK.sub(rb"\\\g<0>", name[0]), text)
     text = _ESCAPE.sub(lambda escape: escape[1] or rb"\\", text)
-    return _NO_NUMBER.sub(b" null", text)
+    return _NO_NUMBER.sub(lambda found: found[1] or b"null", text)

@@ -19,28 +19,18 @@ class Covered(NamedTuple):
         sums = np.concatenate([[0], np.cumsum(self.ends - self.starts)])
         place = np.searchsorted(self.starts, time_ns, side="right")
         # the last stretch that has begun may reach beyond the time
-        reaches = np.concatenate([[np.iinfo("int64").min], self.ends])[place]
+        reaches = np.concatenate([[0], self.ends])[place]
         return sums[place] - np.maximum(0, reaches - time_ns) * (place > 0)
 
     def within(self, starts_ns: Any, ends_ns: Any) -> Any:
         """How much is covered between each pair of times [ns]."""
         return self.before(np.asarray(ends_ns)) - self.before(np.asarray(starts_ns))
 
-    def total(self) -> int:
-        return int((self.ends - self.starts).sum())
-
-    def without(self, other: Covered) -> Covered:
-        """What this covers and the other does not."""
-        edges = np.unique(np.concatenate([*self, *other]))
-        left, right = edges[:-1], edges[1:]
-        mine = self.within(left, right) > 0
-        return union(left[mine & (other.within(left, right) == 0)], right[mine & (other.within(left, right) == 0)])
-
 
 def union(starts: Any, ends: Any) -> Covered:
     """The time that at least one of the stretches covers.
 
-    >>> union(np.array([0, 5, 20]), np.array([10, 15, 30])).total()
+    >>> int(union([0, 5, 20], [10, 15, 30]).within(0, 100))
     25
     """
     starts, ends = np.asarray(starts, "int64"), np.asarray(ends, "int64")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.trace.names import LAUNCHES
+from effkit.trace.names import LAUNCHES, STEP
 
 _DEEPEST = 12  # callers that a stack names: the innermost
 
@@ -72,8 +72,10 @@ def owners(tree: pd.DataFrame, nearest_row: Any, on_device: pd.DataFrame) -> Any
 
 def callers(events: pd.DataFrame, memory: pd.DataFrame) -> pd.Series[str]:
     """For each allocator event the operators and annotations around it, the innermost first; absent where none is."""
+    if memory.empty:
+        return pd.Series([], memory.index, dtype="str")
     tree = host(events)
-    tree = tree[~tree["category"].str.endswith(LAUNCHES)]
+    tree = tree[~tree["category"].str.endswith(LAUNCHES) & ~tree["name"].str.startswith(STEP)]
     moments = memory.rename(columns={"time_ns": "start_ns"})[["start_ns", "rank", "process", "thread"]]
     both = pd.concat([tree, moments.assign(dur_ns=0)], ignore_index=True)
     parent = parents(both).tolist()

@@ -6,13 +6,14 @@ import gc
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import IO, Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pandas as pd
 
-from effkit.trace.columns import Interned, Sparse, nanoseconds
+from effkit.trace.columns import Interned, Sparse, nanoseconds, since
 from effkit.trace.decoding import Decoder
 from effkit.trace.names import ANNOTATIONS, COMMUNICATES, DEVICE, SPANS, STACKS, TODAY
 
@@ -100,7 +101,7 @@ def read(
     """
     if unknown := set(details) - set(_DETAILS):
         raise ValueError(f"no such column: {', '.join(sorted(unknown))}; there are {', '.join(DETAIL_COLUMNS)}")
-    decoder = Decoder(_event_type(details))
+    decoder = Decoder(_event_type(details), _event_type(details, Decimal))
     frames = _Columns(details, stacks)
     try:
         with _no_garbage_collection():
@@ -120,7 +121,7 @@ def _rank(metadata: Mapping[str, Any]) -> int:
     return rank if isinstance(rank, int) and 0 <= rank < 2**31 else 0
 
 
-def _event_type(details: Sequence[str]) -> type[Any]:
+def _event_type(details: Sequence[str], time: type[float | Decimal] = float) -> type[Any]:
     """The struct of an event with as few fields as will do: what is not a field is skipped without being decoded."""
     fields: list[Any] = [(name, kind, msgspec.field(name=key, default=None)) for name, (key, kind) in _ALWAYS.items()]
     for name in details:
@@ -131,7 +132,8 @@ def _event_type(details: Sequence[str]) -> type[Any]:
     args = msgspec.defstruct("args", fields, gc=False)
     event: list[Any] = [
         *((name, str, "") for name in ("ph", "name", "cat")),
-        *((name, float, 0.0) for name in ("ts", "dur")),
+        ("ts", time, time(0)),
+        ("dur", float, 0.0),
         *((name, int | str, 0) for name in ("pid", "tid")),
         ("args", args | None, None),
     ]
@@ -146,7 +148,8 @@ class _Columns:
         self.num_left_out = 0
         self._num_rows = 0
         self._strings = {name: Interned() for name in ("name", "category", "process", "thread")}
-        self._numbers: dict[str, list[Any]] = {name: [] for name in ("start_ns", "dur_ns", "stream", "correlation")}
+        self._times: dict[str, list[Any]] = {"start_ns": [], "dur_ns": []}
+        self._numbers: dict[str, list[Any]] = {"stream": [], "correlation": []}
         self._details = {name: Sparse(_DETAILS[name].kind) for name in details}
         self._memory: list[tuple[Any, ...]] = []
 
@@ -158,8 +161,8 @@ class _Columns:
         categories = self._strings["category"].add([event.cat for event in kept])
         self._strings["process"].add([event.pid for event in kept])
         self._strings["thread"].add([event.tid for event in kept])
-        self._numbers["start_ns"].append(np.array([event.ts for event in kept], "float64"))
-        self._numbers["dur_ns"].append(np.array([event.dur for event in kept], "float64"))
+        self._times["start_ns"].append(nanoseconds([event.ts for event in kept]))
+        self._times["dur_ns"].append(nanoseconds([event.dur for event in kept]))
         args = [event.args for event in kept]
         streams = [_ABSENT if a is None or not isinstance(a.stream, int) else a.stream for a in args]
         links = [_ABSENT if a is None or a.correlation is None else a.correlation for a in args]
@@ -167,10 +170,11 @@ class _Columns:
         self._numbers["correlation"].append(np.array(links, "int64"))
         self._add_details(args, names, categories)
         self._num_rows += len(kept)
+        moments = [event for event in piece if event.name == "[memory]" and event.args is not None]
+        times = nanoseconds([event.ts for event in moments]).tolist()
         self._memory += [
-            (event.ts, a.address or 0, a.bytes or 0, a.total, a.device_type, a.device_id, event.pid, event.tid)
-            for event in piece
-            if event.name == "[memory]" and (a := event.args) is not None
+            (time, a.address or 0, a.bytes or 0, a.total, a.device_type, a.device_id, event.pid, event.tid)
+            for time, event, a in zip(times, moments, (event.args for event in moments), strict=True)
         ]
 
     def _add_details(self, args: list[Any], names: Any, categories: Any) -> None:
@@ -189,13 +193,13 @@ class _Columns:
 
     def events(self, base_ns: int, rank: int) -> pd.DataFrame:
         numbers = {name: np.concatenate(parts) for name, parts in self._numbers.items()}
-        masked = {name: pd.arrays.IntegerArray(n, n == _ABSENT) for name, n in numbers.items() if n.dtype == "int64"}
+        masked = {name: pd.arrays.IntegerArray(values, values == _ABSENT) for name, values in numbers.items()}
         frame = pd.DataFrame(
             {
                 "name": self._strings["name"].column(),
                 "category": self._strings["category"].column(lambda category: TODAY.get(category, category)),
-                "start_ns": nanoseconds(numbers["start_ns"], base_ns),
-                "dur_ns": nanoseconds(numbers["dur_ns"]),
+                "start_ns": since(base_ns, np.concatenate(self._times["start_ns"])),
+                "dur_ns": np.concatenate(self._times["dur_ns"]),
                 "rank": np.full(self._num_rows, rank, "int64"),
                 "process": self._strings["process"].column(),
                 "thread": self._strings["thread"].column(),
@@ -213,7 +217,7 @@ class _Columns:
         devices = ["cpu" if kind == _CPU_DEVICE else f"device{i}" for kind, i in zip(types, ids, strict=True)]
         frame = pd.DataFrame(
             {
-                "time_ns": nanoseconds(np.array(times, "float64"), base_ns),
+                "time_ns": since(base_ns, np.array(times, "int64")),
                 "address": np.array(addresses, "uint64"),
                 "size_bytes": np.array(sizes, "int64"),
                 "total_bytes": pd.array(totals, "Int64"),  # older profilers do not say it

@@ -139,7 +139,7 @@ def rank_pairs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("sending rank")
     assumed = (frame["basis"] == "assumed").any()
     ax.set_title(f"Bytes of all-to-alls{', equal shares assumed' if assumed else ''}", loc="left", fontsize=10)
-    ax.figure.colorbar(picture, ax=ax, format=lambda value, _: readable(value, "bytes"))
+    unit_axis(ax.figure.colorbar(picture, ax=ax).ax.yaxis, "bytes")
     return ax
 
 
@@ -161,7 +161,7 @@ def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if len(frame):
         peak = frame["allocated_bytes"].max()
         ax.set_title(f"Allocated memory, peak {readable(int(peak), 'bytes')}", loc="left", fontsize=10)
-        ax.legend(frameon=False, fontsize=9, loc="lower right")
+        ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -1,0 +1,112 @@
+"""Real recordings of other people against plain ``json.load``: nothing is lost, nothing rounded, nothing invented.
+
+They are not part of the project: lay them beside it as ``shared/data``, or name their folder in ``EFFKIT_RECORDED``.
+"""
+
+import gzip
+import json
+import math
+import os
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+import effkit as ek
+from effkit.trace.names import TODAY
+
+RECORDED = Path(os.environ.get("EFFKIT_RECORDED", Path(__file__).resolve().parents[2] / "shared" / "data"))
+TRACES = sorted(RECORDED.glob("traces/**/*.json.gz"))
+ITEM_BYTES = {"float": 4, "long int": 8, "long": 8, "int": 4, "unsigned char": 1, "signed char": 1, "c10::Half": 2}
+
+pytestmark = pytest.mark.skipif(not TRACES, reason=f"no recordings of others in {RECORDED}: set EFFKIT_RECORDED")
+
+
+@pytest.fixture(scope="module", params=TRACES, ids=lambda path: path.name[:28])
+def pair(request):
+    """One trace as effkit loads it, and its complete events as plain Python reads them."""
+    with gzip.open(request.param) as file:
+        plain = json.loads(file.read(), strict=False, parse_float=Decimal)["traceEvents"]
+    return ek.load(request.param), [event for event in plain if event["ph"] == "X" and event["cat"] != "Trace"]
+
+
+def nanoseconds(microseconds) -> int:
+    return round(Decimal(microseconds) * 1000)
+
+
+def test_events_of_each_category(pair):
+    seen, plain = pair
+    left_out = sum(event["cat"] == "python_function" for event in plain)
+    counts = Counter(TODAY.get(event["cat"], event["cat"]) for event in plain)
+    ours = seen.events["category"].value_counts().to_dict()
+    if "Operator" in {event["cat"] for event in plain}:  # then marks and annotations were called operators
+        ours["cpu_op"] += ours.pop("user_annotation")
+    assert ours == {category: count for category, count in counts.items() if category != "python_function"}
+    assert (left_out > 0) == ("left_out" in seen.provenance)
+    if left_out:
+        assert f"{left_out:,} events of Python functions" in repr(seen)
+
+
+def test_time_of_kernels_by_name(pair):
+    seen, plain = pair
+    times: Counter[str] = Counter()
+    for event in plain:
+        if event["cat"].lower() == "kernel":
+            times[event["name"]] += nanoseconds(event["dur"])
+    assert seen.kernels()["total_ns"].to_dict() == times
+
+
+def test_bytes_of_collectives_by_name(pair):
+    seen, plain = pair
+    size_bytes: Counter[str] = Counter()
+    for event in plain:
+        backend, _, collective = event["name"].partition(":")
+        if backend in ("nccl", "gloo") and event["cat"] == "user_annotation" and "Input Dims" in event["args"]:
+            for shape, kind in zip(event["args"]["Input Dims"], event["args"]["Input type"], strict=True):
+                size_bytes[collective.strip("_").removesuffix("_base")] += math.prod(shape) * ITEM_BYTES[kind]
+    told = [event for event in plain if event["name"] == "record_param_comms" and "In msg nelems" in event["args"]]
+    for event in told:  # the newer way: what c10d itself says, of calls that have an annotation inside
+        name = {"allreduce": "all_reduce"}.get(event["args"]["Collective name"], event["args"]["Collective name"])
+        inside = any(one["name"].startswith("nccl:") and one["tid"] == event["tid"]
+                     and event["ts"] <= one["ts"] <= event["ts"] + event["dur"] for one in plain)  # fmt: skip
+        if inside:
+            size_bytes[name] += int(event["args"]["In msg nelems"]) * {"Float": 4, "Long": 8}[event["args"]["dtype"]]
+    ours = seen.collectives().groupby("collective")["size_bytes"].sum().to_dict()
+    assert {name: total for name, total in ours.items() if total} == {n: t for n, t in size_bytes.items() if t}
+
+
+def test_device_time_of_operators_is_all_there_is(pair):
+    seen, plain = pair
+    device = {"kernel", "gpu_memcpy", "gpu_memset", "Kernel", "Memcpy", "Memset"}
+    total = sum(nanoseconds(event["dur"]) for event in plain if event["cat"] in device)
+    operators = seen.operators()
+    assert operators["device_self_ns"].sum() == total
+    assert operators["host_self_ns"].min() >= 0 or operators["host_self_ns"].min() > -2_000, "clocks of coarse traces"
+
+
+def test_parts_of_the_steps_sum(pair):
+    from effkit.panes.breakdown import PARTS
+
+    overview = pair[0].overview()
+    assert (overview[list(PARTS)].sum(axis=1) == overview["dur_ns"]).all()
+    assert (overview[list(PARTS)].fillna(0) >= 0).all(axis=None)
+
+
+def test_a_decode_behind_a_graph_is_not_called_idle():
+    path = next(RECORDED.glob("traces/**/*Qwen3-8B_decode.json.gz"))
+    row = ek.load(path).overview().iloc[0]
+    assert row["idle_ns"] < 0.01 * row["dur_ns"]
+    assert row["not_visible_ns"] > 0.9 * row["dur_ns"]
+    assert row["kernel_ns"] > 9_000_000, "kernels that a graph launched still count"
+
+
+def test_four_of_eight_ranks():
+    seen = ek.load(RECORDED / "traces" / "dlrm_4_of_8_ranks")
+    assert "ranks 4, 5, 6, 7 were not recorded" in repr(seen)
+    calls = seen.collectives()
+    # all leave the first all-to-all together; three of the four had waited for the fourth
+    first = calls[(calls["collective"] == "all_to_all") & (calls["call"] == calls["call"].min())]
+    assert first["moving_ns"].max() - first["moving_ns"].min() < 10_000
+    assert first["waiting_ns"].max() > 5_000_000
+    assert (seen.clocks()["spread_ns"] < 2_000).all()
