@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
 from effkit import panes, snapshot, storage
-from effkit.account import Account
+from effkit.account import Account, readable
 from effkit.panes import breakdown, collectives, differences, tables, tensorboard
 from effkit.panes.steps import marks
 
@@ -150,6 +150,26 @@ class Capture:
             segments=segments, at_ns=at_ns,
         )  # fmt: skip
 
+    def out_of_memory(self, *, by: str = "stack") -> Account:
+        """What was alive when the last request found no memory; the title says who asked, and for how much.
+
+        Raises
+        ------
+        ValueError
+            When no request failed while memory was recorded.
+        """
+        failed = [one for one in self._recorded_memory() if one.get("oom")]
+        if not failed:
+            raise ValueError("no request ran out of memory in this recording: memory() says what fills its peak")
+        last = max(failed, key=lambda one: one["oom"]["time_ns"])
+        oom = last["oom"]
+        alive = self.memory(by=by, device=last["device"], rank=last["rank"], at_ns=oom["time_ns"])
+        asked = (
+            f"{readable(oom['asked_bytes'], 'bytes')} asked for by {oom['stack'] or 'a caller that was not recorded'}"
+        )
+        free = readable(oom["device_free_bytes"], "bytes")
+        return replace(alive, title=f"Memory of {last['device']} when {free} were free and {asked}")
+
     def memory_timeline(
         self, *, device: str | None = None, rank: int | None = None, num_points: int = 2000
     ) -> pd.DataFrame:
@@ -244,6 +264,11 @@ class Capture:
             f"on {p.get('device', 'an unnamed device')}, torch {p.get('torch', 'not visible')}, "
             f"{p.get('date', 'date not visible')}",
             *p.get("left_out", ()),
+            *(
+                f"{one['device']} ran out of memory: see out_of_memory()"
+                for one in p.get("memory", ())
+                if one.get("oom")
+            ),
             *self._notes(),
         ]
         return "\n  ".join(lines)

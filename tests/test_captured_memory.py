@@ -1,0 +1,119 @@
+"""The memory of a Capture: live, from a trace and from a snapshot, always explained to the byte."""
+
+import pickle
+
+import pytest
+import torch
+from made_traces import capture_of, op
+
+import effkit as ek
+
+MIB = 2**20
+FRAMES = [{"filename": "/home/me/train.py", "line": 7, "name": "main"}]
+
+
+def counted(time: float, address: int, size: int, total: int, device: int = 1) -> dict:
+    """An allocator event as the profiler writes it; device type 0 is the host."""
+    args = {
+        "Total Allocated": total,
+        "Bytes": size,
+        "Addr": address,
+        "Device Id": 0 if device else -1,
+        "Device Type": device,
+    }
+    return {"ph": "i", "name": "[memory]", "pid": 1, "tid": 1, "ts": time, "args": args}
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    """A segment of 4 MiB: one MiB from before the recording, one allocated in it, and a request that failed."""
+    used = {"size": MIB, "requested_size": MIB, "state": "active_allocated", "frames": []}
+    free = {"size": 2 * MIB, "requested_size": 0, "state": "inactive", "address": 102 * MIB}
+    segment = {
+        "device": 0, "address": 100 * MIB, "total_size": 4 * MIB, "stream": 0, "segment_type": "large",
+        "allocated_size": 2 * MIB, "active_size": 2 * MIB, "requested_size": 2 * MIB,
+        "blocks": [used | {"address": 100 * MIB}, used | {"address": 101 * MIB}, free],
+    }  # fmt: skip
+    trace = [
+        {"action": "alloc", "addr": 101 * MIB, "size": MIB, "stream": 0, "time_us": 10, "frames": FRAMES},
+        {"action": "oom", "size": 9 * MIB, "stream": 0, "time_us": 20, "device_free": MIB, "frames": FRAMES},
+    ]
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(pickle.dumps({"segments": [segment], "device_traces": [trace]}))
+    return ek.load(path)
+
+
+def test_a_snapshot_is_explained_to_the_byte(snapshot):
+    account = snapshot.memory(by="stack")
+    assert account.total == 2 * MIB
+    assert account.residual == 0
+    assert account.frame["value"].to_dict() == {"not recorded": MIB, "me/train.py:7 main": MIB}
+    assert account.companions[0].frame["value"].to_dict() == {
+        "allocated": 2 * MIB,
+        "reserved but not allocated": 2 * MIB,
+    }
+
+
+def test_out_of_memory_says_what_was_alive_and_what_asked_last(snapshot):
+    account = snapshot.out_of_memory()
+    assert account.title == "Memory of device0 when 1.0 MiB were free and 9.0 MiB asked for by me/train.py:7 main"
+    assert account.total == 2 * MIB
+    assert "device0 ran out of memory: see out_of_memory()" in repr(snapshot)
+
+
+def test_nothing_ran_out_of_memory(tmp_path):
+    with pytest.raises(ValueError, match="no request ran out of memory in this recording"):
+        capture_of(tmp_path, op("a", 0, 1)).out_of_memory()
+
+
+def test_what_an_accelerator_held_before_the_recording_is_a_row(tmp_path):
+    seen = capture_of(
+        tmp_path, op("aten::empty", 0, 50), counted(10, 1, MIB, 8 * MIB), counted(30, 5, -3 * MIB, 5 * MIB)
+    )
+    account = seen.memory(by="stack")
+    assert account.total == 8 * MIB
+    assert account.frame["value"].to_dict() == {"not recorded": 7 * MIB, "aten::empty": MIB}
+    assert account.source == "the allocator's own Total Allocated"
+    assert seen.memory_timeline()["allocated_bytes"].max() == 8 * MIB
+
+
+def test_the_accelerators_memory_comes_first_and_others_by_name(tmp_path):
+    seen = capture_of(tmp_path, counted(1, 1, MIB, MIB), counted(2, 2, 9 * MIB, 9 * MIB, device=0))
+    assert seen.memory().title == "Memory of device0 at its peak"
+    assert seen.memory(device="cpu").total == 9 * MIB
+    with pytest.raises(ValueError, match="no memory of device tpu and rank None was recorded; there is cpu of rank 0"):
+        seen.memory(device="tpu")
+
+
+def test_memory_at_a_moment(tmp_path):
+    seen = capture_of(tmp_path, counted(1, 1, MIB, MIB), counted(2, 2, MIB, 2 * MIB), counted(3, 1, -MIB, MIB))
+    totals = [seen.memory(at_ns=time_ns).total for time_ns in (1000, 2000, 3000)]
+    assert totals == [MIB, 2 * MIB, MIB]
+
+
+def test_old_traces_that_give_sizes_only_are_not_accounted_for(tmp_path):
+    event = counted(1, 1, 4, 4)
+    del event["args"]["Addr"], event["args"]["Total Allocated"]
+    with pytest.raises(ValueError, match="memory was not recorded"):
+        capture_of(tmp_path, event).memory()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps what it frees: tests/test_gpu.py")
+def test_a_live_training_step_by_category(tmp_path):
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        model(torch.ones(128, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seen = ek.capture(step, steps=2, memory=True)
+    account = seen.memory()
+    assert account.residual == 0
+    assert account.total == seen.provenance["peak_bytes"]
+    by_category = seen.allocations.groupby("category")["size_bytes"].sum()
+    assert by_category["gradient"] == 2 * sum(parameter.nbytes for parameter in model.parameters())
+    # the outputs of the three inner layers, and the input of the first, in two steps
+    assert by_category["saved activation"] == 2 * 4 * 128 * 64 * 4
+    assert ek.load(seen.save(tmp_path / "seen.zip")).memory().frame.equals(account.frame)
