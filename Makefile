@@ -25,10 +25,17 @@ help:  ## list the targets
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null && touch $@; \
 	else echo "no chromium: the browser test will be skipped. Install it with: sudo apt-get install chromium"; fi
 
+# The oracles of the panes, apart from what users install: pinned in a file of their own.
+.venv/.peers: tests/peers/constraints.txt | .venv/.lab
+	@test -x .venv-peers/bin/pip || $(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c tests/peers/constraints.txt \
+	  traceinsight torch-tb-profiler tensorboard
+	@touch $@
+
 lab: .venv/.lab  ## open JupyterLab on the first notebook
 	$(BIN)/python -m jupyterlab --config=notebooks/jupyter_server_config.py notebooks/00_start_here.ipynb
 
-test: .venv/.test .venv/.browser lint  ## everything that CI runs
+test: .venv/.test .venv/.browser .venv/.peers lint  ## everything that CI runs
 	$(BIN)/python -m pytest
 
 lint: .venv/.test  ## ruff, ruff format, mypy --strict
@@ -39,7 +46,7 @@ lint: .venv/.test  ## ruff, ruff format, mypy --strict
 notebooks: .venv/.test  ## execute every notebook and write its canonical form
 	$(BIN)/python notebooks/canonical.py $(FRESH) notebooks/*.ipynb
 
-bench: .venv/.test .venv/.browser  ## the timed bars, peers side by side
+bench: .venv/.test .venv/.browser .venv/.peers  ## the timed bars, peers side by side
 	$(BIN)/python -m pytest tests/bench_*.py -s -p no:cacheprovider
 
 ledger: .venv/.lab  ## predict and measure the held-out grid; refresh the accuracy table in README.md
@@ -49,4 +56,4 @@ record: .venv/.lab  ## re-create the captures and the ledger under data/, on thi
 	$(BIN)/python data/record.py all
 
 clean:  ## remove the virtual environment and caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -118,7 +118,7 @@ def record_captures() -> None:
 
 
 def record_alltoall() -> None:
-    """Two ranks that dispatch tokens to each other, compute, and combine; rank 1 has three times the tokens of rank 0."""
+    """Two ranks that dispatch tokens, compute, and combine; rank 1 has three times the tokens of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_expert_rank, (2, folder), nprocs=2)
         ranks = ek.load(folder)

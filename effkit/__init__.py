@@ -1,13 +1,31 @@
 """effkit: see where the time and memory of a PyTorch model go, ask what if, and have the answer measured."""
 
-from effkit import models, padding
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from effkit.account import Account
 from effkit.captured import Capture
 from effkit.device import Device
 from effkit.loading import load
 from effkit.receipt import Receipt
 from effkit.recording import capture
-from effkit.whatif import WhatIf
+
+if TYPE_CHECKING:
+    from effkit import models, padding
+    from effkit.whatif import WhatIf
 
 __version__ = "0.1.0"
 __all__ = ["Account", "Capture", "Device", "Receipt", "WhatIf", "capture", "load", "models", "padding"]
+
+
+def __getattr__(name: str) -> Any:
+    """What brings widgets and pictures along is imported when first named: a file from a cluster needs neither."""
+    if name == "WhatIf":
+        return import_module("effkit.whatif").WhatIf
+    if name in ("models", "padding"):
+        return import_module(f"effkit.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

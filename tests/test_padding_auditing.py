@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from effkit.padding import account, plan, watch
 from effkit.captured import Capture
+from effkit.padding import account, plan, watch
 
 BATCHES = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=8), min_size=1, max_size=10)
 GROUPED = np.sort(np.random.default_rng(0).integers(20, 400, 640)).reshape(40, 16)

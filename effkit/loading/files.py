@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from pandas.api.types import is_integer_dtype
 
 from effkit import snapshot, storage, trace
 from effkit.captured import Capture
 from effkit.trace import nesting
 
 _LARGEST_SNAPSHOT = 4 * 2**30
+_WHOLE = re.compile(r"_ns$|_bytes$|^(?:rank|stream|correlation)$")  # columns of whole numbers
 
 
 class Options(NamedTuple):
@@ -68,6 +71,11 @@ def _saved(path: Path, rank: int | None) -> Capture:
         msgspec.convert(provenance, _Provenance)
     except msgspec.ValidationError as error:
         raise ValueError(f"{path} is not a capture that can be read: its provenance is damaged: {error}") from error
+    for name, frame in frames.items():
+        if damaged := [column for column in frame if _WHOLE.search(column) and not is_integer_dtype(frame[column])]:
+            raise ValueError(
+                f"{path} is not a capture that can be read: its {name} hold no whole numbers in {', '.join(damaged)}"
+            )
     if rank is not None:
         if any(frame["rank"].nunique() > 1 for frame in frames.values()):
             raise ValueError(f"{path} holds several ranks already: load it alone, or give one file per rank")

@@ -69,9 +69,9 @@ class Fleet(Capture):
     @cached_property
     def events(self) -> pd.DataFrame:
         """All events of all ranks, on the clock of the first rank."""
-        ahead = self.clocks()["offset_ns"].fillna(0).astype("int64")
+        ahead_ns = self._ahead_ns
         frames = [
-            one.events.assign(start_ns=one.events["start_ns"] - ahead.get(rank, 0))
+            one.events.assign(start_ns=one.events["start_ns"] - ahead_ns.get(rank, 0))
             for (_, rank), one in zip(self._files, self._whole, strict=True)
         ]
         return pd.concat(frames).sort_values("start_ns", kind="stable", ignore_index=True)
@@ -94,6 +94,18 @@ class Fleet(Capture):
         frames = [frame for one in self._whole if (frame := getattr(one, name)) is not None]
         return pd.concat(frames, ignore_index=True).rename_axis(name.removesuffix("s")) if frames else None
 
+    @property
+    def _ahead_ns(self) -> pd.Series[int]:
+        return self.clocks()["offset_ns"].fillna(0).astype("int64")
+
+    def overview(self, step: str | None = None) -> pd.DataFrame:
+        frame = super().overview(step)
+        ranks = frame.index.get_level_values("rank").to_series(frame.index)
+        frame["start_ns"] -= ranks.map(self._ahead_ns).fillna(0).astype("int64")
+        return frame
+
+    overview.__doc__ = Capture.overview.__doc__
+
     def _digests(self, step: str | None = None) -> list[Digest]:
         if step not in self._cache:
             self._cache[step] = list(
@@ -113,10 +125,15 @@ class Fleet(Capture):
         )
 
     def _of_ranks(self, pane: str, *options: Any) -> list[Any]:
-        return [getattr(one, pane) for one in self._digests(*options)]
+        digests = self._digests(*options) if options else self._any_digests()
+        return [getattr(one, pane) for one in digests]
+
+    def _any_digests(self) -> list[Digest]:
+        """Those of any step: only the overview depends on it."""
+        return next(iter(self._cache.values()), None) or self._digests()
 
     def _recorded_memory(self) -> Sequence[Mapping[str, Any]]:
-        return [memory for one in self._digests() for memory in one.memory]
+        return [memory for one in self._any_digests() for memory in one.memory]
 
     def _memory_of(self, device: str | None, rank: int | None) -> Memory:
         chosen = self._chosen_memory(device, rank)

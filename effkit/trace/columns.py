@@ -24,26 +24,34 @@ _LATEST_US = 2**63 / 1000
 _BEYOND = "a time beyond the range of 64-bit nanoseconds"
 
 
+class _Codes(dict[Hashable, int]):
+    """A number for each value, the next one for a new one: looked up without a line of Python where it is known."""
+
+    def __missing__(self, value: Hashable) -> int:
+        self[value] = code = len(self)
+        return code
+
+
 class Interned:
     """A column of few distinct values: each is kept once."""
 
     def __init__(self) -> None:
-        self.values: dict[Hashable, int] = {}
+        self.values = _Codes()
         self._codes: list[Any] = []
 
-    def add(self, values: Iterable[Hashable]) -> Any:
+    def add(self, values: Sequence[Hashable]) -> Any:
         """Append values; returns their codes."""
-        table = self.values
-        self._codes.append(np.array([table.setdefault(value, len(table)) for value in values], "int32"))
+        self._codes.append(np.fromiter(map(self.values.__getitem__, values), "int32", len(values)))
         return self._codes[-1]
 
     def holds(self, codes: Any, wanted: Callable[..., bool]) -> Any:
         """For each code, whether its value is wanted."""
         return np.array([wanted(value) for value in self.values], dtype=bool)[codes]
 
-    def column(self, spelled: Callable[[Any], str] = str) -> Any:
-        """The strings."""
-        return pd.array([spelled(value) for value in self.values], dtype="str").take(np.concatenate(self._codes))
+    def column(self, order: Any, spelled: Callable[[Any], str] = str) -> Any:
+        """The strings, in that order of rows."""
+        codes = np.concatenate(self._codes)[order] if self._codes else np.array([], "int32")
+        return pd.array([spelled(value) for value in self.values], dtype="str").take(codes)
 
 
 class Sparse:
@@ -64,24 +72,27 @@ class Sparse:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def column(self, num_rows: int) -> Any:
-        """All rows; absent where nothing was added."""
+    def column(self, order: Any) -> Any:
+        """All rows in that order; absent where nothing was added."""
+        place = np.full(len(order), -1, "int64")
+        place[self._rows] = np.arange(len(self._rows))
         if self._kind in (int, float):
-            dtype = "Int64" if self._kind is int else "Float64"
-            column = pd.array(np.zeros(num_rows), dtype=dtype)
-            column[:] = pd.NA
-            column[self._rows] = pd.array(self._values, dtype=dtype)
-            return column
-        table: dict[Any, int] = {}
-        codes = np.full(num_rows, -1, "int64")
-        codes[self._rows] = [table.setdefault(value, len(table)) for value in self._values]
+            values = pd.array(self._values, dtype="Int64" if self._kind is int else "Float64")
+            return values.take(place[order], allow_fill=True)
+        table = _Codes()
+        codes = np.array([*map(table.__getitem__, self._values), -1], "int64")
         spelled = [_compact(value) if isinstance(value, bytes) else value for value in table]
-        return pd.array(spelled, dtype="str").take(codes, allow_fill=True)
+        return pd.array(spelled, dtype="str").take(codes[place[order]], allow_fill=True)
 
 
 def _compact(text: bytes) -> str:
-    value = decoded(_ANYTHING, text)  # some profilers write a list as a text
-    return value.replace(" ", "") if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    value = decoded(_ANYTHING, text)
+    if isinstance(value, str):
+        try:
+            value = decoded(_ANYTHING, value.encode())  # some profilers write a list as a text
+        except ValueError:
+            return value
+    return json.dumps(value, separators=(",", ":"))
 
 
 def nanoseconds(microseconds: Sequence[float | Decimal]) -> Any:
@@ -95,8 +106,8 @@ def nanoseconds(microseconds: Sequence[float | Decimal]) -> Any:
     return whole.astype("int64") * 1000 + np.rint((times - whole) * 1e3).astype("int64")
 
 
-def since(base_ns: int, times_ns: Any) -> Any:
-    """Times that count from a base, on the clock of that base."""
-    if int(np.abs(times_ns).max(initial=0)) + abs(base_ns) >= 2**63:
+def since(base_ns: int, times_ns: Any, last_ns: Any = 0) -> Any:
+    """Times that count from a base, on the clock of that base, when what lasts so long from then on ends in time."""
+    if int(np.abs(times_ns).max(initial=0)) + int(np.abs(last_ns).max(initial=0)) + abs(base_ns) >= 2**63:
         raise ValueError(_BEYOND)
     return times_ns + base_ns

@@ -18,6 +18,7 @@ import msgspec
 Event = TypeVar("Event")
 
 _PIECE = 2**24
+_FEW = 64
 _EXACT_US = 2**43  # up to here a double holds microseconds with three decimals; those since 1970 are beyond
 _LARGEST_HEAD = 2**26  # metadata before the events: real ones stay below a few hundred kB
 _LONGEST_EVENT = 2**28
@@ -80,7 +81,7 @@ class Decoder(Generic[Event]):
         while block := stream.read(wanted):
             buffer += block
             cut = _last_between(buffer)
-            events = self._piece(buffer[: cut[0] + 1]) if cut else None
+            events = self._piece(buffer, cut[0] + 1) if cut else None
             if cut is None or events is None:
                 # not between events: inside one, or behind the last; more of it will tell
                 wanted = len(buffer)
@@ -103,15 +104,18 @@ class Decoder(Generic[Event]):
 
     def _too_coarse(self, events: list[Any]) -> bool:
         """Whether to decode these again, as ``exact`` ones; all that follow are decoded so at once."""
-        if self._exact is None or not any(event.ts > _EXACT_US for event in events):
+        # all times of a trace are of one clock: a few tell
+        if self._exact is None or not any(event.ts > _EXACT_US for event in events[:_FEW]):
             return False
         self._use(self._exact)
         self._exact = None
         return True
 
-    def _piece(self, text: bytearray) -> list[Event] | None:
+    def _piece(self, buffer: bytearray, end: int) -> list[Event] | None:
+        with memoryview(buffer) as view:
+            text = b"".join((b"[", view[:end], b"]"))
         try:
-            return self._list(b"[" + bytes(text) + b"]")
+            return self._list(text)
         except msgspec.ValidationError:
             raise
         except (msgspec.DecodeError, UnicodeDecodeError):

@@ -72,17 +72,15 @@ def owners(tree: pd.DataFrame, nearest_row: Any, on_device: pd.DataFrame) -> Any
 
 def callers(events: pd.DataFrame, memory: pd.DataFrame) -> pd.Series[str]:
     """For each allocator event the operators and annotations around it, the innermost first; absent where none is."""
-    if memory.empty:
-        return pd.Series([], memory.index, dtype="str")
     tree = host(events)
-    tree = tree[~tree["category"].str.endswith(LAUNCHES) & ~tree["name"].str.startswith(STEP)]
-    moments = memory.rename(columns={"time_ns": "start_ns"})[["start_ns", "rank", "process", "thread"]]
-    both = pd.concat([tree, moments.assign(dur_ns=0)], ignore_index=True)
-    parent = parents(both).tolist()
+    tree = tree[~tree["category"].str.endswith(LAUNCHES) & ~tree["name"].str.startswith(STEP)].reset_index(drop=True)
+    above = np.append(parents(tree), -1)
+    innermost = _around(tree, above, memory)
+    parent = above.tolist()
     names = tree["name"].tolist()
     stacks: dict[int, str | None] = {-1: None}
     found = []
-    for row in parent[len(tree) :]:
+    for row in innermost.tolist():
         if row not in stacks:
             above, chain = row, list[str]()
             while above >= 0 and len(chain) < _DEEPEST:
@@ -91,3 +89,23 @@ def callers(events: pd.DataFrame, memory: pd.DataFrame) -> pd.Series[str]:
             stacks[row] = " < ".join(chain)
         found.append(stacks[row])
     return pd.Series(pd.array(found, dtype="str"), memory.index)
+
+
+def _around(tree: pd.DataFrame, above: Any, moments: pd.DataFrame) -> Any:
+    """For each moment the position of the innermost event around it on its thread; -1 where there is none."""
+    place = ["rank", "process", "thread"]
+    thread = pd.concat([tree[place], moments[place]]).groupby(place, sort=False).ngroup().to_numpy()
+    at, thread = thread[len(tree) :], thread[: len(tree)]
+    start = tree["start_ns"].to_numpy()
+    end = np.append(start + tree["dur_ns"].to_numpy(), np.iinfo("int64").max)
+    time = moments["time_ns"].to_numpy()
+    found = np.full(len(moments), -1, dtype="int64")
+    for one in np.unique(at):
+        here, rows = np.flatnonzero(at == one), np.flatnonzero(thread == one)
+        rows = rows[np.lexsort((-end[rows], start[rows]))]
+        # the last that had begun, or the nearest of those around it that had not ended
+        row = np.append(rows, -1)[np.searchsorted(start[rows], time[here], side="right") - 1]
+        while (over := end[row] <= time[here]).any():
+            row = np.where(over, above[row], row)
+        found[here] = row
+    return found

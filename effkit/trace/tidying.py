@@ -113,7 +113,8 @@ def read(
             rank = _rank(metadata)
         return Trace(frames.events(base_ns, rank), frames.memory(base_ns, rank), metadata, frames.num_left_out)
     except (msgspec.DecodeError, ValueError, OverflowError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"not a profiler trace: {error}. Expected Chrome JSON with traceEvents") from error
+        reason = str(error) or "it takes more memory than there is"
+        raise ValueError(f"not a profiler trace: {reason}. Expected Chrome JSON with traceEvents") from error
 
 
 def _rank(metadata: Mapping[str, Any]) -> int:
@@ -151,7 +152,8 @@ class _Columns:
         self._times: dict[str, list[Any]] = {"start_ns": [], "dur_ns": []}
         self._numbers: dict[str, list[Any]] = {"stream": [], "correlation": []}
         self._details = {name: Sparse(_DETAILS[name].kind) for name in details}
-        self._memory: list[tuple[Any, ...]] = []
+        self._memory: dict[str, list[Any]] = {"time_ns": [], "address": [], "size_bytes": [], "total_bytes": []}
+        self._places = {name: Interned() for name in ("device", "process", "thread")}  # of memory
 
     def add(self, piece: list[Any]) -> None:
         complete = [event for event in piece if event.ph == "X" and event.cat not in SPANS]
@@ -170,12 +172,24 @@ class _Columns:
         self._numbers["correlation"].append(np.array(links, "int64"))
         self._add_details(args, names, categories)
         self._num_rows += len(kept)
-        moments = [event for event in piece if event.name == "[memory]" and event.args is not None]
-        times = nanoseconds([event.ts for event in moments]).tolist()
-        self._memory += [
-            (time, a.address or 0, a.bytes or 0, a.total, a.device_type, a.device_id, event.pid, event.tid)
-            for time, event, a in zip(times, moments, (event.args for event in moments), strict=True)
-        ]
+        self._add_memory([event for event in piece if event.name == "[memory]" and event.args is not None])
+
+    def _add_memory(self, moments: list[Any]) -> None:
+        args = [event.args for event in moments]
+        host = [a.device_type == _CPU_DEVICE for a in args]
+        for name, values in {
+            "time_ns": nanoseconds([event.ts for event in moments]),
+            "address": np.array([a.address or 0 for a in args], "uint64"),
+            "size_bytes": np.array([a.bytes or 0 for a in args], "int64"),
+            # older profilers do not say it
+            "total_bytes": np.array([_ABSENT if a.total is None else a.total for a in args], "int64"),
+        }.items():
+            self._memory[name].append(values)
+        self._places["device"].add(
+            ["cpu" if on_host else f"device{a.device_id}" for on_host, a in zip(host, args, strict=True)]
+        )
+        self._places["process"].add([event.pid for event in moments])
+        self._places["thread"].add([event.tid for event in moments])
 
     def _add_details(self, args: list[Any], names: Any, categories: Any) -> None:
         communicates = self._strings["name"].holds(names, lambda name: bool(COMMUNICATES.search(name)))
@@ -192,42 +206,44 @@ class _Columns:
             column.add(rows + self._num_rows, map(bytes, values) if detail.kind is msgspec.Raw else values)
 
     def events(self, base_ns: int, rank: int) -> pd.DataFrame:
-        numbers = {name: np.concatenate(parts) for name, parts in self._numbers.items()}
+        times = {name: np.concatenate(parts) for name, parts in self._times.items()}
+        order = np.argsort(times["start_ns"], kind="stable")
+        numbers = {name: np.concatenate(parts)[order] for name, parts in self._numbers.items()}
         masked = {name: pd.arrays.IntegerArray(values, values == _ABSENT) for name, values in numbers.items()}
+        category = self._strings["category"].column(order, lambda category: TODAY.get(category, category))
         frame = pd.DataFrame(
             {
-                "name": self._strings["name"].column(),
-                "category": self._strings["category"].column(lambda category: TODAY.get(category, category)),
-                "start_ns": since(base_ns, np.concatenate(self._times["start_ns"])),
-                "dur_ns": np.concatenate(self._times["dur_ns"]),
-                "rank": np.full(self._num_rows, rank, "int64"),
-                "process": self._strings["process"].column(),
-                "thread": self._strings["thread"].column(),
+                "name": self._strings["name"].column(order),
+                "category": category,
+                "start_ns": since(base_ns, times["start_ns"], times["dur_ns"])[order],
+                "dur_ns": times["dur_ns"][order],
+                "rank": np.full(len(order), rank, "int64"),
+                "process": self._strings["process"].column(order),
+                "thread": self._strings["thread"].column(order),
                 **masked,
-                **{name: detail.column(self._num_rows) for name, detail in self._details.items() if len(detail)},
+                **{name: detail.column(order) for name, detail in self._details.items() if len(detail)},
             }
         )
         if "Operator" in self._strings["category"].values:
             frame.loc[frame["name"].str.startswith(ANNOTATIONS), "category"] = "user_annotation"
-        return frame.sort_values("start_ns", kind="stable", ignore_index=True)
+        return frame
 
     def memory(self, base_ns: int, rank: int) -> pd.DataFrame:
-        rows = zip(*self._memory, strict=True) if self._memory else [()] * 8
-        times, addresses, sizes, totals, types, ids, processes, threads = rows
-        devices = ["cpu" if kind == _CPU_DEVICE else f"device{i}" for kind, i in zip(types, ids, strict=True)]
-        frame = pd.DataFrame(
+        numbers = {name: np.concatenate(parts) for name, parts in self._memory.items()}
+        order = np.argsort(numbers["time_ns"], kind="stable")
+        total = numbers["total_bytes"][order]
+        return pd.DataFrame(
             {
-                "time_ns": since(base_ns, np.array(times, "int64")),
-                "address": np.array(addresses, "uint64"),
-                "size_bytes": np.array(sizes, "int64"),
-                "total_bytes": pd.array(totals, "Int64"),  # older profilers do not say it
-                "device": pd.Series(devices, dtype="str"),
-                "rank": np.full(len(times), rank, "int64"),
-                "process": pd.Series(map(str, processes), dtype="str"),
-                "thread": pd.Series(map(str, threads), dtype="str"),
+                "time_ns": since(base_ns, numbers["time_ns"])[order],
+                "address": numbers["address"][order],
+                "size_bytes": numbers["size_bytes"][order],
+                "total_bytes": pd.arrays.IntegerArray(total, total == _ABSENT),
+                "device": self._places["device"].column(order),
+                "rank": np.full(len(order), rank, "int64"),
+                "process": self._places["process"].column(order),
+                "thread": self._places["thread"].column(order),
             }
         )
-        return frame.sort_values("time_ns", kind="stable", ignore_index=True)
 
 
 @contextmanager
