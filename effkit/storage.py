@@ -66,7 +66,8 @@ def read(path: Path) -> tuple[Frames, dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             return _read(archive)
     except Exception as error:  # whatever a stranger's bytes provoke in zip, JSON or CSV readers is one answer here
-        raise ValueError(f"{path} is not a capture that can be read: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is not a capture that can be read: {reason}") from error
 
 
 def _read(archive: zipfile.ZipFile) -> tuple[Frames, dict[str, Any]]:

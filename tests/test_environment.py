@@ -62,7 +62,8 @@ def test_environment_yml_installs_the_same_as_make():
     assert python == f"python{PROJECT['requires-python']}"
     assert pip == "pip"
     assert requirements == {"pip": ["-c constraints.txt", "-e .[test,dev]"]}
-    assert set(EXTRAS) == {"test", "dev"}
+    assert set(EXTRAS) == {"fleet", "test", "dev"}
+    assert set(EXTRAS["fleet"]) <= set(EXTRAS["test"])
 
 
 def test_files_that_the_package_names_are_there():

@@ -16,7 +16,7 @@ from effkit.trace.names import COLLECTIVE, COMMUNICATES, COPIES, DATALOADER, DEV
 PARTS = (
     "kernel_ns", "exposed_communication_ns", "memcpy_ns", "dataloader_ns", "not_visible_ns", "cpu_exec_ns", "idle_ns",
 )  # fmt: skip
-_DEVICE_PARTS = ("kernel_ns", "memcpy_ns", "not_visible_ns", "device_ns", "device_span_ns")
+_DEVICE_PARTS = ("kernel_ns", "memcpy_ns", "device_ns", "device_span_ns")
 NO_DEVICE = "no device activity was recorded: its columns are absent"
 
 
@@ -76,10 +76,11 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     frame["device_ns"] = device.within(starts, ends)
     frame["device_span_ns"] = _span(device, starts, ends)
     notes = [f"steps from {source}"]
-    if on_device.empty:
-        frame[list(_DEVICE_PARTS)] = pd.NA
+    absent = [*_DEVICE_PARTS, *(["not_visible_ns"] if launches.empty else [])] if on_device.empty else []
+    if absent:
+        frame[absent] = pd.NA
         notes.append(NO_DEVICE)
-    frame[list(_DEVICE_PARTS)] = frame[list(_DEVICE_PARTS)].astype("Int64")
+    frame = frame.astype(dict.fromkeys((*_DEVICE_PARTS, "not_visible_ns"), "Int64"))
     frame["device_busy_frac"] = frame["device_ns"] / frame["dur_ns"].replace(0, pd.NA).astype("Int64")
     frame = frame.set_index(["rank", "step"])
     order = ["start_ns", "dur_ns", *PARTS, "hidden_communication_ns", "device_span_ns", "device_busy_frac"]

@@ -20,6 +20,7 @@ from effkit.trace.names import (
     plain_collective,
 )  # fmt: skip
 
+_MOST_RANKS = 2**20
 COLUMNS = (
     "rank", "collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "on", "start_ns", "dur_ns",
     "exposed_ns", "splits",
@@ -95,7 +96,7 @@ def _listed(text: Any) -> list[Any]:
     """A list that a trace holds as text; empty where it holds something else."""
     try:
         value = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return value if isinstance(value, list) else []
 
@@ -103,7 +104,7 @@ def _listed(text: Any) -> list[Any]:
 def _moved(call: pd.Series[Any], told: pd.Series[Any], inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
     """group, num_ranks, dtype, size_bytes and splits of one call, each None where it was not recorded."""
     group = next((str(row[name]) for name in ("group", "group_name") for row in (told, call) if _is(row[name])), "")
-    num_ranks = next((int(row["group_size"]) for row in (told, call) if _is(row["group_size"])), None)
+    told_ranks = next((row["group_size"] for row in (told, call) if _is(row["group_size"])), None)
     dtype, size_bytes = None, None
     if _is(told["num_elements"]) and _is(told["dtype"]):
         dtype = str(told["dtype"])
@@ -120,7 +121,12 @@ def _moved(call: pd.Series[Any], told: pd.Series[Any], inputs: Any) -> tuple[Any
     arguments = _listed(inputs)  # of alltoall_base_(output, input, group, output splits, input splits, …)
     splits = _listed(told["splits"]) or (_listed(arguments[4]) if len(arguments) > 4 else [])
     known = splits and all(isinstance(split, int) for split in splits)
+    num_ranks, size_bytes = _plausible(told_ranks, _MOST_RANKS), _plausible(size_bytes, 2**63)
     return group, num_ranks, dtype, size_bytes, json.dumps(splits) if known else None
+
+
+def _plausible(count: int | None, most: int) -> int | None:
+    return int(count) if count is not None and 0 <= count < most else None
 
 
 def _hidden(events: pd.DataFrame, calls: pd.DataFrame) -> Any:
@@ -232,7 +238,8 @@ def rank_pairs(calls: pd.DataFrame) -> pd.DataFrame:
         num = len(splits) or (int(call["num_ranks"]) if _is(call["num_ranks"]) else 0)
         members = _listed(call["group"])
         total = sum(splits) or 1
-        for place, receiver in enumerate(members if len(members) == num else range(num)):
+        named = len(members) == num and all(isinstance(member, int) for member in members)
+        for place, receiver in enumerate(members if named else range(num)):
             share = splits[place] / total if splits else 1 / num
             rows.append((call["rank"], receiver, call["size_bytes"] * share, "measured" if splits else "assumed"))
     frame = pd.DataFrame(rows, columns=["sender", "receiver", "size_bytes", "basis"])

@@ -38,7 +38,7 @@ def operators_of(events: pd.DataFrame) -> pd.DataFrame:
 
     on_device = events[events["category"].isin(DEVICE)]
     caller = nesting.owners(tree, nesting.nearest(parent, operator), on_device)
-    owner = np.where(caller >= 0, standing[caller], -1)
+    owner = np.append(standing, -1)[caller]
     kernel_ns = on_device["dur_ns"].to_numpy()
     device_self_ns = _sums(owner, kernel_ns, len(tree))
     device_total_ns = device_self_ns.copy()

@@ -1,0 +1,221 @@
+"""load() opens one file by what is in it, and knows of many which rank each is, or names the one that is none."""
+
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import effkit as ek
+from effkit.loading import fleet
+
+PANES = "overview", "operators", "kernels", "collectives", "communication", "rank_pairs", "clocks"
+ROUNDS, RANKS = 3, (0, 1, 2)
+
+
+def complete(name, cat, ts, dur, tid=1, **args) -> dict:
+    return {"ph": "X", "cat": cat, "name": name, "pid": 9, "tid": tid, "ts": ts, "dur": dur, "args": args}
+
+
+def moment(ts, size, total, address) -> dict:
+    args = {"Addr": address, "Bytes": size, "Total Allocated": total, "Device Type": 0, "Device Id": -1}
+    return {
+        "ph": "i",
+        "s": "t",
+        "cat": "cpu_instant_event",
+        "name": "[memory]",
+        "pid": 9,
+        "tid": 1,
+        "ts": ts,
+        "args": args,
+    }
+
+
+def trace_of(rank: int, *, ahead_us: int = 0, info: dict | None = None) -> dict:
+    """A rank that computes longer the higher it is, then reduces and exchanges: all leave together."""
+    events = []
+    for number in range(ROUNDS):
+        start = 10_000 * number + ahead_us
+        comes, leaves = start + 1000 + 500 * rank, start + 4000 + rank * (number - 1)  # a little apart, as real ones
+        moved = {"Input Dims": [[256, 2]], "Input type": ["float"]}
+        events += [
+            complete(f"ProfilerStep#{number}", "user_annotation", start, 9000),
+            complete("aten::linear", "cpu_op", start + 10, comes - start - 50, **moved),
+            complete("aten::mm", "cpu_op", start + 20, comes - start - 90, **{"Input Dims": [[rank, 2]]}),
+            moment(start + 30, 4096 * (rank + 1), 9000 + 4096 * (rank + 1), 64 * (number + 1)),
+            moment(start + 8000, -4096 * (rank + 1), 9000, 64 * (number + 1)),
+            complete("c10d::allreduce_", "cpu_op", comes - 20, 10, **moved),
+            complete("gloo:all_reduce", "user_annotation", comes, leaves - comes, tid="worker 1", **moved),
+            complete("c10d::alltoall_base_", "cpu_op", leaves + 10, 10,
+                     **{"Concrete Inputs": ["", "", "", "[]", "[1, 2, 5]"]}),
+            complete("gloo:all_to_all", "user_annotation", leaves + 100, 900, tid="worker 2", **moved),
+        ]  # fmt: skip
+    info = {"backend": "gloo", "rank": rank, "world_size": len(RANKS)} if info is None else info
+    return {"schemaVersion": 1, "distributedInfo": info, "traceEvents": events, "traceName": "t.json"}
+
+
+def write(path: Path, content: dict | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    return path
+
+
+def folder_of_ranks(path: Path) -> Path:
+    for rank in RANKS:
+        write(path / f"{rank}.pt.trace.json.gz", trace_of(rank))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return folder_of_ranks(tmp_path / "run")
+
+
+def panes(seen: ek.Capture) -> dict[str, pd.DataFrame]:
+    return {pane: getattr(seen, pane)() for pane in PANES}
+
+
+def same(one: dict, other: dict) -> None:
+    for pane in PANES:
+        if one[pane] is not None:
+            pd.testing.assert_frame_equal(one[pane], other[pane])
+
+
+def snapshot() -> bytes:
+    block = {"address": 4096, "size": 512, "requested_size": 100, "state": "active_allocated", "frames": []}
+    segment = {"device": 0, "address": 4096, "total_size": 512, "stream": 0, "blocks": [block]}
+    events = [{"action": "segment_alloc", "size": 512}, {"action": "alloc", "size": 100}]
+    events = [{"addr": 4096, "stream": 0, "time_us": 10**15, **event} for event in events]
+    return pickle.dumps({"segments": [segment], "device_traces": [events]})
+
+
+def test_one_file_is_known_by_its_content(kineto, seen, tmp_path):
+    saved, plain = seen.save(tmp_path / "seen.zip").read_bytes(), ek.load(write(tmp_path / "plain.json", kineto))
+    assert set(plain.events["name"]) >= {"aten::mm", "a name, with a comma"}
+    assert plain.provenance["what"] == "plain.json"
+    assert plain.memory().frame["value"].sum() > 0
+    for name in ("a.txt", "b", "c.zip", "d.pickle", "e.json"):
+        for content in (kineto, gzip.compress(kineto), b" \n" + kineto):
+            pd.testing.assert_frame_equal(ek.load(write(tmp_path / name, content)).events, plain.events)
+        pd.testing.assert_frame_equal(ek.load(write(tmp_path / name, saved)).events, seen.events)
+        recorded = ek.load(str(write(tmp_path / name, snapshot())))
+        assert recorded.memory().total == 100
+        assert recorded.events.empty
+
+
+def test_columns_and_stacks_are_those_asked_for(tmp_path):
+    python = complete("f.py(3): g", "python_function", 1, 2)
+    path = write(tmp_path / "a.json", {"traceEvents": [*trace_of(0)["traceEvents"], python]})
+    assert set(ek.load(path).events) == {*ek.trace.EVENT_COLUMNS, "shapes", "dtypes", "inputs"}
+    assert set(ek.load(path, columns=["shapes"]).events) == {*ek.trace.EVENT_COLUMNS, "shapes"}
+    assert "left out: 1 events of Python functions (load with stacks=True)" in repr(ek.load(path))
+    assert "python_function" in set(ek.load(path, stacks=True).events["category"])
+    with pytest.raises(ValueError, match="no such column: shape; there are"):
+        ek.load(path, columns=["shape"])
+
+
+def test_ranks_are_those_of_the_metadata(folder):
+    seen = ek.load(folder)
+    assert seen.provenance["rank_from"] == "the traces' own metadata"
+    assert seen.provenance["files"] == {str(rank): f"{rank}.pt.trace.json.gz" for rank in RANKS}
+    assert seen.provenance["missing_ranks"] == []
+    assert (seen.provenance["world_size"], seen.provenance["backend"]) == (3, "gloo")
+    assert sorted(set(seen.overview().index.get_level_values("rank"))) == [0, 1, 2]
+    turned = ek.load([folder / f"{rank}.pt.trace.json.gz" for rank in reversed(RANKS)])
+    assert turned.provenance["files"] == seen.provenance["files"]
+    same(panes(turned), panes(seen))
+
+
+def test_else_of_the_names(tmp_path):
+    for rank in (1, 2, 10):
+        write(tmp_path / f"rank{rank}.json", trace_of(rank, info={"rank": 0, "world_size": 12}))
+    seen = ek.load(tmp_path)
+    assert seen.provenance["rank_from"] == "the files' names"
+    assert list(seen.provenance["files"].values()) == ["rank1.json", "rank2.json", "rank10.json"]
+    assert seen.overview().index.get_level_values("rank").unique().tolist() == [1, 2, 10]
+    assert seen.provenance["missing_ranks"] == [0, 3, 4, 5, 6, 7, 8, 9, 11]
+    assert "ranks 0, 3, 4, 5, 6, 7, 8, 9, … were not recorded" in repr(seen)
+
+
+def test_else_of_the_order_in_which_people_count(tmp_path):
+    for name in ("x10.json", "x2.json", "x²1.json"):
+        write(tmp_path / name, trace_of(1, info={}))
+    seen = ek.load(tmp_path)
+    assert seen.provenance["rank_from"] == "the order of the files"
+    assert seen.provenance["files"] == {"0": "x2.json", "1": "x10.json", "2": "x²1.json"}
+    assert seen.provenance["missing_ranks"] == [], "nobody said how many there were"
+
+
+def test_a_rank_that_is_missing_is_named_and_not_imagined(folder):
+    (folder / "1.pt.trace.json.gz").unlink()
+    seen = ek.load(folder)
+    assert seen.provenance["missing_ranks"] == [1]
+    assert "ranks 1 were not recorded" in repr(seen)
+    assert "ranks 1 were not recorded" in seen.communication().attrs["notes"][0]
+    assert set(seen.collectives()["rank"]) == set(seen.clocks().index) == {0, 2}
+
+
+def test_folders_lists_and_single_paths(folder, tmp_path):
+    one = folder / "0.pt.trace.json.gz"
+    assert not isinstance(ek.load(one), fleet.Fleet)
+    assert list(ek.load([one]).provenance["files"]) == ["0"]
+    write(folder / "notes.md", b"not a recording, and not looked at")
+    same(panes(ek.load(folder)), panes(ek.load([one, *sorted(folder.glob("[12]*"))])))
+    same(panes(ek.load([folder])), panes(ek.load(str(folder))))
+
+
+def test_nothing_there(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    partly = [folder / "0.pt.trace.json.gz", tmp_path / "absent.json"]
+    for path in (tmp_path / "absent", tmp_path / "empty", [], partly):
+        with pytest.raises(FileNotFoundError, match=r"no capture at .*: give the path of"):
+            ek.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\x89PNG\r\n\x1a\n", "no traceEvents"), (b'{"distributedInfo": 3, "traceEvents": []}', "distributedInfo"),
+     (b'{"distributedInfo": {"a":' + b"[" * 9999, "not a profiler trace"), (b"", "no traceEvents"),
+     (b'{"traceEvents": [{"ts": "x"}]}', r"traceEvents\[0\]"), (b'{"traceEvents": [', "malformed|truncated")],
+)  # fmt: skip
+def test_a_bad_file_among_the_ranks_is_named(folder, content, words):
+    write(folder / "7.pt.trace.json", content)
+    with pytest.raises(ValueError, match=rf"(?s)7\.pt\.trace\.json.*({words})"):
+        ek.load(folder).overview()
+
+
+def test_a_damaged_compression_among_the_ranks_is_named(folder):
+    path = folder / "1.pt.trace.json.gz"
+    path.write_bytes(path.read_bytes()[:-8] + b"checksum")
+    with pytest.raises(ValueError, match=r"1\.pt\.trace\.json\.gz: .*its compression is damaged"):
+        ek.load(folder).overview()
+
+
+def python(code: str, *arguments: object) -> str:
+    done = subprocess.run([sys.executable, *map(str, (code, *arguments))], capture_output=True, text=True, timeout=120,
+                          check=False, env=os.environ | {"PYTHONPATH": str(Path(ek.__file__).parents[1])})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_neither_torch_nor_transformers_is_needed(folder, tmp_path):
+    write(tmp_path / "snapshot.pickle", snapshot())
+    script = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+import effkit as ek
+run, one, memory = (ek.load(path) for path in sys.argv[1:])
+for seen in (run, one):
+    for pane in {PANES}:
+        getattr(seen, pane)()
+    print(seen.memory().total, len(seen.memory_timeline()) > 0)
+print(memory.memory().total)
+"""
+    out = python("-c", script, folder, folder / "0.pt.trace.json.gz", tmp_path / "snapshot.pickle")
+    assert out.split() == [str(3 * 4096), "True", str(4096), "True", "100"]
