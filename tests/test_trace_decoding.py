@@ -280,7 +280,8 @@ def test_the_base_of_times_counts_wherever_it_stands(style):
 def test_compressed_or_not_is_seen_from_the_content(kineto, tmp_path):
     for name, content in {"a.json": gzip.compress(kineto), "b.gz": kineto}.items():
         (tmp_path / name).write_bytes(content)
-        with trace.opened(tmp_path / name) as stream:
+        with (tmp_path / name).open("rb") as file:
+            stream = trace.unpacked(file)
             same(trace.read(stream), trace.read(kineto))
 
 

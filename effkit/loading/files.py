@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 from pandas.api.types import is_integer_dtype
+from tqdm.auto import tqdm
 
 from effkit import snapshot, storage, trace
 from effkit.captured import Capture
 from effkit.trace import nesting
 
+SLOW_S = 2.0  # a load that takes longer shows its progress
 _LARGEST_SNAPSHOT = 4 * 2**30
+_SINCE_1970_NS = 10**18  # times beyond count from 1970 (this one is of 2001), others from a machine's start
 _WHOLE = re.compile(r"_ns$|_bytes$|^(?:rank|stream|correlation)$")  # columns of whole numbers
 
 
@@ -100,12 +104,22 @@ def _snapshot(path: Path, rank: int) -> Capture:
 
 
 def _trace(path: Path, rank: int | None, options: Options) -> Capture:
+    # a rank of many is counted, not watched
+    bar = {
+        "delay": SLOW_S,
+        "leave": False,
+        "disable": rank is not None,
+        "total": path.stat().st_size,
+        "desc": path.name,
+    }
     try:
-        with trace.opened(path) as stream:
-            read = trace.read(stream, rank=rank, details=options.columns, stacks=options.stacks)
+        with path.open("rb") as file, tqdm.wrapattr(file, "read", **bar) as watched:
+            read = trace.read(trace.unpacked(watched), rank=rank, details=options.columns, stacks=options.stacks)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     seen: dict[str, Any] = {"what": path.name, **described(read.metadata)}
+    if len(read.events) and (start_ns := int(read.events["start_ns"].iloc[0])) > _SINCE_1970_NS:
+        seen["date"] = datetime.fromtimestamp(start_ns // 10**9, UTC).date().isoformat()
     if read.num_left_out:
         seen["left_out"] = [f"left out: {read.num_left_out:,} events of Python functions (load with stacks=True)"]
     allocations, seen["memory"] = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))

@@ -15,13 +15,12 @@ from tqdm.auto import tqdm
 
 from effkit import trace
 from effkit.captured import Capture, Memory
-from effkit.loading.files import Options, described, kind_of, load_file
+from effkit.loading.files import SLOW_S, Options, described, kind_of, load_file
 from effkit.panes import OF_RANK
 
 Item = TypeVar("Item")
 _ALONE_BYTES = 2**25  # below this many bytes on disk starting processes costs more than it saves
 _RANK = re.compile(r"(?:rank|worker|gpu)[-_]?(\d+)", re.IGNORECASE)
-_SLOW_S = 2.0  # a load that takes longer shows its progress
 
 
 class Digest(NamedTuple):
@@ -151,7 +150,7 @@ class Fleet(Capture):
 
 
 def _shown(items: Iterable[Item], total: int) -> Iterable[Item]:
-    return tqdm(items, total=total, unit="rank", delay=_SLOW_S, leave=False)
+    return tqdm(items, total=total, unit="rank", delay=SLOW_S, leave=False)
 
 
 def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:

@@ -6,7 +6,7 @@ Times are integer nanoseconds, since 1970 where the trace says from when it coun
 
 from __future__ import annotations
 
-from effkit.trace.decoding import head, opened
+from effkit.trace.decoding import head, unpacked
 from effkit.trace.tidying import DETAIL_COLUMNS, EVENT_COLUMNS, MEMORY_COLUMNS, Trace, read
 
-__all__ = ["DETAIL_COLUMNS", "EVENT_COLUMNS", "MEMORY_COLUMNS", "Trace", "head", "opened", "read"]
+__all__ = ["DETAIL_COLUMNS", "EVENT_COLUMNS", "MEMORY_COLUMNS", "Trace", "head", "read", "unpacked"]

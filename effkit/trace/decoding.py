@@ -135,19 +135,19 @@ class Decoder(Generic[Event]):
         raise ValueError("no traceEvents in it")
 
 
-def opened(path: Path) -> IO[bytes]:
+def unpacked(file: IO[bytes]) -> IO[bytes]:
     """The plain text of a trace file, compressed or not."""
-    with path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    return _Unpacked(path) if compressed else path.open("rb")  # type: ignore[return-value]
+    compressed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return _Unpacked(file) if compressed else file  # type: ignore[return-value]
 
 
 class _Unpacked:
     """A gzip file that refuses to grow beyond what an honest one grows to."""
 
-    def __init__(self, path: Path) -> None:
-        self._packed = path.open("rb")  # closed by __exit__
-        self._file = gzip.GzipFile(fileobj=self._packed)
+    def __init__(self, packed: IO[bytes]) -> None:
+        self._packed = packed
+        self._file = gzip.GzipFile(fileobj=packed)
         self._taken = 0
 
     def read(self, size: int) -> bytes:
@@ -160,19 +160,12 @@ class _Unpacked:
             raise ValueError(f"it unpacks to more than {_DENSEST} times its size")
         return block
 
-    def __enter__(self) -> _Unpacked:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._packed.close()
-
 
 def head(path: Path) -> Mapping[str, Any]:
     """The metadata before the events, without reading these; empty where there is none."""
     decoder = Decoder(msgspec.Raw)
-    with opened(path) as stream:
-        text, _ = decoder._head(stream)
+    with path.open("rb") as file:
+        text, _ = decoder._head(unpacked(file))
     return decoded(msgspec.json.Decoder(Metadata), text + b"]}").known() if text else {}
 
 
