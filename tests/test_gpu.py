@@ -7,6 +7,7 @@ import torch
 
 import effkit as ek
 from effkit import padding
+from effkit.panes.breakdown import PARTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +76,50 @@ def test_a_capture_of_a_gpu_comes_back_as_it_was(train, tmp_path):
     back = ek.load(seen.save(tmp_path / "seen.zip"))
     pd.testing.assert_frame_equal(back.events, seen.events)
     pd.testing.assert_frame_equal(back.allocations, seen.allocations)
+
+
+def test_the_overview_of_a_gpu_is_filled_by_its_kernels(train):
+    seen = ek.capture(train, steps=3)
+    overview = seen.overview()
+    assert len(overview) == 3
+    assert (overview["kernel_ns"] > 0).all()
+    assert overview["device_busy_frac"].between(0, 1).all()
+    parts = [name for name in PARTS if overview[name].notna().all()]
+    assert (overview[parts].sum(axis=1) == overview["dur_ns"]).all()
+
+
+def test_device_time_of_operators_equals_key_averages(train, tmp_path):
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        train()
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    seen = ek.load(tmp_path / "trace.json")
+    table, oracle = seen.operators(), {row.key: row for row in profiler.key_averages()}
+    for name in table.index.intersection(list(oracle)):
+        found = table.loc[name, ["device_self_ns", "device_total_ns", "host_self_ns"]] / 1000
+        torchs = oracle[name]
+        expected = [torchs.self_device_time_total, torchs.device_time_total, torchs.self_cpu_time_total]
+        assert found.tolist() == pytest.approx(expected, abs=1e-6), name
+    assert "gemm" in " ".join(seen.kernels().index).lower()
+    assert seen.kernels()["occupancy_frac"].notna().any()
+
+
+def test_a_memory_snapshot_is_explained_to_the_byte(train, tmp_path):
+    train()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.memory._record_memory_history()
+    train()
+    torch.cuda.synchronize()
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    torch.cuda.memory._dump_snapshot(str(tmp_path / "snapshot.pickle"))
+    torch.cuda.memory._record_memory_history(enabled=None)
+    account = ek.load(tmp_path / "snapshot.pickle").memory()
+    assert account.residual == 0
+    assert account.total == peak
+    assert account.frame.loc["saved activation", "value"] >= 1024 * 2048 * 4
 
 
 @pytest.mark.slow
