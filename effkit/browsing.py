@@ -41,7 +41,8 @@ class MemoryBrowser(widgets.VBox):
         bounds = {"min": 0, "max": len(self._timeline) - 1, "value": peak}
         moment = widgets.IntSlider(**bounds, description="Moment [row]", tooltip="Rests at the peak", layout=wide,
                                    style=label)  # fmt: skip
-        box = widgets.BoundedIntText(**bounds, description="type moment", layout=widgets.Layout(width="200px"))
+        box = widgets.BoundedIntText(**bounds, description="type moment", layout=widgets.Layout(width="230px"))
+        box.style.description_width = "100px"
         widgets.link((moment, "value"), (box, "value"))
         by = widgets.Dropdown(options=["category", "stack"], description="Rows by", layout=wide, style=label,
                               tooltip="What the memory is, or where it was allocated")  # fmt: skip
@@ -68,11 +69,12 @@ class MemoryBrowser(widgets.VBox):
         self.result = self._capture.memory(
             by=self.controls["by"].value, at_ns=self.time_ns, device=self._device, rank=self._rank
         )
-        largest = self.result.frame["value"].head(3)
         after_ms = (self.time_ns - int(self._timeline["time_ns"].min())) / 1e6
-        sentence = f"{readable(self.result.total, 'bytes')} allocated after {after_ms:,.1f} ms: " + "; ".join(
-            f"{item} {readable(int(value), 'bytes')}" for item, value in largest.items()
-        )
+        largest = [
+            f"{item} {readable(int(size), 'bytes')}" for item, size in self.result.frame["value"].head(3).items()
+        ]
+        sentence = f"{readable(self.result.total, 'bytes')} allocated after {after_ms:,.1f} ms"
+        sentence += f": {'; '.join(largest)}." if largest else "."
         self.screen.value = (
             f'<p role="status" aria-live="polite">{html.escape(sentence)}</p>'
             + self._picture.svg(self.result, self.time_ns, label=sentence)

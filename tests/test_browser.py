@@ -33,6 +33,7 @@ from lab_browser import (
 )
 
 NOTEBOOK = REPO / "notebooks" / "01_padding.ipynb"
+FIRST = REPO / "notebooks" / "00_start_here.ipynb"
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 
 pytestmark = [
@@ -88,6 +89,27 @@ def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt():
         assert lab.process in family
         assert started_by(lab.process.pid), "no kernel was seen, so its end would prove nothing"
     assert still_there(family) == []
+
+
+def test_a_reader_of_the_first_notebook_picks_a_moment_of_the_memory():
+    SCREENSHOTS.mkdir(exist_ok=True)
+    blocked: list[str] = []
+    with jupyterlab(FIRST.parent) as lab, notebook_page(lab, FIRST.name, blocked) as page:
+        run_all_cells(page, timeout_s=300)
+        browser = page.locator(".effkit-memory").first
+        sentence = browser.locator("[role=status]")
+        before = sentence.inner_text()
+        browser.locator(".noUi-handle").first.focus()
+        for _ in range(40):  # the notebook leaves it at the first moment
+            page.keyboard.press("ArrowRight")
+        wait_until(page, lambda: sentence.inner_text() != before, "the sentence followed the slider", 10)
+        picture = browser.locator("svg[role=img]")
+        wait_until(
+            page, lambda: picture.get_attribute("aria-label") == sentence.inner_text(), "the picture followed", 10
+        )
+        browser.screenshot(path=SCREENSHOTS / "memory_moment.png")
+        assert errors(page) == []
+        assert blocked == [], "nothing may be asked of the network"
 
 
 KILLED = """

@@ -219,3 +219,13 @@ print(memory.memory().total)
 """
     out = python("-c", script, folder, folder / "0.pt.trace.json.gz", tmp_path / "snapshot.pickle")
     assert out.split() == [str(3 * 4096), "True", str(4096), "True", "100"]
+
+
+def test_a_long_load_shows_its_progress_and_a_short_one_does_not(kineto, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "long.json"
+    path.write_bytes(kineto)
+    ek.load(path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("effkit.loading.files.SLOW_S", 0)
+    ek.load(path)
+    assert "long.json" in capsys.readouterr().err
