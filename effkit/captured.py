@@ -60,10 +60,13 @@ class Capture:
 
         ``kernel_ns``, ``exposed_communication_ns``, ``memcpy_ns`` (copies and fills), ``dataloader_ns``,
         ``not_visible_ns`` (the host waits for device work that is not in the recording), ``cpu_exec_ns`` (operators
-        and launches while the device has nothing to do) and ``idle_ns`` sum to ``dur_ns``: a moment counts for the
-        first of these that it shows. ``hidden_communication_ns`` ran under kernels, ``device_busy_frac`` is the share
-        of the step in which the device does anything, ``device_span_ns`` lasts from its first to its last work. What
-        was not recorded is ``<NA>``. A step ends when what it launched has run.
+        and launches while the device has nothing to do) and ``idle_ns`` (none of these: Python between operators, say)
+        sum to ``dur_ns``: a moment counts for the first of these that it shows. ``hidden_communication_ns`` ran under
+        kernels, ``device_busy_frac`` is the share of the step in which the device does anything, ``device_span_ns``
+        lasts from its first to its last work. What was not recorded is ``<NA>``.
+
+        A step lasts until what it launched has run, and begins no earlier than the step before has ended in this sense,
+        so ``start_ns`` and ``dur_ns`` may differ from the marks in ``steps``, which the host makes while it runs ahead.
 
         Parameters
         ----------
@@ -110,9 +113,14 @@ class Capture:
         return collectives.waits(calls)
 
     def communication(self) -> pd.DataFrame:
-        """The collectives by kind: calls, bytes, waiting and moving time summed over ranks, bus bandwidth."""
-        table = collectives.summary(self.collectives())
-        table.attrs["notes"] = self._notes()
+        """The collectives by kind: calls, bytes, waiting and moving time summed over ranks.
+
+        ``bus_bandwidth_bytes_per_s`` is what nccl-tests calls bus bandwidth, over all calls of the kind together.
+        ``attrs["notes"]`` says which ranks are missing, and which calls could not be matched.
+        """
+        calls = self.collectives()
+        table = collectives.summary(calls)
+        table.attrs["notes"] = [*self._notes(), *collectives.doubts(calls)]
         return table
 
     def clocks(self) -> pd.DataFrame:
@@ -158,6 +166,7 @@ class Capture:
         ValueError
             When no request failed while memory was recorded.
         """
+        self._chosen_memory(None, None)  # was any recorded at all?
         failed = [one for one in self._recorded_memory() if one.get("oom")]
         if not failed:
             raise ValueError("no request ran out of memory in this recording: memory() says what fills its peak")
@@ -188,6 +197,8 @@ class Capture:
 
     def diff(self, other: Capture) -> pd.DataFrame:
         """Which operators and kernels grew, shrank, appeared or went from this capture to another, per step."""
+        if not isinstance(other, Capture):
+            raise TypeError(f"diff() takes another Capture; given: {type(other).__name__}. Open a file with load(path)")
         return differences.diff(
             (self.operators(), self.kernels(), self._num_steps()),
             (other.operators(), other.kernels(), other._num_steps()),
@@ -249,9 +260,10 @@ class Capture:
         return max(1, len(self.overview()))
 
     def _notes(self) -> list[str]:
+        notes = list(self.provenance.get("notes", ()))
         missing = self.provenance.get("missing_ranks") or []
         listed = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        return [f"ranks {listed} were not recorded: waiting for them counts as moving"] if missing else []
+        return [*notes, f"ranks {listed} were not recorded: waiting for them counts as moving"] if missing else notes
 
     def _what_memory(self) -> str:
         return "not recorded" if self.allocations is None else f"{len(self.allocations):,} allocations"

@@ -38,6 +38,8 @@ def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[st
         "provenance": dict(provenance),
         "columns": {name: {c: str(t) for c, t in frame.dtypes.items()} for name, frame in frames.items()},
     }
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of the file to write, {path / 'capture.zip'} say")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
         try:

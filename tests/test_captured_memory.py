@@ -63,6 +63,8 @@ def test_out_of_memory_says_what_was_alive_and_what_asked_last(snapshot):
 
 def test_nothing_ran_out_of_memory(tmp_path):
     with pytest.raises(ValueError, match="no request ran out of memory in this recording"):
+        capture_of(tmp_path, counted(1, 1, MIB, MIB)).out_of_memory()
+    with pytest.raises(ValueError, match="memory was not recorded"):
         capture_of(tmp_path, op("a", 0, 1)).out_of_memory()
 
 

@@ -229,3 +229,14 @@ def test_a_long_load_shows_its_progress_and_a_short_one_does_not(kineto, tmp_pat
     monkeypatch.setattr("effkit.loading.files.SLOW_S", 0)
     ek.load(path)
     assert "long.json" in capsys.readouterr().err
+
+
+def test_a_folder_of_folders_is_not_searched_but_they_are_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"for instance of .*run"):
+        ek.load(tmp_path)
+
+
+def test_what_is_no_path_is_refused_in_a_sentence():
+    with pytest.raises(TypeError, match="load\\(\\) takes a path or a list of paths; given: int"):
+        ek.load(3)

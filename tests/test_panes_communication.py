@@ -172,3 +172,23 @@ def test_shapes_of_damaged_traces_are_no_error(tmp_path):
     assert seen.rank_pairs().empty
     assert pd.notna(seen.collectives()["dur_ns"]).all()
     assert json.loads(seen.events["shapes"].dropna().iloc[0]) == odd["Input Dims"]
+
+
+def test_calls_that_do_not_overlap_are_not_the_same_one(tmp_path):
+    """Where a recording lost calls, counting them pairs strangers: then nothing is said about their waiting."""
+    here = [*all_reduce(100, 200, 1), *all_reduce(300, 350, 2), *all_reduce(500, 600, 3)]
+    there = [*all_reduce(150, 200, 1), *all_reduce(310, 350, 2), *all_reduce(900, 950, 3)]
+    written(tmp_path / "a.json", here, rank=0, world=2)
+    written(tmp_path / "b.json", there, rank=1, world=2)
+    seen = ek.load(tmp_path)
+    assert seen.collectives().groupby("rank")["waiting_ns"].apply(lambda waits: waits.isna().tolist()).tolist() == [
+        [False, False, True], [False, False, True],
+    ]  # fmt: skip
+    note = "2 of 6 calls could not be matched between the ranks: who waited in them is not visible"
+    assert note in seen.communication().attrs["notes"]
+
+
+def test_files_of_different_jobs_are_not_read_as_one_in_silence(tmp_path):
+    for rank, world in ((0, 4), (1, 8)):
+        written(tmp_path / f"{rank}.json", all_reduce(100, 200, 1), rank=rank, world=world)
+    assert "the files are of different jobs" in repr(ek.load(tmp_path))

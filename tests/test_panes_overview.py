@@ -139,3 +139,20 @@ def test_ranks_are_apart(tmp_path):
     overview = ek.load(tmp_path).overview()
     assert overview.index.tolist() == [(0, 0), (1, 0)]
     assert overview["dur_ns"].tolist() == [10_000, 11_000]
+
+
+def test_between_two_pieces_of_recorded_work_the_device_is_known_to_idle(tmp_path):
+    seen = capture_of(
+        tmp_path,
+        note("ProfilerStep#0", 0, 100),
+        event("cuda_runtime", "cudaDeviceSynchronize", 0, 90, correlation=9),
+        launched("gemm", 0, 20, 40, correlation=1),
+        launched("gemm", 2, 50, 90, correlation=2),
+    )
+    assert parts(seen) == {"not_visible_ns": 20, "kernel_ns": 60, "cpu_exec_ns": 10, "idle_ns": 10}
+
+
+@pytest.mark.parametrize("call", [lambda seen: seen.overview(step=3), lambda seen: seen.diff("other.json")])
+def test_arguments_of_another_type_are_refused_in_a_sentence(tmp_path, call):
+    with pytest.raises(TypeError, match=r"given: (3|str)"):
+        call(capture_of(tmp_path, op("a", 0, 1)))

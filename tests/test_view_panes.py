@@ -122,3 +122,12 @@ def test_the_slider_over_moments_shows_who_holds_the_memory(gpu):
 def test_there_is_no_slider_where_memory_was_not_recorded(tmp_path):
     with pytest.raises(ValueError, match="memory was not recorded: capture with memory=True"):
         capture_of(tmp_path, event("kernel", "k", 0, 1, correlation=1)).browse_memory()
+
+
+def test_where_nothing_was_recorded_the_picture_says_so(tmp_path):
+    seen = capture_of(tmp_path, {"ph": "M", "name": "process_name", "pid": 1})
+    words = {
+        pane: seen.plot(pane).get_title(loc="left") for pane in ("overview", "operators", "kernels", "communication")
+    }
+    assert words == {"overview": "no step was recorded", "operators": "no operator was recorded",
+                     "kernels": "no kernel was recorded", "communication": "no collective was recorded"}  # fmt: skip

@@ -49,6 +49,8 @@ def load(
     >>> load("rank0.pt.trace.json.gz").operators()        # doctest: +SKIP
     >>> load("snapshot.pickle").memory(by="stack")        # doctest: +SKIP
     """
+    if isinstance(columns, str):
+        columns = [columns]
     if unknown := set(columns) - set(trace.DETAIL_COLUMNS):
         raise ValueError(f"no such column: {', '.join(sorted(unknown))}; there are {', '.join(trace.DETAIL_COLUMNS)}")
     options = Options(tuple(columns), stacks)
@@ -59,15 +61,21 @@ def load(
 
 
 def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    given = [Path(one) for one in ([path] if isinstance(path, str | Path) else path)]
-    found = []
-    for one in given:
+    if not isinstance(path, str | Path | Sequence):
+        raise TypeError(f"load() takes a path or a list of paths; given: {type(path).__name__}")
+    found: list[Path] = []
+    for one in [Path(path)] if isinstance(path, str | Path) else map(Path, path):
         inside = [file for file in one.iterdir() if file.name.endswith(_SUFFIXES)] if one.is_dir() else [one]
         found += sorted(inside, key=_natural)
-    if not found or (absent := [one for one in found if not one.is_file()]):
+    absent = next((one for one in found if not one.is_file()), None)
+    if absent or not found:
+        folders = (
+            [one for one in Path(path).iterdir() if one.is_dir()] if not found and isinstance(path, str | Path) else []
+        )
+        look = f", for instance of {folders[0]}" if folders else ""
         raise FileNotFoundError(
-            f"no capture at {absent[0] if found else path}: give the path of a file that Capture.save() wrote, of a "
-            f"profiler trace, of a memory snapshot, or of a folder of these ({', '.join(_SUFFIXES)})"
+            f"no capture at {absent or path}: give the path of a file that Capture.save() wrote, of a profiler trace, "
+            f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)}){look}"
         )
     return found
 

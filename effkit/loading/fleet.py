@@ -54,8 +54,9 @@ class Fleet(Capture):
     def __init__(self, paths: Sequence[Path], options: Options, client: Any = None) -> None:
         ranks, how, metadata = _ranks(paths)
         world = metadata.get("world_size", 0)
+        counted = f"{len(paths)} rank{'s' if len(paths) > 1 else ''}"
         seen = {
-            "what": f"{len(paths)} ranks",
+            "what": counted,
             **metadata,
             "files": {str(rank): path.name for rank, path in zip(ranks, paths, strict=True)},
             "rank_from": how,
@@ -163,7 +164,12 @@ def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:
             raise ValueError(f"{path}: not a profiler trace: {error}") from error
     told = [(head.get("distributedInfo") or {}).get("rank") for head in heads]
     named = [found and int(found[1]) for found in (_RANK.search(path.name) for path in paths)]
+    common = described(heads[0])
+    worlds = {described(head).get("world_size") for head in heads if head}
+    if len(worlds) > 1:
+        common.pop("world_size", None)
+        common["notes"] = ["the files are of different jobs, of unlike numbers of ranks: do not read them as one"]
     for ranks, how in ((told, "the traces' own metadata"), (named, "the files' names")):
         if all(isinstance(rank, int) and rank >= 0 for rank in ranks) and len(set(ranks)) == len(ranks):
-            return [int(rank) for rank in ranks if rank is not None], how, described(heads[0])
-    return list(range(len(paths))), "the order of the files", described(heads[0])
+            return [int(rank) for rank in ranks if rank is not None], how, common
+    return list(range(len(paths))), "the order of the files", common

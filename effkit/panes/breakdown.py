@@ -50,7 +50,7 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         "memcpy_ns": (on_device[on_device["category"].isin(COPIES)],),
         "dataloader_ns": (events[events["name"].str.startswith(DATALOADER)],),
         # the host waits for the device, and nothing that the device did is in the recording
-        "not_visible_ns": (launches[launches["name"].str.contains(WAITS)],),
+        "not_visible_ns": (_blind(launches[launches["name"].str.contains(WAITS)], device),),
         "cpu_exec_ns": (operators, launches),
     }
     if on_device.empty:  # then operators are what computes, and communication can hide under them
@@ -85,6 +85,14 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     frame = frame.set_index(["rank", "step"])
     order = ["start_ns", "dur_ns", *PARTS, "hidden_communication_ns", "device_span_ns", "device_busy_frac"]
     return frame[order], notes
+
+
+def _blind(waits: pd.DataFrame, device: intervals.Covered) -> pd.DataFrame:
+    """Each wait until the first recorded work of the device in it: between two pieces of work it is known to idle."""
+    start = waits["start_ns"].to_numpy("int64")
+    place = np.searchsorted(device.starts, start, side="left")
+    begins = np.append(device.starts, np.iinfo("int64").max)[place]
+    return waits.assign(dur_ns=np.minimum(waits["dur_ns"].to_numpy("int64"), begins - start))
 
 
 def _with_their_device_work(starts: Any, ends: Any, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:

@@ -165,7 +165,8 @@ def matched(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """
     frame = pd.concat(parts, ignore_index=True)
     size = frame["size_bytes"].where(frame["collective"].isin(_SAME_SIZE)).fillna(-1)
-    kind = frame.groupby([frame["collective"], frame["backend"], frame["group"], size], sort=False).ngroup()
+    dtype = frame["dtype"].fillna("").astype("str")
+    kind = frame.groupby([frame["collective"], frame["backend"], frame["group"], dtype, size], sort=False).ngroup()
     position = frame.groupby([frame["rank"], kind]).cumcount()
     counts = frame.groupby([kind, "rank"]).size().groupby(level=0).agg(["min", "max", "size"])
     agree = (counts["min"] == counts["max"]) & (counts["size"] > 1)
@@ -198,10 +199,13 @@ def waits(calls: pd.DataFrame) -> pd.DataFrame:
     """Every call with ``waiting_ns`` (until the last of the recorded ranks came), ``moving_ns`` (the rest of its time)
     and ``bus_bandwidth_bytes_per_s`` (from moving time alone); absent where no other rank was recorded.
     """
-    offset = calls["rank"].map(clocks(calls)["offset_ns"]).fillna(0).astype("int64")
-    start = calls["start_ns"] - offset
+    clock = clocks(calls)
+    start = calls["start_ns"] - calls["rank"].map(clock["offset_ns"]).fillna(0).astype("int64")
     matching = calls["call"].notna() & calls["collective"].isin(_SYNCHRONISE)
     last = start.where(matching).groupby(calls["call"]).transform("max")
+    # nobody leaves before the last has come: calls that do not overlap are not the same one
+    first_end = (start + calls["dur_ns"]).where(matching).groupby(calls["call"]).transform("min")
+    last = last.where(last <= first_end + int(clock["spread_ns"].fillna(0).max() if len(clock) else 0))
     waiting = (last - start).clip(lower=0).astype("Int64")
     waiting = waiting.where(waiting.isna() | (waiting <= calls["dur_ns"]), calls["dur_ns"])
     moving = calls["dur_ns"] - waiting
@@ -223,8 +227,26 @@ def summary(calls: pd.DataFrame) -> pd.DataFrame:
     table.insert(0, "calls", groups.size())
     table.insert(1, "num_ranks", groups["num_ranks"].max())
     table["waiting_frac"] = table["waiting_ns"] / table["dur_ns"].replace(0, pd.NA)
-    table["bus_bandwidth_bytes_per_s"] = groups["bus_bandwidth_bytes_per_s"].median()
+    moved = calls["bus_bandwidth_bytes_per_s"] * calls["moving_ns"]
+    known = calls["moving_ns"].astype("Float64").where(moved.notna())
+    both = pd.DataFrame({"moved": moved, "known": known}).groupby(
+        [calls[name] for name in ("backend", "collective", "on")]
+    )
+    sums_of = both.sum(min_count=1)
+    table["bus_bandwidth_bytes_per_s"] = sums_of["moved"] / sums_of["known"].replace(0, pd.NA)
     return table.sort_values("dur_ns", ascending=False, kind="stable")
+
+
+def doubts(calls: pd.DataFrame) -> list[str]:
+    """What makes the waiting of these calls doubtful, in words."""
+    if calls["rank"].nunique() < 2:
+        return []
+    apart = int((calls["collective"].isin(_SYNCHRONISE) & calls["dur_ns"].notna() & calls["waiting_ns"].isna()).sum())
+    return (
+        [f"{apart:,} of {len(calls):,} calls could not be matched between the ranks: who waited in them is not visible"]
+        if apart
+        else []
+    )
 
 
 def rank_pairs(calls: pd.DataFrame) -> pd.DataFrame:

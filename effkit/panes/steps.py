@@ -13,6 +13,8 @@ WHOLE = "the whole window: no step is marked"
 
 def marks(events: pd.DataFrame, step: str | None = None) -> pd.DataFrame:
     """The marked steps: ``rank, start_ns, dur_ns``. ``step`` names an annotation, ``*`` standing for anything."""
+    if step is not None and not isinstance(step, str):
+        raise TypeError(f"step is the name of an annotation, or a pattern with *; given: {step!r}")
     name = events["name"]
     if step is None:
         named = name.str.startswith(STEP)

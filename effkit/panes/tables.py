@@ -85,6 +85,7 @@ def kernels_of(events: pd.DataFrame) -> pd.DataFrame:
     kernels = events[events["category"] == "kernel"]
     dur_ns = kernels["dur_ns"]
     percent = kernels.get("occupancy_percent", pd.Series(pd.NA, kernels.index, dtype="Float64"))
+    percent = percent.where(percent > 0)  # profilers write 0 where they have no estimate
     table = pd.DataFrame(
         {
             "kernel": kernels["name"],

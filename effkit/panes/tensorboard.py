@@ -37,7 +37,7 @@ def write(logdir: Path, events: pd.DataFrame) -> Folder:
         with tempfile.NamedTemporaryFile("w", dir=logdir, suffix=".part", delete=False) as part:
             part.write(content)
         os.replace(part.name, logdir / f"rank{rank}.pt.trace.json")
-    return Folder(logdir, list(not_shown))
+    return Folder(logdir, list(not_shown) if len(events) else ["anything: the capture holds no events"])
 
 
 def _translated(events: pd.DataFrame) -> tuple[list[str], list[str]]:

@@ -25,6 +25,8 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ranks = frame.index.get_level_values("rank")
     means = ranks.nunique() > 1
     bars = frame.groupby("rank").mean() if means else frame.droplevel("rank")
+    if not bars["dur_ns"].sum():
+        return _nothing(ax, "no step was recorded")
     bars = bars.sort_values("dur_ns", ascending=False, kind="stable").head(_MOST_BARS).sort_index()
     ax = axes(ax, (7.4, 1.3 + 0.3 * len(bars)))
     left = pd.Series(0.0, bars.index)
@@ -63,11 +65,15 @@ def operators(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The operators that take the most time of their own: on the device where it was recorded, else on the host."""
     on_device = frame["device_self_ns"].notna().any()
     column = "device_self_ns" if on_device else "host_self_ns"
+    if frame.empty:
+        return _nothing(ax, "no operator was recorded")
     return _top(frame[column], f"Self time of operators on the {'device' if on_device else 'host'}", ax)
 
 
 def kernels(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The kernels that take the most time; those that use tensor cores, by their name, are marked."""
+    if frame.empty:
+        return _nothing(ax, "no kernel was recorded")
     ax = _top(frame["total_ns"], "Time of kernels", ax)
     uses = frame.sort_values("total_ns", ascending=False, kind="stable").head(_MOST_BARS)["tensor_cores"]
     marked = [bar for bar, used in zip(ax.patches, uses, strict=False) if used]
@@ -78,7 +84,15 @@ def kernels(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _top(times: pd.Series[Any], title: str, ax: Axes | None) -> Axes:
+def _nothing(ax: Axes | None, words: str) -> Axes:
+    """An empty picture that says why it is empty."""
+    ax = axes(ax, (7.4, 0.8))
+    ax.set_title(words, loc="left", fontsize=10)
+    ax.axis("off")
+    return ax
+
+
+def _top(times: pd.Series[Any], title: str, ax: Axes | None, unit: str = "ns") -> Axes:
     shown = times.astype("Float64").fillna(0.0).sort_values(ascending=False, kind="stable").head(_MOST_BARS)
     ax = axes(ax, (7.4, 0.9 + 0.24 * len(shown)))
     total = float(times.sum()) or 1.0
@@ -88,19 +102,23 @@ def _top(times: pd.Series[Any], title: str, ax: Axes | None) -> Axes:
         ax.text(value, place, f" {value / total:.0%}", va="center", fontsize=8, color=GREY)
     ax.set_yticks(places, [_short(name) for name in shown.index], fontsize=8)
     ax.invert_yaxis()
-    ax.set_title(f"{title}: {readable(total, 'ns')}", loc="left", fontsize=10)
-    unit_axis(ax.xaxis, "ns")
+    ax.set_title(f"{title}: {readable(total, unit)}", loc="left", fontsize=10)
+    unit_axis(ax.xaxis, unit)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
 def _short(name: Any) -> str:
     text = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
-    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
+    if len(text) <= _LONGEST_NAME:
+        return text
+    return f"{text[: 2 * _LONGEST_NAME // 3]}…{text[-_LONGEST_NAME // 3 :]}"  # kernels often differ at their end
 
 
 def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Per kind of collective waiting for the slowest rank, then moving bytes; grey where these are not told apart."""
+    if frame.empty:
+        return _nothing(ax, "no collective was recorded")
     ax = axes(ax, (7.4, 1.3 + 0.4 * len(frame)))
     names = [f"{collective} ({backend or 'other'})" for backend, collective, *_ in frame.index]
     waiting, moving, total = (
@@ -120,19 +138,18 @@ def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     unit_axis(ax.xaxis, "ns")
     ax.set_title("Communication, summed over ranks", loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=9, loc="lower right")
+    ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return ax
 
 
 def rank_pairs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Who sends how many bytes to whom in the all-to-alls."""
     table = frame.pivot_table(index="sender", columns="receiver", values="size_bytes", aggfunc="sum")
-    side = 1.6 + 0.35 * max(table.shape, default=1)
-    ax = axes(ax, (side + 1.2, side))
     if table.empty:
-        ax.set_title("no all-to-all whose bytes were recorded", loc="left", fontsize=10)
-        return ax
-    picture = ax.imshow(table.to_numpy("float64"), cmap="cividis", vmin=0)
+        return _nothing(ax, "no all-to-all whose bytes were recorded")
+    rows, columns = (min(7.0, 1.6 + 0.35 * side) for side in table.shape)
+    ax = axes(ax, (columns + 1.2, rows))
+    picture = ax.imshow(table.to_numpy("float64"), cmap="cividis", vmin=0, aspect="auto")
     ax.set_xticks(range(table.shape[1]), [str(rank) for rank in table.columns])
     ax.set_yticks(range(table.shape[0]), [str(rank) for rank in table.index])
     ax.set_xlabel("receiving rank")
@@ -167,7 +184,9 @@ def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def memory(account: Account, ax: Axes | None = None) -> Axes:
-    """The account at the peak."""
+    """The account at the peak: one bar, or a bar for each row where these have long names."""
+    if account.frame.index.str.len().max() > _LONGEST_NAME // 2:
+        return _top(account.frame["value"], account.title, ax, account.unit)
     return accounts.account(account, ax)
 
 

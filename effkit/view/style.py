@@ -28,6 +28,8 @@ NAMED = {
     "waiting": "#CC79A7",
     "moving": "#009E73",
     "residual": "#DDDDDD",
+    "unknown": "#BBBBBB",
+    "not recorded": "#BBBBBB",
     "kernel": "#0072B2",
     "exposed communication": "#D55E00",
     "memcpy": "#009E73",
