@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import re
 from typing import Any
 
 import ipywidgets as widgets
@@ -12,9 +10,10 @@ import ipywidgets as widgets
 from effkit import view
 from effkit.account import Account, readable
 from effkit.captured import Capture
+from effkit.screen import Screen
 
 
-class MemoryBrowser(widgets.VBox):
+class MemoryBrowser(Screen):
     """A slider over the moments of a recorded memory, and what is alive at each.
 
     Attributes
@@ -60,11 +59,6 @@ class MemoryBrowser(widgets.VBox):
         """The moment on the screen [ns]."""
         return int(self._timeline["time_ns"].iloc[self.controls["moment"].value])
 
-    def shown(self) -> str:
-        """The sentence on the screen, read back from the trait that the browser draws."""
-        match = re.search(r"<p [^>]*>(.*?)</p>", self.screen.value, flags=re.DOTALL)
-        return html.unescape(match.group(1)) if match else ""
-
     def _show(self, _: Any = None) -> None:
         self.result = self._capture.memory(
             by=self.controls["by"].value, at_ns=self.time_ns, device=self._device, rank=self._rank
@@ -83,11 +77,5 @@ class MemoryBrowser(widgets.VBox):
     def __repr__(self) -> str:
         return f"MemoryBrowser of {self._timeline['device'].iloc[0]}"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The live widget, and a picture for readers who have no kernel."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        if data is not None:
-            data["text/plain"] = repr(self)
-            data["image/png"] = base64.b64encode(self._picture.png(self.result, self.time_ns)).decode()
-        return bundle
+    def _png(self) -> bytes:
+        return self._picture.png(self.result, self.time_ns)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from effkit import view
 from effkit.account import Account, readable
 from effkit.device import provenance
 from effkit.receipt import Receipt
+from effkit.screen import Screen
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Stopped(Exception):
     """Raised inside a measurement whose Stop button was pressed."""
 
 
-class WhatIf(widgets.VBox):
+class WhatIf(Screen):
     """Sliders over a prediction, and a button that measures it.
 
     Parameters
@@ -158,11 +157,6 @@ class WhatIf(widgets.VBox):
         self._show()
         return receipt
 
-    def shown(self) -> str:
-        """The sentence on the screen, read back from the trait that the browser draws."""
-        match = re.search(r"<p [^>]*>(.*?)</p>", self.screen.value, flags=re.DOTALL)
-        return html.unescape(re.sub(r"<[^>]+>", "", match.group(1))) if match else ""
-
     def _row(self, knob: Slider | Choice) -> widgets.HBox:
         rest = self.base.setting.get(knob.name)
         if rest is not None and isinstance(knob, Slider):
@@ -251,14 +245,8 @@ class WhatIf(widgets.VBox):
     def __repr__(self) -> str:
         return f"WhatIf over {', '.join(self.controls)}"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The live widget, and a picture for readers who have no kernel."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        if data is not None:
-            data["text/plain"] = repr(self)
-            data["image/png"] = base64.b64encode(self._picture.png(self.result, self._receipt())).decode()
-        return bundle
+    def _png(self) -> bytes:
+        return self._picture.png(self.result, self._receipt())
 
 
 def _companion(account: Account) -> str:

@@ -8,7 +8,7 @@ import pytest
 from effkit import snapshot
 
 TORCH = "/opt/venv/lib/python3.12/site-packages/torch/"
-MAIN = ("/home/me/work/train.py", 10, "<module>")
+MAIN = ("/home/me/code/train.py", 10, "<module>")
 ENGINE = ("??", 0, "torch::autograd::Engine::evaluate_function(std::shared_ptr<torch::autograd::GraphTask>&, int)")
 NODE = ("??", 0, "torch::autograd::generated::MulBackward0::apply(std::vector<at::Tensor>&&)")
 CUBLAS = ("??", 0, "at::cuda::getCurrentCUDABlasHandle()")
@@ -167,10 +167,10 @@ def test_stacks_are_short_and_readable():
         return snapshot.read(pickle.dumps(content)).allocations["stack"].iloc[0]
 
     assert text(("??", 0, "at::empty()"), LINEAR, CALL, MAIN) == (
-        "torch/nn/modules/linear.py:125 forward < work/train.py:10 <module>"
+        "torch/nn/modules/linear.py:125 forward < code/train.py:10 <module>"
     )
     assert text(NODE, ENGINE) == "MulBackward0"
     assert text(("??", 0, "at::empty(long)"), ("??", 0, "clone")) == "at::empty < clone"
-    assert text(("C:\\me\\work\\train.py", 4, "main")) == "work/train.py:4 main"
+    assert text(("C:\\me\\code\\train.py", 4, "main")) == "code/train.py:4 main"
     assert pd.isna(text()), "not recorded"
     assert len(text(*(("/a/b.py", line, "f" * 500) for line in range(900)))) < 50 * 123

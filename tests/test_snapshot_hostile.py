@@ -27,7 +27,7 @@ class Runs:
 
 def plain(num_events: int = 60) -> dict:
     """A small honest snapshot."""
-    frames = [{"filename": "/home/me/work/train.py", "line": line, "name": f"step{line}"} for line in range(4)]
+    frames = [{"filename": "/home/me/code/train.py", "line": line, "name": f"step{line}"} for line in range(4)]
     trace, blocks = [], []
     for i in range(num_events // 3):
         place = {"addr": 4096 + 512 * i, "size": 100 + i, "stream": 0, "frames": frames[i % 3 :]}

@@ -33,6 +33,7 @@ HOUSE = [
     {"padding", "activations", "moe", "decoder"},
     {"models"},
     {"whatif", "browsing"},
+    {"screen"},
     {"view"},
     {"recording", "loading"},
     {"captured"},

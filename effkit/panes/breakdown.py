@@ -10,7 +10,7 @@ import pandas as pd
 
 from effkit.panes.steps import WHOLE, steps
 from effkit.trace import intervals
-from effkit.trace.names import COLLECTIVE, COMMUNICATES, COPIES, DATALOADER, DEVICE, LAUNCHES, WAITS
+from effkit.trace.names import COLLECTIVE, COMMUNICATES, COPIES, DATALOADER, DEVICE, DEVICE_BACKENDS, LAUNCHES, WAITS
 
 # In this order: a moment belongs to the first of them that it shows. They sum to dur_ns.
 PARTS = (
@@ -27,7 +27,7 @@ def communication(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     kernels = candidates[candidates["category"] == "kernel"]
     calls = candidates[candidates["category"] == "user_annotation"]
     backends = calls["name"].str.extract(COLLECTIVE)["backend"]
-    return kernels, calls[backends.notna() & ~backends.isin(["nccl", "rccl", "xccl"])]
+    return kernels, calls[backends.notna() & ~backends.isin(DEVICE_BACKENDS)]
 
 
 def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFrame, list[str]]:

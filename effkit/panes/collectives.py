@@ -15,6 +15,7 @@ from effkit.trace import intervals, nesting
 from effkit.trace.names import (
     COLLECTIVE,
     COMMUNICATES,
+    DEVICE_BACKENDS,
     ITEM_BYTES,
     collective_of_kernel,
     plain_collective,
@@ -55,7 +56,7 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
         call = tree.loc[row]
         told = tree.loc[around[row]] if around[row] >= 0 else call
         backend, collective = calls.loc[row, "backend"], plain_collective(calls.loc[row, "collective"])
-        host = backend not in ("nccl", "rccl", "xccl")
+        host = backend not in DEVICE_BACKENDS
         if host:
             start, end = call["start_ns"], call["start_ns"] + call["dur_ns"]
         elif row in ran.index:
@@ -74,7 +75,7 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     frame = frame.astype({"start_ns": "Int64", "end_ns": "Int64", "num_ranks": "Int64", "size_bytes": "Int64"})
     frame["rank"] = int(events["rank"].iloc[0]) if len(events) else 0
     frame["dur_ns"] = frame["end_ns"] - frame["start_ns"]
-    frame["exposed_ns"] = frame["dur_ns"] - _hidden(events, frame)
+    frame["exposed_ns"] = frame["dur_ns"] - _hidden(events, kernels, frame)
     return frame.sort_values("start_ns", kind="stable", ignore_index=True)[list(COLUMNS)]
 
 
@@ -129,9 +130,8 @@ def _plausible(count: int | None, most: int) -> int | None:
     return int(count) if count is not None and 0 <= count < most else None
 
 
-def _hidden(events: pd.DataFrame, calls: pd.DataFrame) -> Any:
-    """How much of each call ran while something was computed [ns]."""
-    kernels, _ = communication(events)
+def _hidden(events: pd.DataFrame, kernels: pd.DataFrame, calls: pd.DataFrame) -> Any:
+    """How much of each call ran while something was computed [ns]; ``kernels`` communicate and compute nothing."""
     computing = events[events["category"] == "kernel"].drop(kernels.index)
     if computing.empty and kernels.empty:
         operators = events[events["category"] == "cpu_op"]

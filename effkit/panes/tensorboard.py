@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from effkit.trace import nesting
-from effkit.trace.names import COLLECTIVE, DATALOADER, LAUNCHES, STEP, plain_collective
+from effkit.trace.names import COLLECTIVE, DATALOADER, DEVICE, LAUNCHES, STEP, plain_collective
 
 _KNOWN = ("broadcast", "reduce", "all_reduce", "all_gather", "reduce_scatter")  # collectives that the plugin counts
 _CATEGORIES = {"cpu_op": "Operator", "kernel": "Kernel", "gpu_memcpy": "Memcpy", "gpu_memset": "Memset"}
@@ -52,7 +52,7 @@ def _translated(events: pd.DataFrame) -> tuple[list[str], list[str]]:
     shown = (tree["category"] == "cpu_op") | counted | tree["name"].str.startswith((STEP, DATALOADER))
     owner = nesting.nearest(parent, shown.to_numpy()) + 1  # external ids count from 1, 0 is nobody's
     launch = tree["category"].str.endswith(LAUNCHES)
-    on_device = events[events["category"].isin(["kernel", "gpu_memcpy", "gpu_memset"])]
+    on_device = events[events["category"].isin(DEVICE)]
     kernel_owner = np.maximum(nesting.owners(tree, owner, on_device), 0)
 
     start = int(events["start_ns"].min()) if len(events) else 0

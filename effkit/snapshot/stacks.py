@@ -97,8 +97,8 @@ def _is_python(file: str) -> bool:
 def _short(file: str) -> str:
     """A path from its package on, or its last two parts.
 
-    >>> _short("/usr/lib/python3/dist-packages/torch/functional.py"), _short("/home/me/work/train.py")
-    ('torch/functional.py', 'work/train.py')
+    >>> _short("/usr/lib/python3/dist-packages/torch/functional.py"), _short("/home/me/code/train.py")
+    ('torch/functional.py', 'code/train.py')
     """
     for packages in ("/site-packages/", "/dist-packages/"):
         if packages in file:

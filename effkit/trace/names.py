@@ -13,8 +13,8 @@ TODAY: Mapping[str, str] = {
     "Memcpy": "gpu_memcpy",
     "Memset": "gpu_memset",
 }
-ANNOTATIONS = ("ProfilerStep#", "enumerate(DataLoader)#", "Optimizer.")  # that older profilers call operators
 STEP, DATALOADER = "ProfilerStep#", "enumerate(DataLoader)#"
+ANNOTATIONS = (STEP, DATALOADER, "Optimizer.")  # that older profilers call operators
 
 COPIES = ("gpu_memcpy", "gpu_memset")
 DEVICE = ("kernel", *COPIES)
@@ -32,6 +32,7 @@ COMMUNICATES = re.compile(
     re.IGNORECASE,
 )
 COLLECTIVE = re.compile(r"(?P<backend>nccl|gloo|ucc|mpi|xccl|rccl):(?P<collective>.+)")  # an annotation of c10d
+DEVICE_BACKENDS = ("nccl", "rccl", "xccl")  # work in kernels; the others on threads of the host
 
 # bytes of an element, as traces spell types (C++ of the profiler, c10d, and torch)
 ITEM_BYTES: Mapping[str, int] = {
@@ -78,8 +79,8 @@ def collective_of_kernel(name: str) -> str:
     """
     if found := re.search(r"(?:ep::|deep_ep::)\w*::(\w+)", name):
         return found[1]
-    if found := re.search(r"(allreduce|allgather|reducescatter|broadcast|sendrecv|alltoall|reduce)", _letters(name)):
-        return _KERNEL_COLLECTIVES[found[1]]
+    if found := re.search("|".join(_KERNEL_COLLECTIVES), _letters(name)):
+        return _KERNEL_COLLECTIVES[found[0]]
     return "communication"
 
 
