@@ -130,13 +130,20 @@ def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple
         step()
         synchronize()
         return torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
+    peak = _peak(memory_events(step).memory)
+    return resident_bytes + peak, "resident tensors + the profiler's Total Allocated"
+
+
+def memory_events(step: Callable[[], object]) -> trace.Trace:
+    """Run ``step()`` once and return every allocation and every free, with the host's events around them."""
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with _alone("peak_memory()"), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with _alone("memory_events()"), profile(activities=[ProfilerActivity.CPU, *cuda], profile_memory=True) as profiler:
         step()
-    return resident_bytes + _peak(
-        trace.read(_exported(profiler)).memory
-    ), "resident tensors + the profiler's Total Allocated"
+        synchronize()
+    return trace.read(_exported(profiler))
 
 
 def _peak(memory: pd.DataFrame) -> int:

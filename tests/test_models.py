@@ -1,13 +1,26 @@
 """The live models make batches of exactly the lengths asked for, and packing does not mix documents."""
 
+import inspect
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effkit import models
 
 TINY = {"hidden": 16, "heads": 2, "vocabulary": 50, "device": "cpu"}
+SMALLEST = {
+    "convolutional": {"width": 4, "stages": 2, "image": 8, "device": "cpu"},
+    "gpt": {"layers": 2, **TINY},
+    "recurrent": {"hidden": 16, "vocabulary": 50, "device": "cpu"},
+    "speech": {"encoder_layers": 1, "decoder_layers": 1, **TINY},
+    "spiking": {"hidden": 16, "features": 20, "steps": 3, "device": "cpu"},
+    "text": {"layers": 2, **TINY},
+    "vision": {"layers": 2, "hidden": 16, "heads": 2, "image": 8, "device": "cpu"},
+}
+WITH_LENGTH = {"gpt", "recurrent", "speech", "text"}
 LENGTHS = pd.DataFrame({"input_length": [50, 33, 71, 16], "output_length": [4, 5, 6, 3]})
 
 
@@ -42,7 +55,7 @@ def test_equal_seeds_are_equal_models(build):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("build", [models.text, models.speech])
+@pytest.mark.parametrize("build", [models.text, models.speech, models.gpt, models.vision])
 def test_heads_divide_hidden(build):
     with pytest.raises(ValueError, match="hidden is a multiple of heads; given: 10 and 4"):
         build(hidden=10, heads=4)
@@ -116,3 +129,123 @@ def test_batches_are_equal_when_made_again(text):
     first, again = (text.make_batch(rows([2], [1]), LENGTHS) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["input_ids"], text.make_batch(rows([1], [2]), LENGTHS)["input_ids"])
+
+
+def random_batch(model, name, **settings):
+    return model.random_batch(3, **({"length": 40} if name in WITH_LENGTH else {}), **settings)
+
+
+def test_every_public_model_is_tried_below():
+    assert sorted(SMALLEST) == sorted(models.__all__)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_random_batch_trains_every_parameter(name):
+    model = getattr(models, name)(**SMALLEST[name])
+    assert ("length" in inspect.signature(model.random_batch).parameters) == (name in WITH_LENGTH)
+    batch = random_batch(model, name)
+    assert all(len(tensor) == 3 for tensor in batch.values())
+    assert model.training
+    loss = model(**batch).loss
+    assert loss.shape == ()
+    loss.backward()
+    # a key's bias moves all scores of a query alike, and softmax does not see that
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [n for n in idle if not n.endswith("bias")]
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_loss_falls_when_trained(name):
+    model = getattr(models, name)(**SMALLEST[name])
+    batch = random_batch(model, name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_equal_seeds_are_equal_weights_and_batches(name):
+    first, again, other = (getattr(models, name)(**SMALLEST[name], seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+    batch = random_batch(first, name)
+    assert all(torch.equal(tensor, batch[key]) for key, tensor in random_batch(first, name).items())
+    assert any(not torch.equal(tensor, batch[key]) for key, tensor in random_batch(first, name, seed=1).items())
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_step_runs_on_fake_tensors(name):
+    model = getattr(models, name)(**SMALLEST[name])
+    batch = random_batch(model, name)
+    mode = FakeTensorMode()
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            own.update({key: mode.from_tensor(tensor) for key, tensor in own.items() if tensor is not None})
+        if isinstance(module, torch.nn.LSTM):  # keeps a second list of its weights
+            module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
+    with mode:
+        model(**{key: mode.from_tensor(tensor) for key, tensor in batch.items()}).loss.backward()
+    assert {tuple(p.grad.shape) == tuple(p.shape) for p in model.parameters()} == {True}
+
+
+def test_speech_writes_a_sixteenth_of_its_frames(speech):
+    assert speech.random_batch(2, 160)["labels"].shape == (2, 10)
+    assert speech.random_batch(2, 16)["labels"].shape == (2, 2)
+    assert speech.random_batch(2, 160)["input_features"].shape == (2, 160, 80)
+
+
+def test_gpt_equals_eager_attention_and_has_no_dropout():
+    fused, eager = (models.gpt(layers=2, attention=attention, **TINY) for attention in ("sdpa", "eager"))
+    batch = fused.random_batch(2, 20)
+    assert fused(**batch).loss.item() == fused(**batch).loss.item()
+    torch.testing.assert_close(fused(**batch).loss, eager(**batch).loss)
+    dropping = models.gpt(layers=2, dropout=0.5, **TINY)
+    assert dropping(**batch).loss.item() != dropping(**batch).loss.item()
+
+
+def test_the_recurrent_loss_is_of_the_next_token():
+    model = models.recurrent(**SMALLEST["recurrent"])
+    batch = model.random_batch(2, 10)
+    loss, logits = model(**batch)
+    chances = logits.log_softmax(dim=-1)
+    by_hand = [-chances[row, cell, batch["labels"][row, cell + 1]] for row in range(2) for cell in range(9)]
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+
+
+def test_convolutional_stages_halve_the_side_and_double_the_channels():
+    model = models.convolutional(width=4, stages=3, blocks_per_stage=2, image=16, device="cpu")
+    shapes = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape[1:])))
+    model(**model.random_batch(2))
+    assert shapes == [(4, 16, 16)] * 2 + [(8, 8, 8)] * 2 + [(16, 4, 4)] * 2
+
+
+def test_vision_cells_are_patches_and_a_class_token():
+    model = models.vision(**{**SMALLEST["vision"], "patch": 2})
+    cells = []
+    model.vit.layernorm.register_forward_hook(lambda _module, _inputs, output: cells.append(output.shape[1]))
+    model(**model.random_batch(2))
+    assert cells == [17]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "sentence"),
+    [
+        ("vision", {"image": 10, "patch": 4}, "image is a multiple of patch; given: 10 and 4"),
+        ("vision", {"classes": 1}, "classes is at least 2"),
+        ("gpt", {"layers": 0}, "layers is at least 1; given: 0"),
+        ("recurrent", {"vocabulary": 0}, "vocabulary is at least 1; given: 0"),
+        ("convolutional", {"stages": 0}, "stages is at least 1; given: 0"),
+        ("speech", {"decoder_layers": 0}, "decoder_layers is at least 1; given: 0"),
+    ],
+)
+def test_impossible_sizes_are_refused_in_a_sentence(name, wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        getattr(models, name)(**{**SMALLEST[name], **wrong})

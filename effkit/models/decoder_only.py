@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from effkit.models.building import check_heads, random_tokens, ready
+
 
 class Text(LlamaForCausalLM):
     """Llama (arXiv 2302.13971) that can make its own batches, packed or not. Input cells are tokens."""
@@ -55,6 +57,10 @@ class Text(LlamaForCausalLM):
         }
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
+    def random_batch(self, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``labels`` [B, T], without padding; ``length`` is T [tokens]."""
+        return random_tokens(self.config.vocab_size, batch_size, length, seed, self.device)
+
 
 def build(
     *,
@@ -78,8 +84,7 @@ def build(
     max_input_cells
         Longest row [tokens].
     """
-    if hidden % heads:
-        raise ValueError(f"hidden is a multiple of heads; given: {hidden} and {heads}")
+    check_heads(hidden, heads)
     configuration = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -92,6 +97,6 @@ def build(
         attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     torch.manual_seed(seed)
-    model: Any = Text(configuration)  # transformers wraps .to() in a way that hides its types
+    model: Any = Text(configuration)
     model.loss_type = "ForCausalLM"  # transformers infers it from the class name, and ours is another
-    return model.to(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).train()
+    return ready(model, device, dtype)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
+from effkit.models.building import check_counts, check_heads, ready
+
 NUM_MEL_BINS = 80
 
 
@@ -51,6 +53,21 @@ class Speech(Speech2TextForConditionalGeneration):
         }
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
+    def random_batch(self, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """``input_features`` [B, T, 80] and ``labels`` [B, U], without padding.
+
+        ``length`` is T [10 ms frames]; U is a sixteenth of it, as in speech, and at least 2 [tokens].
+        """
+        check_counts(batch_size=batch_size, length=length)
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(batch_size, length, NUM_MEL_BINS, generator=generator)
+        tokens = max(length // 16, 2)
+        labels = torch.randint(4, self.config.vocab_size, (batch_size, tokens), generator=generator)
+        return {
+            "input_features": features.to(self.device, self.dtype),
+            "labels": labels.to(self.device),
+        }
+
 
 def build(
     *,
@@ -78,15 +95,8 @@ def build(
     dropout
         0 keeps steps repeatable.
     """
-    for name, count in {
-        "encoder_layers": encoder_layers,
-        "decoder_layers": decoder_layers,
-        "hidden": hidden,
-    }.items():
-        if count < 1:
-            raise ValueError(f"{name} is at least 1; given: {count}")
-    if hidden % heads:
-        raise ValueError(f"hidden is a multiple of heads; given: {hidden} and {heads}")
+    check_counts(encoder_layers=encoder_layers, decoder_layers=decoder_layers, hidden=hidden)
+    check_heads(hidden, heads)
     ffn = 4 * hidden if ffn is None else ffn
     configuration = Speech2TextConfig(
         vocab_size=vocabulary,
@@ -107,5 +117,4 @@ def build(
         use_cache=False,
     )
     torch.manual_seed(seed)
-    model: Any = Speech(configuration)  # transformers wraps .to() in a way that hides its types
-    return model.to(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).train()
+    return ready(Speech(configuration), device, dtype)

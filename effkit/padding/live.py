@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
 from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
 from effkit.recording import peak_memory
+from effkit.training import Loss, MakeOptimizer, forward, own_loss, residents, size_bytes, still, unchanged
 
 Progress = Callable[[int, int], None]
 
@@ -63,8 +63,8 @@ def measure(
     num_batches: int | None = None,
     repeats: int = 3,
     make_batch: Callable[[list[Ints], pd.DataFrame], Any] | None = None,
-    loss: Callable[[Any], torch.Tensor] | None = None,
-    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
     base: Account | None = None,
     world_size: int = 1,
     progress: Progress | None = None,
@@ -119,14 +119,12 @@ def measure(
             f"measure() takes repeats >= 1 and num_batches >= {fewest} here; given: {repeats} and {num_batches}"
         )
     probes = choose(plan, num_batches, cut_down=own)
-    to_loss = loss or (lambda output: output.loss)
+    to_loss = loss or own_loss
     num_runs = len(probes) * (repeats + 1)
     peaks: list[int] = []
     times: list[list[int]] = [[] for _ in probes]
-    with _unchanged(model):
-        update = (optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=0.0)))(model.parameters())
-        for group in update.param_groups:
-            group["lr"] = 0.0
+    with unchanged(model):
+        update = still(model.parameters(), optimizer)
         _train(model, make(probes[0].rows, plan.lengths), to_loss, update)  # the optimizer's state exists from here on
         for i, probe in enumerate(probes):
             batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
@@ -134,7 +132,7 @@ def measure(
             _tell(progress, i, num_runs)
             peak, peak_source = peak_memory(
                 lambda batch=batch: _train(model, batch, to_loss, update),  # type: ignore[misc]
-                resident_bytes=_resident_bytes(model, update, batch),
+                resident_bytes=sum(map(size_bytes, residents(model, update, batch).values())),
             )
             peaks.append(peak)
         for turn in range(_PATIENCE * repeats):
@@ -191,40 +189,10 @@ def measure(
 
 
 def _train(model: torch.nn.Module, batch: Any, to_loss: Any, update: torch.optim.Optimizer) -> None:
-    to_loss(model(**batch)).backward()
+    to_loss(forward(model, batch)).backward()
     update.step()
     # last, so that the gradients of one step are not freed inside the next
     update.zero_grad(set_to_none=True)
-
-
-def _resident_bytes(model: torch.nn.Module, update: torch.optim.Optimizer, batch: Any) -> int:
-    """Parameters, buffers, optimizer state and the batch itself [bytes]."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for state in update.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    tensors += [value for value in batch.values() if isinstance(value, torch.Tensor)]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
-@contextmanager
-def _unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Give the model back as it was: buffers, gradients, training mode and random state."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng():
-        try:
-            for parameter, _ in gradients:
-                parameter.grad = None
-            yield
-        finally:
-            for module, mode in training:
-                module.training = mode
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 def _check(batch: Any, probe: Probe, lengths: pd.DataFrame) -> None:

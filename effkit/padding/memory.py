@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.padding.least_squares import Floats, nonnegative
+from effkit.least_squares import Floats, nonnegative
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""checkpoint(): recompute blocks of a model in backward instead of keeping what they save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as recompute
+
+_aten = torch.ops.aten
+# What costs most of the arithmetic. Attention has one operation per backend, on a CPU and on GPUs.
+_PRODUCTS = {
+    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default,
+}  # fmt: skip
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_fused_attention_overrideable.default,
+}  # fmt: skip
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model, in the order in which it holds them: what :func:`checkpoint` can recompute.
+
+    They are the members with parameters of the outermost ``ModuleList`` and ``Sequential`` that hold two or more of one
+    class. Lists of compound layers come before lists of plain ones: the two convolutions in front of a speech encoder
+    are not blocks beside its layers, yet those of a plain ``Sequential`` are.
+
+    Raises
+    ------
+    ValueError
+        If the model has none.
+    """
+    lists = list(_lists(model))
+    compound = [members for members in lists if all(any(member.children()) for member in members)]
+    found = [member for members in compound or lists for member in members]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no ModuleList or Sequential with two layers of one class: put its repeated "
+            "layers into one"
+        )
+    return list(dict.fromkeys(found))  # a layer that is used again is one block
+
+
+def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
+    members = [child for child in module.children() if any(True for _ in child.parameters())]
+    if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(member) for member in members}) < len(members):
+        yield members
+    else:
+        for child in module.children():
+            yield from _lists(child)
+
+
+@contextmanager
+def checkpoint(model: nn.Module, every: int = 1, *, keep: str | None = None) -> Iterator[None]:
+    """Let every ``every``-th block of the model, from the first, be recomputed in backward in this context.
+
+    Gradients are the same to the last bit: dropout draws the same numbers again, and running statistics of batch norms
+    are updated once (recomputing runs on copies of them). Blocks in evaluation mode, and all under ``no_grad``, run as
+    they are. A key-value cache is kept from recomputed blocks, which would fill it twice; a model that makes one when
+    it trains (``use_cache=True``) then multiplies keys in another memory order, and its gradients differ in rounding.
+
+    Parameters
+    ----------
+    model
+        Its blocks are found by :func:`blocks`.
+    every
+        1 recomputes all blocks, 2 the first, third, ...
+    keep
+        ``"matmul"`` keeps the outputs of matrix products, convolutions and attention, and recomputes all else
+        (``torch.utils.checkpoint.create_selective_checkpoint_contexts``). They do not pass through the hooks of saved
+        tensors, so :func:`compressed` and :func:`offloaded` leave them as they are.
+
+    Raises
+    ------
+    ValueError
+        If there are no blocks; and in the forward pass, if a block is given a key-value cache that holds positions.
+    """
+    if every < 1 or keep not in (None, "matmul"):
+        raise ValueError(
+            f'checkpoint() takes every >= 1 and keep=None or "matmul"; given: every={every!r} and keep={keep!r}'
+        )
+    with ExitStack() as stack:
+        for block in blocks(model)[::every]:
+            stack.enter_context(_recomputed(block, keep))
+        yield
+
+
+@contextmanager
+def _recomputed(block: nn.Module, keep: str | None) -> Iterator[None]:
+    own = block.__dict__.get("forward")
+    forward = block.forward
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        # all tensors in one row: of keyword arguments torch keeps references, which no hook sees
+        leaves, spec = tree_flatten((tuple(map(_uncached, args)), {name: _uncached(kwargs[name]) for name in kwargs}))
+
+        def call(*leaves: Any) -> Any:
+            args, kwargs = tree_unflatten(leaves, spec)
+            return forward(*args, **kwargs)
+
+        return recompute(call, *leaves, use_reentrant=False, context_fn=partial(_contexts, block, keep))
+
+    block.forward = run
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
+
+
+def _contexts(block: nn.Module, keep: str | None) -> tuple[Any, Any]:
+    """Contexts of the first run and of the second."""
+    if keep is None:
+        return nullcontext(), _Recomputing(block)
+    first, second = create_selective_checkpoint_contexts(_policy)
+    return first, _Recomputing(block, second)
+
+
+class _Recomputing:
+    """The second run: on copies of the running statistics, which the first run has updated, and with what it kept."""
+
+    def __init__(self, block: nn.Module, kept: Any = None) -> None:
+        self.block, self.kept = block, kept
+
+    def __enter__(self) -> None:
+        norms = [module for module in self.block.modules() if isinstance(module, _NormBase)]
+        # not under the mode that hands out what was kept, which would count these copies among the block's operations
+        self.originals = [(norm, dict(norm._buffers)) for norm in norms]
+        for norm, buffers in self.originals:
+            norm._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+        if self.kept is not None:
+            self.kept.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        if self.kept is not None:
+            self.kept.__exit__(*raised)
+        for norm, buffers in self.originals:
+            norm._buffers = buffers
+
+
+def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation in _PRODUCTS or (operation in _ATTENTION and not _drops_out(operation, args, kwargs))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _drops_out(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether attention draws random numbers: left out of the second run, the block's later draws would be others."""
+    names = [argument.name for argument in operation._schema.arguments]
+    return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p", 0.0))
+
+
+def _uncached(value: Any) -> Any:
+    """The argument, or ``None`` for a key-value cache of transformers that is still empty."""
+    if not hasattr(value, "get_seq_length"):
+        return value
+    num = value.get_seq_length()
+    if num:
+        raise ValueError(
+            f"a block to recompute was given a key-value cache that holds {num} positions and would be filled twice: "
+            "call the model with use_cache=False"
+        )
+    return None

@@ -1,0 +1,206 @@
+"""Follow every storage through a step: the operator and the module that made it, what it is for, and its death."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from effkit.activations import counting, packing
+from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
+from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
+
+OUTSIDE = ""  # of any module
+
+
+class Follower(TorchDispatchMode):
+    """Sees every operator below autograd, on real tensors or on fake ones, and learns of each storage's death.
+
+    Parameters
+    ----------
+    residents
+        What is there all the time, by category: not counted again.
+    mark
+        Number of an operator -> a context to run it in; given for real tensors only, whose addresses are noted too.
+    """
+
+    def __init__(
+        self,
+        residents: Mapping[str, Iterable[torch.Tensor]],
+        mark: Callable[[int], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        self._mark = mark or (lambda number: nullcontext())
+        # fake storages have no address
+        self._address: Callable[[torch.UntypedStorage], int] = (
+            (lambda storage: storage.data_ptr()) if mark else lambda _: 0
+        )
+        self._ops: list[str] = []
+        self._known: dict[int, int] = {}  # storage -> its allocation, -1 for a resident
+        self._refs: list[Any] = []
+        self._sizes: list[int] = []
+        self._born: list[tuple[int, str, bool]] = []  # operator, module, while a forward was computed again
+        self._deaths: dict[int, int] = {}
+        self._saved: dict[int, tuple[str, int]] = {}  # allocation -> module and operator that saved it
+        self._on_host: set[int] = set()
+        self._addresses: list[int] = []
+        self._gradients: set[int] = set()
+        self._segments: list[Segment] = []
+        self._work: list[tuple[int, ...]] = []
+        self._signatures: list[Signature] = []
+        self._aside: list[bool] = []
+        self._parameters: list[torch.nn.Parameter] = []
+        self._modules: list[str] = []
+        self._resident_bytes: dict[str, int] = {}
+        for category, tensors in residents.items():
+            self._resident_bytes[category] = 0
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                self._known[storage._cdata] = -1
+                self._refs.append(storage)
+                self._resident_bytes[category] += storage.nbytes()
+
+    @contextmanager
+    def following(self, model: torch.nn.Module) -> Iterator[None]:
+        """Follow what runs inside, module by module."""
+        self._parameters = list(model.parameters())
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                enter = module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name))
+                leave = module.register_forward_hook(lambda *_: self._leave(), always_call=True)
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
+            stack.enter_context(packing.watch(self._keep))
+            stack.enter_context(self)
+            yield
+
+    def enter(self, phase: str) -> None:
+        """A phase of the step begins."""
+        self._modules.clear()
+        if phase == OPTIMIZER:
+            self._gradients = {
+                self._known[g.untyped_storage()._cdata] for p in self._parameters if (g := p.grad) is not None
+            }
+        self._segments.append(Segment(phase, len(self._ops)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # fake tensors ask for it
+            return func(*args, **(kwargs or {}))
+        number = len(self._ops)
+        with self._mark(number):
+            out = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        there = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known and storage._cdata not in there:
+                self._birth(storage, number)
+        self._ops.append(func._schema.name.removeprefix("aten::"))
+        weights = tuple(tuple(t.shape) for t in given if self._known.get(t.untyped_storage()._cdata) == -1)
+        self._signatures.append(Signature(self._ops[-1], tuple(tuple(t.shape[1:]) for t in given), weights))
+        self._aside.append(packing.at_work())
+        self._work.append(counting.work(func, args, kwargs, out, given, made))
+        return out
+
+    @property
+    def _latest(self) -> int:
+        """The model's operator that has just run."""
+        own = (i for i in range(len(self._ops) - 1, -1, -1) if self._work[i][counting.MOVED] and not self._aside[i])
+        return next(own, 0)
+
+    def _leave(self) -> None:
+        if self._modules:
+            self._modules.pop()
+
+    @property
+    def _where(self) -> str:
+        return self._modules[-1] if self._modules else OUTSIDE
+
+    def _birth(self, storage: torch.UntypedStorage, number: int) -> None:
+        allocation = len(self._sizes)
+        again = bool(self._modules) and self._segments[-1].phase == BACKWARD
+        self._sizes.append(storage.nbytes())
+        self._addresses.append(self._address(storage))
+        self._born.append((number, self._where, again))
+        key = storage._cdata
+
+        def dead(_: Any) -> None:
+            self._known.pop(key, None)
+            self._deaths[allocation] = len(self._ops)
+
+        self._known[key] = allocation
+        self._refs.append(weakref.ref(storage, dead))
+
+    def _keep(self, original: torch.Tensor, kept: Any) -> None:
+        """Autograd keeps these for the backward of the operator that has just run, or of the one that comes next."""
+        if self._segments[-1].phase != FORWARD:
+            return
+        # an output is handed to the hooks detached, an input as it is
+        comes_next = original.grad_fn is not None
+        away = {tensor.untyped_storage()._cdata for tensor in packing.tensors_away(kept)}
+        for tensor in packing.tensors_in(kept):
+            allocation = self._known.get(tensor.untyped_storage()._cdata, -1)
+            if allocation >= 0:
+                self._saved.setdefault(allocation, (self._where, len(self._ops) if comes_next else self._latest))
+                if tensor.untyped_storage()._cdata in away:
+                    self._on_host.add(allocation)
+
+    @property
+    def addresses(self) -> Any:
+        """Where each allocation was, if the tensors were real."""
+        return np.array(self._addresses, dtype="int64")
+
+    def timeline(self) -> Timeline:
+        """What was followed. Storages that are still alive die after the last operator."""
+        num_ops = len(self._ops)
+        savers = [self._saved.get(i, (module, op)) for i, (op, module, _) in enumerate(self._born)]
+        # an operator of the model's that does more than show a tensor in another shape
+        working = np.flatnonzero((np.array(self._work)[:, counting.MOVED] > 0) & ~np.array(self._aside))
+        frame = pd.DataFrame(
+            {
+                "size_bytes": np.array(self._sizes, dtype="int64"),
+                "birth": np.array([op for op, *_ in self._born], dtype="int64"),
+                "death": np.array([self._deaths.get(i, num_ops) for i in range(len(self._born))], dtype="int64"),
+                "module": [module for module, _ in savers],
+                "operator": [
+                    self._ops[working[min(np.searchsorted(working, op), len(working) - 1)]] for _, op in savers
+                ],
+            }
+        )
+        category = pd.Categorical(self._categories(frame), categories=CATEGORIES)
+        return Timeline(
+            tuple(self._ops), frame.assign(category=category), self._resident_bytes, tuple(self._segments),
+            np.array(self._work, dtype="int64").reshape(num_ops, -1), tuple(self._signatures),
+            np.array(self._aside, dtype=bool), np.zeros(num_ops, dtype="int64"),
+        )  # fmt: skip
+
+    def _categories(self, frame: pd.DataFrame) -> list[str]:
+        """What backward finds there though forward made it was kept for it, whether or not the hooks were told."""
+        backwards = np.array([segment.first for segment in self._segments if segment.phase == BACKWARD])
+        birth, death = frame["birth"].to_numpy(), frame["death"].to_numpy()
+        crossed = np.searchsorted(backwards, birth, "right")  # the next backward
+        starts = np.append(backwards, len(self._ops) + 1)[crossed]
+        made_forward = np.array([self._phase_at(op) == FORWARD for op in birth], dtype=bool)
+        kept = made_forward & (death > starts)
+        names = []
+        for i, (_, _, again) in enumerate(self._born):
+            if i in self._gradients:
+                names.append("gradient")
+            elif i in self._on_host:
+                names.append("offloaded activation")
+            elif i in self._saved or kept[i]:
+                names.append("saved activation")
+            else:
+                names.append("recomputed activation" if again else "workspace")
+        return names
+
+    def _phase_at(self, op: int) -> str:
+        return next(segment.phase for segment in reversed(self._segments) if segment.first <= op)

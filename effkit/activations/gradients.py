@@ -1,0 +1,109 @@
+"""gradient_error(): how far a lossy lever moves the gradient, beside how far another batch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+ALL = "all"
+_Gradients = dict[str, Tensor]
+
+
+def gradient_error(
+    model: nn.Module,
+    batch: Any,
+    levers: Callable[[], AbstractContextManager[Any]],
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    batches: Sequence[Any] | None = None,
+) -> pd.DataFrame:
+    """The error of the gradient under levers, per parameter and in all, beside the noise between minibatches.
+
+    Forward and backward run once plainly, once under the levers and once per other batch, all with the same random
+    numbers. The model comes out as it went in: gradients, buffers and random state are untouched.
+
+    Parameters
+    ----------
+    model
+        Any module, in the mode in which it is trained.
+    batch
+        A dict is given as keyword arguments, a tuple or list as arguments, anything else as the one argument.
+    levers
+        Yields a context to run in, such as ``lambda: compressed("int8")``; called once.
+    loss
+        Model output -> scalar; ``output.loss`` unless given.
+    batches
+        Other batches, for the noise: without any, it is nan.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per parameter that requires a gradient and gets one, and ``"all"`` last. ``parameter``;
+        ``num_elements``; ``relative_error`` = ||g' - g|| / ||g||; ``cosine`` of g' and g, nan when one is 0;
+        ``noise_relative_error``, ``noise_cosine``: the same two with the gradient of another batch as g', mean over
+        ``batches``.
+    """
+    to_loss = loss or (lambda output: output.loss)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"gradient_error() compares gradients, and no parameter of {type(model).__name__} requires one: call "
+            "requires_grad_() on those that are trained"
+        )
+    exact = _gradients(model, batch, to_loss, nullcontext())
+    figures = _compare(exact, _gradients(model, batch, to_loss, levers()))
+    noise = [_compare(exact, _gradients(model, other, to_loss, nullcontext())) for other in batches or []]
+    names = ["relative_error", "cosine"]
+    mean = sum(noise) / len(noise) if noise else figures * float("nan")
+    table = figures.join(mean.add_prefix("noise_"))
+    sizes = [gradient.numel() for gradient in exact.values()]
+    table.insert(0, "num_elements", [*sizes, sum(sizes)])
+    return table.rename_axis("parameter").reset_index()[
+        ["parameter", "num_elements", *names, *(f"noise_{name}" for name in names)]
+    ]
+
+
+def _gradients(
+    model: nn.Module, batch: Any, to_loss: Callable[[Any], Tensor], levers: AbstractContextManager[Any]
+) -> _Gradients:
+    """Gradients by name, with the model's own left alone."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.random.fork_rng(), _buffers_restored(model), torch.enable_grad(), levers:
+        if isinstance(batch, dict):
+            output = model(**batch)
+        else:
+            output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
+        found = torch.autograd.grad(to_loss(output), list(parameters.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+
+@contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def _compare(exact: _Gradients, other: _Gradients) -> pd.DataFrame:
+    """``relative_error`` and ``cosine`` by parameter, and of all as one vector."""
+    rows = {}
+    for name, gradient in exact.items():
+        g = gradient.double()
+        # a parameter that another batch does not reach, as an expert of a mixture, has a gradient of 0
+        h = other[name].double() if name in other else torch.zeros_like(g)
+        rows[name] = [
+            float(value) for value in ((h - g).square().sum(), g.square().sum(), h.square().sum(), (g * h).sum())
+        ]
+    squares = pd.DataFrame.from_dict(rows, orient="index", columns=["error", "exact", "other", "product"])
+    squares.loc[ALL] = squares.sum()
+    relative = (squares["error"] / squares["exact"]) ** 0.5
+    cosine = squares["product"] / (squares["exact"] * squares["other"]) ** 0.5
+    return pd.DataFrame({"relative_error": relative.where(squares["error"] > 0, 0.0), "cosine": cosine})

@@ -1,0 +1,107 @@
+"""Levers: which of the memory savers are in force, as one setting that a step is run, replayed or predicted with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from effkit.activations.checkpointing import checkpoint
+from effkit.activations.compressing import compressed
+from effkit.activations.low_bit import LowBitAdamW
+from effkit.activations.offloading import offloaded
+from effkit.training import MakeOptimizer
+
+NONE = "none"
+COMPRESSIONS = (NONE, "int8", "fp8_e4m3", "fp8_e5m2")
+STATES = ("float32", "int8", "fp8_e4m3")
+KEEPS = (NONE, "matmul")
+AUTOCASTS = (NONE, "bfloat16")
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What is done to save memory in a step; the defaults are a plain step.
+
+    Attributes
+    ----------
+    checkpoint_every
+        Every so many blocks, one is recomputed in backward; 0: none is.
+    keep
+        ``"matmul"``: recomputed blocks keep the outputs of matrix products and attention.
+    compress, group
+        Format of saved activations, and how many values share a scale (see :func:`compressed`).
+    offload_frac
+        Share of the saved bytes that waits in host memory.
+    micro_batches
+        Parts of the batch that run one after another and add up their gradients.
+    autocast
+        Data type of matrix products in forward.
+    optimizer_states
+        Format of AdamW's two moments (see :class:`LowBitAdamW`).
+    """
+
+    checkpoint_every: int = 0
+    keep: str = NONE
+    compress: str = NONE
+    group: int = 128
+    offload_frac: float = 0.0
+    micro_batches: int = 1
+    autocast: str = NONE
+    optimizer_states: str = "float32"
+
+    def __post_init__(self) -> None:
+        words = {"keep": KEEPS, "compress": COMPRESSIONS, "autocast": AUTOCASTS, "optimizer_states": STATES}
+        for name, allowed in words.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(allowed)}; given: {getattr(self, name)!r}")
+        for name, least in {"checkpoint_every": 0, "group": 1, "micro_batches": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is a whole number from {least} on; given: {value!r}")
+        if not 0 <= self.offload_frac <= 1:
+            raise ValueError(f"offload_frac is a share in [0, 1]; given: {self.offload_frac!r}")
+
+    @property
+    def lossless(self) -> bool:
+        """True when the gradients and the update are those of a plain step."""
+        return self.compress == NONE and self.autocast == NONE and self.optimizer_states == "float32"
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Those that differ from a plain step."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    @contextmanager
+    def applied(self, model: torch.nn.Module) -> Iterator[None]:
+        """The levers on a model's forward pass, in force until the context is left; what backward needs stays."""
+        kind = next(model.parameters()).device.type
+        with ExitStack() as stack:
+            if self.checkpoint_every:
+                stack.enter_context(
+                    checkpoint(model, self.checkpoint_every, keep=None if self.keep == NONE else self.keep)
+                )
+            if self.compress != NONE:
+                stack.enter_context(compressed(self.compress, self.group))
+            if self.offload_frac:
+                stack.enter_context(offloaded(self.offload_frac))
+            stack.enter_context(
+                nullcontext() if self.autocast == NONE else torch.autocast(kind, getattr(torch, self.autocast))
+            )
+            yield
+
+    def optimizer(self, make: MakeOptimizer | None) -> MakeOptimizer | None:
+        """What makes the step's optimizer."""
+        if self.optimizer_states == "float32":
+            return make
+        if make is not None:
+            raise ValueError(
+                f"optimizer_states={self.optimizer_states!r} brings its own AdamW: leave out optimizer=, or float32"
+            )
+        return lambda parameters: LowBitAdamW(parameters, states=self.optimizer_states)
+
+
+KNOBS = tuple(field.name for field in fields(Levers))

@@ -1,0 +1,179 @@
+"""AdamW whose moments are kept in eight bits between steps, and what that does to its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import pandas as pd
+import torch
+
+from effkit.activations.expansion import SIGNED, UNSIGNED, Packed, pack, unpack
+
+_FORMATS = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
+
+
+class LowBitAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with both moments in eight bits, expanded as in COAT (arXiv 2410.19313, Section 4).
+
+    A parameter's moments are read into float32, used and packed again before the next parameter's are read, so that a
+    step's peak holds the moments of one parameter in full. The state is 2 bytes per parameter and 16 bytes per group.
+    torchao has AdamW8bit and AdamWFp8, but compiles its step and does not expand.
+
+    Parameters
+    ----------
+    params, lr, betas, eps, weight_decay
+        As in torch.optim.AdamW.
+    states
+        ``"int8"`` (the second moment in unsigned integers), ``"fp8_e4m3"``, or ``"float32"``, which is
+        torch.optim.AdamW (foreach=False, float32 parameters) bit for bit.
+    group
+        Neighbouring values that share a scale. Best a divisor of the rows' width: rows of an embedding differ in size,
+        and a group that holds parts of several has a wide range, which leaves expansion less to gain.
+    expand
+        Whether a group is expanded to the range of the format. Without it, second moments in int8 that are below a
+        500th of their group's largest become 0, and their updates enormous.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        states: str = "int8",
+        group: int = 128,
+        expand: bool = True,
+    ) -> None:
+        if states not in ("float32", *SIGNED):
+            raise ValueError(f"states is one of float32, {', '.join(SIGNED)}; given: {states!r}")
+        if group < 1:
+            raise ValueError(f"group is at least 1; given: {group}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # among the settings of parameter groups, so that a loaded state is read as it was written
+        super().__init__(params, {**defaults, "states": states, "group": group, "expand": expand})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for settings in self.param_groups:
+            for parameter in settings["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, settings)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` gave, in the dtypes it has (torch would turn codes into floats)."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(settings["params"] for settings in state_dict["param_groups"])
+        own = chain.from_iterable(settings["params"] for settings in self.param_groups)
+        for key, parameter in zip(saved, own, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                # cloned, since float32 moments are updated in place
+                self.state[parameter][name] = value.to(parameter.device).clone() if torch.is_tensor(value) else value
+
+    def _update(self, parameter: torch.Tensor, settings: dict[str, Any]) -> None:
+        """torch's own order of operations, for equality to the last bit."""
+        state = self.state[parameter]
+        state["step"] = step = state.get("step", 0) + 1  # a plain number: tensors may be fake
+        beta1, beta2 = settings["betas"]
+        gradient = parameter.grad.float()  # type: ignore[union-attr]
+        parameter.mul_(1 - settings["lr"] * settings["weight_decay"])
+        first = _read(state, "exp_avg", parameter, settings).lerp_(gradient, 1 - beta1)
+        second = _read(state, "exp_avg_sq", parameter, settings)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(settings["eps"])
+        parameter.addcdiv_(first, denominator, value=-settings["lr"] / (1 - beta1**step))
+        del gradient, denominator
+        _write(state, "exp_avg", first, settings)
+        del first
+        _write(state, "exp_avg_sq", second, settings)
+
+
+def _read(state: dict[str, Any], name: str, parameter: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """A moment in float32; the state itself where that is how it is kept."""
+    if name not in state:
+        return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.preserve_format)
+    if settings["states"] == "float32":
+        return state[name]
+    packed = Packed(state[name], state[f"{name}_largest"], state[f"{name}_power"])
+    return unpack(packed, _FORMATS[name][settings["states"]], parameter.shape)
+
+
+def _write(state: dict[str, Any], name: str, moment: torch.Tensor, settings: dict[str, Any]) -> None:
+    if settings["states"] == "float32":
+        state[name] = moment
+        return
+    form = _FORMATS[name][settings["states"]]
+    packed = pack(moment, form, settings["group"], expand=settings["expand"])
+    state[name], state[f"{name}_largest"], state[f"{name}_power"] = packed
+
+
+def update_error(
+    states: torch.optim.Optimizer | Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    group: int = 128,
+    eps: float = 1e-8,
+) -> pd.DataFrame:
+    """How far Adam's update u = m / (sqrt(v) + eps) moves when m and v are kept in each format.
+
+    Parameters
+    ----------
+    states
+        An optimizer that keeps ``exp_avg`` and ``exp_avg_sq`` in full (torch.optim.AdamW, after some steps), or pairs
+        of the two.
+    group
+        Neighbouring values that share a scale.
+    eps
+        Of the update.
+
+    Returns
+    -------
+    DataFrame
+        A row per format and ``expand``: ``error_frac``, the norm of the change over the norm of the update (all
+        parameters together); ``median_error_frac``, the middle change of a value over its size; ``mean_squared_error``
+        (what COAT reports), whose ratios are the squares of those of ``error_frac``; ``lost_frac``, the part
+        of second moments above 0 that became 0.
+    """
+    pairs = [
+        (first.detach().float(), second.detach().float())
+        for first, second in (
+            [(state["exp_avg"], state["exp_avg_sq"]) for state in states.state.values()]
+            if isinstance(states, torch.optim.Optimizer)
+            else states
+        )
+    ]
+    if not pairs:
+        raise ValueError("update_error is of states after at least one step; given: none; train a little first")
+    return pd.DataFrame([_error(pairs, name, group, eps, expand) for name in SIGNED for expand in (False, True)])
+
+
+def _error(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]], name: str, group: int, eps: float, expand: bool
+) -> dict[str, Any]:
+    exact, changes, lost = [], [], []
+    for first, second in pairs:
+        m, v = (
+            unpack(pack(moment, form, group, expand=expand), form, moment.shape)
+            for moment, form in ((first, SIGNED[name]), (second, UNSIGNED[name]))
+        )
+        exact.append((first / (second.sqrt() + eps)).flatten())
+        changes.append((m / (v.sqrt() + eps)).flatten() - exact[-1])
+        lost.append((v == 0)[second > 0])
+    update, change = torch.cat(exact), torch.cat(changes)
+    some = update != 0
+    return {
+        "states": name,
+        "expand": expand,
+        "error_frac": float(change.norm() / update.norm()),
+        "median_error_frac": float((change[some] / update[some]).abs().median()),
+        "mean_squared_error": float(change.square().mean()),
+        "lost_frac": float(torch.cat(lost).float().mean()),
+    }

@@ -1,0 +1,97 @@
+"""Observe a real step: every operator followed, every allocation and free recorded, and the peak explained by both."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch._C._profiler import _RecordFunctionFast
+
+from effkit.activations.following import Follower
+from effkit.activations.timeline import CATEGORIES, Ints, Timeline
+from effkit.device import synchronize
+from effkit.recording import memory_events
+
+_MARK = "effkit::operator#"
+
+
+class Observation(NamedTuple):
+    """One step that was really run.
+
+    ``timeline`` knows what each operator allocates inside itself; ``rows`` is what the recorded allocations that are
+    alive at the peak are for [bytes], ``peak_bytes`` what the allocator counted then, ``source`` who says so.
+    """
+
+    timeline: Timeline
+    rows: dict[str, int]
+    peak_bytes: int
+    source: str
+
+
+def observe(
+    step: Callable[[Callable[[str], None]], None], model: torch.nn.Module, residents: dict[str, list[torch.Tensor]]
+) -> Observation:
+    """Run ``step(enter)`` once.
+
+    On a GPU the peak is the allocator's own; on the CPU it is what the profiler's running total rose by, and what was
+    there before it: ``residents``.
+    """
+    follower = Follower(residents, lambda number: _RecordFunctionFast(f"{_MARK}{number}"))
+    cuda = next(model.parameters()).is_cuda
+
+    def follow() -> None:
+        with follower.following(model):
+            step(follower.enter)
+
+    gc.collect()  # what dies of old age during the step would be taken for the step's own
+    if cuda:
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    read = memory_events(follow)
+    counted = torch.cuda.max_memory_allocated() if cuda else None
+    timeline = follower.timeline()
+    kind = "cuda" if cuda else "cpu"
+    memory = read.memory[read.memory["device"].str.startswith(kind)].reset_index(drop=True)
+    marks = read.events[read.events["name"].str.startswith(_MARK)]
+    number = marks["name"].str.removeprefix(_MARK).astype("int64").to_numpy()
+    order = np.argsort(number)
+    starts = marks["start_ns"].to_numpy()[order]
+    ends = starts + marks["dur_ns"].to_numpy()[order]
+    times, totals = memory["time_ns"].to_numpy(), memory["total_bytes"].to_numpy("int64")
+    before = int(totals[0] - memory["size_bytes"].iloc[0]) if len(memory) else 0
+    inside = _inside(timeline, starts, ends, times, np.append(before, totals))
+    at = int(totals.argmax()) if len(memory) else -1
+    op = int(np.searchsorted(starts, times[at], "right")) - 1 if at >= 0 else -1
+    rows = dict(timeline.resident_bytes) | _alive(memory.iloc[: at + 1], follower, timeline, op)
+    resident = sum(timeline.resident_bytes.values())
+    if counted is None:
+        counted = resident + (max(0, int(totals[at]) - before) if at >= 0 else 0)
+        source = "resident tensors + the profiler's Total Allocated"
+    else:
+        source = "torch.cuda.max_memory_allocated"
+    rows = {name: rows[name] for name in CATEGORIES if rows.get(name)}
+    return Observation(replace(timeline, inside_bytes=inside), rows, counted, source)
+
+
+def _inside(timeline: Timeline, starts: Any, ends: Any, times: Any, levels: Any) -> Ints:
+    """How far the recorded level rose during each operator beyond what the operator left behind [bytes]."""
+    first, last = np.searchsorted(times, starts, "left"), np.searchsorted(times, ends, "right")
+    kept = np.bincount(timeline.allocations["birth"], timeline.allocations["size_bytes"], minlength=len(timeline.ops))
+    highest = np.array([levels[a : b + 1].max() for a, b in zip(first, last, strict=True)], dtype="int64")
+    return np.maximum(0, highest - levels[first] - kept.astype("int64"))
+
+
+def _alive(memory: pd.DataFrame, follower: Follower, timeline: Timeline, op: int) -> dict[str, int]:
+    """What the recorded allocations that are still alive were followed to be for; the rest lives inside an operator."""
+    last = memory.drop_duplicates("address", keep="last")
+    alive = last[last["size_bytes"] > 0].set_index("address")["size_bytes"]
+    frame = timeline.allocations
+    here = frame[(frame["birth"] <= op) & (frame["death"] > op)]
+    category = pd.Series(here["category"].astype("str").to_numpy(), index=follower.addresses[here.index])
+    purpose = category[~category.index.duplicated()].reindex(alive.index).fillna("workspace")
+    return {str(name): int(amount) for name, amount in alive.groupby(purpose.to_numpy()).sum().items()}

@@ -1,0 +1,287 @@
+"""Stages that autograd's saved tensors pass through on their way to backward, in any nesting of contexts.
+
+``torch.autograd.graph.saved_tensors_hooks`` applies the innermost pair of hooks only: a second context would switch the
+first one off. Here each context adds a stage, and the innermost hooks run them all.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from threading import local
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+# What is kept in a tensor's stead: a tensor, or a NamedTuple that holds tensors.
+Kept = Any
+
+
+class Place(IntEnum):
+    """Where a stage stands: saved tensors pass from low to high, and come back from high to low."""
+
+    COMPRESS = 0
+    OFFLOAD = 1
+    WATCH = 2
+
+
+class _Stage(NamedTuple):
+    place: Place
+    pack: Callable[[Tensor, Kept], Kept]
+    unpack: Callable[[Kept], Kept]
+
+
+class _Packed(NamedTuple):
+    """What autograd holds. The stages are in it, so that backward needs no context and may run in any thread."""
+
+    stages: tuple[_Stage, ...]
+    kept: Kept
+    alias: Tensor | None  # of the tensor itself, where that is what is kept
+    version: int
+
+
+_STAGES: ContextVar[tuple[_Stage, ...]] = ContextVar("_STAGES", default=())
+
+
+@contextmanager
+def stage(place: Place, pack: Callable[[Tensor, Kept], Kept], unpack: Callable[[Kept], Kept]) -> Iterator[None]:
+    """Let each tensor that autograd saves in this context pass through ``pack``, and in backward through ``unpack``.
+
+    Parameters
+    ----------
+    place
+        Before or after which other stages, whatever the order in which the contexts were entered. Of several contexts
+        at ``COMPRESS`` the innermost holds, and so at ``OFFLOAD``; at ``WATCH`` all do.
+    pack
+        ``(the tensor as autograd saves it, what the stages before keep of it) -> what is kept``. The second is the
+        first when no stage has changed it, and may be given back.
+    unpack
+        The reverse of ``pack``; the last one yields a tensor of the shape, dtype and device that were saved.
+    """
+    others = [other for other in _STAGES.get() if other.place != place or place == Place.WATCH]
+    stages = tuple(sorted([*others, _Stage(place, pack, unpack)], key=lambda stage: stage.place))
+    token = _STAGES.set(stages)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(partial(_pack, stages), _unpack):
+            yield
+    finally:
+        _STAGES.reset(token)
+
+
+def _pack(stages: tuple[_Stage, ...], tensor: Tensor) -> _Packed:
+    with _busy():
+        # An alias from the start: a node that kept its own output would hold itself, and never be freed.
+        alias = tensor.detach()
+        kept: Kept = alias
+        for stage in stages:
+            kept = stage.pack(tensor, kept)
+        kept = alias if kept is tensor else kept
+        as_it_is = any(held is alias for held in tensors_in(kept))
+        return _Packed(stages, kept, alias if as_it_is else None, tensor._version)
+
+
+def _unpack(packed: _Packed) -> Tensor:
+    kept, alias = packed.kept, packed.alias
+    # autograd leaves this check to whoever hooks in
+    if alias is not None and alias._version != packed.version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(alias.shape)} that backward needs was changed in place after it was saved "
+            f"(version {alias._version}, expected {packed.version}): change a copy of it instead"
+        )
+    with _busy():
+        for stage in reversed(packed.stages):
+            kept = stage.unpack(kept)
+    return kept
+
+
+_WORK = local()
+
+
+@contextmanager
+def _busy() -> Iterator[None]:
+    before, _WORK.going_on = at_work(), True
+    try:
+        yield
+    finally:
+        _WORK.going_on = before
+
+
+def at_work() -> bool:
+    """Whether stages are packing or unpacking in this thread, so that its operators are theirs and not the model's."""
+    return getattr(_WORK, "going_on", False)
+
+
+@contextmanager
+def watch(seen: Callable[[Tensor, Kept], None]) -> Iterator[None]:
+    """Call ``seen(original, kept)`` for each tensor that autograd saves in this context.
+
+    Saved several times, it is seen several times: deduplicate by storage before adding bytes. Regions under
+    ``torch.utils.checkpoint`` show their inputs only, and what selective checkpointing caches is not seen.
+
+    Parameters
+    ----------
+    seen
+        Gets the tensor as the operation saves it and what is kept in its stead after all other stages: an alias of
+        the tensor when none changed it, else a NamedTuple; :func:`tensors_in` lists the tensors in either.
+    """
+
+    def pack(original: Tensor, kept: Kept) -> Kept:
+        seen(original, kept)
+        return kept
+
+    with stage(Place.WATCH, pack, lambda kept: kept):
+        yield
+
+
+def tensors_in(kept: Kept) -> list[Tensor]:
+    """The tensors that a kept object holds, on the device or in host memory."""
+    return [tensor for tensor, _ in _located(kept)]
+
+
+def tensors_away(kept: Kept) -> list[Tensor]:
+    """Those of them that were sent to host memory."""
+    return [tensor for tensor, away in _located(kept) if away]
+
+
+def _located(kept: Kept, away: bool = False) -> Iterator[tuple[Tensor, bool]]:
+    for leaf in tree_leaves(kept):
+        if isinstance(leaf, Tensor):
+            yield leaf, away
+        elif isinstance(leaf, Once):
+            yield from _located(leaf.kept, away)
+        elif isinstance(leaf, Away):
+            yield from _located(leaf.kept, True)
+
+
+# Nodes of autograd that show the same weight in another shape or precision; each has one input.
+_SAME_WEIGHT = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Alias", "AsStrided", "Clone", "Expand", "Narrow", "Permute", "ReshapeAlias", "Select", "Slice", "Split",
+        "SplitWithSizes", "Squeeze", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View",
+    )
+    for i in range(3)
+)  # fmt: skip
+_HOPS = 6
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether this is a parameter, a view of one or autocast's cast of one, which exist without being saved.
+
+    A cast of a frozen parameter leaves no trace in the graph and passes for an activation.
+    """
+    if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+        return True
+    node = tensor.grad_fn
+    for _ in range(_HOPS):
+        if node is None or node.name() not in _SAME_WEIGHT:
+            break
+        node = node.next_functions[0][0]
+    return isinstance(getattr(node, "variable", None), torch.nn.Parameter)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The stretch of a storage that is kept for a tensor, and how the tensor lies in it.
+
+    A tensor without gaps is its own stretch, in whatever order its dimensions are, so that ``x``, ``x.view(-1, d)`` and
+    ``x.t()`` are kept once. One with gaps (a third of ``qkv``) takes the whole storage, which its siblings then share,
+    unless it is less than a quarter of it: then it is kept as a contiguous copy.
+    """
+
+    key: Hashable
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    start: int | None  # in the storage; None for a copy of a small part
+    numel: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, in_order: bool = False) -> Region:
+        """The region of a strided tensor, valid until it is changed in place.
+
+        ``in_order``: one whose values are in the order of the tensor, and shared with tensors of the same last
+        dimension only.
+        """
+        size, stride, start, num = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.numel()
+        storage = tensor.untyped_storage()
+        version = (StorageWeakRef(storage), tensor._version, tensor.dtype)
+        extent = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if num else 0
+        in_all = storage.nbytes() // tensor.element_size()
+        if in_order and tensor.is_contiguous():
+            return cls((*version, start, extent, size[-1:]), size, stride, 0, start, extent)
+        if extent <= num and not in_order:
+            return cls((*version, start, extent), size, stride, 0, start, extent)
+        if 4 * num >= in_all and not in_order:
+            return cls((*version, 0, in_all), size, stride, start, 0, in_all)
+        return cls((*version, start, size, stride), size, (), 0, None, num)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The region [n] of the tensor that it was made of; a view, or a copy where the tensor is a small part."""
+        if self.start is None:
+            return tensor.detach().contiguous().view(-1)
+        return tensor.detach().as_strided((self.numel,), (1,), self.start)
+
+    def place(self, flat: Tensor) -> Tensor:
+        """The tensor, as a view of its region [n]."""
+        return flat.view(self.size) if self.start is None else flat.as_strided(self.size, self.stride, self.offset)
+
+
+class Away(ABC):
+    """What is kept, in host memory."""
+
+    kept: Kept
+
+    @abstractmethod
+    def back(self) -> Kept:
+        """The same on its device."""
+
+
+class Once:
+    """What is kept of one region: shared by all its views, as is what it is restored to while one of them is alive."""
+
+    __slots__ = ("__weakref__", "_alive", "_like", "kept")
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        self._alive: Callable[[], torch.UntypedStorage | None] = lambda: None
+        self._like: tuple[torch.dtype, torch.device, torch.Size] | None = None
+
+    def restored(self, restore: Callable[[Kept], Tensor]) -> Tensor:
+        """``restore(kept)`` ([n], filling its storage), or the same memory again while it is in use."""
+        storage, like = self._alive(), self._like
+        if storage is None or like is None:
+            flat = restore(self.kept.back() if isinstance(self.kept, Away) else self.kept)
+            # The storage and not the tensor: autograd wraps what it unpacks anew.
+            self._alive, self._like = weakref.ref(flat.untyped_storage()), (flat.dtype, flat.device, flat.shape)
+            return flat
+        dtype, device, shape = like
+        # Of a constant: for others a FakeTensorMode caches the call with its arguments, and the storage never dies.
+        return torch.tensor([], dtype=dtype, device=device).set_(storage, 0, shape, (1,))
+
+
+class PerStorage:
+    """Makes one :class:`Once` per region of a storage; it lives as long as something packed refers to it."""
+
+    def __init__(self) -> None:
+        # the key's weak reference reserves the storage's address, so that no later storage is taken for it
+        self._made: weakref.WeakValueDictionary[Hashable, Once] = weakref.WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def once(self, region: Region, make: Callable[[], Kept]) -> Once:
+        """The one of this region, made now if there is none."""
+        found = self._made.get(region.key)
+        if found is None:
+            found = self._made[region.key] = Once(make())
+        return found

@@ -1,0 +1,158 @@
+"""Replay a training step on fake tensors: every operator and every storage of the real step, and no memory and no work.
+
+The only place that touches torch's fake tensors, which are private to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from effkit.activations import stepping
+from effkit.activations.following import Follower
+from effkit.activations.levers import Levers
+from effkit.activations.timeline import Timeline
+from effkit.training import Loss, MakeOptimizer, own_loss, residents, still
+
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+_MOST_VALUES = 2**24  # of a mask or of indices whose values are kept
+_MOST_PARTS = 2  # micro-batches after the second repeat it
+
+
+class Replayer:
+    """A fake copy of a model, on which steps are replayed at any batch and with any levers.
+
+    Parameters
+    ----------
+    model
+        A real model, or one on the meta device; it is copied, not touched.
+    loss, optimizer
+        As in :func:`effkit.activations.measure`.
+
+    Raises
+    ------
+    ValueError
+        When the model cannot be copied.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, loss: Loss | None = None, optimizer: MakeOptimizer | None = None
+    ) -> None:
+        self._mode = _Valued()
+        placed = {
+            id(tensor): self._placed(tensor) for tensor in (*model.parameters(), *model.buffers()) if tensor.is_meta
+        }
+        with FakeCopyMode(self._mode):
+            self._model = copy.deepcopy(model, placed)
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        self._loss, self._make = loss or own_loss, optimizer
+        self._updates: dict[str, torch.optim.Optimizer] = {}
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake CPU tensor for one on the meta device, where operators such as attention go other ways."""
+        with self._mode:
+            placed = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(placed, tensor.requires_grad)
+        return placed
+
+    def replay(self, batch: Any, levers: Levers) -> Timeline:
+        """One steady step on a batch, real or fake, of which two micro-batches stand for all.
+
+        Raises
+        ------
+        ValueError
+            When the shapes of the step depend on the values of activations, which a replay does not have.
+        """
+        with self._faking():
+            fake = tree_map_only(torch.Tensor, self._mode.valued, batch)
+            update = self._update(fake, levers)
+            follower = Follower(residents(self._model, update, fake))
+            gc.collect()
+            with follower.following(self._model):
+                stepping.run(self._model, fake, self._loss, update, levers, follower.enter, _MOST_PARTS)
+            return follower.timeline()
+
+    def _update(self, batch: Any, levers: Levers) -> torch.optim.Optimizer:
+        """The optimizer, its state in place."""
+        if levers.optimizer_states not in self._updates:
+            update = still(self._model.parameters(), levers.optimizer(self._make))
+            stepping.run(self._model, batch, self._loss, update, Levers())
+            self._updates[levers.optimizer_states] = update
+        return self._updates[levers.optimizer_states]
+
+    @contextmanager
+    def _faking(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.callback(_LOG.setLevel, _LOG.level)
+            _LOG.setLevel(logging.CRITICAL)  # it reports every error that is raised anyway
+            if "transformers" in sys.modules:
+                # it would take fake tensors for a compiler's, and attention another way than in a real step
+                stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
+            stack.enter_context(self._mode)
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            try:
+                yield
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise ValueError(
+                    f"the shapes of this step depend on the values of its activations ({error}), as in a mixture of "
+                    "experts that drops no token: such a step can be measured, not forecast"
+                ) from error
+            except UnsupportedOperatorException as error:
+                raise ValueError(f"a step with the operator {error} can be measured, not forecast") from error
+
+
+class _Valued(FakeTensorMode):
+    """Fake tensors of which indices and masks have values: models branch on these."""
+
+    def may_turn_const(self, t: torch.Tensor) -> bool:
+        return super().may_turn_const(t) or (type(t) is torch.Tensor and _small(t))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(out, FakeTensor) and out.constant is None and _small(out) and _makes_values(func, args, kwargs):
+            with no_dispatch():
+                out = func(*args, **(kwargs or {}))
+            return self.valued(out)
+        return out
+
+    def valued(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The fake of a real tensor, with its values if these are indices or a mask."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        converted: torch.Tensor = self.fake_tensor_converter.from_real_tensor(
+            self, tensor, make_constant=_small(tensor)
+        )
+        return converted
+
+
+def _small(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= _MOST_VALUES
+
+
+def _makes_values(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this makes a tensor from nothing, the same each time: arange, ones, …"""
+    return (
+        not func._schema.name.startswith("aten::empty")
+        and torch.Tag.nondeterministic_seeded not in func.tags
+        and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs)))
+    )

@@ -1,0 +1,112 @@
+"""Timeline: what is alive during each operator of a step, and the peak that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+PEAK = "Peak memory of one step"
+CATEGORIES = (
+    "parameter", "buffer", "optimizer state", "input", "gradient", "saved activation", "offloaded activation",
+    "recomputed activation", "workspace",
+)  # fmt: skip
+RESIDENTS = CATEGORIES[:4]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Segment(NamedTuple):
+    """A phase of a step, and the first of its operators."""
+
+    phase: str
+    first: int
+
+
+class Signature(NamedTuple):
+    """What an operator is called on, but for the batch size: its name, the shapes without dimension 0, the weights."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """One step, operator by operator.
+
+    Attributes
+    ----------
+    ops
+        Names of the operators below autograd, in order.
+    allocations
+        One row per storage: ``size_bytes``; ``birth`` and ``death``, the operators during which it is first, and no
+        longer, alive; ``category`` of :data:`CATEGORIES`; ``module`` and ``operator`` that saved it (that made it,
+        where nothing saved it).
+    resident_bytes
+        What is there all the time, by category.
+    segments
+        The phases, in order.
+    work
+        What each operator does: shape [num_ops, len(counting.FEATURES)].
+    signatures
+        What each operator is called on.
+    aside
+        Which operators pack or unpack what is kept for backward, and are not the model's own.
+    inside_bytes
+        What each operator allocates and frees again inside itself, where that is known; else 0.
+    """
+
+    ops: tuple[str, ...]
+    allocations: pd.DataFrame
+    resident_bytes: Mapping[str, int]
+    segments: tuple[Segment, ...]
+    work: Ints
+    signatures: tuple[Signature, ...]
+    aside: np.ndarray[Any, np.dtype[np.bool_]]
+    inside_bytes: Ints
+
+    @property
+    def phases(self) -> list[str]:
+        """The phase that each operator is in."""
+        lasts = [*(segment.first for segment in self.segments[1:]), len(self.ops)]
+        return [s.phase for s, last in zip(self.segments, lasts, strict=True) for _ in range(s.first, last)]
+
+    def levels(self) -> Ints:
+        """Bytes alive during each operator, by category: shape [num_categories, num_ops]."""
+        change = np.zeros((len(CATEGORIES), len(self.ops) + 1), dtype="int64")
+        category = self.allocations["category"].cat.codes.to_numpy()
+        size = self.allocations["size_bytes"].to_numpy()
+        np.add.at(change, (category, self.allocations["birth"].to_numpy()), size)
+        np.add.at(change, (category, self.allocations["death"].to_numpy()), -size)
+        levels = change.cumsum(axis=1)[:, :-1]
+        levels[-1] += self.inside_bytes
+        for name, amount in self.resident_bytes.items():
+            levels[CATEGORIES.index(name)] += amount
+        return levels
+
+    def main_levels(self) -> Ints:
+        """The same for the model's own operators, each at the fullest moment of it and of what follows it aside."""
+        levels = self.levels()
+        main = np.flatnonzero(~self.aside)
+        totals = levels.sum(axis=0)
+        ends = np.append(main[1:], len(self.ops))
+        return levels[:, [a + int(totals[a:b].argmax()) for a, b in zip(main, ends, strict=True)]]
+
+    @property
+    def main_ops(self) -> tuple[str, ...]:
+        """Names of the model's own operators."""
+        return tuple(name for name, aside in zip(self.ops, self.aside, strict=True) if not aside)
+
+    @property
+    def retained(self) -> pd.DataFrame:
+        """The allocations that forward leaves for backward."""
+        kept = self.allocations["category"].isin(["saved activation", "offloaded activation"])
+        return self.allocations[kept]
+
+
+def rows_at(levels: Ints) -> dict[str, int]:
+    """Bytes by category, those that are there at all."""
+    return {name: int(amount) for name, amount in zip(CATEGORIES, levels, strict=True) if amount}

@@ -1,0 +1,83 @@
+"""One steady training step of any model: what the analyses run, and how they leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Loss = Callable[[Any], torch.Tensor]
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+def forward(model: torch.nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: a mapping is its keyword arguments, a tuple or list its arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def own_loss(output: Any) -> torch.Tensor:
+    """The loss that the model computed itself, as models of transformers do when they are given labels."""
+    loss = output if isinstance(output, torch.Tensor) and output.dim() == 0 else getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor):
+        raise ValueError(
+            f"the output, a {type(output).__name__}, has no loss: give the batch its labels, or loss=(output) -> scalar"
+        )
+    return loss
+
+
+def still(parameters: Any, make: MakeOptimizer | None = None) -> torch.optim.Optimizer:
+    """The optimizer (AdamW unless another is made) with learning rate 0: all of a step's work, and nothing learned."""
+    update = (make or torch.optim.AdamW)(parameters)
+    for group in update.param_groups:
+        group["lr"] = 0.0
+    return update
+
+
+def residents(model: torch.nn.Module, update: torch.optim.Optimizer, batch: Any) -> dict[str, list[torch.Tensor]]:
+    """What is in memory all through a step, by category; a storage that several share stands once."""
+    state = [value for of_one in update.state.values() for value in torch.utils._pytree.tree_leaves(of_one)]
+    groups = {
+        "parameter": model.parameters(),
+        "buffer": model.buffers(),
+        "optimizer state": state,
+        "input": torch.utils._pytree.tree_leaves(batch),
+    }
+    seen: set[int] = set()
+    found: dict[str, list[torch.Tensor]] = {}
+    for category, tensors in groups.items():
+        found[category] = []
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in seen:
+                seen.add(key)
+                found[category].append(tensor)
+    return found
+
+
+def size_bytes(tensors: Any) -> int:
+    """Bytes of the storages of these tensors, which share none."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Give the model back as it was: buffers, gradients, training mode and random state."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng():
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
