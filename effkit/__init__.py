@@ -11,18 +11,20 @@ from effkit.receipt import Receipt
 from effkit.recording import capture
 
 if TYPE_CHECKING:
-    from effkit import models, padding
+    from effkit import activations, models, padding
     from effkit.whatif import WhatIf
 
 __version__ = "0.1.0"
-__all__ = ["Account", "Capture", "Device", "Receipt", "WhatIf", "capture", "load", "models", "padding"]
+__all__ = [
+    "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "load", "models", "padding",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """What brings widgets and pictures along is imported when first named: a file from a cluster needs neither."""
     if name == "WhatIf":
         return import_module("effkit.whatif").WhatIf
-    if name in ("models", "padding"):
+    if name in ("activations", "models", "padding"):
         return import_module(f"effkit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

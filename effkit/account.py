@@ -17,6 +17,7 @@ BASES = ("measured", "derived", "assumed")
 _READABLE: Mapping[str, tuple[tuple[float, float, str, int], ...]] = {
     "ns": ((6e10, 1e9, "s", 1), (1e9, 1e9, "s", 2), (1e6, 1e6, "ms", 1), (1e3, 1e3, "us", 1), (0, 1, "ns", 0)),
     "bytes": ((2**30, 2**30, "GiB", 2), (2**20, 2**20, "MiB", 1), (2**10, 2**10, "KiB", 1), (0, 1, "B", 0)),
+    "ppm": ((0, 1e4, "%", 2),),
 }  # fmt: skip
 
 
@@ -41,7 +42,7 @@ class Account:
     title
         What the total is, in words: ``"Time of one epoch"``.
     unit
-        ``"ns"``, ``"bytes"``, ``"cells"``, ``"tokens"``, ``"steps"``, ``"FLOPs"``. Values are integers in it.
+        ``"ns"``, ``"bytes"``, ``"cells"``, ``"tokens"``, ``"steps"``, ``"FLOPs"``, ``"ppm"`` (millionths). Integers in it.
     frame
         Indexed by ``item``; integer column ``value`` [unit]; column ``basis`` in {measured, derived, assumed}.
     total

@@ -22,7 +22,7 @@ class Slider:
     """A number to drag, with a box to type it into.
 
     ``label`` names the unit in brackets. ``rest`` is where the slider stands when the measured setting has no such
-    knob. A knob in bytes may be dragged in larger units: its setting is the slider's value times ``scale``.
+    knob. A knob may be dragged in other units (MiB, tenths): its setting is the slider's value times ``scale``.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Slider:
     tooltip: str
     rest: int | None = None
     readout_format: str = ",d"
-    scale: int = 1
+    scale: int | float = 1
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class WhatIf(Screen):
     @property
     def setting(self) -> dict[str, Any]:
         """Knob name -> where its control stands."""
-        return {name: control.value * self._scales.get(name, 1) for name, control in self.controls.items()}
+        return {name: _scaled(control.value, self._scales.get(name, 1)) for name, control in self.controls.items()}
 
     def measure(self) -> Receipt:
         """Run the setting on the screen and return the Receipt. What the button calls; blocks until done.
@@ -160,7 +160,7 @@ class WhatIf(Screen):
     def _row(self, knob: Slider | Choice) -> widgets.HBox:
         rest = self.base.setting.get(knob.name)
         if rest is not None and isinstance(knob, Slider):
-            rest = rest // knob.scale
+            rest = round(rest / knob.scale)
         wide, label = widgets.Layout(width="430px", flex="0 0 auto"), {"description_width": "170px"}
         if isinstance(knob, Choice):
             control = widgets.Dropdown(options=list(knob.options), value=rest, description=knob.label,
@@ -247,6 +247,11 @@ class WhatIf(Screen):
 
     def _png(self) -> bytes:
         return self._picture.png(self.result, self._receipt())
+
+
+def _scaled(value: Any, scale: int | float) -> Any:
+    """Three times a tenth is 0.3."""
+    return round(value * scale, 9) if isinstance(scale, float) else value * scale
 
 
 def _companion(account: Account) -> str:

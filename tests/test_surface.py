@@ -17,7 +17,14 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 MODULES = ["effkit", *(found.name for found in pkgutil.walk_packages(effkit.__path__, "effkit."))]
 
 PUBLIC = {
-    "effkit": ["Account", "Capture", "Device", "Receipt", "WhatIf", "capture", "load", "models", "padding"],
+    "effkit": [
+        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "load", "models", "padding",
+    ],
+    "effkit.activations": [
+        "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "blocks", "cheapest", "checkpoint", "compressed",
+        "forecast", "front", "gradient_error", "interleave", "largest_batch", "measure", "offloaded", "predict",
+        "saved", "update_error", "whatif",
+    ],
     "effkit.padding": [
         "CostModel", "MemoryModel", "Plan", "STRATEGIES", "Watch", "account", "fit_cost", "fit_memory", "lengths",
         "lengths_from_buckets", "measure", "plan", "predict", "watch", "whatif",

@@ -1,0 +1,21 @@
+"""The activation-memory analysis: what fills the peak of a training step, and what each lever gives back."""
+
+from __future__ import annotations
+
+from effkit.activations.checkpointing import blocks, checkpoint
+from effkit.activations.compressing import compressed
+from effkit.activations.gradients import gradient_error
+from effkit.activations.host_states import InterleavedAdamW
+from effkit.activations.interleaving import Rates, interleave
+from effkit.activations.levers import Levers
+from effkit.activations.live import measure
+from effkit.activations.low_bit import LowBitAdamW, update_error
+from effkit.activations.offloading import offloaded
+from effkit.activations.planning import cheapest, front
+from effkit.activations.prediction import forecast, largest_batch, predict, saved, whatif
+
+__all__ = [
+    "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "blocks", "cheapest", "checkpoint", "compressed", "forecast",
+    "front", "gradient_error", "interleave", "largest_batch", "measure", "offloaded", "predict", "saved",
+    "update_error", "whatif",
+]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 # what a step's time is made of; all of them add up over operators
 FEATURES = ("num_operators", "flops", "half_flops", "moved_bytes")
 MOVED = FEATURES.index("moved_bytes")
@@ -23,7 +23,7 @@ def work(
     moved = 0 if func.is_view else sum(tensor.nbytes for tensor in (*given, *made))
     count: Any = _COUNTS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
     flops = int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
-    half = bool(flops) and given[0].dtype in _HALF
+    half = bool(flops) and given[0].dtype in HALF
     return 1, 0 if half else flops, flops if half else 0, moved
 
 

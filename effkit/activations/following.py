@@ -88,7 +88,8 @@ class Follower(TorchDispatchMode):
             self._gradients = {
                 self._known[g.untyped_storage()._cdata] for p in self._parameters if (g := p.grad) is not None
             }
-        self._segments.append(Segment(phase, len(self._ops)))
+        # cutting off the first micro-batch belongs to it
+        self._segments.append(Segment(phase, len(self._ops) if self._segments else 0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # fake tensors ask for it
@@ -105,7 +106,8 @@ class Follower(TorchDispatchMode):
                 self._birth(storage, number)
         self._ops.append(func._schema.name.removeprefix("aten::"))
         weights = tuple(tuple(t.shape) for t in given if self._known.get(t.untyped_storage()._cdata) == -1)
-        self._signatures.append(Signature(self._ops[-1], tuple(tuple(t.shape[1:]) for t in given), weights))
+        half = bool(given) and given[0].dtype in counting.HALF
+        self._signatures.append(Signature(self._ops[-1], tuple(tuple(t.shape[1:]) for t in given), weights, half))
         self._aside.append(packing.at_work())
         self._work.append(counting.work(func, args, kwargs, out, given, made))
         return out
@@ -113,8 +115,8 @@ class Follower(TorchDispatchMode):
     @property
     def _latest(self) -> int:
         """The model's operator that has just run."""
-        own = (i for i in range(len(self._ops) - 1, -1, -1) if self._work[i][counting.MOVED] and not self._aside[i])
-        return next(own, 0)
+        backwards = range(len(self._ops) - 1, -1, -1)
+        return next((i for i in backwards if self._work[i][counting.MOVED] and not self._aside[i]), 0)
 
     def _leave(self) -> None:
         if self._modules:
@@ -164,15 +166,14 @@ class Follower(TorchDispatchMode):
         savers = [self._saved.get(i, (module, op)) for i, (op, module, _) in enumerate(self._born)]
         # an operator of the model's that does more than show a tensor in another shape
         working = np.flatnonzero((np.array(self._work)[:, counting.MOVED] > 0) & ~np.array(self._aside))
+        made_for, last = np.array([op for _, op in savers], dtype="int64"), len(working) - 1
         frame = pd.DataFrame(
             {
                 "size_bytes": np.array(self._sizes, dtype="int64"),
                 "birth": np.array([op for op, *_ in self._born], dtype="int64"),
                 "death": np.array([self._deaths.get(i, num_ops) for i in range(len(self._born))], dtype="int64"),
                 "module": [module for module, _ in savers],
-                "operator": [
-                    self._ops[working[min(np.searchsorted(working, op), len(working) - 1)]] for _, op in savers
-                ],
+                "operator": [self._ops[op] for op in working[np.searchsorted(working, made_for).clip(max=last)]],
             }
         )
         category = pd.Categorical(self._categories(frame), categories=CATEGORIES)

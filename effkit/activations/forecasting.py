@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from effkit.activations import stepping, workspace
+from effkit.activations.clock import Clock
+from effkit.activations.elsewhere import ASSUMED
 from effkit.activations.levers import Levers
 from effkit.activations.observing import Observation, observe
 from effkit.activations.replaying import Replayer
 from effkit.activations.surface import Surface
-from effkit.activations.timeline import Timeline
+from effkit.activations.timeline import Timeline, rows_at
 from effkit.activations.workspace import Workspace
 from effkit.training import Loss, MakeOptimizer, own_loss, residents, still, unchanged
 
 MakeBatch = Callable[[int, int | None], Any]
+_SMOOTH_FRAC = 0.01
+_DOUBT_ELSEWHERE_FRAC = 0.08
 _FEWEST_ROWS = 2  # at 1, libraries take other ways than at any other size
 _CALIBRATED_ROWS = (_FEWEST_ROWS, _FEWEST_ROWS + 1)
 
@@ -28,6 +34,15 @@ class Size:
 
     num_rows: int
     num_cells: int | None
+
+
+class Peak(NamedTuple):
+    """Bytes by category at the peak, the operator and the phase it is in, and whether replays lie around this size."""
+
+    rows: dict[str, int]
+    op: str
+    phase: str
+    covered: bool
 
 
 class Forecaster:
@@ -41,19 +56,40 @@ class Forecaster:
         An example: the size to start from.
     make_batch
         ``(batch_size, length) -> batch``; unless given, the example is repeated and cut.
+    device
+        ``"cuda"``: as on a GPU, wherever the model is.
+
+    Attributes
+    ----------
+    size
+        Of the example.
+    basis, assumptions, doubt_frac
+        How its forecasts are known, what they assume, and how far that may be off.
     """
 
     def __init__(
         self, model: torch.nn.Module, batch: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
-        make_batch: MakeBatch | None = None,
+        make_batch: MakeBatch | None = None, device: str | None = None,
     ) -> None:  # fmt: skip
-        self._replayer = Replayer(model, loss, optimizer)
-        self._loss, self._optimizer = loss or own_loss, optimizer
+        elsewhere = device == "cuda" and not next(model.parameters()).is_cuda
+        if device not in (None, "cpu", "cuda"):
+            raise ValueError(f"device is cpu or cuda, or left out for the model's own; given: {device!r}")
+        self._replayer = Replayer(model, loss, optimizer, as_on_gpu=elsewhere)
+        self.basis = "assumed" if elsewhere else "derived"
+        self.assumptions = ASSUMED if elsewhere else ""
+        self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
+        self.loss, self.make_optimizer = loss or own_loss, optimizer
         self._make = make_batch or (lambda num_rows, num_cells: stepping.resized(batch, num_rows, num_cells))
         self.size = Size(stepping.rows(batch), stepping.length(batch))
         self.workspace = Workspace({}, {})
         self._timelines: dict[tuple[Size, Levers], Timeline] = {}
         self._surfaces: dict[Levers, Surface] = {}
+        self._times: dict[Levers, Any] = {}
+
+    def rest(self) -> dict[str, Any]:
+        """The setting of the example, with a plain step."""
+        length = {"length": self.size.num_cells, "keep_frac": 1.0} if self.size.num_cells else {}
+        return {"batch_size": self.size.num_rows, **length, **asdict(Levers())}
 
     def batch(self, size: Size) -> Any:
         """A batch of this size."""
@@ -62,7 +98,12 @@ class Forecaster:
     def timeline(self, size: Size, levers: Levers) -> Timeline:
         """The replay at exactly this setting."""
         key = (size, levers)
-        if key not in self._timelines:
+        if key in self._timelines:
+            return self._timelines[key]
+        plain, states = replace(levers, optimizer_states="float32"), Levers(optimizer_states=levers.optimizer_states)
+        if levers not in (plain, states):  # what the optimizer does is the same with any other levers
+            self._timelines[key] = self.timeline(size, plain).with_optimizer_of(self.timeline(size, states))
+        else:
             self._timelines[key] = self.workspace.applied(self._replayer.replay(self.batch(size), levers))
         return self._timelines[key]
 
@@ -86,9 +127,52 @@ class Forecaster:
                     if attempt is lengths[-1]:
                         raise
                     continue  # longer than the model has positions for
-                self._surfaces[levers] = Surface.fit([(s.num_rows, s.num_cells) for s in sizes], timelines)
+                self._surfaces[levers] = self._checked(Surface.fit([astuple(s) for s in sizes], timelines), levers)
                 break
         return self._surfaces[levers]
+
+    def _checked(self, surface: Surface, levers: Levers) -> Surface:
+        """Small tensors are not compressed: where that decides the peak, it is no smooth function of the size."""
+        exact = self.timeline(self.size, levers).levels().sum(axis=0).max()
+        if abs(surface.peak(*astuple(self.size))[0].sum() / exact - 1) > _SMOOTH_FRAC:
+            raise ValueError("the step is no smooth function of its size")
+        return surface
+
+    def peak(self, size: Size, levers: Levers) -> Peak:
+        """Bytes by category at the peak, and where in the step it is.
+
+        At the size of the example, and where the step is not one function of the size, by a replay of exactly that;
+        else from the surface.
+        """
+        if size != self.size:
+            with suppress(ValueError):
+                surface = self.surface(levers)
+                # of micro-batches that are not all alike the largest counts
+                rows = -(-size.num_rows // levers.micro_batches) * levers.micro_batches
+                levels, op = surface.peak(rows, size.num_cells)
+                timeline = surface.timelines[0]
+                main = int(np.flatnonzero(~timeline.aside)[op])
+                return Peak(rows_at(levels.round()), timeline.ops[main], timeline.phases[main],
+                            surface.covers(size.num_rows, size.num_cells))  # fmt: skip
+        timeline = self.timeline(size, levers)
+        exact = timeline.levels()
+        op = int(exact.sum(axis=0).argmax())
+        return Peak(rows_at(exact[:, op]), timeline.ops[op], timeline.phases[op], True)
+
+    def step_ns(self, size: Size, levers: Levers, clock: Clock) -> float:
+        """The time of a step by the clock."""
+        if size != self.size:
+            with suppress(ValueError):
+                surface = self.surface(levers)
+                if levers not in self._times:
+                    sizes = [Size(*setting) for setting in surface.settings]
+                    self._times[levers] = np.array([self._by_clock(one, levers, clock) for one in sizes])
+                return surface.amount(self._times[levers], size.num_rows, size.num_cells)
+        return self._by_clock(size, levers, clock)
+
+    def _by_clock(self, size: Size, levers: Levers, clock: Clock) -> float:
+        num_cells, usual = ((one.num_cells or 1) * one.num_rows for one in (size, self.size))
+        return clock.step_ns(self.timeline(size, levers), levers, num_cells / usual)
 
     def calibrate(self, model: torch.nn.Module) -> None:
         """Run two small steps of the real model, to learn what its operators allocate inside themselves."""
@@ -104,10 +188,10 @@ class Forecaster:
     def observe(self, model: torch.nn.Module, batch: Any, levers: Levers) -> Observation:
         """A real step, followed."""
         with unchanged(model):
-            update = still(model.parameters(), levers.optimizer(self._optimizer))
-            stepping.run(model, batch, self._loss, update, levers)  # the optimizer's state exists from here on
+            update = still(model.parameters(), levers.optimizer(self.make_optimizer))
+            stepping.run(model, batch, self.loss, update, levers)  # the optimizer's state exists from here on
             return observe(
-                lambda enter: stepping.run(model, batch, self._loss, update, levers, enter), model,
+                lambda enter: stepping.run(model, batch, self.loss, update, levers, enter), model,
                 residents(model, update, batch),
             )  # fmt: skip
 

@@ -10,6 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from effkit.training import Loss, forward, own_loss
+
 ALL = "all"
 _Gradients = dict[str, Tensor]
 
@@ -19,7 +21,7 @@ def gradient_error(
     batch: Any,
     levers: Callable[[], AbstractContextManager[Any]],
     *,
-    loss: Callable[[Any], Tensor] | None = None,
+    loss: Loss | None = None,
     batches: Sequence[Any] | None = None,
 ) -> pd.DataFrame:
     """The error of the gradient under levers, per parameter and in all, beside the noise between minibatches.
@@ -48,7 +50,7 @@ def gradient_error(
         ``noise_relative_error``, ``noise_cosine``: the same two with the gradient of another batch as g', mean over
         ``batches``.
     """
-    to_loss = loss or (lambda output: output.loss)
+    to_loss = loss or own_loss
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"gradient_error() compares gradients, and no parameter of {type(model).__name__} requires one: call "
@@ -67,17 +69,11 @@ def gradient_error(
     ]
 
 
-def _gradients(
-    model: nn.Module, batch: Any, to_loss: Callable[[Any], Tensor], levers: AbstractContextManager[Any]
-) -> _Gradients:
+def _gradients(model: nn.Module, batch: Any, to_loss: Loss, levers: AbstractContextManager[Any]) -> _Gradients:
     """Gradients by name, with the model's own left alone."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.random.fork_rng(), _buffers_restored(model), torch.enable_grad(), levers:
-        if isinstance(batch, dict):
-            output = model(**batch)
-        else:
-            output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
-        found = torch.autograd.grad(to_loss(output), list(parameters.values()), allow_unused=True)
+        found = torch.autograd.grad(to_loss(forward(model, batch)), list(parameters.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch._C._profiler import _RecordFunctionFast
 
 from effkit.activations.following import Follower
+from effkit.activations.stepping import BACKWARD
 from effkit.activations.timeline import CATEGORIES, Ints, Timeline
 from effkit.device import synchronize
 from effkit.recording import memory_events
@@ -23,14 +24,17 @@ _MARK = "effkit::operator#"
 class Observation(NamedTuple):
     """One step that was really run.
 
-    ``timeline`` knows what each operator allocates inside itself; ``rows`` is what the recorded allocations that are
-    alive at the peak are for [bytes], ``peak_bytes`` what the allocator counted then, ``source`` who says so.
+    ``timeline`` knows what each operator allocates inside itself, ``durations_ns`` how long it took; ``rows`` is what
+    the recorded allocations that are alive at the peak are for [bytes], ``peak_bytes`` what the allocator counted then,
+    ``source`` who says so; ``kept_bytes`` is what it counted above the residents when backward began.
     """
 
     timeline: Timeline
+    durations_ns: Ints
     rows: dict[str, int]
     peak_bytes: int
     source: str
+    kept_bytes: int
 
 
 def observe(
@@ -75,7 +79,10 @@ def observe(
     else:
         source = "torch.cuda.max_memory_allocated"
     rows = {name: rows[name] for name in CATEGORIES if rows.get(name)}
-    return Observation(replace(timeline, inside_bytes=inside), rows, counted, source)
+    backward = next(segment.first for segment in timeline.segments if segment.phase == BACKWARD)
+    levels = np.append(before, totals)
+    kept = int(levels[np.searchsorted(times, starts[backward], "left")]) - before
+    return Observation(replace(timeline, inside_bytes=inside), ends - starts, rows, counted, source, kept)
 
 
 def _inside(timeline: Timeline, starts: Any, ends: Any, times: Any, levels: Any) -> Ints:

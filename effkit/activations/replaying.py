@@ -6,14 +6,15 @@ The only place that touches torch's fake tensors, which are private to it.
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -26,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from effkit.activations import stepping
+from effkit.activations import elsewhere, stepping
 from effkit.activations.following import Follower
 from effkit.activations.levers import Levers
 from effkit.activations.timeline import Timeline
@@ -46,6 +47,8 @@ class Replayer:
         A real model, or one on the meta device; it is copied, not touched.
     loss, optimizer
         As in :func:`effkit.activations.measure`.
+    as_on_gpu
+        Do what differs on a GPU as it is done there (see :mod:`effkit.activations.elsewhere`).
 
     Raises
     ------
@@ -54,8 +57,9 @@ class Replayer:
     """
 
     def __init__(
-        self, model: torch.nn.Module, loss: Loss | None = None, optimizer: MakeOptimizer | None = None
-    ) -> None:
+        self, model: torch.nn.Module, loss: Loss | None = None, optimizer: MakeOptimizer | None = None, *,
+        as_on_gpu: bool = False,
+    ) -> None:  # fmt: skip
         self._mode = _Valued()
         placed = {
             id(tensor): self._placed(tensor) for tensor in (*model.parameters(), *model.buffers()) if tensor.is_meta
@@ -64,7 +68,8 @@ class Replayer:
             self._model = copy.deepcopy(model, placed)
         for parameter in self._model.parameters():
             parameter.grad = None
-        self._loss, self._make = loss or own_loss, optimizer
+        self._loss, self._make = loss or own_loss, elsewhere.at_once(optimizer) if as_on_gpu else optimizer
+        self._as_on_gpu = as_on_gpu
         self._updates: dict[str, torch.optim.Optimizer] = {}
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -87,10 +92,10 @@ class Replayer:
             fake = tree_map_only(torch.Tensor, self._mode.valued, batch)
             update = self._update(fake, levers)
             follower = Follower(residents(self._model, update, fake))
-            gc.collect()
             with follower.following(self._model):
                 stepping.run(self._model, fake, self._loss, update, levers, follower.enter, _MOST_PARTS)
-            return follower.timeline()
+            timeline = follower.timeline()
+            return _rounded(timeline) if self._as_on_gpu else timeline
 
     def _update(self, batch: Any, levers: Levers) -> torch.optim.Optimizer:
         """The optimizer, its state in place."""
@@ -109,6 +114,8 @@ class Replayer:
                 # it would take fake tensors for a compiler's, and attention another way than in a real step
                 stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
             stack.enter_context(self._mode)
+            if self._as_on_gpu:
+                stack.enter_context(elsewhere.AsOnGpu())
             stack.enter_context(torch.random.fork_rng(devices=[]))
             try:
                 yield
@@ -119,6 +126,14 @@ class Replayer:
                 ) from error
             except UnsupportedOperatorException as error:
                 raise ValueError(f"a step with the operator {error} can be measured, not forecast") from error
+
+
+def _rounded(timeline: Timeline) -> Timeline:
+    """With every allocation in whole blocks, and the workspace that cuBLAS holds from the first product on."""
+    size = timeline.allocations["size_bytes"]
+    blocks = -(-size // elsewhere.ROUNDING_BYTES) * elsewhere.ROUNDING_BYTES
+    held = np.full(len(timeline.ops), elsewhere.CUBLAS_BYTES)
+    return replace(timeline, allocations=timeline.allocations.assign(size_bytes=blocks), inside_bytes=held)
 
 
 class _Valued(FakeTensorMode):

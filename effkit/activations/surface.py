@@ -24,16 +24,13 @@ class Surface:
     ----------
     coefficients
         Shape [num_terms, num_categories, num_ops], of the model's own operators.
-    timeline
-        One of the timelines: names and phases of the operators.
-    rows, cells
-        Smallest and largest batch size and sequence length (``None`` where there is none) that were replayed.
+    settings, timelines
+        What was replayed: batch sizes and sequence lengths (``None`` where there is none), and the replays.
     """
 
     coefficients: Floats
-    timeline: Timeline
-    rows: tuple[int, int]
-    cells: tuple[int, int] | None
+    settings: tuple[tuple[int, int | None], ...]
+    timelines: tuple[Timeline, ...]
 
     @classmethod
     def fit(cls, settings: Sequence[tuple[int, int | None]], timelines: Sequence[Timeline]) -> Surface:
@@ -46,15 +43,8 @@ class Surface:
         """
         if len({timeline.main_ops for timeline in timelines}) != 1:
             raise ValueError("the step runs other operators at other sizes, so no one timeline fits them all")
-        design = np.array([_terms(*setting) for setting in settings])
         levels = np.stack([timeline.main_levels() for timeline in timelines]).astype("float64")
-        scale = np.abs(design).max(axis=0)
-        solved = np.linalg.solve(design / scale, levels.reshape(len(levels), -1))
-        coefficients = (solved / scale[:, None]).reshape(levels.shape)
-        rows, cells = zip(*settings, strict=True)
-        known = [cell for cell in cells if cell is not None]
-        span = (min(known), max(known)) if known else None
-        return cls(coefficients, timelines[0], (min(rows), max(rows)), span)
+        return cls(_solved(settings, levels), tuple(settings), tuple(timelines))
 
     def peak(self, num_rows: int, num_cells: int | None) -> tuple[Floats, int]:
         """Bytes by category at the peak, shape [num_categories], and at which operator that is."""
@@ -64,11 +54,24 @@ class Surface:
         at_peak: Floats = terms @ self.coefficients[:, :, op]
         return at_peak, op
 
+    def amount(self, amounts: Floats, num_rows: int, num_cells: int | None) -> float:
+        """Any other amount that grows as the levels do, such as time, from what it is at each of the settings."""
+        return float(np.array(_terms(num_rows, num_cells)) @ _solved(self.settings, amounts))
+
     def covers(self, num_rows: int, num_cells: int | None) -> bool:
         """Whether this lies between the sizes that were replayed."""
-        low, high = self.cells or (num_cells, num_cells)
-        inside = num_cells is None or low is None or high is None or low <= num_cells <= high
-        return inside and self.rows[0] <= num_rows <= self.rows[1]
+        rows, cells = zip(*self.settings, strict=True)
+        known = [cell for cell in cells if cell is not None]
+        inside = num_cells is None or min(known) <= num_cells <= max(known)
+        return inside and min(rows) <= num_rows <= max(rows)
+
+
+def _solved(settings: Sequence[tuple[int, int | None]], amounts: Floats) -> Floats:
+    """Coefficients, shape [num_terms, …], of amounts of shape [num_settings, …]."""
+    design = np.array([_terms(*setting) for setting in settings])
+    scale = np.abs(design).max(axis=0)  # squared lengths beside ones
+    solved = np.linalg.solve(design / scale, amounts.reshape(len(amounts), -1))
+    return (solved / scale[:, None]).reshape(amounts.shape)
 
 
 def _terms(num_rows: int, num_cells: int | None) -> list[float]:

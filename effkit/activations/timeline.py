@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,11 +26,13 @@ class Segment(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What an operator is called on, but for the batch size: its name, the shapes without dimension 0, the weights."""
+    """What an operator is called on, but for the batch size: its name, the shapes without dimension 0, the weights, and
+    whether in half precision."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     weights: tuple[tuple[int, ...], ...]
+    half: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +102,40 @@ class Timeline:
         """Names of the model's own operators."""
         return tuple(name for name, aside in zip(self.ops, self.aside, strict=True) if not aside)
 
+    def with_optimizer_of(self, other: Timeline) -> Timeline:
+        """Forward and backward of this step, then the optimizer's step of another of the same model."""
+        here, there = self.segments[-1].first, other.segments[-1].first
+        mine = self.allocations[self.allocations["birth"] < here]
+        # gradients and what else backward leaves live as long as the other optimizer's step
+        later = {len(self.ops): here + len(other.ops) - there}
+        mine = mine.assign(death=mine["death"].replace(later).clip(upper=later[len(self.ops)]))
+        theirs = other.allocations[other.allocations["birth"] >= there]
+        theirs = theirs.assign(birth=theirs["birth"] + here - there, death=theirs["death"] + here - there)
+        joined: Any = {
+            name: np.concatenate([getattr(self, name)[:here], getattr(other, name)[there:]])
+            for name in ("work", "aside", "inside_bytes")
+        }
+        return replace(
+            self, ops=self.ops[:here] + other.ops[there:], signatures=self.signatures[:here] + other.signatures[there:],
+            allocations=pd.concat([mine, theirs], ignore_index=True), resident_bytes=other.resident_bytes, **joined,
+        )  # fmt: skip
+
+    def times_run(self, micro_batches: int) -> Ints:
+        """How often a real step runs each operator of one in which two micro-batches stand for all: shape [num_ops]."""
+        count = np.ones(len(self.ops), dtype="int64")
+        starts = [segment.first for segment in self.segments]
+        if micro_batches > 2:
+            count[starts[2] : starts[4]] = micro_batches - 1  # forward and backward of the second
+        return count
+
     @property
     def retained(self) -> pd.DataFrame:
-        """The allocations that forward leaves for backward."""
-        kept = self.allocations["category"].isin(["saved activation", "offloaded activation"])
-        return self.allocations[kept]
+        """The allocations that the first forward leaves for its backward."""
+        frame, backward = self.allocations, self.segments[1].first
+        kept = frame["category"].isin(["saved activation", "offloaded activation"])
+        return frame[kept & (frame["birth"] < backward)]
 
 
-def rows_at(levels: Ints) -> dict[str, int]:
+def rows_at(levels: Any) -> dict[str, int]:
     """Bytes by category, those that are there at all."""
     return {name: int(amount) for name, amount in zip(CATEGORIES, levels, strict=True) if amount}

@@ -43,7 +43,11 @@ class Workspace:
         for row, (op, place) in enumerate(zip(births, places(births), strict=True)):
             size = _at(self.outputs, timeline.signatures[op], (place,), moved[op])
             sizes[row] = sizes[row] if size is None else size
-        return replace(timeline, inside_bytes=inside.astype("int64"), allocations=frame.assign(size_bytes=sizes))
+        return replace(
+            timeline,
+            inside_bytes=timeline.inside_bytes + inside.astype("int64"),
+            allocations=frame.assign(size_bytes=sizes),
+        )
 
 
 def fit(observed: Sequence[Timeline], replayed: Sequence[Timeline]) -> Workspace:

@@ -1,0 +1,145 @@
+"""Clock: how long a replayed step would take on this machine, from a few steps that were really run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from effkit.activations.counting import FEATURES, MOVED
+from effkit.activations.levers import NONE, Levers
+from effkit.activations.timeline import Ints, Timeline
+from effkit.least_squares import nonnegative
+
+_FLOPS, _HALF_FLOPS = FEATURES.index("flops"), FEATURES.index("half_flops")
+_APART = 1.5  # sizes that differ by less are one size
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A step that was run: followed once, and timed without being followed.
+
+    ``durations_ns`` is the time of each operator, ``step_ns`` the wall time of the whole step.
+    """
+
+    levers: Levers
+    timeline: Timeline
+    durations_ns: Ints
+    step_ns: int
+
+
+@dataclass(frozen=True, eq=False)
+class Clock:
+    """The time of a step [ns]: ``s * inside + p * operators + q * deciding``, and a correction for each lever.
+
+    An operator takes a constant, and so much per byte moved and per FLOP, by its name and precision: that is the time
+    *inside*. What Python, autograd and the dispatcher add is the same for every one of the *operators*; selective
+    checkpointing decides about each of the *deciding* in Python. Each lever was run once alone: by what that run took
+    more or less, its combinations are corrected, in proportion to how much of the lever is in force.
+
+    Attributes
+    ----------
+    costs
+        (name, whether in half precision) -> ns per call, per byte and per FLOP.
+    weights
+        ``s``, ``p`` [ns], ``q`` [ns].
+    corrections
+        Lever -> ns at full force; the plain step's is under ``None``.
+    error_frac
+        Root mean square of the relative errors on the runs before they were corrected.
+    """
+
+    costs: dict[tuple[str, bool], Floats]
+    weights: Floats
+    corrections: dict[Hashable, float]
+    error_frac: float
+
+    @classmethod
+    def fit(cls, runs: Sequence[Run]) -> Clock:
+        """From a plain step, and one for each lever alone at full force."""
+        samples: dict[tuple[str, bool], list[tuple[Floats, float]]] = defaultdict(list)
+        for run in runs:
+            for key, features, duration in zip(*_features(run.timeline), run.durations_ns, strict=True):
+                samples[key].append((features, float(duration)))
+        floor_ns = min(duration for points in samples.values() for _, duration in points)
+        costs = {key: _cost(points, floor_ns) for key, points in samples.items()}
+        parts = np.array([_parts(run.timeline, costs, run.levers) for run in runs])
+        truth = np.array([run.step_ns for run in runs], dtype="float64")
+        weights = nonnegative(parts / truth[:, None], np.ones(len(runs)))
+        short = truth - parts @ weights
+        plain = next(short[i] for i, run in enumerate(runs) if not _forces(run.levers))
+        corrections: dict[Hashable, float] = {None: float(plain)}
+        for i, run in enumerate(runs):
+            for lever in _forces(run.levers):
+                corrections[lever] = float(short[i] - plain)
+        return cls(costs, weights, corrections, float(np.sqrt(np.mean(np.square(short / truth)))))
+
+    def step_ns(self, timeline: Timeline, levers: Levers, growth: float = 1.0) -> float:
+        """The time of a replayed step, of a batch that holds ``growth`` times what the runs did."""
+        plain = float(np.array(_parts(timeline, self.costs, levers)) @ self.weights)
+        forces = {None: 1.0} | _forces(levers)
+        more = sum(self.corrections.get(lever, 0.0) * force for lever, force in forces.items())
+        return max(0.0, plain + more * growth)
+
+    def knows(self, levers: Levers) -> bool:
+        """Whether each of these levers was run."""
+        return all(lever in self.corrections for lever in _forces(levers))
+
+
+def _forces(levers: Levers) -> dict[Hashable, float]:
+    """Which levers are in force, and how much: 1 where they were run alone."""
+    forces: dict[Hashable, float] = {}
+    if levers.checkpoint_every:
+        forces["checkpoint", levers.keep] = 1 / levers.checkpoint_every
+    if levers.compress != NONE:
+        forces["compress", levers.compress] = 1.0
+    if levers.offload_frac:
+        forces["offload"] = levers.offload_frac
+    if levers.micro_batches > 1:
+        forces["micro_batches"] = 2 * (1 - 1 / levers.micro_batches)
+    if levers.autocast != NONE:
+        forces["autocast", levers.autocast] = 1.0
+    if levers.optimizer_states != "float32":
+        forces["optimizer_states", levers.optimizer_states] = 1.0
+    return forces
+
+
+def _features(timeline: Timeline) -> tuple[list[tuple[str, bool]], Floats]:
+    """Of each operator its key, and 1, bytes moved, FLOPs."""
+    work = timeline.work.astype("float64")
+    half = [signature.half for signature in timeline.signatures]
+    features = np.column_stack([np.ones(len(work)), work[:, MOVED], work[:, _FLOPS] + work[:, _HALF_FLOPS]])
+    return list(zip(timeline.ops, half, strict=True)), features
+
+
+def _cost(points: Sequence[tuple[Floats, float]], floor_ns: float) -> Floats:
+    """Of calls of one size nobody can tell a constant from a rate: then all beyond the quickest call is a rate."""
+    design = np.array([features for features, _ in points])
+    duration = np.maximum(1.0, np.array([duration for _, duration in points]))
+    moved = design[:, 1]
+    if moved.max() > _APART * moved.min():
+        return nonnegative(design / duration[:, None], np.ones(len(duration)))
+    rate = 2 if design[0, 2] else 1
+    cost = np.array([min(floor_ns, duration.mean()), 0.0, 0.0])
+    if design[0, rate]:
+        cost[rate] = max(0.0, duration.mean() - floor_ns) / design[:, rate].mean()
+    else:
+        cost[0] = duration.mean()
+    return cost
+
+
+def _parts(timeline: Timeline, costs: dict[tuple[str, bool], Floats], levers: Levers) -> tuple[float, float, float]:
+    """Time inside operators [ns]; number of operators; number of those about which selective checkpointing decides.
+
+    An operator that was never timed costs what the median one does.
+    """
+    keys, features = _features(timeline)
+    usual = np.median(np.array(list(costs.values())), axis=0)
+    table = np.array([costs.get(key, usual) for key in keys])
+    count = timeline.times_run(levers.micro_batches)
+    deciding = sum(count[: timeline.segments[-1].first]) if levers.checkpoint_every and levers.keep != NONE else 0
+    return float(((table * features).sum(axis=1) * count).sum()), float(count.sum()), float(deciding)

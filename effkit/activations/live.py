@@ -1,0 +1,225 @@
+"""measure(): one steady training step, what fills its peak, and how long it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from effkit.account import Account
+from effkit.activations import losses as loss_accounts
+from effkit.activations import stepping, workspace
+from effkit.activations.checkpointing import blocks
+from effkit.activations.clock import Clock, Run
+from effkit.activations.forecasting import Forecaster, MakeBatch, Size
+from effkit.activations.levers import COMPRESSIONS, STATES, Levers
+from effkit.activations.observing import Observation
+from effkit.activations.settings import complete, parted
+from effkit.activations.timeline import PEAK
+from effkit.device import synchronize
+from effkit.training import Loss, MakeOptimizer, still, unchanged
+
+Progress = Callable[[int, int], None]
+TIME = "Time of one step"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a measurement found, and all that :func:`~effkit.activations.predict` needs.
+
+    Attributes
+    ----------
+    forecaster
+        Replays of this model.
+    observed
+        The step that was measured, operator by operator.
+    clock
+        Time of a step; ``None`` where levers were not timed.
+    error_frac
+        The replay of the measured step over its measured peak, minus 1.
+    losses
+        Lossy lever -> its gradient error and the gradient's noise, of those that were run.
+    """
+
+    forecaster: Forecaster
+    observed: Observation
+    clock: Clock | None
+    error_frac: float
+    losses: Mapping[str, tuple[Account, ...]] = field(default_factory=dict)
+
+
+def measure(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
+    make_batch: MakeBatch | None = None,
+    repeats: int = 3,
+    time_levers: bool = False,
+    base: Account | None = None,
+    progress: Progress | None = None,
+    **setting: Any,
+) -> Account:
+    """The peak memory of one steady training step, by what it is for; and the step's time.
+
+    A step runs once so that the optimizer has its state, once with every operator followed and every allocation
+    recorded, and ``repeats`` times by the clock (the fastest counts). The model comes out as it went in: the
+    optimizer steps with learning rate 0, buffers and random state are restored.
+
+    Parameters
+    ----------
+    model
+        Any module, in training mode. Compiled modules hide their operators and are not visible here.
+    batch
+        Keyword arguments of the model as a mapping, its arguments as a tuple, or one tensor. Dimension 0 is the batch.
+    loss
+        Output -> scalar; ``output.loss`` unless given.
+    optimizer
+        Parameters -> optimizer; AdamW unless given.
+    make_batch
+        ``(batch_size, length) -> batch``, for other sizes; unless given, the batch is repeated and cut.
+    repeats
+        Timed steps.
+    time_levers
+        Also run each lever once alone, so that the time of any combination can be predicted.
+    base
+        An earlier account of this model: what its calibration found is used, and nothing is calibrated again.
+    progress
+        Called with (runs done, runs in all); what it raises ends the measurement.
+    setting
+        ``batch_size``, ``length``, ``keep_frac`` and any of :class:`Levers`; the batch's own size and a plain step
+        unless given.
+
+    Returns
+    -------
+    Account
+        In bytes: parameter, buffer, optimizer state, input, gradient, saved activation, offloaded activation (in host
+        memory, which on a CPU is the same), recomputed activation, workspace. The total is the allocator's.
+        Companions: the step's time by phase; what is saved for backward, by operator; for lossy levers the gradient's
+        error, beside its noise between two half batches.
+
+    Raises
+    ------
+    ValueError
+        For a model without parameters, a batch without tensors, a loss that is no number or needs no gradient.
+    """
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("a training step cannot run under inference mode: leave torch.inference_mode() first")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
+    if repeats < 1:
+        raise ValueError(f"repeats is at least 1; given: {repeats}")
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    earlier = base.calibration if base is not None else None
+    forecaster = earlier.forecaster if earlier else Forecaster(
+        model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch
+    )  # fmt: skip
+    wanted = complete(base.setting if base is not None else forecaster.rest(), setting)
+    size, levers = parted(wanted)
+    timed = [levers, *(_single(model, size, optimizer) if time_levers and not earlier else ())]
+    num_runs = len(timed) * (repeats + 1)
+    tell = progress or (lambda done, total: None)
+    observed = []
+    for i, one in enumerate(timed):
+        tell(i, num_runs)
+        observed.append(forecaster.observe(model, forecaster.batch(size), one))
+    phases = _timed(forecaster, model, size, timed, repeats, lambda done: tell(len(timed) + done, num_runs))
+    here = observed[0]
+    if earlier:
+        calibration = replace(earlier, observed=here)
+    else:
+        error = _calibrated(forecaster, model, size, levers, here)
+        runs = [Run(lever, seen.timeline, seen.durations_ns, sum(spent.values()))
+                for lever, seen, spent in zip(timed, observed, phases, strict=True)]  # fmt: skip
+        losses = {name: loss_accounts.measured(model, forecaster.batch(size), alone, forecaster.loss)
+                  for one in timed[1:] for name, alone in loss_accounts.lossy(one).items()}  # fmt: skip
+        calibration = Calibration(forecaster, here, Clock.fit(runs) if time_levers else None, error, losses)
+    return Account.of(
+        PEAK, "bytes", here.rows, total=here.peak_bytes, source=here.source, setting=wanted, calibration=calibration,
+        companions=(
+            Account.of(TIME, "ns", phases[0], total=sum(phases[0].values()), source=f"wall time, fastest of {repeats}",
+                       setting=wanted),
+            saved_account(here.timeline, here.kept_bytes, "operator", "the allocator when backward began"),
+            *loss_accounts.measured(model, forecaster.batch(size), levers, forecaster.loss),
+        ),
+    )  # fmt: skip
+
+
+def saved_account(timeline: Any, total: int, by: str, source: str, **more: Any) -> Account:
+    """What forward leaves for backward, by ``operator`` or ``module``, the largest first."""
+    retained = timeline.retained
+    names = retained[by].replace("", "outside of any module")
+    if by == "module":
+        names = names.str.replace(r"\b\d+\b", "*", regex=True)  # layers of one kind together
+    sizes = retained["size_bytes"].groupby(names).sum().sort_values(ascending=False, kind="stable")
+    return Account.of(f"Saved activations by {by}", "bytes", sizes.to_dict(), total=total, source=source, **more)
+
+
+def _calibrated(forecaster: Forecaster, model: torch.nn.Module, size: Size, levers: Levers, here: Observation) -> float:
+    """Teach the forecaster what a replay does not see, if there is any; its error on the step that was measured."""
+    try:
+        if workspace.opaque(here.timeline):
+            forecaster.calibrate(model)
+        return int(forecaster.timeline(size, levers).levels().sum(axis=0).max()) / here.peak_bytes - 1
+    except ValueError:  # this step can be measured, not forecast; who asks for a forecast is told why
+        return float("nan")
+
+
+def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None) -> list[Levers]:
+    """Each lever alone, those that this model and batch admit."""
+    singles = [Levers(compress=form) for form in COMPRESSIONS[1:3]]
+    singles += [Levers(offload_frac=1.0), Levers(autocast="bfloat16")]
+    if size.num_rows > 1:
+        singles.append(Levers(micro_batches=2))
+    if optimizer is None:
+        singles += [Levers(optimizer_states=form) for form in STATES[1:]]
+    try:
+        blocks(model)
+    except ValueError:
+        return singles
+    return [Levers(checkpoint_every=1), Levers(checkpoint_every=1, keep="matmul"), *singles]
+
+
+def _timed(
+    forecaster: Forecaster, model: torch.nn.Module, size: Size, timed: Sequence[Levers], repeats: int,
+    tell: Callable[[int], None],
+) -> list[dict[str, int]]:  # fmt: skip
+    """Nanoseconds of each phase of the fastest step with each of these levers, all run in turn."""
+    batch = forecaster.batch(size)
+    spent: list[list[dict[str, int]]] = [[] for _ in timed]
+    with unchanged(model):
+        updates = {lever.optimizer_states: still(model.parameters(), lever.optimizer(forecaster.make_optimizer))
+                   for lever in timed}  # fmt: skip
+        for turn in range(repeats + 1):
+            tell(turn * len(timed))
+            for i, lever in enumerate(timed):
+                watch = _Stopwatch()
+                stepping.run(model, batch, forecaster.loss, updates[lever.optimizer_states], lever, watch)
+                if turn:  # the first makes the optimizer's state, and warms up
+                    spent[i].append(watch.stop())
+    return [min(steps, key=lambda phases: sum(phases.values())) for steps in spent]
+
+
+class _Stopwatch:
+    """Time spent in each phase [ns]."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, int] = {}
+        self._phase, self._since = "", 0
+        synchronize()
+
+    def __call__(self, phase: str) -> None:
+        synchronize()
+        now = time.perf_counter_ns()
+        if self._phase:
+            self._spent[self._phase] = self._spent.get(self._phase, 0) + now - self._since
+        self._phase, self._since = phase, time.perf_counter_ns()
+
+    def stop(self) -> dict[str, int]:
+        """The step is over."""
+        self("")
+        return self._spent

@@ -1,0 +1,133 @@
+"""front(), cheapest(): combinations of levers by time and memory, from one calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import pandas as pd
+
+from effkit.account import Account, readable
+from effkit.activations.levers import Levers
+from effkit.activations.live import TIME
+from effkit.activations.prediction import predict
+from effkit.activations.settings import parted
+
+# each lever's positions, from one that is off; of two on the list the later saves more, as a rule
+POSITIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "checkpoint": (
+        {"checkpoint_every": 1, "keep": "matmul"}, {"checkpoint_every": 2}, {"checkpoint_every": 1},
+    ),
+    "micro_batches": ({"micro_batches": 2}, {"micro_batches": 4}),
+    "autocast": ({"autocast": "bfloat16"},),
+    "compress": ({"compress": "int8"},),
+    "offload": ({"offload_frac": 0.5}, {"offload_frac": 1.0}),
+    "optimizer_states": ({"optimizer_states": "int8"}, {"optimizer_states": "fp8_e4m3"}),
+}  # fmt: skip
+
+
+def front(
+    base: Account,
+    *,
+    levers: Sequence[str] = ("checkpoint", "micro_batches", "autocast", "compress", "optimizer_states"),
+    lossless: bool = False,
+) -> pd.DataFrame:
+    """Predicted time and peak memory of combinations of levers, at the size that was measured.
+
+    The search begins with the plain step and adds one lever at a time to what is on the front so far (no other
+    combination is both quicker and smaller), until nothing new is found: combinations of what does not pay alone are
+    left out.
+
+    Parameters
+    ----------
+    base
+        What ``measure(..., time_levers=True)`` returned.
+    levers
+        Which to combine, of :data:`POSITIONS`. ``"offload"`` frees nothing where host and device memory are one.
+    lossless
+        Leave out what changes gradients or updates.
+
+    Returns
+    -------
+    DataFrame
+        One row per combination tried, by time: the levers' settings that differ from a plain step as a text
+        ``setting``, ``peak_bytes``, ``step_ns``, ``lossless`` and ``on_front``; ``attrs["settings"]`` has the
+        settings by that text.
+
+    Raises
+    ------
+    ValueError
+        For a base whose levers were not timed, or an unknown lever.
+    """
+    if unknown := set(levers) - set(POSITIONS):
+        raise ValueError(f"no such lever: {', '.join(sorted(unknown))}; there are {', '.join(POSITIONS)}")
+    plain = replace(parted(base.setting)[1], **asdict(Levers()))
+    tried: dict[Levers, tuple[int, int]] = {}
+    new = [plain]
+    while new:
+        for one in new:
+            tried[one] = _predicted(base, one)
+        best = _on_front(tried)
+        new = [more for one in best for more in _further(one, levers)
+               if more not in tried and (more.lossless or not lossless) and _possible(base, more)]  # fmt: skip
+        new = list(dict.fromkeys(new))
+    chosen = set(_on_front(tried))
+    names = {", ".join(f"{k}={v}" for k, v in one.changed.items()) or "plain": one for one in tried}
+    rows = [{"setting": name, "peak_bytes": tried[one][0], "step_ns": tried[one][1], "lossless": one.lossless,
+             "on_front": one in chosen} for name, one in names.items()]  # fmt: skip
+    table = pd.DataFrame(rows).sort_values("step_ns", kind="stable", ignore_index=True)
+    table.attrs["settings"] = {name: one.changed for name, one in names.items()}
+    return table
+
+
+def cheapest(base: Account, budget_bytes: int, **options: Any) -> Account:
+    """The quickest combination of levers whose predicted peak, its band included, fits into a budget.
+
+    ``options`` are those of :func:`front`. Measure its setting with ``measure(model, batch, base=base, **changes)``,
+    where the changes are ``front(base).attrs["settings"]``.
+
+    Raises
+    ------
+    ValueError
+        When none fits: the smallest is named.
+    """
+    table = front(base, **options)
+    for name in table["setting"]:
+        account = predict(base, **{**asdict(Levers()), **table.attrs["settings"][name]})
+        if (account.high or account.total) <= budget_bytes:
+            return account
+    smallest = table.loc[table["peak_bytes"].idxmin()]
+    raise ValueError(
+        f"no combination of these levers fits into {readable(budget_bytes, 'bytes')}: the smallest, "
+        f"{smallest['setting']}, needs {readable(smallest['peak_bytes'], 'bytes')}; use a smaller batch"
+    )
+
+
+def _predicted(base: Account, levers: Levers) -> tuple[int, int]:
+    account = predict(base, **asdict(levers))
+    times = [companion.total for companion in account.companions if companion.title == TIME]
+    if not times or base.calibration.clock is None:
+        raise ValueError("the time of levers was not measured: measure(..., time_levers=True) does that")
+    return account.total, times[0]
+
+
+def _possible(base: Account, levers: Levers) -> bool:
+    return levers.micro_batches <= base.setting["batch_size"] and bool(base.calibration.clock.knows(levers))
+
+
+def _further(levers: Levers, names: Sequence[str]) -> Iterator[Levers]:
+    """One more lever, or one that is in force at another position."""
+    for name in names:
+        for position in POSITIONS[name]:
+            yield replace(levers, **{"keep": "none", **position} if name == "checkpoint" else position)
+
+
+def _on_front(points: Mapping[Levers, tuple[int, int]]) -> list[Levers]:
+    """Those than which no other is smaller and at least as quick, in order of time."""
+    best, smallest = [], None
+    for one, (peak, _) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
+        if smallest is None or peak < smallest:
+            best.append(one)
+            smallest = peak
+    return best

@@ -1,0 +1,228 @@
+"""predict(), forecast(), largest_batch(): the peak of steps that nobody has run; whatif(): the same with sliders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from effkit.account import Account, readable
+from effkit.activations import losses, workspace
+from effkit.activations.forecasting import Forecaster, MakeBatch
+from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, STATES
+from effkit.activations.live import TIME, Calibration, Progress, measure, saved_account
+from effkit.activations.settings import complete, parted
+from effkit.activations.timeline import PEAK, RESIDENTS
+from effkit.training import Loss, MakeOptimizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from effkit.whatif import WhatIf
+
+_LEAST_BAND_FRAC = 0.005  # of a replay: what operators allocate inside themselves and free again, and nobody calibrated
+_SPREAD = 2.0
+
+
+def predict(base: Account, **setting: Any) -> Account:
+    """The peak at another setting, without running anything: a replay on fake tensors, or a surface through a few.
+
+    Parameters
+    ----------
+    base
+        What :func:`effkit.activations.measure` returned.
+    setting
+        Any of ``batch_size, length``; ``keep_frac``, the share of the tokens that is left before the first layer; and
+        of :class:`Levers`. The rest stays as it was measured.
+
+    Returns
+    -------
+    Account
+        In bytes, with a band; ``source`` says in which operator the peak is. The step's time is a companion where
+        levers were timed. ``in_range`` is False beyond the sizes that were replayed. At the measured setting: ``base``
+        itself.
+
+    Raises
+    ------
+    ValueError
+        For an unknown knob, a base without calibration, or a step that cannot be replayed.
+    """
+    calibration = _calibration(base)
+    wanted = complete(base.setting, setting)
+    if wanted == dict(base.setting):
+        return base
+    return _predicted(calibration.forecaster, wanted, calibration)
+
+
+def forecast(
+    model: torch.nn.Module,
+    batch_like: Any,
+    *,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
+    make_batch: MakeBatch | None = None,
+    device: str | None = None,
+    calibrate: bool | None = None,
+    **setting: Any,
+) -> Account:
+    """The peak of a training step before it is run: of this model at any size, with any levers in force.
+
+    The whole step is replayed on fake tensors: no memory, and no arithmetic. Convolutions and recurrent layers have
+    libraries do their work, in memory that a replay cannot see: then two steps on two and three rows are run first.
+
+    Parameters
+    ----------
+    model
+        In training mode; on the meta device if it is too large for this machine.
+    batch_like, loss, optimizer, make_batch
+        As in :func:`measure`.
+    device
+        ``"cuda"``: as on a GPU, on a machine that has none. What a GPU does otherwise is then assumed, not measured:
+        see :mod:`effkit.activations.elsewhere`.
+    calibrate
+        Whether to run the small steps; where a replay is known to need them, unless given.
+    setting
+        As in :func:`predict`.
+    """
+    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate)
+    return _predicted(forecaster, complete(forecaster.rest(), setting))
+
+
+def largest_batch(
+    model: torch.nn.Module,
+    batch_like: Any,
+    budget_bytes: int,
+    *,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
+    make_batch: MakeBatch | None = None,
+    device: str | None = None,
+    **setting: Any,
+) -> int:
+    """The largest batch size whose step fits into ``budget_bytes``, found without running out of memory.
+
+    Raises
+    ------
+    ValueError
+        When not even one row fits.
+    """
+    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, None)
+    setting["batch_size"] = setting.get("micro_batches") or 1
+
+    def peak_bytes(num_rows: int) -> int:
+        size, levers = parted(complete(forecaster.rest(), setting | {"batch_size": num_rows}))
+        return sum(forecaster.peak(size, levers).rows.values())
+
+    fits, fails = setting["batch_size"], 2 * setting["batch_size"]
+    if (needed := peak_bytes(fits)) > budget_bytes:
+        held = _predicted(forecaster, complete(forecaster.rest(), setting)).frame["value"]
+        resident = int(held.reindex(RESIDENTS).fillna(0).sum())
+        raise ValueError(
+            f"a budget of {readable(budget_bytes, 'bytes')} holds no step of this model: a batch of {fits} needs "
+            f"{readable(needed, 'bytes')}, {readable(resident, 'bytes')} of it for parameters and what stays with them"
+        )
+    while peak_bytes(fails) <= budget_bytes:
+        fits, fails = fails, 2 * fails
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if peak_bytes(middle) <= budget_bytes else (fits, middle)
+    return fits
+
+
+def saved(account: Account, by: str = "module") -> Account:
+    """What forward leaves for backward at the account's setting, by ``"module"`` (layers of one kind together) or
+    ``"operator"`` that saved it: of a measured account as it was observed, of a predicted one as it is replayed."""
+    if by not in ("module", "operator"):
+        raise ValueError(f"saved activations are told by module or by operator; given: {by!r}")
+    held = account.calibration
+    if isinstance(held, Calibration) and not account.predicted:
+        observed = held.observed
+        return saved_account(observed.timeline, observed.kept_bytes, by, "the allocator when backward began")
+    forecaster = held.forecaster if isinstance(held, Calibration) else held
+    timeline = forecaster.timeline(*parted(account.setting))
+    return saved_account(timeline, int(timeline.retained["size_bytes"].sum()), by, "a replay on fake tensors")
+
+
+def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = None, *, repeats: int = 3) -> WhatIf:
+    """Sliders over :func:`predict`; with the live ``model`` and a ``batch``, the button runs the setting.
+
+    Parameters
+    ----------
+    base
+        What :func:`effkit.activations.measure` returned.
+    model, batch
+        Those that were measured; without them the button is disabled.
+    repeats
+        Timed steps of the measurement behind the button.
+    """
+    from effkit.whatif import Choice, Slider, WhatIf
+
+    rest = base.setting
+    rows, cells = rest["batch_size"], rest.get("length")
+    knobs: list[Slider | Choice] = [Slider("batch_size", "Batch size [examples]", 1, 4 * rows, 1, "Rows of a batch")]
+    if cells:
+        knobs += [
+            Slider("length", "Sequence length [tokens]", max(1, cells // 4), 2 * cells, 1, "Cells of each row"),
+            Slider("keep_frac", "Tokens kept [tenths]", 1, 10, 1, "Share left before the first layer", scale=0.1),
+        ]
+    knobs += [
+        Slider("micro_batches", "Micro-batches [count]", 1, 8, 1, "Parts of the batch, one after another"),
+        Slider("checkpoint_every", "Checkpoint every [blocks]", 0, 4, 1, "Recompute one of so many; 0: none"),
+        Choice("keep", "Recomputed blocks keep", KEEPS, "Outputs that are not recomputed"),
+        Choice("compress", "Saved activations", COMPRESSIONS, "Format in which they are kept"),
+        Slider("group", "Values per scale [count]", 32, 512, 32, "Of compressed activations"),
+        Slider("offload_frac", "Offloaded [tenths]", 0, 10, 1, "Share that waits in host memory", scale=0.1),
+        Choice("autocast", "Autocast", AUTOCASTS, "Data type of matrix products"),
+        Choice("optimizer_states", "Optimizer states", STATES, "Format of AdamW's moments"),
+    ]
+
+    def run(progress: Progress, **setting: Any) -> Account:
+        assert model is not None
+        return measure(model, batch, base=base, repeats=repeats, progress=progress, **setting)
+
+    return WhatIf(base, predict, knobs, run if model is not None else None)
+
+
+def _forecaster(
+    model: torch.nn.Module, batch: Any, loss: Loss | None, optimizer: MakeOptimizer | None,
+    make_batch: MakeBatch | None, device: str | None, calibrate: bool | None,
+) -> Forecaster:  # fmt: skip
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    forecaster = Forecaster(model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device)
+    if calibrate is None:
+        size, levers = parted(forecaster.rest())
+        real = device is None and not any(parameter.is_meta for parameter in model.parameters())
+        calibrate = real and workspace.opaque(forecaster.timeline(size, levers))
+    if calibrate:
+        forecaster.calibrate(model)
+    return forecaster
+
+
+def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Calibration | None = None) -> Account:
+    size, levers = parted(wanted)
+    peak = forecaster.peak(size, levers)
+    total = sum(peak.rows.values())
+    error = abs(calibration.error_frac) if calibration else 0.0
+    margin = math.ceil(total * max(_LEAST_BAND_FRAC, _SPREAD * error, forecaster.doubt_frac))
+    companions: list[Account] = []
+    if calibration is not None and calibration.clock is not None:
+        clock = calibration.clock
+        time_ns = round(forecaster.step_ns(size, levers, clock))
+        slack = math.ceil(time_ns * clock.error_frac)
+        companions = [Account.of(
+            TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
+            basis="derived", low=max(0, time_ns - slack), high=time_ns + slack, setting=wanted,
+            in_range=peak.covered and clock.knows(levers),
+        ), *losses.predicted(levers, calibration.losses)]  # fmt: skip
+    return Account.of(
+        PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, low=total - margin, high=total + margin,
+        source=f"a replay on fake tensors: the peak is in {peak.phase}, at {peak.op}{forecaster.assumptions}",
+        in_range=peak.covered, setting=wanted, companions=tuple(companions),
+        calibration=calibration or forecaster,
+    )  # fmt: skip
+
+
+def _calibration(base: Account) -> Calibration:
+    if not isinstance(base.calibration, Calibration):
+        raise ValueError("this account carries no calibration; activations.measure() makes one that does")
+    return base.calibration
