@@ -2,7 +2,8 @@
 
     python data/record.py lengths     data/spoken_docs.csv (needs espeak-ng)
     python data/record.py captures    data/captures/*.zip, small reference captures of live steps and of two ranks
-    python data/record.py ledger      data/ledger/<device>.csv and the accuracy table in README.md
+    python data/record.py ledger      data/ledger/<device>.csv and the accuracy table in README.md; one lab alone, and
+                                      the other labs' rows left as they are: ledger activations
     python data/record.py all         captures and ledger (the list of lengths is the same on every machine)
 
 Everything runs on the GPU where there is one and on the CPU otherwise, by the same code; a few minutes each.
@@ -14,29 +15,24 @@ import argparse
 import ast
 import csv
 import io
-import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import wave
-from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
+import ledger_activations
+import ledger_padding
 import torch
+from ledger_padding import spoken
+from ledger_rows import DATA, device_name
 from torch.profiler import record_function
 
 import effkit as ek
-from effkit import padding
 from effkit.device import provenance
-from effkit.padding.prediction import complete, plan_at
-
-DATA = Path(__file__).resolve().parent
-README = DATA.parent / "README.md"
 
 # voice and words per minute of each speaker; sentences go round
 SPEAKERS = (
@@ -46,20 +42,7 @@ SPEAKERS = (
 PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'\"()\-.]*\.")
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
-# Settings that no calibration sees. Do not tune to them.
-BASE = {"strategy": "random", "batch_size": 16}
-HELD_OUT = (
-    {"strategy": "sorted"},
-    {"strategy": "bucket", "num_buckets": 8},
-    {"strategy": "bucket", "num_buckets": 4, "batch_size": 24},
-    {"strategy": "bucket2d", "num_buckets": 6},
-    {"strategy": "optimal", "num_buckets": 6},
-    {"strategy": "token_budget"},
-    {"batch_size": 8},
-    {"max_length": 800},
-)
-TRIES = 3
-BAR = 0.05  # on the median over the settings of the error of a predicted speed-up
+LABS = {"padding": ledger_padding.record, "activations": ledger_activations.record}
 
 
 def record_lengths() -> None:
@@ -93,12 +76,6 @@ def _paragraphs() -> set[str]:
     return found
 
 
-def spoken(num_examples: int) -> pd.DataFrame:
-    """A fixed sample of the list, at most 16 s long."""
-    lengths = padding.lengths(DATA / "spoken_docs.csv")
-    return lengths[lengths["input_length"] <= 1600].sample(num_examples, random_state=0).reset_index(drop=True)
-
-
 def record_captures() -> None:
     """One training step of each live model, with its allocations."""
     for name, model in {"speech": ek.models.speech(hidden=64), "text": ek.models.text(hidden=64)}.items():
@@ -113,7 +90,7 @@ def record_captures() -> None:
 
         seen = ek.capture(step, steps=1, memory=True, what=f"training step, {name} model",
                           settings={"batches": [lengths["input_length"].tolist()], "hidden": 64})  # fmt: skip
-        print(seen.save(DATA / "captures" / f"{name}_{_slug()}.zip").name, seen, sep="\n")
+        print(seen.save(DATA / "captures" / f"{name}_{device_name()}.zip").name, seen, sep="\n")
     record_alltoall()
 
 
@@ -124,7 +101,7 @@ def record_alltoall() -> None:
         ranks = ek.load(folder)
         made = provenance() | {"what": "two ranks of an expert-parallel layer in miniature, gloo"}
         seen = ek.Capture(ranks.events, None, {**ranks.provenance, **made, "files": None})
-        print(seen.save(DATA / "captures" / f"alltoall_{_slug()}.zip").name, seen.communication(), sep="\n")
+        print(seen.save(DATA / "captures" / f"alltoall_{device_name()}.zip").name, seen.communication(), sep="\n")
 
 
 def _expert_rank(rank: int, num_ranks: int, folder: str) -> None:
@@ -162,82 +139,26 @@ def _expert_rank(rank: int, num_ranks: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def record_ledger() -> None:
-    """Predict and measure every held-out setting; each measurement alternates with one of the base."""
-    gpu = torch.cuda.is_available()
-    torch.set_num_threads(1)  # on a shared machine, two threads that wait for each other are timed at their worst
-    lengths = spoken(2048 if gpu else 256)
-    model = ek.models.speech(**({"hidden": 512, "encoder_layers": 12, "decoder_layers": 6, "heads": 8} if gpu else {}))
-    scale = 4 if gpu else 1
-    base_plan = padding.plan(lengths, BASE["strategy"], batch_size=BASE["batch_size"] * scale)
-    base = padding.measure(base_plan, model, num_batches=8)
-    path = DATA / "ledger" / f"{_slug()}.csv"
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    errors, broken = [], []
-    for setting in HELD_OUT:
-        wanted = {k: v * scale if k == "batch_size" else v for k, v in setting.items()}
-        predicted = padding.predict(base, **wanted)
-        full = complete(base, wanted)
-        ratios, measured = [], None
-        for _ in range(TRIES):  # the machine's speed drifts: only neighbours in time are compared
-            again = padding.measure(base_plan, model, num_batches=4, repeats=2, base=base)
-            measured = padding.measure(plan_at(base, full), model, num_batches=8, repeats=2, base=base)
-            ratios.append(measured.total / again.total)
-        steady = replace(
-            measured, total=round(statistics.median(ratios) * base.total),
-            source=f"{measured.source}; relative to the base measured in turn, median of {TRIES}",
-        )  # fmt: skip
-        receipt = ek.Receipt(predicted, steady, setting=full, provenance=provenance())
-        receipt.append_to(part, lab="padding", model="speech", knob=next(iter(setting)))
-        errors.append(receipt.error)
-        counted = receipt.frame[receipt.frame["unit"].isin(["cells", "steps"])]
-        if not receipt.within_band or (counted["error"] != 0).any():
-            broken.append(setting)
-        print(setting, receipt, sep="\n", flush=True)
-    part.replace(path)
-    refresh_readme()
-    median = statistics.median(map(abs, errors))
-    print(f"time: median error {median:.1%}, worst {max(map(abs, errors)):.1%} over {len(errors)} held-out settings")
-    if median > BAR or broken:
-        sys.exit(
-            f"the bar is a median of {BAR:.0%}, times in their bands, exact counts; outside: {broken or 'the median'}"
-        )
-
-
-def refresh_readme() -> None:
-    """Rewrite the accuracy table between its two markers."""
-    rows = [
-        "| device | lab | quantity | settings | median error | worst error | inside band |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    for path in sorted((DATA / "ledger").glob("*.csv")):
-        ledger = pd.read_csv(path)
-        inside = (ledger["low"] <= ledger["measured"]) & (ledger["measured"] <= ledger["high"])
-        ledger = ledger.assign(absolute=ledger["error"].abs(), inside=inside)
-        device = json.loads(ledger["provenance"].iloc[0])["device"]
-        for (lab, quantity), group in ledger.groupby(["lab", "quantity"], sort=False):
-            rows.append(
-                f"| {device} | {lab} | {quantity} | {len(group)} | {group['absolute'].median():.1%} "
-                f"| {group['absolute'].max():.1%} | {group['inside'].sum()} of {len(group)} |"
-            )
-    text = README.read_text(encoding="utf-8")
-    begin, end = "<!-- accuracy: written by make ledger -->\n", "<!-- /accuracy -->"
-    before, rest = text.split(begin)
-    README.write_text(before + begin + "\n".join(rows) + "\n" + end + rest.split(end)[1], encoding="utf-8")
-
-
-def _slug() -> str:
-    return re.sub(r"[^a-z0-9]+", "-", provenance()["device"].lower()).strip("-")
+def record_ledger(lab: str | None = None) -> None:
+    """The rows of one lab, or of all one after another; ends with a sentence where a prediction misses its bar."""
+    outside = [record() for name, record in LABS.items() if lab in (None, name)]
+    if any(outside):
+        sys.exit("\n".join(filter(None, outside)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {"lengths": record_lengths, "captures": record_captures, "ledger": record_ledger}
-    parser.add_argument("what", choices=[*steps, "all"])
-    what = parser.parse_args().what
-    for name in ("captures", "ledger") if what == "all" else (what,):
-        steps[name]()
+    parser.add_argument("what", choices=["lengths", "captures", "ledger", "all"])
+    parser.add_argument("lab", nargs="?", choices=[*LABS], help="with ledger: this lab's rows alone")
+    given = parser.parse_args()
+    if given.lab and given.what != "ledger":
+        parser.error(f"a lab goes with ledger; given: {given.what} {given.lab}")
+    if given.what == "lengths":
+        record_lengths()
+    if given.what in ("captures", "all"):
+        record_captures()
+    if given.what in ("ledger", "all"):
+        record_ledger(given.lab)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class Account:
     title
         What the total is, in words: ``"Time of one epoch"``.
     unit
-        ``"ns"``, ``"bytes"``, ``"cells"``, ``"tokens"``, ``"steps"``, ``"FLOPs"``, ``"ppm"`` (millionths). Integers in it.
+        ``"ns"``, ``"bytes"``, ``"cells"``, ``"tokens"``, ``"steps"``, ``"FLOPs"`` or ``"ppm"``. Values are integers
+        in it.
     frame
         Indexed by ``item``; integer column ``value`` [unit]; column ``basis`` in {measured, derived, assumed}.
     total

@@ -22,7 +22,7 @@ PUBLIC = {
     ],
     "effkit.activations": [
         "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "blocks", "cheapest", "checkpoint", "compressed",
-        "forecast", "front", "gradient_error", "interleave", "largest_batch", "measure", "offloaded", "predict",
+        "forecast", "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure", "offloaded", "predict",
         "saved", "update_error", "whatif",
     ],
     "effkit.padding": [

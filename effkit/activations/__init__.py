@@ -12,10 +12,10 @@ from effkit.activations.live import measure
 from effkit.activations.low_bit import LowBitAdamW, update_error
 from effkit.activations.offloading import offloaded
 from effkit.activations.planning import cheapest, front
-from effkit.activations.prediction import forecast, largest_batch, predict, saved, whatif
+from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif
 
 __all__ = [
     "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "blocks", "cheapest", "checkpoint", "compressed", "forecast",
-    "front", "gradient_error", "interleave", "largest_batch", "measure", "offloaded", "predict", "saved",
+    "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved",
     "update_error", "whatif",
 ]  # fmt: skip

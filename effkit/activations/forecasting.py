@@ -138,26 +138,32 @@ class Forecaster:
             raise ValueError("the step is no smooth function of its size")
         return surface
 
-    def peak(self, size: Size, levers: Levers) -> Peak:
+    def peak(self, size: Size, levers: Levers, *, exact: bool = False) -> Peak:
         """Bytes by category at the peak, and where in the step it is.
 
-        At the size of the example, and where the step is not one function of the size, by a replay of exactly that;
-        else from the surface.
+        At the size of the example, where the step is not one function of the size, and when it is to be ``exact``: by a
+        replay of just that. Else from the surface.
         """
-        if size != self.size:
+        if size != self.size and not exact:
             with suppress(ValueError):
-                surface = self.surface(levers)
-                # of micro-batches that are not all alike the largest counts
-                rows = -(-size.num_rows // levers.micro_batches) * levers.micro_batches
-                levels, op = surface.peak(rows, size.num_cells)
-                timeline = surface.timelines[0]
-                main = int(np.flatnonzero(~timeline.aside)[op])
-                return Peak(rows_at(levels.round()), timeline.ops[main], timeline.phases[main],
-                            surface.covers(size.num_rows, size.num_cells))  # fmt: skip
+                return self._from_surface(size, levers)
         timeline = self.timeline(size, levers)
-        exact = timeline.levels()
-        op = int(exact.sum(axis=0).argmax())
-        return Peak(rows_at(exact[:, op]), timeline.ops[op], timeline.phases[op], True)
+        levels = timeline.levels()
+        op = int(levels.sum(axis=0).argmax())
+        return Peak(rows_at(levels[:, op]), timeline.ops[op], timeline.phases[op], True)
+
+    def _from_surface(self, size: Size, levers: Levers) -> Peak:
+        surface, count = self.surface(levers), levers.micro_batches
+        timeline = surface.timelines[0]
+        main = np.flatnonzero(~timeline.aside)
+        # a surface is of micro-batches that are all alike; of others the first is larger, and maybe more of them
+        fewer, more = divmod(size.num_rows, count)
+        second = int(np.searchsorted(main, timeline.segments[2].first)) if count > 1 else len(main)
+        spans = [(0, second, fewer + (more > 0)), (second, len(main), fewer + (more > 1))]
+        peaks = [surface.peak(rows * count, size.num_cells, first, last) for first, last, rows in spans if last > first]
+        levels, op = max(peaks, key=lambda peak: peak[0].sum())
+        covered = surface.covers(size.num_rows, size.num_cells)
+        return Peak(rows_at(levels.round()), timeline.ops[main[op]], timeline.phases[main[op]], covered)
 
     def step_ns(self, size: Size, levers: Levers, clock: Clock) -> float:
         """The time of a step by the clock."""

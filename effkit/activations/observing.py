@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -52,11 +53,11 @@ def observe(
         with follower.following(model):
             step(follower.enter)
 
-    gc.collect()  # what dies of old age during the step would be taken for the step's own
     if cuda:
         synchronize()
         torch.cuda.reset_peak_memory_stats()
-    read = memory_events(follow)
+    with _no_collection():
+        read = memory_events(follow)
     counted = torch.cuda.max_memory_allocated() if cuda else None
     timeline = follower.timeline()
     kind = "cuda" if cuda else "cpu"
@@ -83,6 +84,18 @@ def observe(
     levels = np.append(before, totals)
     kept = int(levels[np.searchsorted(times, starts[backward], "left")]) - before
     return Observation(replace(timeline, inside_bytes=inside), ends - starts, rows, counted, source, kept)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What an earlier step left in cycles, and died during this one, would be taken for this one's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _inside(timeline: Timeline, starts: Any, ends: Any, times: Any, levels: Any) -> Ints:

@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from effkit.account import Account, readable
 from effkit.activations import losses, workspace
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, STATES
 from effkit.activations.live import TIME, Calibration, Progress, measure, saved_account
 from effkit.activations.settings import complete, parted
-from effkit.activations.timeline import PEAK, RESIDENTS
+from effkit.activations.timeline import CATEGORIES, PEAK, RESIDENTS, Timeline
 from effkit.training import Loss, MakeOptimizer
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ def forecast(
         As in :func:`predict`.
     """
     forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate)
-    return _predicted(forecaster, complete(forecaster.rest(), setting))
+    return _predicted(forecaster, complete(forecaster.rest(), setting), exact=True)
 
 
 def largest_batch(
@@ -109,9 +111,9 @@ def largest_batch(
     forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, None)
     setting["batch_size"] = setting.get("micro_batches") or 1
 
-    def peak_bytes(num_rows: int) -> int:
+    def peak_bytes(num_rows: int, exact: bool = False) -> int:
         size, levers = parted(complete(forecaster.rest(), setting | {"batch_size": num_rows}))
-        return sum(forecaster.peak(size, levers).rows.values())
+        return sum(forecaster.peak(size, levers, exact=exact).rows.values())
 
     fits, fails = setting["batch_size"], 2 * setting["batch_size"]
     if (needed := peak_bytes(fits)) > budget_bytes:
@@ -126,6 +128,11 @@ def largest_batch(
     while fails - fits > 1:
         middle = (fits + fails) // 2
         fits, fails = (middle, fails) if peak_bytes(middle) <= budget_bytes else (fits, middle)
+    # the search was on a surface: the last word has a replay
+    while peak_bytes(fits, exact=True) > budget_bytes:
+        fits -= 1
+    while peak_bytes(fits + 1, exact=True) <= budget_bytes:
+        fits += 1
     return fits
 
 
@@ -134,13 +141,29 @@ def saved(account: Account, by: str = "module") -> Account:
     ``"operator"`` that saved it: of a measured account as it was observed, of a predicted one as it is replayed."""
     if by not in ("module", "operator"):
         raise ValueError(f"saved activations are told by module or by operator; given: {by!r}")
+    step = _timeline(account)
+    if isinstance(account.calibration, Calibration) and not account.predicted:
+        return saved_account(step, account.calibration.observed.kept_bytes, by, "the allocator when backward began")
+    return saved_account(step, int(step.retained["size_bytes"].sum()), by, "a replay on fake tensors")
+
+
+def live_bytes(account: Account) -> pd.DataFrame:
+    """What is alive during each operator of the account's step: ``phase``, ``operator``, and bytes by category.
+
+    Of a measured account as it was observed, of a predicted one as it is replayed. ``view.live_bytes`` draws it.
+    """
+    step = _timeline(account)
+    levels = pd.DataFrame(step.levels().T, columns=list(CATEGORIES)).rename_axis("number")
+    return levels.assign(phase=step.phases, operator=step.ops)
+
+
+def _timeline(account: Account) -> Timeline:
     held = account.calibration
     if isinstance(held, Calibration) and not account.predicted:
-        observed = held.observed
-        return saved_account(observed.timeline, observed.kept_bytes, by, "the allocator when backward began")
-    forecaster = held.forecaster if isinstance(held, Calibration) else held
-    timeline = forecaster.timeline(*parted(account.setting))
-    return saved_account(timeline, int(timeline.retained["size_bytes"].sum()), by, "a replay on fake tensors")
+        return held.observed.timeline
+    if not isinstance(held, Calibration | Forecaster):
+        raise ValueError("this account has no timeline; those of activations.measure(), predict() and forecast() have")
+    return (held.forecaster if isinstance(held, Calibration) else held).timeline(*parted(account.setting))
 
 
 def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = None, *, repeats: int = 3) -> WhatIf:
@@ -198,9 +221,11 @@ def _forecaster(
     return forecaster
 
 
-def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Calibration | None = None) -> Account:
+def _predicted(
+    forecaster: Forecaster, wanted: dict[str, Any], calibration: Calibration | None = None, *, exact: bool = False
+) -> Account:
     size, levers = parted(wanted)
-    peak = forecaster.peak(size, levers)
+    peak = forecaster.peak(size, levers, exact=exact)
     total = sum(peak.rows.values())
     error = abs(calibration.error_frac) if calibration else 0.0
     margin = math.ceil(total * max(_LEAST_BAND_FRAC, _SPREAD * error, forecaster.doubt_frac))

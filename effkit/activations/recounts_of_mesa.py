@@ -49,7 +49,7 @@ class _Block(nn.Module):
         width = hidden // self.heads
         qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width).permute(2, 0, 3, 1, 4)
         scores = (qkv[0] @ qkv[1].transpose(-2, -1)) * width**-0.5
-        weights: Tensor = _OldSoftmax.apply(scores) if self.old else scores.softmax(-1)  # type: ignore[no-untyped-call]
+        weights: Tensor = _OldSoftmax.apply(scores) if self.old else scores.softmax(-1)
         x = x + self.proj((weights @ qkv[2]).transpose(1, 2).reshape(x.shape))
         # .float(): autocast of torch 1.7 computed GELU in float32
         y: Tensor = x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x)).float()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ class Surface:
     settings: tuple[tuple[int, int | None], ...]
     timelines: tuple[Timeline, ...]
 
+    @cached_property
+    def _totals(self) -> Floats:
+        return self.coefficients.sum(axis=1)
+
     @classmethod
     def fit(cls, settings: Sequence[tuple[int, int | None]], timelines: Sequence[Timeline]) -> Surface:
         """Through as many replays as there are terms: two batch sizes, times three lengths where there are any.
@@ -46,11 +51,11 @@ class Surface:
         levels = np.stack([timeline.main_levels() for timeline in timelines]).astype("float64")
         return cls(_solved(settings, levels), tuple(settings), tuple(timelines))
 
-    def peak(self, num_rows: int, num_cells: int | None) -> tuple[Floats, int]:
-        """Bytes by category at the peak, shape [num_categories], and at which operator that is."""
+    def peak(self, num_rows: int, num_cells: int | None, first: int = 0, last: int | None = None) -> tuple[Floats, int]:
+        """Bytes by category at the peak, shape [num_categories], and at which operator, of ``first`` to ``last``."""
         terms = np.array(_terms(num_rows, num_cells))
-        totals = terms @ self.coefficients.sum(axis=1)
-        op = int(totals.argmax())
+        totals = terms @ self._totals[:, first:last]
+        op = first + int(totals.argmax())
         at_peak: Floats = terms @ self.coefficients[:, :, op]
         return at_peak, op
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from effkit.padding.buckets import Ints
 from effkit.least_squares import Floats
+from effkit.padding.buckets import Ints
 from effkit.padding.plans import Plan
 
 _ORDERED = ("sorted", "token_budget")  # neighbouring batches are alike: ranks that share them wait least

@@ -3,6 +3,18 @@
 from effkit.view.accounts import account, plan
 from effkit.view.comparison import Comparison
 from effkit.view.panes import PANES, MemoryPicture
+from effkit.view.steps import front, live_bytes
 from effkit.view.style import GREY, OKABE_ITO, colour
 
-__all__ = ["GREY", "OKABE_ITO", "PANES", "Comparison", "MemoryPicture", "account", "colour", "plan"]
+__all__ = [
+    "GREY",
+    "OKABE_ITO",
+    "PANES",
+    "Comparison",
+    "MemoryPicture",
+    "account",
+    "colour",
+    "front",
+    "live_bytes",
+    "plan",
+]

@@ -1,0 +1,216 @@
+"""The activation lab's rows of the error ledger: peak memory and time of steps at other sizes and with levers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+from ledger_rows import begun, replace_rows
+
+import effkit as ek
+from effkit import activations
+from effkit.activations import stepping
+from effkit.activations.live import TIME
+from effkit.activations.settings import complete, parted
+from effkit.activations.timeline import PEAK
+from effkit.device import provenance, synchronize
+from effkit.training import still, unchanged
+
+# Configuration and the (batch size, length) that is measured, on a CPU and on a GPU.
+_SMALL, _LARGE = {"layers": 2, "hidden": 128}, {"layers": 12, "hidden": 768, "heads": 12}
+_LAYERS = ("encoder_layers", "decoder_layers")
+MODELS: Mapping[str, tuple[tuple[dict[str, Any], tuple[int, ...]], tuple[dict[str, Any], tuple[int, ...]]]] = {
+    "gpt": ((_SMALL, (8, 96)), (_LARGE, (8, 480))),
+    "text": ((_SMALL, (8, 96)), (_LARGE, (8, 480))),
+    "speech": (
+        (dict.fromkeys(_LAYERS, 2), (8, 240)),
+        ({"hidden": 512, "heads": 8} | dict.fromkeys(_LAYERS, 6), (16, 960)),
+    ),
+    "vision": ((_SMALL, (16,)), (_LARGE | {"image": 224, "patch": 16}, (32,))),
+}
+
+# Settings that no calibration sees. Do not tune to them. Batch size and length are multiples of the measured ones.
+HELD_OUT = {
+    "size": (
+        {"batch_size": 1.625},
+        {"batch_size": 0.625, "length": 1.45},
+        {"batch_size": 2.875, "length": 0.7},
+    ),
+    "one lever": (
+        {"checkpoint_every": 2},
+        {"micro_batches": 4},
+        {"offload_frac": 0.5},
+        {"compress": "fp8_e4m3", "group": 64},
+    ),
+    "several levers": (
+        {"checkpoint_every": 1, "micro_batches": 2},
+        {"checkpoint_every": 2, "compress": "int8"},
+        {"checkpoint_every": 1, "keep": "matmul", "autocast": "bfloat16"},
+        {"offload_frac": 0.5, "micro_batches": 4},
+        {"compress": "int8", "autocast": "bfloat16", "optimizer_states": "int8"},
+        {"checkpoint_every": 1, "micro_batches": 2, "optimizer_states": "fp8_e4m3"},
+    ),
+    "size and levers": (
+        {"batch_size": 1.625, "length": 0.7, "checkpoint_every": 1},
+        {"batch_size": 2.875, "micro_batches": 4, "optimizer_states": "int8"},
+        {"batch_size": 0.625, "compress": "int8", "autocast": "bfloat16"},
+    ),
+}
+ROUNDS = 5
+
+# Architectures of which each size is forecast before anything of it is run: name, configuration on a CPU, on a GPU,
+# the size of the example.
+_WIDE = {"hidden": 512, "heads": 8}
+ARCHITECTURES: Sequence[tuple[str, dict[str, Any], dict[str, Any], tuple[int, ...]]] = (
+    ("gpt", {"layers": 2}, _WIDE, (6, 80)),
+    (
+        "gpt",
+        {"layers": 2, "attention": "eager", "dropout": 0.1},
+        _WIDE | {"attention": "eager", "dropout": 0.1},
+        (6, 80),
+    ),
+    ("text", {"layers": 2, "kv_heads": 2}, _WIDE | {"kv_heads": 2}, (6, 80)),
+    ("vision", {"layers": 2, "image": 48}, _WIDE | {"image": 96}, (6,)),
+    ("speech", dict.fromkeys(_LAYERS, 2), _WIDE, (6, 200)),
+    ("convolutional", {}, {"width": 128}, (6,)),
+    ("recurrent", {}, {"hidden": 512}, (6, 40)),
+    ("spiking", {}, {"hidden": 2048}, (24,)),
+    ("spiking", {"learning": "bptt"}, {"hidden": 2048, "learning": "bptt"}, (24,)),
+)
+SIZES = ({}, {"batch_size": 0.5, "length": 0.7}, {"batch_size": 2.5, "length": 1.6})  # multiples of the example's
+
+# (quantity, knobs, largest median, largest of all)
+BARS = (
+    (PEAK, ("architecture",), 0.005, 0.03),
+    (PEAK, ("size", "one lever", "several levers", "size and levers"), 0.01, 0.05),
+    (TIME, ("several levers", "size and levers"), 0.08, 0.20),
+)
+
+
+def record() -> str:
+    """Forecast, predict and measure all of the above; returns what is outside its bar."""
+    torch.set_num_threads(1)  # as in the padding lab
+    gpu = torch.cuda.is_available()
+    part = begun("activations")
+    tables = []
+    for name, knob, setting, receipt in [*_forecasts(gpu), *_predictions(gpu)]:
+        receipt.append_to(part, lab="activations", model=name, knob=knob)
+        tables.append(receipt.frame.reset_index().assign(knob=knob, at=f"{name} {setting}"))
+    replace_rows("activations", part)
+    table = pd.concat(tables).assign(absolute=lambda frame: frame["error"].abs())
+    summary = table.groupby(["quantity", "knob"], sort=False)["absolute"].agg(["count", "median", "max"])
+    print(summary.to_string(float_format="{:.2%}".format))
+    return "\n".join(_outside(table))
+
+
+def _outside(table: pd.DataFrame) -> Iterator[str]:
+    """A sentence for each bar that is missed, naming the settings beyond it."""
+    for quantity, knobs, most_median, most in BARS:
+        rows = table[(table["quantity"] == quantity) & table["knob"].isin(knobs)]
+        median, far = rows["absolute"].median(), rows[rows["absolute"] > most]
+        if median > most_median or len(far):
+            named = "; ".join(f"{at} {error:+.1%}" for at, error in zip(far["at"], far["error"], strict=True))
+            yield (
+                f"activations: {quantity} by {', '.join(knobs)}: the bar is a median error of {most_median:.1%}, none "
+                f"above {most:.0%}; median {median:.1%}, outside: {named or 'the median'}"
+            )
+
+
+Row = tuple[str, str, Mapping[str, Any], ek.Receipt]
+
+
+def _forecasts(gpu: bool) -> Iterator[Row]:
+    """Peaks of architectures at sizes of which nothing was run; only memory."""
+    for name, small, large, usual in ARCHITECTURES:
+        model = getattr(ek.models, name)(**(large if gpu else small))
+        example = model.random_batch(*usual)
+        for times in SIZES:
+            size = _sized(times, usual)
+            forecast = activations.forecast(model, example, **size)
+            measured = activations.measure(
+                model, model.random_batch(*(size or _sized(None, usual)).values()), repeats=1
+            )
+            label = (small | size) or {"batch_size": usual[0]}
+            receipt = ek.Receipt(forecast, measured, setting=small | dict(measured.setting), provenance=provenance())
+            print(f"{name} {label}: {receipt}", flush=True)
+            yield name, "architecture", label, receipt
+
+
+def _predictions(gpu: bool) -> Iterator[Row]:
+    """Peaks and times at every held-out setting, from one measured account per model."""
+    for name, (small, large) in MODELS.items():
+        configuration, usual = large if gpu else small
+        model = getattr(ek.models, name)(**configuration)
+        batch = model.random_batch(*usual)
+        base = activations.measure(model, batch, time_levers=True)
+        held_out = [(knob, setting | _sized(setting, usual)) for knob, group in HELD_OUT.items() for setting in group]
+        held_out = [(knob, {k: v for k, v in setting.items() if k in base.setting}) for knob, setting in held_out]
+        ratios = times_in_turn(model, base, [setting for _, setting in held_out])
+        for (knob, setting), ratio in zip(held_out, ratios, strict=True):
+            predicted = activations.predict(base, **setting)
+            measured = activations.measure(model, batch, base=base, repeats=1, **setting)
+            receipt = ek.Receipt(
+                predicted, timed(measured, base, ratio), setting=dict(measured.setting), provenance=provenance()
+            )
+            print(f"{name} {setting}: {receipt}", flush=True)
+            yield name, knob, setting, receipt
+
+
+def _sized(times: Mapping[str, Any] | None, usual: Sequence[int]) -> dict[str, int]:
+    """The sizes that these multiples mean; with ``None`` the usual size itself."""
+    names = dict(zip(("batch_size", "length"), usual, strict=False))
+    return {
+        name: round(size * (times or {}).get(name, 1)) for name, size in names.items() if times is None or name in times
+    }
+
+
+def times_in_turn(
+    model: torch.nn.Module, base: ek.Account, settings: Sequence[Mapping[str, Any]], rounds: int = ROUNDS
+) -> list[float]:
+    """Time of a step at each setting over that of the base's step, median over the rounds.
+
+    The machine's speed drifts, and for moments it is elsewhere: each step is compared with the base's steps just
+    before and after it, and each round has all settings. The first round, which warms up, does not count.
+    """
+    forecaster = base.calibration.forecaster
+    steps = []
+    with unchanged(model):
+        updates: dict[str, torch.optim.Optimizer] = {}
+        for setting in [{}, *settings]:
+            size, levers = parted(complete(base.setting, setting))
+            if levers.optimizer_states not in updates:
+                make = levers.optimizer(forecaster.make_optimizer)
+                updates[levers.optimizer_states] = still(model.parameters(), make)
+            steps.append((forecaster.batch(size), forecaster.loss, updates[levers.optimizer_states], levers))
+
+        def step_ns(number: int) -> int:
+            synchronize()
+            start = time.perf_counter_ns()
+            stepping.run(model, *steps[number], lambda phase: synchronize())
+            synchronize()
+            return time.perf_counter_ns() - start
+
+        ratios: list[list[float]] = [[] for _ in settings]
+        for turn in range(rounds + 1):
+            before = step_ns(0)
+            for number in range(1, len(steps)):
+                own, after = step_ns(number), step_ns(0)
+                if turn:
+                    ratios[number - 1].append(2 * own / (before + after))
+                before = after
+    return [statistics.median(of_one) for of_one in ratios]
+
+
+def timed(measured: ek.Account, base: ek.Account, ratio: float) -> ek.Account:
+    """The account with a step's time that is this multiple of the base's."""
+    whole = next(companion for companion in base.companions if companion.title == TIME)
+    step_ns = round(ratio * whole.total)
+    source = f"wall time, relative to the base measured in turn, median of {ROUNDS}"
+    others = tuple(companion for companion in measured.companions if companion.title != TIME)
+    steady = ek.Account.of(TIME, "ns", {"step": step_ns}, total=step_ns, source=source, setting=measured.setting)
+    return replace(measured, companions=(steady, *others))

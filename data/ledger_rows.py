@@ -1,0 +1,69 @@
+"""The error ledger as a file, ``data/ledger/<device>.csv``: one lab's rows replaced; and the table in README.md."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from effkit.device import provenance
+from effkit.receipt import LEDGER_COLUMNS
+
+DATA = Path(__file__).resolve().parent
+README = DATA.parent / "README.md"
+LABS = ("padding", "activations")  # in this order in the file
+
+
+def device_name() -> str:
+    """This device, as files are named after it."""
+    return re.sub(r"[^a-z0-9]+", "-", provenance()["device"].lower()).strip("-")
+
+
+def begun(lab: str) -> Path:
+    """Where a lab's new rows are collected; nothing is there yet."""
+    part = DATA / "ledger" / f"{device_name()}.{lab}.part"
+    part.unlink(missing_ok=True)
+    return part
+
+
+def replace_rows(lab: str, part: Path) -> None:
+    """Put the new rows in the place of the lab's old ones; those of other labs stay as they are. Then the README."""
+    path = DATA / "ledger" / f"{device_name()}.csv"
+    kept = [row for row in _rows(path) if row[0] != lab] if path.exists() else []
+    whole = path.with_suffix(".whole")
+    with whole.open("w", newline="", encoding="utf-8") as file:
+        rows = sorted([*kept, *_rows(part)], key=lambda row: LABS.index(row[0]))
+        csv.writer(file, lineterminator="\n").writerows([LEDGER_COLUMNS, *rows])
+    whole.replace(path)
+    part.unlink()
+    refresh_readme()
+
+
+def _rows(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))[1:]
+
+
+def refresh_readme() -> None:
+    """Rewrite the accuracy table between its two markers."""
+    rows = [
+        "| device | lab | quantity | settings | median error | worst error | inside band |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for path in sorted((DATA / "ledger").glob("*.csv")):
+        ledger = pd.read_csv(path)
+        inside = (ledger["low"] <= ledger["measured"]) & (ledger["measured"] <= ledger["high"])
+        ledger = ledger.assign(absolute=ledger["error"].abs(), inside=inside)
+        device = json.loads(ledger["provenance"].iloc[0])["device"]
+        for (lab, quantity), group in ledger.groupby(["lab", "quantity"], sort=False):
+            rows.append(
+                f"| {device} | {lab} | {quantity} | {len(group)} | {group['absolute'].median():.1%} "
+                f"| {group['absolute'].max():.1%} | {group['inside'].sum()} of {len(group)} |"
+            )
+    text = README.read_text(encoding="utf-8")
+    begin, end = "<!-- accuracy: written by make ledger -->\n", "<!-- /accuracy -->"
+    before, rest = text.split(begin)
+    README.write_text(before + begin + "\n".join(rows) + "\n" + end + rest.split(end)[1], encoding="utf-8")

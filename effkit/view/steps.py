@@ -1,0 +1,76 @@
+"""Pictures of a training step's memory, and of what combinations of levers cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from effkit.account import readable
+from effkit.receipt import Receipt
+from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, unit_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def live_bytes(levels: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """What is alive during each operator of a step, stacked by category; phases apart, the peak marked.
+
+    ``levels``: a row per operator, ``phase`` and ``operator``, and a column of bytes per category.
+    """
+    ax = axes(ax, (7.4, 2.8))
+    amounts = levels.drop(columns=["phase", "operator"])
+    amounts = amounts.loc[:, (amounts > 0).any()]
+    below = np.zeros(len(levels))
+    for position, name in enumerate(amounts):
+        above = below + amounts[name].to_numpy()
+        ax.fill_between(levels.index, below, above, step="mid", color=colour(name, position), linewidth=0, label=name)
+        below = above
+    at = int(below.argmax())
+    ax.plot([at], [below[at]], marker="v", color="black", markersize=6, clip_on=False)
+    ax.set_ylim(0, 1.3 * below.max())  # room for the legend
+    begins = levels["phase"] != levels["phase"].shift()
+    for start, phase in levels.loc[begins, "phase"].items():
+        ax.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
+        ax.text(start, 1.14 * below.max(), f" {phase}", fontsize=8, color=GREY, va="top")
+    ax.set_xlim(0, len(levels) - 1)
+    ax.set_xlabel("operator")
+    unit_axis(ax.yaxis, "bytes")
+    where = f"{levels['phase'].iloc[at]}, at {levels['operator'].iloc[at]}"
+    ax.set_title(f"Peak {readable(int(below[at]), 'bytes')} in {where}", loc="left", fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
+    return ax
+
+
+def front(table: pd.DataFrame, receipts: Sequence[Receipt] = (), ax: Axes | None = None) -> Axes:
+    """Time against peak memory of combinations of levers: those on the front joined, lossy ones hollow.
+
+    A cross is a measurement, tied to its prediction.
+    """
+    ax = axes(ax, (7.4, 3.4))
+    best = table[table["on_front"]].sort_values("step_ns")
+    ax.step(best["step_ns"], best["peak_bytes"], where="post", color=OKABE_ITO[0], linewidth=1)
+    for lossless, rows in table.groupby("lossless"):
+        faces = [OKABE_ITO[0] if here else GREY for here in rows["on_front"]]
+        ax.scatter(rows["step_ns"], rows["peak_bytes"], s=np.where(rows["on_front"], 36, 12), edgecolors=faces,
+                   facecolors=faces if lossless else "none", zorder=3,
+                   label="exact gradients" if lossless else "changes gradients or updates")  # fmt: skip
+    for number, receipt in enumerate(receipts):
+        guess, truth = ([a.total, *(c.total for c in a.companions if c.unit == "ns")][::-1][-2:]
+                        for a in (receipt.predicted, receipt.measured))  # fmt: skip
+        ax.plot([guess[0], truth[0]], [guess[1], truth[1]], color=NAMED["exposed communication"], linewidth=1)
+        ax.plot(*truth, marker="x", color=NAMED["exposed communication"], markersize=8, linestyle="",
+                label=None if number else "measured")  # fmt: skip
+    unit_axis(ax.xaxis, "ns")
+    unit_axis(ax.yaxis, "bytes")
+    ax.set_xlabel("time of one step, predicted")
+    ax.set_ylabel("peak")
+    ax.set_ylim(bottom=0)
+    ax.set_title("What each byte saved costs in time", loc="left", fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9)
+    return ax

@@ -1,0 +1,195 @@
+"""The timed bars of the activation lab, each beside its peer or a plain step in the same run: ``make bench``."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._pytree import tree_map_only
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import effkit as ek
+from effkit import activations
+from effkit.activations.live import TIME
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+
+from ledger_activations import times_in_turn
+
+GIB = 2**30
+# none of these was run by a calibration, nor is any in the ledger's grid
+COMBINED = (
+    {"checkpoint_every": 2, "micro_batches": 2},
+    {"checkpoint_every": 1, "compress": "int8"},
+    {"micro_batches": 2, "autocast": "bfloat16"},
+    {"compress": "int8", "micro_batches": 2},
+    {"checkpoint_every": 1, "autocast": "bfloat16", "optimizer_states": "int8"},
+    {"checkpoint_every": 2, "micro_batches": 4, "optimizer_states": "int8"},
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads that wait for each other on a shared machine are timed at their worst."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A small GPT, a batch, and the account of its step with every lever timed."""
+    model = ek.models.gpt()
+    batch = model.random_batch(8, 96)
+    return model, batch, activations.measure(model, batch, time_levers=True)
+
+
+def took_s(function):
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def in_turn(functions, rounds=7):
+    """The seconds of each function, median over rounds in which all run one after another; the first warms up."""
+    spent = [[took_s(function)[0] for function in functions] for _ in range(rounds + 1)][1:]
+    return [statistics.median(times) for times in zip(*spent, strict=True)]
+
+
+def step_ns(account):
+    return next(companion.total for companion in account.companions if companion.title == TIME)
+
+
+def test_a_slider_follows_the_hand(measured):
+    base = measured[2]
+    positions = ({}, {"checkpoint_every": 1}, {"micro_batches": 2}, {"checkpoint_every": 1, "autocast": "bfloat16"})
+    fitted_s = [took_s(lambda p=p: activations.predict(base, batch_size=9, **p))[0] for p in positions]
+    moves = [
+        (position, rows, cells) for position, rows, cells in product(positions, range(5, 31, 5), range(30, 180, 25))
+    ]
+    times = [
+        took_s(lambda m=m: activations.predict(base, batch_size=m[1], length=m[2], **m[0]))[0] for m in moves
+    ]  # fmt: skip
+    median = statistics.median(times)
+    print(f"\n\na slider's first move with a lever: {statistics.median(fitted_s):.2f} s, worst {max(fitted_s):.2f} s")
+    print(f"  each of {len(moves)} further moves: median {median * 1e3:.2f} ms, worst {max(times) * 1e3:.2f} ms")
+    assert median <= 0.005
+
+
+def test_a_llama_of_seven_billion_is_forecast_on_a_laptop():
+    with torch.device("meta"):  # Llama-2-7B
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+            use_cache=False,
+        )).to(torch.bfloat16)  # fmt: skip
+    cells = torch.zeros(4, 2048, dtype=torch.long)
+    batch = {"input_ids": cells, "labels": cells}
+    number = sum(parameter.numel() for parameter in model.parameters())
+    plain_s, plain = took_s(lambda: activations.forecast(model, batch))
+    lever_s, lever = took_s(lambda: activations.forecast(model, batch, checkpoint_every=1))
+    print(f"\n\nLlama of {number / 1e9:.2f} billion parameters on the meta device, a batch of 4 x 2,048 tokens")
+    print(f"  plain: {plain.total / GIB:.1f} GiB, forecast in {plain_s:.1f} s")
+    print(f"  checkpoint_every=1: {lever.total / GIB:.1f} GiB, forecast in {lever_s:.1f} s")
+    assert lever.total < plain.total
+    assert max(plain_s, lever_s) <= 30
+
+
+def test_the_time_of_combined_levers_is_foretold(measured):
+    model, _, base = measured
+    predicted = [step_ns(activations.predict(base, **setting)) / step_ns(base) for setting in COMBINED]
+    ratios = times_in_turn(model, base, COMBINED, rounds=9)
+    errors = [guess / truth - 1 for guess, truth in zip(predicted, ratios, strict=True)]
+    print(f"\n\ntime of a step over that of a plain step of {step_ns(base) / 1e6:.0f} ms: predicted, measured, error")
+    for setting, guess, truth, error in zip(COMBINED, predicted, ratios, errors, strict=True):
+        named = ", ".join(f"{name}={value}" for name, value in setting.items())
+        print(f"  {named:<76}{guess:>6.2f}{truth:>6.2f}{error:>+8.1%}")
+    sizes = list(map(abs, errors))
+    print(f"  median {statistics.median(sizes):.1%}, worst {max(sizes):.1%}")
+    assert statistics.median(sizes) <= 0.08
+    assert max(sizes) <= 0.20
+
+
+def test_what_compression_costs(measured):
+    model, batch, base = measured
+    (ratio,) = times_in_turn(model, base, [{"compress": "int8"}], rounds=9)
+    squeezed = activations.measure(model, batch, base=base, repeats=1, compress="int8")
+    print("\n\nactivations saved in int8, beside a plain step")
+    print(f"  time {ratio - 1:+.1%}, peak {squeezed.total / base.total - 1:+.1%}")
+    assert squeezed.total < base.total
+
+
+def test_what_low_bit_states_cost():
+    """One update of 6 million parameters; torch's own one after another and all at once, which is its default."""
+    torch.manual_seed(0)
+    updates = {}
+    for name, make in {
+        "torch.optim.AdamW": torch.optim.AdamW,
+        "torch.optim.AdamW, foreach": lambda ours: torch.optim.AdamW(ours, foreach=True),
+        "LowBitAdamW, int8": activations.LowBitAdamW,
+        "LowBitAdamW, fp8_e4m3": lambda ours: activations.LowBitAdamW(ours, states="fp8_e4m3"),
+    }.items():
+        parameters = [torch.nn.Parameter(torch.randn(1000, 1000)) for _ in range(6)]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        updates[name] = make(parameters)
+    seconds = in_turn([update.step for update in updates.values()])
+    print("\n\none update of 6 million parameters")
+    state_bytes = {}
+    for (name, update), spent in zip(updates.items(), seconds, strict=True):
+        tensors = [leaf for state in update.state.values() for leaf in torch.utils._pytree.tree_leaves(state)]
+        state_bytes[name] = sum(leaf.nbytes for leaf in tensors if isinstance(leaf, torch.Tensor))
+        print(f"  {name:<28}{spent * 1e3:>8.1f} ms{spent / seconds[0]:>7.2f}x{state_bytes[name] / 2**20:>8.1f} MiB")
+    assert state_bytes["LowBitAdamW, int8"] < 0.3 * state_bytes["torch.optim.AdamW"]
+
+
+def test_forecasts_beside_torchs_memory_tracker(measured):
+    """torch's MemTracker on fake tensors, one step that makes the optimizer's state and one that is tracked."""
+    model, batch, base = measured
+
+    def theirs():
+        mode = FakeTensorMode()
+        with FakeCopyMode(mode):
+            faked = copy.deepcopy(model)
+        with mode:
+            inputs = tree_map_only(torch.Tensor, mode.from_tensor, batch)
+            update = torch.optim.AdamW(faked.parameters())
+            tracker = MemTracker()
+            tracker.track_external(faked, update, *inputs.values())
+            with tracker:
+                for turn in range(2):
+                    faked(**inputs).loss.backward()
+                    update.step()
+                    update.zero_grad(set_to_none=True)
+                    if not turn:
+                        tracker.reset_mod_stats()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+        return peak["Total"]
+
+    def ours():
+        return activations.forecast(model, batch).total
+
+    our_error, their_error = (function() / base.total - 1 for function in (ours, theirs))
+    our_s, their_s = in_turn([ours, theirs], rounds=5)
+    print(f"\n\nforecast of a GPT's step, measured {base.total / 2**20:.2f} MiB")
+    print(f"  ours {our_error:+.3%} in {our_s:.2f} s; MemTracker {their_error:+.3%} in {their_s:.2f} s")
+    assert abs(our_error) <= 0.005
+    assert our_s <= their_s
+
+
+def test_a_front_is_found_while_one_waits(measured):
+    base = measured[2]
+    base = activations.measure(*measured[:2], time_levers=True)  # nothing replayed yet
+    spent, table = took_s(lambda: activations.front(base))
+    again, _ = took_s(lambda: activations.front(base))
+    print(f"\n\nfront() of a small GPT: {len(table)} combinations in {spent:.1f} s, {table['on_front'].sum()} of them")
+    print(f"  on the front; once more {again:.2f} s")
+    assert table["on_front"].sum() > 1
