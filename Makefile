@@ -49,8 +49,8 @@ notebooks: .venv/.test  ## execute every notebook and write its canonical form
 bench: .venv/.test .venv/.browser .venv/.peers  ## the timed bars, peers side by side
 	$(BIN)/python -m pytest tests/bench_*.py -s -p no:cacheprovider
 
-ledger: .venv/.lab  ## predict and measure the held-out grid; refresh the accuracy table in README.md
-	$(BIN)/python data/record.py ledger
+ledger: .venv/.lab  ## predict and measure the held-out grids (LAB=activations: one alone); refresh the table in README.md
+	$(BIN)/python data/record.py ledger $(LAB)
 
 record: .venv/.lab  ## re-create the captures and the ledger under data/, on this machine
 	$(BIN)/python data/record.py all

@@ -16,6 +16,7 @@ import effkit as ek
 from effkit import activations
 from effkit.activations import stepping
 from effkit.activations.live import TIME
+from effkit.activations.losses import NOISE
 from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import PEAK
 from effkit.device import provenance, synchronize
@@ -65,15 +66,10 @@ ROUNDS = 5
 
 # Architectures of which each size is forecast before anything of it is run: name, configuration on a CPU, on a GPU,
 # the size of the example.
-_WIDE = {"hidden": 512, "heads": 8}
+_WIDE, _DROPPING = {"hidden": 512, "heads": 8}, {"attention": "eager", "dropout": 0.1}
 ARCHITECTURES: Sequence[tuple[str, dict[str, Any], dict[str, Any], tuple[int, ...]]] = (
     ("gpt", {"layers": 2}, _WIDE, (6, 80)),
-    (
-        "gpt",
-        {"layers": 2, "attention": "eager", "dropout": 0.1},
-        _WIDE | {"attention": "eager", "dropout": 0.1},
-        (6, 80),
-    ),
+    ("gpt", {"layers": 2} | _DROPPING, _WIDE | _DROPPING, (6, 80)),
     ("text", {"layers": 2, "kv_heads": 2}, _WIDE | {"kv_heads": 2}, (6, 80)),
     ("vision", {"layers": 2, "image": 48}, _WIDE | {"image": 96}, (6,)),
     ("speech", dict.fromkeys(_LAYERS, 2), _WIDE, (6, 200)),
@@ -82,7 +78,11 @@ ARCHITECTURES: Sequence[tuple[str, dict[str, Any], dict[str, Any], tuple[int, ..
     ("spiking", {}, {"hidden": 2048}, (24,)),
     ("spiking", {"learning": "bptt"}, {"hidden": 2048, "learning": "bptt"}, (24,)),
 )
-SIZES = ({}, {"batch_size": 0.5, "length": 0.7}, {"batch_size": 2.5, "length": 1.6})  # multiples of the example's
+SIZES = (
+    {"batch_size": 1, "length": 1},
+    {"batch_size": 0.5, "length": 0.7},
+    {"batch_size": 2.5, "length": 1.6},
+)  # multiples of the example's
 
 # (quantity, knobs, largest median, largest of all)
 BARS = (
@@ -127,16 +127,17 @@ Row = tuple[str, str, Mapping[str, Any], ek.Receipt]
 def _forecasts(gpu: bool) -> Iterator[Row]:
     """Peaks of architectures at sizes of which nothing was run; only memory."""
     for name, small, large, usual in ARCHITECTURES:
-        model = getattr(ek.models, name)(**(large if gpu else small))
+        configuration = large if gpu else small
+        model = getattr(ek.models, name)(**configuration)
         example = model.random_batch(*usual)
         for times in SIZES:
             size = _sized(times, usual)
             forecast = activations.forecast(model, example, **size)
-            measured = activations.measure(
-                model, model.random_batch(*(size or _sized(None, usual)).values()), repeats=1
+            measured = activations.measure(model, model.random_batch(*size.values()), repeats=1)
+            label = configuration | size
+            receipt = ek.Receipt(
+                forecast, measured, setting=configuration | dict(measured.setting), provenance=provenance()
             )
-            label = (small | size) or {"batch_size": usual[0]}
-            receipt = ek.Receipt(forecast, measured, setting=small | dict(measured.setting), provenance=provenance())
             print(f"{name} {label}: {receipt}", flush=True)
             yield name, "architecture", label, receipt
 
@@ -153,6 +154,9 @@ def _predictions(gpu: bool) -> Iterator[Row]:
         ratios = times_in_turn(model, base, [setting for _, setting in held_out])
         for (knob, setting), ratio in zip(held_out, ratios, strict=True):
             predicted = activations.predict(base, **setting)
+            # the noise that a gradient's error is held against is no prediction
+            kept = tuple(companion for companion in predicted.companions if companion.title != NOISE)
+            predicted = replace(predicted, companions=kept)
             measured = activations.measure(model, batch, base=base, repeats=1, **setting)
             receipt = ek.Receipt(
                 predicted, timed(measured, base, ratio), setting=dict(measured.setting), provenance=provenance()
@@ -161,12 +165,10 @@ def _predictions(gpu: bool) -> Iterator[Row]:
             yield name, knob, setting, receipt
 
 
-def _sized(times: Mapping[str, Any] | None, usual: Sequence[int]) -> dict[str, int]:
-    """The sizes that these multiples mean; with ``None`` the usual size itself."""
-    names = dict(zip(("batch_size", "length"), usual, strict=False))
-    return {
-        name: round(size * (times or {}).get(name, 1)) for name, size in names.items() if times is None or name in times
-    }
+def _sized(times: Mapping[str, Any], usual: Sequence[int]) -> dict[str, int]:
+    """The sizes that these multiples mean, of a model whose usual size has them."""
+    names = zip(("batch_size", "length"), usual, strict=False)
+    return {name: round(size * times[name]) for name, size in names if name in times}
 
 
 def times_in_turn(

@@ -21,7 +21,7 @@ PUBLIC = {
         "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "load", "models", "padding",
     ],
     "effkit.activations": [
-        "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "blocks", "cheapest", "checkpoint", "compressed",
+        "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint", "compressed",
         "forecast", "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure", "offloaded", "predict",
         "saved", "update_error", "whatif",
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from effkit.activations.accounting import account
 from effkit.activations.checkpointing import blocks, checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error
@@ -15,7 +16,7 @@ from effkit.activations.planning import cheapest, front
 from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif
 
 __all__ = [
-    "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "blocks", "cheapest", "checkpoint", "compressed", "forecast",
-    "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved",
-    "update_error", "whatif",
+    "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint", "compressed",
+    "forecast", "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure", "offloaded",
+    "predict", "saved", "update_error", "whatif",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -33,7 +33,7 @@ class Follower(TorchDispatchMode):
 
     def __init__(
         self,
-        residents: Mapping[str, Iterable[torch.Tensor]],
+        residents: Mapping[str, Sequence[torch.Tensor]],
         mark: Callable[[int], AbstractContextManager[Any]] | None = None,
     ) -> None:
         super().__init__()
@@ -59,6 +59,7 @@ class Follower(TorchDispatchMode):
         self._parameters: list[torch.nn.Parameter] = []
         self._modules: list[str] = []
         self._resident_bytes: dict[str, int] = {}
+        self._device_type = next(tensor for tensors in residents.values() for tensor in tensors).device.type
         for category, tensors in residents.items():
             self._resident_bytes[category] = 0
             for tensor in tensors:
@@ -103,7 +104,7 @@ class Follower(TorchDispatchMode):
         for tensor in made:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known and storage._cdata not in there:
-                self._birth(storage, number)
+                self._birth(tensor, number)
         self._ops.append(func._schema.name.removeprefix("aten::"))
         weights = tuple(tuple(t.shape) for t in given if self._known.get(t.untyped_storage()._cdata) == -1)
         half = bool(given) and given[0].dtype in counting.HALF
@@ -126,10 +127,11 @@ class Follower(TorchDispatchMode):
     def _where(self) -> str:
         return self._modules[-1] if self._modules else OUTSIDE
 
-    def _birth(self, storage: torch.UntypedStorage, number: int) -> None:
-        allocation = len(self._sizes)
+    def _birth(self, tensor: torch.Tensor, number: int) -> None:
+        storage, allocation = tensor.untyped_storage(), len(self._sizes)
         again = bool(self._modules) and self._segments[-1].phase == BACKWARD
-        self._sizes.append(storage.nbytes())
+        # what waits in host memory does not count on a GPU
+        self._sizes.append(storage.nbytes() if tensor.device.type == self._device_type else 0)
         self._addresses.append(self._address(storage))
         self._born.append((number, self._where, again))
         key = storage._cdata

@@ -132,6 +132,7 @@ def _rounded(timeline: Timeline) -> Timeline:
     """With every allocation in whole blocks, and the workspace that cuBLAS holds from the first product on."""
     size = timeline.allocations["size_bytes"]
     blocks = -(-size // elsewhere.ROUNDING_BYTES) * elsewhere.ROUNDING_BYTES
+    blocks = blocks.where(timeline.allocations["category"] != "offloaded activation", 0)  # those are on the host
     held = np.full(len(timeline.ops), elsewhere.CUBLAS_BYTES)
     return replace(timeline, allocations=timeline.allocations.assign(size_bytes=blocks), inside_bytes=held)
 
