@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -62,7 +63,8 @@ HELD_OUT = {
         {"batch_size": 0.625, "compress": "int8", "autocast": "bfloat16"},
     ),
 }
-ROUNDS = 5
+ROUNDS = 5  # of steps at all settings
+REPEATS = 7  # of the steps that calibrate: what they were disturbed by is in every prediction
 
 # Architectures of which each size is forecast before anything of it is run: name, configuration on a CPU, on a GPU,
 # the size of the example.
@@ -98,7 +100,7 @@ def record() -> str:
     gpu = torch.cuda.is_available()
     part = begun("activations")
     tables = []
-    for name, knob, setting, receipt in [*_forecasts(gpu), *_predictions(gpu)]:
+    for name, knob, setting, receipt in chain(_forecasts(gpu), _predictions(gpu)):
         receipt.append_to(part, lab="activations", model=name, knob=knob)
         tables.append(receipt.frame.reset_index().assign(knob=knob, at=f"{name} {setting}"))
     replace_rows("activations", part)
@@ -148,7 +150,7 @@ def _predictions(gpu: bool) -> Iterator[Row]:
         configuration, usual = large if gpu else small
         model = getattr(ek.models, name)(**configuration)
         batch = model.random_batch(*usual)
-        base = activations.measure(model, batch, time_levers=True)
+        base = activations.measure(model, batch, time_levers=True, repeats=REPEATS)
         held_out = [(knob, setting | _sized(setting, usual)) for knob, group in HELD_OUT.items() for setting in group]
         held_out = [(knob, {k: v for k, v in setting.items() if k in base.setting}) for knob, setting in held_out]
         ratios = times_in_turn(model, base, [setting for _, setting in held_out])

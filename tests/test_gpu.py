@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import effkit as ek
-from effkit import padding
+from effkit import activations, padding
 from effkit.panes.breakdown import PARTS
 
 pytestmark = [
@@ -120,6 +120,64 @@ def test_a_memory_snapshot_is_explained_to_the_byte(train, tmp_path):
     assert account.residual == 0
     assert account.total == peak
     assert account.frame.loc["saved activation", "value"] >= 1024 * 2048 * 4
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return ek.models.gpt(layers=6, hidden=512, heads=8, vocabulary=5000)
+
+
+@pytest.fixture(scope="module")
+def base(gpt):
+    return activations.measure(gpt, gpt.random_batch(16, 512), repeats=2)
+
+
+def test_the_peak_of_a_step_is_the_allocators_own_and_explained_to_one_percent(gpt, base):
+    batch, update = gpt.random_batch(16, 512), torch.optim.AdamW(gpt.parameters(), lr=0.0)
+    try:
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            gpt(**batch).loss.backward()
+            update.step()
+            update.zero_grad(set_to_none=True)
+    finally:
+        peak = torch.cuda.max_memory_allocated()
+        gpt.zero_grad(set_to_none=True)
+    assert base.source == "torch.cuda.max_memory_allocated"
+    assert base.total == pytest.approx(peak, rel=0.01)
+    assert abs(base.residual) <= 0.01 * base.total, base
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"batch_size": 24}, {"length": 300}, {"checkpoint_every": 1}, {"compress": "int8"}], ids=str
+)
+def test_the_peak_of_a_step_is_forecast_on_the_gpu(gpt, base, setting):
+    truth = activations.measure(gpt, gpt.random_batch(16, 512), base=base, repeats=1, **setting)
+    guess = activations.forecast(gpt, gpt.random_batch(16, 512), **setting)
+    assert guess.total == pytest.approx(truth.total, rel=0.08), guess.compare(truth)
+
+
+def test_a_gpu_is_forecast_from_a_model_that_is_not_on_it(gpt, base):
+    copied = ek.models.gpt(layers=6, hidden=512, heads=8, vocabulary=5000, device="cpu")
+    guess = activations.forecast(copied, copied.random_batch(16, 512), device="cuda")
+    assert set(guess.frame["basis"]) == {"assumed"}
+    assert guess.total == pytest.approx(base.total, rel=0.08), guess.compare(base)
+
+
+def test_what_is_offloaded_leaves_the_gpu(gpt):
+    batch, held = gpt.random_batch(16, 512), []
+    for frac in (0.0, 1.0):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        with activations.offloaded(frac):
+            loss = gpt(**batch).loss
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+        gpt.zero_grad(set_to_none=True)
+        del loss
+    assert held[1] < 0.3 * held[0], held
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from effkit.activations.counting import FEATURES, MOVED
-from effkit.activations.levers import NONE, Levers
+from effkit.activations.levers import NONE, STATES, Levers
 from effkit.activations.timeline import Ints, Timeline
 from effkit.least_squares import nonnegative
 
 _FLOPS, _HALF_FLOPS = FEATURES.index("flops"), FEATURES.index("half_flops")
+_OF_THE_OPTIMIZER = {("optimizer_states", form) for form in STATES}
 _APART = 1.5  # sizes that differ by less are one size
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -82,8 +83,8 @@ class Clock:
         """The time of a replayed step, of a batch that holds ``growth`` times what the runs did."""
         plain = float(np.array(_parts(timeline, self.costs, levers)) @ self.weights)
         forces = {None: 1.0} | _forces(levers)
-        more = sum(self.corrections.get(lever, 0.0) * force for lever, force in forces.items())
-        return max(0.0, plain + more * growth)
+        grown = {lever: force if lever in _OF_THE_OPTIMIZER else force * growth for lever, force in forces.items()}
+        return max(0.0, plain + sum(self.corrections.get(lever, 0.0) * force for lever, force in grown.items()))
 
     def knows(self, levers: Levers) -> bool:
         """Whether each of these levers was run."""

@@ -62,7 +62,7 @@ class Forecaster:
     Attributes
     ----------
     size
-        Of the example.
+        Around which it forecasts, and at which it does so exactly: the example's, unless another is set.
     basis, assumptions, doubt_frac
         How its forecasts are known, what they assume, and how far that may be off.
     """
@@ -80,7 +80,8 @@ class Forecaster:
         self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
         self.loss, self.make_optimizer = loss or own_loss, optimizer
         self._make = make_batch or (lambda num_rows, num_cells: stepping.resized(batch, num_rows, num_cells))
-        self.size = Size(stepping.rows(batch), stepping.length(batch))
+        self._example = Size(stepping.rows(batch), stepping.length(batch))
+        self.size = self._example
         self.workspace = Workspace({}, {})
         self._timelines: dict[tuple[Size, Levers], Timeline] = {}
         self._surfaces: dict[Levers, Surface] = {}
@@ -88,8 +89,8 @@ class Forecaster:
 
     def rest(self) -> dict[str, Any]:
         """The setting of the example, with a plain step."""
-        length = {"length": self.size.num_cells, "keep_frac": 1.0} if self.size.num_cells else {}
-        return {"batch_size": self.size.num_rows, **length, **asdict(Levers())}
+        length = {"length": self._example.num_cells, "keep_frac": 1.0} if self._example.num_cells else {}
+        return {"batch_size": self._example.num_rows, **length, **asdict(Levers())}
 
     def batch(self, size: Size) -> Any:
         """A batch of this size."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from effkit.whatif import WhatIf
 
-_LEAST_BAND_FRAC = 0.005  # of a replay: what operators allocate inside themselves and free again, and nobody calibrated
+_LEAST_BAND_FRAC = 0.01  # of a replay: small tensors that are not compressed, memory inside operators
+_FEW_ROWS = 8  # to begin a search from
 _SPREAD = 2.0
 
 
@@ -86,8 +87,8 @@ def forecast(
     setting
         As in :func:`predict`.
     """
-    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate)
-    return _predicted(forecaster, complete(forecaster.rest(), setting), exact=True)
+    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate, setting)
+    return _predicted(forecaster, complete(forecaster.rest(), setting))
 
 
 def largest_batch(
@@ -108,7 +109,8 @@ def largest_batch(
     ValueError
         When not even one row fits.
     """
-    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, None)
+    setting = {**setting, "batch_size": max(setting.get("micro_batches") or 1, _FEW_ROWS)}
+    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, None, setting)
     setting["batch_size"] = setting.get("micro_batches") or 1
 
     def peak_bytes(num_rows: int, exact: bool = False) -> int:
@@ -208,24 +210,23 @@ def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = Non
 
 def _forecaster(
     model: torch.nn.Module, batch: Any, loss: Loss | None, optimizer: MakeOptimizer | None,
-    make_batch: MakeBatch | None, device: str | None, calibrate: bool | None,
+    make_batch: MakeBatch | None, device: str | None, calibrate: bool | None, setting: Mapping[str, Any],
 ) -> Forecaster:  # fmt: skip
+    """What forecasts around the size of this setting, calibrated at its sequence length where it has to be."""
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     forecaster = Forecaster(model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device)
+    forecaster.size, levers = parted(complete(forecaster.rest(), setting))
     if calibrate is None:
-        size, levers = parted(forecaster.rest())
         real = device is None and not any(parameter.is_meta for parameter in model.parameters())
-        calibrate = real and workspace.opaque(forecaster.timeline(size, levers))
+        calibrate = real and workspace.opaque(forecaster.timeline(forecaster.size, levers))
     if calibrate:
         forecaster.calibrate(model)
     return forecaster
 
 
-def _predicted(
-    forecaster: Forecaster, wanted: dict[str, Any], calibration: Calibration | None = None, *, exact: bool = False
-) -> Account:
+def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Calibration | None = None) -> Account:
     size, levers = parted(wanted)
-    peak = forecaster.peak(size, levers, exact=exact)
+    peak = forecaster.peak(size, levers)
     total = sum(peak.rows.values())
     error = abs(calibration.error_frac) if calibration else 0.0
     margin = math.ceil(total * max(_LEAST_BAND_FRAC, _SPREAD * error, forecaster.doubt_frac))

@@ -1,0 +1,113 @@
+"""The clock, on steps whose times are made up: what it is told it gives back, and it finds the laws behind it."""
+
+import numpy as np
+import pytest
+from activation_models import made_timeline
+
+from effkit.activations.clock import Clock, Run
+from effkit.activations.levers import Levers
+
+COST = {"mm": (1000.0, 0.5, 0.01), "relu": (500.0, 0.25, 0.0), "adam": (2000.0, 1.0, 0.0)}
+PER_OPERATOR = 3000.0
+
+
+def step(size, extra=0, half=False):
+    """Forward, backward and update on tensors of three sizes, with ``extra`` operators more."""
+    ops = ["mm", "relu"] * 3 + ["mm", "mm", "relu"] * 2 + ["relu"] * extra + ["adam", "adam"]
+    moved = np.array([size * (1 + i % 3) for i in range(len(ops))])
+    flops = np.array([50 * m if op == "mm" else 0 for op, m in zip(ops, moved, strict=True)])
+    return made_timeline(ops, firsts=(0, 6, len(ops) - 2), moved=moved, flops=flops, half=[half] * len(ops))
+
+
+def durations(timeline):
+    costs = np.array([COST[op] for op in timeline.ops])
+    return costs[:, 0] + costs[:, 1] * timeline.work[:, 3] + costs[:, 2] * timeline.work[:, 1]
+
+
+def truth(timeline, more=0.0):
+    return durations(timeline).sum() + PER_OPERATOR * len(timeline.ops) + more
+
+
+def run(levers, timeline, more=0.0):
+    return Run(levers, timeline, durations(timeline).round().astype("int64"), round(truth(timeline, more)))
+
+
+PLAIN = step(1000)
+RUNS = [
+    run(Levers(), PLAIN),
+    run(Levers(checkpoint_every=1), step(1000, extra=6)),
+    run(Levers(compress="int8"), step(1000, extra=12), more=40_000),
+    run(Levers(offload_frac=1.0), step(1000, extra=3), more=90_000),
+]
+
+
+@pytest.fixture(scope="module")
+def clock():
+    return Clock.fit(RUNS)
+
+
+def test_every_run_is_given_back(clock):
+    for one in RUNS:
+        assert clock.step_ns(one.timeline, one.levers) == pytest.approx(one.step_ns, rel=1e-6)
+
+
+def test_steps_without_corrections_are_found_to_be_of_that_law():
+    exact = Clock.fit([run(Levers(), PLAIN), run(Levers(checkpoint_every=1), step(1000, extra=6))])
+    assert exact.error_frac < 0.001
+    for size in (500, 1500, 4000):
+        assert exact.step_ns(step(size), Levers()) == pytest.approx(truth(step(size)), rel=0.02)
+
+
+def test_a_lever_that_is_half_in_force_is_corrected_by_half(clock):
+    timeline = step(1000, extra=3)
+    none, half, whole = (clock.step_ns(timeline, Levers(offload_frac=frac)) for frac in (0.0, 0.5, 1.0))
+    assert half == pytest.approx((none + whole) / 2, rel=1e-9)
+    assert whole > none
+
+
+def test_corrections_of_several_levers_add_up(clock):
+    timeline = step(1000)
+    plain = clock.step_ns(timeline, Levers())
+    settings = {"compress": "int8"}, {"offload_frac": 1.0}, {"compress": "int8", "offload_frac": 1.0}
+    one, other, both = (clock.step_ns(timeline, Levers(**setting)) - plain for setting in settings)
+    assert both == pytest.approx(one + other, rel=1e-6)
+
+
+def test_corrections_grow_with_the_batch(clock):
+    timeline, levers = step(1000), Levers(compress="int8")
+    times = [clock.step_ns(timeline, levers, growth) for growth in (1.0, 2.0, 3.0)]
+    assert times[2] - times[1] == pytest.approx(times[1] - times[0], rel=1e-6)
+    assert clock.step_ns(timeline, levers, -1e9) >= 0
+
+
+def test_it_knows_the_levers_that_were_run(clock):
+    assert clock.knows(Levers())
+    assert clock.knows(Levers(checkpoint_every=3, compress="int8", offload_frac=0.2))
+    assert not clock.knows(Levers(checkpoint_every=1, keep="matmul"))
+    assert not clock.knows(Levers(compress="fp8_e4m3"))
+    assert not clock.knows(Levers(autocast="bfloat16"))
+    assert not clock.knows(Levers(micro_batches=2))
+    assert not clock.knows(Levers(optimizer_states="int8"))
+
+
+def test_an_operator_that_was_never_timed_costs_what_the_median_one_does(clock):
+    other = step(1000)
+    strange = made_timeline(["strange", *other.ops[1:]], firsts=(0, 6, 12), moved=other.work[:, 3],
+                            flops=other.work[:, 1])  # fmt: skip
+    assert 0.5 < clock.step_ns(strange, Levers()) / clock.step_ns(other, Levers()) < 2
+
+
+def test_half_precision_has_costs_of_its_own():
+    half = Run(Levers(autocast="bfloat16"), step(1000, half=True), (durations(PLAIN) / 4).astype("int64"), 70_000)
+    clock = Clock.fit([RUNS[0], half])
+    assert clock.costs["mm", True] @ [1, 1000, 50_000] == pytest.approx(
+        clock.costs["mm", False] @ [1, 1000, 50_000] / 4, rel=0.01
+    )
+
+
+def test_micro_batches_that_are_not_replayed_take_their_time():
+    ops = ["mm", "relu"] * 4 + ["adam"]
+    timeline = made_timeline(ops, firsts=(0, 2, 4, 6, 8), moved=[1000] * 9, flops=[100] * 9)
+    clock = Clock.fit([RUNS[0]])
+    two, four = (clock.step_ns(timeline, Levers(micro_batches=count)) for count in (2, 4))
+    assert four > 1.6 * two - 0.6 * clock.step_ns(made_timeline(["adam"] * 3, moved=[1000] * 3), Levers())
