@@ -252,7 +252,6 @@ def test_it_is_given_back_when_progress_raises(at):
     assert_same(state_of(model), before)
 
 
-@pytest.mark.xfail(reason="one turn of the clock too few is counted")
 def test_progress_never_says_that_all_is_done_while_a_run_is_to_come(gpt, batch):
     told = []
     activations.measure(gpt, batch, repeats=2, progress=lambda *done: told.append(done))

@@ -51,7 +51,8 @@ def test_operators_of_two_micro_batches_stand_for_those_of_all(forecaster, parts
     assert set(count) == ({1, parts - 1} if parts > 2 else {1})
     own = [sum(c for c, aside in zip(count, seen.aside, strict=True) if not aside), sum(~whole.aside)]
     assert own[0] == pytest.approx(own[1], rel=0.02)
-    assert seen.levels().sum(axis=0).max() == whole.levels().sum(axis=0).max()
+    peaks = [one.levels().sum(axis=0).max() for one in (seen, whole)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.002)  # the replay holds on to indices of each part
 
 
 def test_a_step_without_micro_batches_runs_each_operator_once(forecaster):

@@ -96,7 +96,9 @@ def test_calibrating_leaves_the_model_alone():
     assert forecaster.timeline(forecaster.size, Levers()).inside_bytes.any()
 
 
-@pytest.mark.xfail(reason="of three calibrated steps one alone has this many rows: its bytes hold at every length")
+@pytest.mark.xfail(
+    reason="its library's memory is no line of the bytes moved: 4% off at half the shortest calibrated length"
+)
 def test_a_recurrent_model_is_forecast_at_other_lengths_from_any_number_of_rows():
     model = models.recurrent(hidden=32, vocabulary=100, device="cpu")
     base = activations.measure(model, model.random_batch(12, 32), repeats=1, make_batch=model.random_batch)

@@ -21,9 +21,9 @@ PUBLIC = {
         "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "load", "models", "padding",
     ],
     "effkit.activations": [
-        "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint", "compressed",
-        "forecast", "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure", "offloaded", "predict",
-        "saved", "update_error", "whatif",
+        "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint",
+        "compressed", "forecast", "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure",
+        "offloaded", "predict", "saved", "update_error", "whatif",
     ],
     "effkit.padding": [
         "CostModel", "MemoryModel", "Plan", "STRATEGIES", "Watch", "account", "fit_cost", "fit_memory", "lengths",

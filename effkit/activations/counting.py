@@ -11,6 +11,7 @@ HALF = (torch.bfloat16, torch.float16)
 # what a step's time is made of; all of them add up over operators
 FEATURES = ("num_operators", "flops", "half_flops", "moved_bytes")
 MOVED = FEATURES.index("moved_bytes")
+HALF_FLOPS = FEATURES.index("half_flops")
 
 
 def work(

@@ -181,14 +181,19 @@ class Forecaster:
         num_cells, usual = ((one.num_cells or 1) * one.num_rows for one in (size, self.size))
         return clock.step_ns(self.timeline(size, levers), levers, num_cells / usual)
 
-    def calibrate(self, model: torch.nn.Module) -> None:
-        """Run two small steps of the real model, to learn what its operators allocate inside themselves."""
+    def calibrate(self, model: torch.nn.Module, *levers: Levers) -> None:
+        """Run two or three small steps of the real model, to learn what its operators allocate inside themselves.
+
+        Plainly, and with each of ``levers``, such as autocast, that has it run other operators.
+        """
         cells = self.size.num_cells
         sizes = [Size(rows, cells) for rows in _CALIBRATED_ROWS]
         if cells:
             sizes.append(Size(_FEWEST_ROWS, (cells + 1) // 2))
-        observed = [self.observe(model, self.batch(size), Levers()).timeline for size in sizes]
-        self.workspace = workspace.fit(observed, [self._replayer.replay(self.batch(size), Levers()) for size in sizes])
+        settings = [(size, one) for one in (Levers(), *levers) for size in sizes]
+        observed = [self.observe(model, self.batch(size), one).timeline for size, one in settings]
+        replayed = [self._replayer.replay(self.batch(size), one) for size, one in settings]
+        self.workspace = workspace.fit(observed, replayed)
         self._timelines.clear()
         self._surfaces.clear()
 

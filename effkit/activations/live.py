@@ -121,7 +121,7 @@ def measure(
     wanted = complete(base.setting if base is not None else forecaster.rest(), setting)
     size, levers = parted(wanted)
     timed = [levers, *(_single(model, size, optimizer) if time_levers and not earlier else ())]
-    num_runs = len(timed) * (repeats + 1)
+    num_runs = len(timed) * (repeats + 2)
     tell = progress or (lambda done, total: None)
     observed = []
     for i, one in enumerate(timed):
@@ -132,7 +132,7 @@ def measure(
     if earlier:
         calibration = replace(earlier, observed=here)
     else:
-        error = _calibrated(forecaster, model, size, levers, here)
+        error = _calibrated(forecaster, model, size, timed, observed)
         runs = [Run(lever, seen.timeline, seen.durations_ns, sum(spent.values()))
                 for lever, seen, spent in zip(timed, observed, phases, strict=True)]  # fmt: skip
         losses = {name: loss_accounts.measured(model, forecaster.batch(size), alone, forecaster.loss)
@@ -159,14 +159,17 @@ def saved_account(timeline: Any, total: int, by: str, source: str, **more: Any) 
     return Account.of(f"Saved activations by {by}", "bytes", sizes.to_dict(), total=total, source=source, **more)
 
 
-def _calibrated(forecaster: Forecaster, model: torch.nn.Module, size: Size, levers: Levers, here: Observation) -> float:
+def _calibrated(
+    forecaster: Forecaster, model: torch.nn.Module, size: Size, timed: Sequence[Levers], observed: Sequence[Observation]
+) -> float:
     """Teach the forecaster what a replay does not see, if there is any; its error on the step that was measured."""
     try:
-        if workspace.opaque(here.timeline):
-            forecaster.calibrate(model)
-        return int(forecaster.timeline(size, levers).levels().sum(axis=0).max()) / here.peak_bytes - 1
+        if any(workspace.opaque(seen.timeline) for seen in observed):
+            forecaster.calibrate(model, *{half: None for one in timed for half in one.half})
+        predicted = int(forecaster.timeline(size, timed[0]).levels().sum(axis=0).max())
     except ValueError:  # this step can be measured, not forecast; who asks for a forecast is told why
         return float("nan")
+    return predicted / observed[0].peak_bytes - 1
 
 
 def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None) -> list[Levers]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def predicted(levers: Levers, seen: Mapping[str, tuple[Account, ...]]) -> tuple[
     squares = {name: accounts[0].total ** 2 for name, accounts in known.items()}
     total = round(math.sqrt(sum(squares.values())))
     rows = {name: round(total * square / (sum(squares.values()) or 1)) for name, square in squares.items()}
-    noise = next(iter(known.values()))[1:]
+    # seen, not predicted: under a title of its own, so that a receipt does not set it against another batch's
+    noise = [replace(account, title=f"{NOISE}, as measured") for account in next(iter(known.values()))[1:]]
     return (
         Account.of(ERROR, "ppm", rows, total=total, basis="derived", source="each lever alone, added in quadrature",
                    low=total // _SPREAD, high=total * _SPREAD),

@@ -220,7 +220,7 @@ def _forecaster(
         real = device is None and not any(parameter.is_meta for parameter in model.parameters())
         calibrate = real and workspace.opaque(forecaster.timeline(forecaster.size, levers))
     if calibrate:
-        forecaster.calibrate(model)
+        forecaster.calibrate(model, *levers.half)
     return forecaster
 
 

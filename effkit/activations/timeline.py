@@ -106,9 +106,9 @@ class Timeline:
         """Forward and backward of this step, then the optimizer's step of another of the same model."""
         here, there = self.segments[-1].first, other.segments[-1].first
         mine = self.allocations[self.allocations["birth"] < here]
-        # gradients and what else backward leaves live as long as the other optimizer's step
-        later = {len(self.ops): here + len(other.ops) - there}
-        mine = mine.assign(death=mine["death"].replace(later).clip(upper=later[len(self.ops)]))
+        # gradients and what else backward leaves live to the end of the other optimizer's step, as to that of this one
+        death = mine["death"]
+        mine = mine.assign(death=death.where(death <= here, death + here + len(other.ops) - there - len(self.ops)))
         theirs = other.allocations[other.allocations["birth"] >= there]
         theirs = theirs.assign(birth=theirs["birth"] + here - there, death=theirs["death"] + here - there)
         joined: Any = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from effkit.activations.counting import MOVED
+from effkit.activations.counting import HALF_FLOPS, MOVED
 from effkit.activations.timeline import Signature, Timeline
 
 # operators that leave their work to a library with memory of its own
@@ -18,8 +18,16 @@ Line = tuple[float, float]
 
 
 def opaque(timeline: Timeline) -> bool:
-    """Whether a step has operators whose memory a replay knows to be blind to: convolutions and recurrent layers."""
-    return any(word in name for name in set(timeline.ops) for word in OPAQUE)
+    """Whether a step has operators whose memory a replay is known to be blind to.
+
+    Convolutions, recurrent layers, and on a CPU products in half precision.
+    """
+    return halved(timeline) or any(word in name for name in set(timeline.ops) for word in OPAQUE)
+
+
+def halved(timeline: Timeline) -> bool:
+    """Whether a step computes products in half precision."""
+    return bool(timeline.work[:, HALF_FLOPS].any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,11 @@ def fit(observed: Sequence[Timeline], replayed: Sequence[Timeline]) -> Workspace
         for key, points in _sizes(real, moved).items():
             if expected.get(key, points) != points:
                 outputs[key] += points
+    # of one size alone nobody can tell a constant from a rate: then the operators with the same weights tell
+    inside, outputs = (
+        {key: points for key, points in found.items() if not isinstance(key[0], Signature) or len(set(points)) > 1}
+        for found in (inside, outputs)
+    )
     return Workspace({key: _line(points) for key, points in inside.items() if any(y for _, y in points)},
                      {key: _line(points) for key, points in outputs.items()})  # fmt: skip
 
