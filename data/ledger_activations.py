@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -134,7 +135,8 @@ def _forecasts(gpu: bool) -> Iterator[Row]:
         example = model.random_batch(*usual)
         for times in SIZES:
             size = _sized(times, usual)
-            forecast = activations.forecast(model, example, **size)
+            make_batch = partial(_made, model)  # the example repeated would keep its number of output tokens
+            forecast = activations.forecast(model, example, make_batch=make_batch, **size)
             measured = activations.measure(model, model.random_batch(*size.values()), repeats=1)
             label = configuration | size
             receipt = ek.Receipt(
@@ -142,6 +144,10 @@ def _forecasts(gpu: bool) -> Iterator[Row]:
             )
             print(f"{name} {label}: {receipt}", flush=True)
             yield name, "architecture", label, receipt
+
+
+def _made(model: Any, *size: int | None) -> Any:
+    return model.random_batch(*(dimension for dimension in size if dimension is not None))
 
 
 def _predictions(gpu: bool) -> Iterator[Row]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _LEAST_BAND_FRAC = 0.01  # of a replay: small tensors that are not compressed, memory inside operators
 _FEW_ROWS = 8  # to begin a search from
-_SPREAD = 2.0
+_SPREAD = 2.0  # bands are two standard errors wide on each side
 
 
 def predict(base: Account, **setting: Any) -> Account:
@@ -234,7 +234,7 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     if calibration is not None and calibration.clock is not None:
         clock = calibration.clock
         time_ns = round(forecaster.step_ns(size, levers, clock))
-        slack = math.ceil(time_ns * clock.error_frac)
+        slack = math.ceil(time_ns * _SPREAD * clock.error_frac)
         companions = [Account.of(
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
             basis="derived", low=max(0, time_ns - slack), high=time_ns + slack, setting=wanted,
