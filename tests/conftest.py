@@ -51,3 +51,18 @@ def kineto(tmp_path_factory) -> bytes:
 def plain_events(kineto) -> list[dict]:
     """The same trace as plain Python reads it."""
     return json.loads(kineto)["traceEvents"]
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    """A tiny GPT-2 for the tests of one file."""
+    from activation_models import SMALL
+
+    from effkit import models
+
+    return models.gpt(layers=2, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def batch(gpt):
+    return gpt.random_batch(4, 64)

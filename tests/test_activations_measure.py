@@ -4,11 +4,11 @@ from collections import UserDict
 
 import pytest
 import torch
-from activation_models import SMALL, TINY, assert_same, batch_of, recorded_peak, state_of
+from activation_models import TINY, assert_same, batch_of, recorded_peak, state_of
 from torch import nn
 from transformers import BatchEncoding
 
-from effkit import activations, models
+from effkit import activations
 from effkit.activations.levers import KNOBS
 from effkit.activations.live import TIME
 from effkit.training import residents, size_bytes, still
@@ -19,16 +19,6 @@ KIB = 1024
 
 def companion(account, title):
     return next(one for one in account.companions if one.title == title)
-
-
-@pytest.fixture(scope="module")
-def gpt():
-    return models.gpt(layers=2, **SMALL)
-
-
-@pytest.fixture(scope="module")
-def batch(gpt):
-    return gpt.random_batch(4, 64)
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from activation_models import SMALL, recorded_peak
+from activation_models import recorded_peak
 
-from effkit import activations, models
+from effkit import activations
 from effkit.activations.levers import Levers
 from effkit.activations.live import TIME
 from effkit.activations.planning import POSITIONS, cheapest, front
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def gpt():
-    return models.gpt(layers=2, **SMALL)
-
-
-@pytest.fixture(scope="module")
-def batch(gpt):
-    return gpt.random_batch(4, 64)
 
 
 @pytest.fixture(scope="module")

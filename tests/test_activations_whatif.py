@@ -2,21 +2,10 @@
 
 import pytest
 import torch
-from activation_models import SMALL
 
 from effkit import activations, models
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def gpt():
-    return models.gpt(layers=2, **SMALL)
-
-
-@pytest.fixture(scope="module")
-def batch(gpt):
-    return gpt.random_batch(4, 64)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ HOUSE = [
     {"snapshot"},
     {"device"},
     {"datasheets"},
-    {"receipt", "least_squares"},
+    {"receipt", "least_squares", "uncollected"},
     {"account"},
 ]
 FLOOR = {room: -depth for depth, rooms in enumerate(HOUSE) for room in rooms}

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from effkit.activations.counting import FEATURES, MOVED
-from effkit.activations.levers import NONE, STATES, Levers
+from effkit.activations.counting import FLOPS, HALF_FLOPS, MOVED
+from effkit.activations.levers import NONE, Levers
+from effkit.activations.low_bit import STATES
 from effkit.activations.timeline import Ints, Timeline
-from effkit.least_squares import nonnegative
+from effkit.least_squares import Floats, nonnegative
 
-_FLOPS, _HALF_FLOPS = FEATURES.index("flops"), FEATURES.index("half_flops")
 _OF_THE_OPTIMIZER = {("optimizer_states", form) for form in STATES}
 _APART = 1.5  # sizes that differ by less are one size
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +111,7 @@ def _features(timeline: Timeline) -> tuple[list[tuple[str, bool]], Floats]:
     """Of each operator its key, and 1, bytes moved, FLOPs."""
     work = timeline.work.astype("float64")
     half = [signature.half for signature in timeline.signatures]
-    features = np.column_stack([np.ones(len(work)), work[:, MOVED], work[:, _FLOPS] + work[:, _HALF_FLOPS]])
+    features = np.column_stack([np.ones(len(work)), work[:, MOVED], work[:, FLOPS] + work[:, HALF_FLOPS]])
     return list(zip(timeline.ops, half, strict=True)), features
 
 

@@ -10,8 +10,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 HALF = (torch.bfloat16, torch.float16)
 # what a step's time is made of; all of them add up over operators
 FEATURES = ("num_operators", "flops", "half_flops", "moved_bytes")
-MOVED = FEATURES.index("moved_bytes")
-HALF_FLOPS = FEATURES.index("half_flops")
+FLOPS, HALF_FLOPS, MOVED = map(FEATURES.index, FEATURES[1:])
 
 
 def work(

@@ -84,7 +84,7 @@ class Forecaster:
         self.size = self._example
         self.workspace = Workspace({}, {})
         self._timelines: dict[tuple[Size, Levers], Timeline] = {}
-        self._surfaces: dict[Levers, Surface] = {}
+        self._surfaces: dict[Levers, Surface | str] = {}  # or why there is none
         self._times: dict[Levers, Any] = {}
 
     def rest(self) -> dict[str, Any]:
@@ -117,20 +117,29 @@ class Forecaster:
             When the step runs other operators at other sizes.
         """
         if levers not in self._surfaces:
-            parts, rows, cells = levers.micro_batches, self.size.num_rows, self.size.num_cells
-            span = [parts * max(_FEWEST_ROWS, rows // (4 * parts)), parts * max(2 * _FEWEST_ROWS, 4 * rows // parts)]
-            lengths = [_thirds(cells // 4, 2 * cells), _thirds(cells // 4, cells)] if cells else [[None]]
-            for attempt in lengths:
-                sizes = [Size(r, c) for r in span for c in attempt]
-                try:
-                    timelines = [self.timeline(size, levers) for size in sizes]
-                except (RuntimeError, IndexError, ValueError):
-                    if attempt is lengths[-1]:
-                        raise
-                    continue  # longer than the model has positions for
-                self._surfaces[levers] = self._checked(Surface.fit([astuple(s) for s in sizes], timelines), levers)
-                break
-        return self._surfaces[levers]
+            try:
+                self._surfaces[levers] = self._checked(self._fitted(levers), levers)
+            except ValueError as error:  # kept as well: the next move of a slider need not find it out again
+                self._surfaces[levers] = str(error)
+        found = self._surfaces[levers]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    def _fitted(self, levers: Levers) -> Surface:
+        parts, rows, cells = levers.micro_batches, self.size.num_rows, self.size.num_cells
+        span = [parts * max(_FEWEST_ROWS, rows // (4 * parts)), parts * max(2 * _FEWEST_ROWS, 4 * rows // parts)]
+        lengths = _thirds(cells // 4, 2 * cells) if cells else [None]
+        sizes = [Size(r, c) for r in span for c in lengths]
+        try:
+            timelines = [self.timeline(size, levers) for size in sizes]
+        except (RuntimeError, IndexError, ValueError):
+            if not cells:
+                raise
+            # longer than the model has positions for
+            sizes = [Size(r, c) for r in span for c in _thirds(cells // 4, cells)]
+            timelines = [self.timeline(size, levers) for size in sizes]
+        return Surface.fit([astuple(size) for size in sizes], timelines)
 
     def _checked(self, surface: Surface, levers: Levers) -> Surface:
         """Small tensors are not compressed: where that decides the peak, it is no smooth function of the size."""
@@ -196,6 +205,7 @@ class Forecaster:
         self.workspace = workspace.fit(observed, replayed)
         self._timelines.clear()
         self._surfaces.clear()
+        self._times.clear()
 
     def observe(self, model: torch.nn.Module, batch: Any, levers: Levers) -> Observation:
         """A real step, followed."""

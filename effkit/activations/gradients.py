@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from effkit.training import Loss, forward, own_loss
+from effkit.training import Loss, forward, own_loss, unchanged
 
 ALL = "all"
 _Gradients = dict[str, Tensor]
@@ -72,20 +72,9 @@ def gradient_error(
 def _gradients(model: nn.Module, batch: Any, to_loss: Loss, levers: AbstractContextManager[Any]) -> _Gradients:
     """Gradients by name, with the model's own left alone."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.random.fork_rng(), _buffers_restored(model), torch.enable_grad(), levers:
+    with unchanged(model), torch.enable_grad(), levers:
         found = torch.autograd.grad(to_loss(forward(model, batch)), list(parameters.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
-
-
-@contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
 
 
 def _compare(exact: _Gradients, other: _Gradients) -> pd.DataFrame:

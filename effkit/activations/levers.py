@@ -11,13 +11,13 @@ import torch
 
 from effkit.activations.checkpointing import checkpoint
 from effkit.activations.compressing import compressed
-from effkit.activations.low_bit import LowBitAdamW
+from effkit.activations.low_bit import STATES, LowBitAdamW
 from effkit.activations.offloading import offloaded
+from effkit.activations.quantising import FORMATS
 from effkit.training import MakeOptimizer
 
 NONE = "none"
-COMPRESSIONS = (NONE, "int8", "fp8_e4m3", "fp8_e5m2")
-STATES = ("float32", "int8", "fp8_e4m3")
+COMPRESSIONS = (NONE, *FORMATS)
 KEEPS = (NONE, "matmul")
 AUTOCASTS = (NONE, "bfloat16")
 

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from effkit.account import Account
-from effkit.activations import losses as loss_accounts
-from effkit.activations import stepping, workspace
+from effkit.activations import losses, stepping, workspace
 from effkit.activations.checkpointing import blocks
 from effkit.activations.clock import Clock, Run
+from effkit.activations.following import OUTSIDE
 from effkit.activations.forecasting import Forecaster, MakeBatch, Size
-from effkit.activations.levers import COMPRESSIONS, STATES, Levers
+from effkit.activations.levers import COMPRESSIONS, Levers
+from effkit.activations.low_bit import STATES
 from effkit.activations.observing import Observation
 from effkit.activations.settings import complete, parted
-from effkit.activations.timeline import PEAK
+from effkit.activations.timeline import PEAK, Timeline
 from effkit.device import synchronize
 from effkit.training import Loss, MakeOptimizer, still, unchanged
 
@@ -40,15 +41,16 @@ class Calibration:
         Time of a step; ``None`` where levers were not timed.
     error_frac
         The replay of the measured step over its measured peak, minus 1.
-    losses
-        Lossy lever -> its gradient error and the gradient's noise, of those that were run.
+    errors, noise
+        Gradient error of each lossy lever that was run, and the gradient's noise between half batches.
     """
 
     forecaster: Forecaster
     observed: Observation
     clock: Clock | None
     error_frac: float
-    losses: Mapping[str, tuple[Account, ...]] = field(default_factory=dict)
+    errors: Mapping[str, Account] = field(default_factory=dict)
+    noise: tuple[Account, ...] = ()
 
 
 def measure(
@@ -128,31 +130,32 @@ def measure(
         tell(i, num_runs)
         observed.append(forecaster.observe(model, forecaster.batch(size), one))
     phases = _timed(forecaster, model, size, timed, repeats, lambda done: tell(len(timed) + done, num_runs))
-    here = observed[0]
+    here, given = observed[0], forecaster.batch(size)
+    noise = losses.noise(model, given, forecaster.loss) if any(map(losses.lossy, timed)) else ()
     if earlier:
         calibration = replace(earlier, observed=here)
     else:
         error = _calibrated(forecaster, model, size, timed, observed)
         runs = [Run(lever, seen.timeline, seen.durations_ns, sum(spent.values()))
                 for lever, seen, spent in zip(timed, observed, phases, strict=True)]  # fmt: skip
-        losses = {name: loss_accounts.measured(model, forecaster.batch(size), alone, forecaster.loss)
-                  for one in timed[1:] for name, alone in loss_accounts.lossy(one).items()}  # fmt: skip
-        calibration = Calibration(forecaster, here, Clock.fit(runs) if time_levers else None, error, losses)
+        errors = {name: losses.measured(model, given, alone, forecaster.loss)
+                  for one in timed[1:] for name, alone in losses.lossy(one).items()}  # fmt: skip
+        calibration = Calibration(forecaster, here, Clock.fit(runs) if time_levers else None, error, errors, noise)
     return Account.of(
         PEAK, "bytes", here.rows, total=here.peak_bytes, source=here.source, setting=wanted, calibration=calibration,
         companions=(
             Account.of(TIME, "ns", phases[0], total=sum(phases[0].values()), source=f"wall time, fastest of {repeats}",
                        setting=wanted),
             saved_account(here.timeline, here.kept_bytes, "operator", "the allocator when backward began"),
-            *loss_accounts.measured(model, forecaster.batch(size), levers, forecaster.loss),
+            *((losses.measured(model, given, levers, forecaster.loss), *noise) if losses.lossy(levers) else ()),
         ),
     )  # fmt: skip
 
 
-def saved_account(timeline: Any, total: int, by: str, source: str, **more: Any) -> Account:
+def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: Any) -> Account:
     """What forward leaves for backward, by ``operator`` or ``module``, the largest first."""
     retained = timeline.retained
-    names = retained[by].replace("", "outside of any module")
+    names = retained[by].replace(OUTSIDE, "outside of any module")
     if by == "module":
         names = names.str.replace(r"\b\d+\b", "*", regex=True)  # layers of one kind together
     sizes = retained["size_bytes"].groupby(names).sum().sort_values(ascending=False, kind="stable")

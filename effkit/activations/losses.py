@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,36 +27,36 @@ def lossy(levers: Levers) -> dict[str, Levers]:
             if (value := getattr(levers, name)) != NONE}  # fmt: skip
 
 
-def measured(model: torch.nn.Module, batch: Any, levers: Levers, loss: Loss) -> tuple[Account, ...]:
-    """The relative error of the gradient under these levers [ppm], and of one half batch's against the other's."""
-    if not lossy(levers):
-        return ()
+def measured(model: torch.nn.Module, batch: Any, levers: Levers, loss: Loss) -> Account:
+    """The relative error of the gradient under these levers [ppm]."""
     errors = gradient_error(model, batch, lambda: levers.applied(model), loss=loss).set_index("parameter")
     error = _ppm(errors.loc[ALL, "relative_error"])
-    found = [Account.of(ERROR, "ppm", {" and ".join(lossy(levers)): error}, total=error,
-                        source="|g' - g| / |g| over all parameters, on this batch")]  # fmt: skip
-    if stepping.rows(batch) > 1:
-        first, second = stepping.parts(batch, 2)
-        noises = gradient_error(model, first, lambda: Levers().applied(model), loss=loss, batches=[second])
-        noise = _ppm(noises.set_index("parameter").loc[ALL, "noise_relative_error"])
-        found.append(Account.of(NOISE, "ppm", {"noise": noise}, total=noise, source="the same, between half batches"))
-    return tuple(found)
+    return Account.of(ERROR, "ppm", {" and ".join(lossy(levers)): error}, total=error,
+                      source="|g' - g| / |g| over all parameters, on this batch")  # fmt: skip
 
 
-def predicted(levers: Levers, seen: Mapping[str, tuple[Account, ...]]) -> tuple[Account, ...]:
-    """The errors of the levers in force, each seen alone, as independent of one another."""
-    known = {name: seen[name] for name in lossy(levers) if name in seen}
+def noise(model: torch.nn.Module, batch: Any, loss: Loss) -> tuple[Account, ...]:
+    """The same of one half batch's gradient against the other's; nothing for a batch of one row."""
+    if stepping.rows(batch) < 2:
+        return ()
+    first, second = stepping.parts(batch, 2)
+    noises = gradient_error(model, first, nullcontext, loss=loss, batches=[second]).set_index("parameter")
+    amount = _ppm(noises.loc[ALL, "noise_relative_error"])
+    return (Account.of(NOISE, "ppm", {"noise": amount}, total=amount, source="the same, between half batches"),)
+
+
+def predicted(levers: Levers, errors: Mapping[str, Account], noise: tuple[Account, ...]) -> tuple[Account, ...]:
+    """The errors of the levers in force, each seen alone, as if independent; and the noise that was seen."""
+    known = {name: errors[name].total ** 2 for name in lossy(levers) if name in errors}
     if not known or len(known) < len(lossy(levers)):
         return ()
-    squares = {name: accounts[0].total ** 2 for name, accounts in known.items()}
-    total = round(math.sqrt(sum(squares.values())))
-    rows = {name: round(total * square / (sum(squares.values()) or 1)) for name, square in squares.items()}
-    # seen, not predicted: under a title of its own, so that a receipt does not set it against another batch's
-    noise = [replace(account, title=f"{NOISE}, as measured") for account in next(iter(known.values()))[1:]]
+    total = round(math.sqrt(sum(known.values())))
+    rows = {name: round(total * square / (sum(known.values()) or 1)) for name, square in known.items()}
     return (
         Account.of(ERROR, "ppm", rows, total=total, basis="derived", source="each lever alone, added in quadrature",
                    low=total // _SPREAD, high=total * _SPREAD),
-        *noise,
+        # seen, not predicted: under a title of its own, so that a receipt does not set it against another batch's
+        *(replace(account, title=f"{NOISE}, as measured") for account in noise),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 
 from effkit.activations.expansion import SIGNED, UNSIGNED, Packed, pack, unpack
 
+STATES = ("float32", *SIGNED)
 _FORMATS = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
 
 
@@ -48,8 +49,8 @@ class LowBitAdamW(torch.optim.Optimizer):
         group: int = 128,
         expand: bool = True,
     ) -> None:
-        if states not in ("float32", *SIGNED):
-            raise ValueError(f"states is one of float32, {', '.join(SIGNED)}; given: {states!r}")
+        if states not in STATES:
+            raise ValueError(f"states is one of {', '.join(STATES)}; given: {states!r}")
         if group < 1:
             raise ValueError(f"group is at least 1; given: {group}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

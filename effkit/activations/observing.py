@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from effkit.activations.stepping import BACKWARD
 from effkit.activations.timeline import CATEGORIES, Ints, Timeline
 from effkit.device import synchronize
 from effkit.recording import memory_events
+from effkit.uncollected import uncollected
 
 _MARK = "effkit::operator#"
 
@@ -56,7 +55,7 @@ def observe(
     if cuda:
         synchronize()
         torch.cuda.reset_peak_memory_stats()
-    with _no_collection():
+    with uncollected():  # what an earlier step left in cycles would die during this one, and pass for its own
         read = memory_events(follow)
     counted = torch.cuda.max_memory_allocated() if cuda else None
     timeline = follower.timeline()
@@ -84,18 +83,6 @@ def observe(
     levels = np.append(before, totals)
     kept = int(levels[np.searchsorted(times, starts[backward], "left")]) - before
     return Observation(replace(timeline, inside_bytes=inside), ends - starts, rows, counted, source, kept)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """What an earlier step left in cycles, and died during this one, would be taken for this one's."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _inside(timeline: Timeline, starts: Any, ends: Any, times: Any, levels: Any) -> Ints:

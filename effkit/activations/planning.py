@@ -12,7 +12,6 @@ from effkit.account import Account, readable
 from effkit.activations.levers import Levers
 from effkit.activations.live import TIME
 from effkit.activations.prediction import predict
-from effkit.activations.settings import parted
 
 # each lever's positions, from one that is off; of two on the list the later saves more, as a rule
 POSITIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
@@ -62,9 +61,8 @@ def front(
     """
     if unknown := set(levers) - set(POSITIONS):
         raise ValueError(f"no such lever: {', '.join(sorted(unknown))}; there are {', '.join(POSITIONS)}")
-    plain = replace(parted(base.setting)[1], **asdict(Levers()))
     tried: dict[Levers, tuple[int, int]] = {}
-    new = [plain]
+    new = [Levers()]
     while new:
         for one in new:
             tried[one] = _predicted(base, one)

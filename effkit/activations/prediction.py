@@ -11,8 +11,9 @@ import pandas as pd
 from effkit.account import Account, readable
 from effkit.activations import losses, workspace
 from effkit.activations.forecasting import Forecaster, MakeBatch
-from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, STATES
+from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS
 from effkit.activations.live import TIME, Calibration, Progress, measure, saved_account
+from effkit.activations.low_bit import STATES
 from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import CATEGORIES, PEAK, RESIDENTS, Timeline
 from effkit.training import Loss, MakeOptimizer
@@ -239,7 +240,7 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
             basis="derived", low=max(0, time_ns - slack), high=time_ns + slack, setting=wanted,
             in_range=peak.covered and clock.knows(levers),
-        ), *losses.predicted(levers, calibration.losses)]  # fmt: skip
+        ), *losses.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
     return Account.of(
         PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, low=total - margin, high=total + margin,
         source=f"a replay on fake tensors: the peak is in {peak.phase}, at {peak.op}{forecaster.assumptions}",

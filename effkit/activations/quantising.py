@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FORMATS = ("int8", *_FLOATS)
 _LEVELS = 255
 # Values that are in float32 at a time. On a CPU they stay in its cache; on a GPU few kernels have to be launched.
 _CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22
@@ -154,8 +155,8 @@ def _check(x: Tensor, dtype: str, group: int | str, num_heads: int | None) -> No
 
 def check_options(dtype: str, group: int | str, num_heads: int | None) -> None:
     """Raise a ValueError unless :func:`quantise` knows this dtype and this group."""
-    if dtype != "int8" and dtype not in _FLOATS:
-        raise ValueError(f"dtype is one of int8, {', '.join(_FLOATS)}; given: {dtype!r}")
+    if dtype not in FORMATS:
+        raise ValueError(f"dtype is one of {', '.join(FORMATS)}; given: {dtype!r}")
     if group not in ("tensor", "head") and not (isinstance(group, int) and group >= 1):
         raise ValueError(f'group is a number of values from 1 up, "tensor" or "head"; given: {group!r}')
     if (group == "head") != (num_heads is not None) or (num_heads is not None and num_heads < 1):

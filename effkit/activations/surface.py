@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from effkit.activations.timeline import Timeline
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+from effkit.least_squares import Floats
 
 
 @dataclass(frozen=True, eq=False)

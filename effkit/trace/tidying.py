@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import IO, Any, NamedTuple
 
@@ -16,6 +14,7 @@ import pandas as pd
 from effkit.trace.columns import Interned, Sparse, nanoseconds, since
 from effkit.trace.decoding import Decoder
 from effkit.trace.names import ANNOTATIONS, COMMUNICATES, DEVICE, SPANS, STACKS, TODAY
+from effkit.uncollected import uncollected
 
 EVENT_COLUMNS = (
     "name", "category", "start_ns", "dur_ns", "rank", "process", "thread", "stream", "correlation",
@@ -104,7 +103,8 @@ def read(
     decoder = Decoder(_event_type(details), _event_type(details, Decimal))
     frames = _Columns(details, stacks)
     try:
-        with _no_garbage_collection():
+        # millions of fresh objects make the collector run over and over, and none of them is garbage yet
+        with uncollected():
             for piece in decoder.pieces(io.BytesIO(source) if isinstance(source, bytes) else source):
                 frames.add(piece)
         metadata = decoder.metadata
@@ -244,15 +244,3 @@ class _Columns:
                 "thread": self._places["thread"].column(order),
             }
         )
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Millions of fresh objects make the collector run over and over; none of them is garbage yet."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
