@@ -11,7 +11,7 @@ import pandas as pd
 
 from effkit import panes, snapshot, storage
 from effkit.account import Account, readable
-from effkit.panes import breakdown, collectives, differences, tables, tensorboard
+from effkit.panes import aligning, breakdown, collectives, differences, tables, tensorboard
 from effkit.panes.steps import marks
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Capture:
 
     def clocks(self) -> pd.DataFrame:
         """How far each rank's clock is ahead of the first one's, and the spread that aligning them leaves [ns]."""
-        return collectives.clocks(collectives.matched(self._of_ranks("collectives")))
+        return aligning.clocks(collectives.matched(self._of_ranks("collectives")))
 
     def rank_pairs(self) -> pd.DataFrame:
         """Bytes from each ``sender`` to each ``receiver`` in all all-to-alls; ``basis`` says how they are known."""

@@ -105,6 +105,8 @@ def test_exposed_is_what_no_kernel_hides(tmp_path):
         ("void deep_ep::intranode::combine<__nv_bfloat16, 2>(void*)", "combine"),
         ("void nvshmemi_alltoall_on_stream_kernel(int)", "all_to_all"),
         ("two_shot_all_reduce_kernel_inplace", "all_reduce"),
+        ("void uccl::intranode::cached_notify_combine<8>(void**)", "cached_notify_combine"),
+        ("void tensorrt_llm::kernels::moe_comm::moeA2ADispatchKernel<8>(int)", "dispatch"),
     ],
 )
 def test_kernels_of_libraries_that_c10d_knows_nothing_of(tmp_path, kernel, collective):
@@ -116,6 +118,43 @@ def test_kernels_of_libraries_that_c10d_knows_nothing_of(tmp_path, kernel, colle
     assert calls["size_bytes"].isna().all()
     assert seen.overview()["exposed_communication_ns"].tolist() == [10_000]
     assert seen.overview()["kernel_ns"].tolist() == [10_000]
+
+
+def test_a_layout_of_deep_ep_is_computed_and_nothing_travels(tmp_path):
+    seen = capture_of(tmp_path, event("kernel", "void deep_ep::layout::get_dispatch_layout<8>(int*)", 0, 10))
+    assert seen.collectives().empty
+    assert seen.overview()["kernel_ns"].tolist() == [10_000]
+
+
+def test_the_stretches_that_nothing_hides_sum_to_the_exposed_time(tmp_path):
+    hiding = [launched("gemm", 60, start, end, correlation=start) for start, end in ((90, 110), (150, 160), (190, 240))]
+    seen = capture_of(tmp_path, all_reduce(100, 200, 1), *hiding, all_reduce(300, 350, 2))
+    calls = seen.collectives()
+    spans = [json.loads(text) for text in calls["exposed_spans_ns"]]
+    assert spans == [[[10_000, 50_000], [60_000, 90_000]], [[0, 50_000]]]
+    assert calls["exposed_ns"].tolist() == [sum(end - start for start, end in one) for one in spans]
+
+
+def test_a_call_names_the_annotations_around_it(tmp_path):
+    seen = capture_of(
+        tmp_path,
+        note("ProfilerStep#1", 0, 400), note("layer", 80, 98), note("dispatch", 90, 98), all_reduce(100, 200, 1),
+        all_reduce(300, 350, 2), note("combine", 360, 369),
+        launched("void nvshmemi_alltoall_on_stream_kernel(int)", 365, 370, 380, correlation=3),
+    )  # fmt: skip
+    assert seen.collectives()["annotations"].tolist() == ["dispatch < layer", "", "combine"]
+
+
+def test_deep_ep_ranks_wait_where_they_notify(tmp_path):
+    for rank, arrives in ((0, 100), (1, 130)):
+        kernels = [("notify_dispatch", arrives, 150), ("dispatch", 150, 200 + 50 * rank)]
+        events = [event("kernel", f"void deep_ep::intranode::{name}<8>(int*)", *times) for name, *times in kernels]
+        written(tmp_path / f"{rank}.json", events, rank=rank, world=2)
+    seen = ek.load(tmp_path)
+    waiting = seen.collectives().set_index(["collective", "rank"])["waiting_ns"]
+    assert waiting.to_dict() == {("notify_dispatch", 0): 30_000, ("dispatch", 0): 0, ("notify_dispatch", 1): 0,
+                                 ("dispatch", 1): 0}  # fmt: skip
+    assert seen.clocks().loc[1].tolist() == [0, 0, 1], "a clock is not set by who has more to receive"
 
 
 def gloo_all_to_all(rank: int, sent: list[int]) -> list[dict]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from effkit.panes.steps import WHOLE, steps
-from effkit.trace import intervals
+from effkit.trace import intervals, nesting
 from effkit.trace.names import COLLECTIVE, COMMUNICATES, COPIES, DATALOADER, DEVICE, DEVICE_BACKENDS, LAUNCHES, WAITS
 
 # In this order: a moment belongs to the first of them that it shows. They sum to dur_ns.
@@ -28,6 +28,18 @@ def communication(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     calls = candidates[candidates["category"] == "user_annotation"]
     backends = calls["name"].str.extract(COLLECTIVE)["backend"]
     return kernels, calls[backends.notna() & ~backends.isin(DEVICE_BACKENDS)]
+
+
+def computing(events: pd.DataFrame) -> pd.DataFrame:
+    """Operators of the host that compute: not those that move data, nor those that wait around such a one."""
+    tree = nesting.host(events)
+    parent = nesting.parents(tree)
+    around = tree["name"].str.contains(COMMUNICATES).to_numpy(copy=True)
+    climbing = parent[around]
+    while (climbing := np.unique(climbing[climbing >= 0])).size:
+        around[climbing] = True
+        climbing = parent[climbing]
+    return tree[(tree["category"] == "cpu_op") & ~around]
 
 
 def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFrame, list[str]]:
@@ -54,9 +66,8 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         "cpu_exec_ns": (operators, launches),
     }
     if on_device.empty:  # then operators are what computes, and communication can hide under them
-        moving = operators["name"].str.contains(COMMUNICATES)
         del parts["cpu_exec_ns"]
-        parts = {"cpu_exec_ns": (operators[~moving],)} | parts
+        parts = {"cpu_exec_ns": (computing(events),)} | parts
     frame = pd.DataFrame(
         {"rank": rank, "step": np.arange(len(starts)), "start_ns": starts, "dur_ns": ends - starts}
     ).astype("int64")

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.panes.breakdown import communication
+from effkit.panes.aligning import SYNCHRONISE, clocks
+from effkit.panes.breakdown import communication, computing
 from effkit.trace import intervals, nesting
 from effkit.trace.names import (
     COLLECTIVE,
-    COMMUNICATES,
     DEVICE_BACKENDS,
     ITEM_BYTES,
+    STEP,
     collective_of_kernel,
     plain_collective,
 )  # fmt: skip
@@ -24,7 +25,7 @@ from effkit.trace.names import (
 _MOST_RANKS = 2**20
 COLUMNS = (
     "rank", "collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "on", "start_ns", "dur_ns",
-    "exposed_ns", "splits",
+    "exposed_ns", "splits", "annotations", "exposed_spans_ns",
 )  # fmt: skip
 _DETAILS = ("shapes", "dtypes", "inputs", "collective", "dtype", "num_elements", "group", "group_name", "group_size",
             "splits")  # fmt: skip
@@ -34,7 +35,9 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     """Every collective call of one rank, in order, columns ``COLUMNS``.
 
     ``size_bytes`` is what the rank put in. ``on`` says whether the times are those of kernels on the ``device`` or of a
-    library on the ``host``; where a device call's kernels were not recorded, its times are absent.
+    library on the ``host``; where a device call's kernels were not recorded, its times are absent. ``annotations`` are
+    those around the call, innermost first, and ``exposed_spans_ns`` the stretches, from its start, that no computation
+    hides: a JSON list of pairs.
     """
     events = events.assign(**{name: pd.NA for name in _DETAILS if name not in events})
     tree = nesting.host(events)
@@ -64,18 +67,24 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
         else:
             start = end = None
         inputs = tree.loc[outer[row], "inputs"] if outer[row] >= 0 else None
-        rows.append((collective, backend, *_moved(call, told, inputs), "host" if host else "device", start, end))
-    for _, kernel in kernels[owner < 0].iterrows():  # launched by a library that c10d knows nothing of
+        notes = _annotations(tree, parent, row) or _annotations(tree, parent, outer[row])
+        rows.append((collective, backend, *_moved(call, told, inputs), notes, "host" if host else "device", start, end))
+    foreign = kernels[owner < 0]  # launched by a library that c10d knows nothing of
+    launches = nesting.owners(tree, np.arange(len(tree)), foreign)
+    for launch, (_, kernel) in zip(launches, foreign.iterrows(), strict=True):
         named = kernel["collective"] if _is(kernel["collective"]) else collective_of_kernel(kernel["name"])
         start, end = kernel["start_ns"], kernel["start_ns"] + kernel["dur_ns"]
-        rows.append((plain_collective(named), "", *_moved(kernel, kernel, None), "device", start, end))
+        notes = _annotations(tree, parent, launch)
+        rows.append((plain_collective(named), "", *_moved(kernel, kernel, None), notes, "device", start, end))
 
     frame = pd.DataFrame(rows, columns=["collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "splits",
-                                        "on", "start_ns", "end_ns"])  # fmt: skip
+                                        "annotations", "on", "start_ns", "end_ns"])  # fmt: skip
     frame = frame.astype({"start_ns": "Int64", "end_ns": "Int64", "num_ranks": "Int64", "size_bytes": "Int64"})
     frame["rank"] = int(events["rank"].iloc[0]) if len(events) else 0
     frame["dur_ns"] = frame["end_ns"] - frame["start_ns"]
-    frame["exposed_ns"] = frame["dur_ns"] - _hidden(events, kernels, frame)
+    spans = _exposed_spans(events, kernels, frame)
+    frame["exposed_ns"] = pd.array([pd.NA if one is None else sum(e - b for b, e in one) for one in spans], "Int64")
+    frame["exposed_spans_ns"] = [None if one is None else json.dumps(one) for one in spans]
     return frame.sort_values("start_ns", kind="stable", ignore_index=True)[list(COLUMNS)]
 
 
@@ -130,15 +139,31 @@ def _plausible(count: int | None, most: int) -> int | None:
     return int(count) if count is not None and 0 <= count < most else None
 
 
-def _hidden(events: pd.DataFrame, kernels: pd.DataFrame, calls: pd.DataFrame) -> Any:
-    """How much of each call ran while something was computed [ns]; ``kernels`` communicate and compute nothing."""
-    computing = events[events["category"] == "kernel"].drop(kernels.index)
-    if computing.empty and kernels.empty:
-        operators = events[events["category"] == "cpu_op"]
-        computing = operators[~operators["name"].str.contains(COMMUNICATES)]
-    start = calls["start_ns"].fillna(0).to_numpy("int64")
-    hidden = intervals.of(computing).within(start, calls["end_ns"].fillna(0).to_numpy("int64"))
-    return pd.Series(hidden, calls.index, dtype="Int64").where(calls["dur_ns"].notna())
+def _annotations(tree: pd.DataFrame, parent: Any, row: int) -> str:
+    """The annotations around a call, innermost first, without the step's mark and c10d's own."""
+    found = []
+    while row >= 0:
+        name = str(tree.at[row, "name"])
+        if tree.at[row, "category"] == "user_annotation" and not name.startswith(STEP) and not COLLECTIVE.match(name):
+            found.append(name)
+        row = parent[row]
+    return " < ".join(found)
+
+
+def _exposed_spans(events: pd.DataFrame, kernels: pd.DataFrame, calls: pd.DataFrame) -> list[Any]:
+    """The stretches of each call, from its start, in which nothing is computed [ns]; None where it has no time."""
+    works = events[events["category"] == "kernel"].drop(kernels.index)
+    starts, ends = intervals.of(computing(events) if works.empty and kernels.empty else works)
+    found: list[Any] = []
+    for begin, end in zip(calls["start_ns"], calls["end_ns"], strict=True):
+        if pd.isna(begin):
+            found.append(None)
+            continue
+        inside = slice(np.searchsorted(ends, begin, "right"), np.searchsorted(starts, end, "left"))
+        opens = np.maximum(np.append(begin, ends[inside]), begin) - begin
+        closes = np.minimum(np.append(starts[inside], end), end) - begin
+        found.append(np.stack([opens, closes], axis=1)[opens < closes].tolist())
+    return found
 
 
 # What nccl-tests calls bus bandwidth: bytes that cross the slowest link per byte that a rank puts in, for n ranks
@@ -152,8 +177,8 @@ _BUS = {
     "reduce": lambda n: 1.0,
     "send_recv": lambda n: 1.0,
 }
-# collectives that nobody leaves before all have come
-_SYNCHRONISE = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")
+# the same, but the more a rank receives the later it leaves: of no use to a clock
+_WAITS = (*SYNCHRONISE, "dispatch", "combine")
 _SAME_SIZE = ("all_reduce", "broadcast", "reduce")
 
 
@@ -174,34 +199,13 @@ def matched(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return frame.assign(call=number.where(kind.map(agree)))
 
 
-def clocks(calls: pd.DataFrame) -> pd.DataFrame:
-    """How far each rank's clock is ahead of the first one's: ``offset_ns``, ``spread_ns``, ``num_matched`` by rank.
-
-    A collective ends for all at nearly the same moment. The offset is the median difference of ends over the matched
-    ones, the spread the median distance from it that remains; absent for a rank that shares no collective.
-    """
-    ranks = sorted(calls["rank"].unique())
-    usable = calls[calls["call"].notna() & calls["dur_ns"].notna() & calls["collective"].isin(_SYNCHRONISE)]
-    ends = usable.assign(end=usable["start_ns"] + usable["dur_ns"]).pivot_table(
-        index="call", columns="rank", values="end", aggfunc="first"
-    )
-    found = pd.DataFrame({"offset_ns": 0, "spread_ns": 0, "num_matched": 0}, index=pd.Index(ranks, name="rank"))
-    found = found.astype("Int64")
-    for rank in ranks[1:]:
-        both = (ends[rank] - ends[ranks[0]]).dropna() if {rank, ranks[0]} <= set(ends.columns) else pd.Series()
-        offset = round(float(both.median())) if len(both) else pd.NA
-        spread = round(float((both - both.median()).abs().median())) if len(both) else pd.NA
-        found.loc[rank] = [offset, spread, len(both)]
-    return found
-
-
 def waits(calls: pd.DataFrame) -> pd.DataFrame:
     """Every call with ``waiting_ns`` (until the last of the recorded ranks came), ``moving_ns`` (the rest of its time)
     and ``bus_bandwidth_bytes_per_s`` (from moving time alone); absent where no other rank was recorded.
     """
     clock = clocks(calls)
     start = calls["start_ns"] - calls["rank"].map(clock["offset_ns"]).fillna(0).astype("int64")
-    matching = calls["call"].notna() & calls["collective"].isin(_SYNCHRONISE)
+    matching = calls["call"].notna() & calls["collective"].isin(_WAITS)
     last = start.where(matching).groupby(calls["call"]).transform("max")
     # nobody leaves before the last has come: calls that do not overlap are not the same one
     first_end = (start + calls["dur_ns"]).where(matching).groupby(calls["call"]).transform("min")
@@ -241,7 +245,7 @@ def doubts(calls: pd.DataFrame) -> list[str]:
     """What makes the waiting of these calls doubtful, in words."""
     if calls["rank"].nunique() < 2:
         return []
-    apart = int((calls["collective"].isin(_SYNCHRONISE) & calls["dur_ns"].notna() & calls["waiting_ns"].isna()).sum())
+    apart = int((calls["collective"].isin(_WAITS) & calls["dur_ns"].notna() & calls["waiting_ns"].isna()).sum())
     return (
         [f"{apart:,} of {len(calls):,} calls could not be matched between the ranks: who waited in them is not visible"]
         if apart

@@ -27,7 +27,8 @@ WAITS = re.compile(r"(?:cuda|hip|cu)(?:Device|Stream|Event|Ctx)Synchronize|(?:cu
 
 # Operators, annotations and kernels that move data between ranks
 COMMUNICATES = re.compile(
-    r"\bnccl|\brccl|\bgloo:|\bucc:|\bmpi:|\bc10d::|record_param_comms|::ep::|\bdeep_ep|nvshmem|multimem"
+    r"\bnccl|\brccl|\bgloo:|\bucc:|\bmpi:|\bc10d::|record_param_comms|nvshmem|multimem"
+    r"|(?:::ep|\bdeep_ep|\buccl)::(?!layout)|moeA2A(?:Dispatch|Combine)"  # a layout is computed, nothing travels
     r"|cross_device_reduce|(?:one|two)_shot_all_reduce",
     re.IGNORECASE,
 )
@@ -76,9 +77,13 @@ def collective_of_kernel(name: str) -> str:
     'all_reduce'
     >>> collective_of_kernel("void deep_ep::internode::dispatch<false, 4>(int4*)")
     'dispatch'
+    >>> collective_of_kernel("moeA2ACombineKernel")  # of FlashInfer and TensorRT-LLM
+    'combine'
     """
-    if found := re.search(r"(?:ep::|deep_ep::)\w*::(\w+)", name):
+    if found := re.search(r"(?:ep|uccl)::\w*::(\w+)", name):
         return found[1]
+    if found := re.search(r"moeA2A(Dispatch|Combine)", name):
+        return found[1].lower()
     if found := re.search("|".join(_KERNEL_COLLECTIVES), _letters(name)):
         return _KERNEL_COLLECTIVES[found[0]]
     return "communication"
