@@ -14,7 +14,7 @@ from effkit.receipt import LEDGER_COLUMNS
 
 DATA = Path(__file__).resolve().parent
 README = DATA.parent / "README.md"
-LABS = ("padding", "activations")  # in this order in the file
+LABS = ("padding", "activations", "moe")  # in this order in the file
 
 
 def device_name() -> str:

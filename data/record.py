@@ -25,6 +25,7 @@ import wave
 from pathlib import Path
 
 import ledger_activations
+import ledger_moe
 import ledger_padding
 import torch
 from ledger_padding import spoken
@@ -42,7 +43,7 @@ SPEAKERS = (
 PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'\"()\-.]*\.")
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
-LABS = {"padding": ledger_padding.record, "activations": ledger_activations.record}
+LABS = {"padding": ledger_padding.record, "activations": ledger_activations.record, "moe": ledger_moe.record}
 
 
 def record_lengths() -> None:

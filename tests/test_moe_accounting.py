@@ -232,8 +232,8 @@ def test_errors_say_what_to_do(tmp_path):
         account(alone)
     with pytest.raises(ValueError, match=r"2 collectives .* the kernels of none.*ProfilerActivity.CUDA"):
         account(ek.load(folder_of(tmp_path, *[[note("nccl:all_to_all", 0, 9)]] * 2)))
-    with pytest.raises(TypeError, match=r"account\(\) takes a Capture.*given: str"):
-        account("run/")
+    with pytest.raises(TypeError, match=r"account\(\) takes a Capture.*given: int"):
+        account(3)
     with pytest.raises(ValueError, match="no annotation is called “layer”"):
         account(ek.load(OWN), step="layer")
 

@@ -18,7 +18,8 @@ MODULES = ["effkit", *(found.name for found in pkgutil.walk_packages(effkit.__pa
 
 PUBLIC = {
     "effkit": [
-        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "load", "models", "padding",
+        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "load", "models", "moe",
+        "padding",
     ],
     "effkit.activations": [
         "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint",
@@ -29,7 +30,11 @@ PUBLIC = {
         "CostModel", "MemoryModel", "Plan", "STRATEGIES", "Watch", "account", "fit_cost", "fit_memory", "lengths",
         "lengths_from_buckets", "measure", "plan", "predict", "watch", "whatif",
     ],
-    "effkit.models": ["convolutional", "gpt", "recurrent", "speech", "spiking", "text", "vision"],
+    "effkit.moe": [
+        "Setting", "account", "balanced_placement", "best_degrees", "compare_training", "find_slow", "imbalance",
+        "measure", "output_error", "predict", "timeline", "whatif", "why_no_links", "worth_balancing",
+    ],
+    "effkit.models": ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "spiking", "text", "vision"],
 }  # fmt: skip
 
 # From top to bottom; imports go down only. Rooms on one line may not import one another.

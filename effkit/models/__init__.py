@@ -1,7 +1,8 @@
 """The live models that the notebooks profile: real architectures, built from configurations.
 
 Weights are random and nothing is downloaded. transformers is imported when the first model from it is built (it takes
-seconds). Every model makes its own batches (``model.random_batch(...)``), and ``model(**batch).loss`` is a scalar.
+seconds). Every model makes its own batches (``model.random_batch(...)``), and ``model(**batch).loss`` is a scalar;
+:func:`expert_parallel` is a layer of one, and its output is tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from effkit.models.gpt2 import Gpt
     from effkit.models.integrate_and_fire import Spiking
     from effkit.models.long_short_term import Recurrent
+    from effkit.models.moe import ExpertParallel
     from effkit.models.patches import Vision
     from effkit.models.residual import Convolutional
 
-__all__ = ["convolutional", "gpt", "recurrent", "speech", "spiking", "text", "vision"]
+__all__ = ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "spiking", "text", "vision"]
 
 
 def convolutional(**configuration: Any) -> Convolutional:
@@ -25,6 +27,16 @@ def convolutional(**configuration: Any) -> Convolutional:
     from effkit.models import residual
 
     return residual.build(**configuration)
+
+
+def expert_parallel(**configuration: Any) -> ExpertParallel:
+    """An expert-parallel mixture of experts; see :func:`effkit.models.moe.build` for the keywords.
+
+    A layer, not a model: ``layer(x)`` takes tokens [num_tokens, hidden] and returns tokens of the same shape, no loss.
+    """
+    from effkit.models import moe
+
+    return moe.build(**configuration)
 
 
 def gpt(**configuration: Any) -> Gpt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 from effkit.account import Account, readable
 from effkit.captured import Capture
 from effkit.loading.fleet import Fleet
+from effkit.moe.live import of_folder
 from effkit.panes import collectives
 from effkit.trace import intervals
 
@@ -36,7 +38,7 @@ class _Steps(NamedTuple):
     total_ns: int
 
 
-def account(capture: Capture, step: str | None = None) -> Account:
+def account(capture: Capture | str | Path, step: str | None = None) -> Account:
     """Where one step of an expert-parallel run goes, or of any run with collectives: means over the recorded ranks.
 
     ``dispatch``, ``combine``, ``all-to-all`` (whose direction is not visible) and ``other collectives`` are told apart
@@ -52,7 +54,9 @@ def account(capture: Capture, step: str | None = None) -> Account:
     Parameters
     ----------
     capture
-        One Capture of all ranks, as ``load(folder)`` gives it; one rank alone shows nobody's waiting.
+        One Capture of all ranks, as ``load(folder)`` gives it; one rank alone shows nobody's waiting. Or the folder
+        into which the ranks of :mod:`effkit.moe.rank` wrote, under torchrun on a cluster, say: then the Account is like
+        that of :func:`effkit.moe.measure`.
     step
         The annotation that marks a step, as in :meth:`Capture.overview`. Of several steps the mean is taken.
 
@@ -67,12 +71,15 @@ def account(capture: Capture, step: str | None = None) -> Account:
     Raises
     ------
     ValueError
-        When no collective was recorded, or none with its time, or a device on some ranks only.
+        When no collective was recorded, or none with its time, or a device on some ranks only; when a rank's file is
+        missing from the folder.
 
     Examples
     --------
     >>> account(load("traces/")).share["all-to-all waiting"]                  # doctest: +SKIP
     """
+    if isinstance(capture, str | Path):
+        return of_folder(capture)
     if not isinstance(capture, Capture):
         raise TypeError(f"account() takes a Capture, from load(folder of ranks); given: {type(capture).__name__}")
     overview, calls = capture.overview(step), capture.collectives()

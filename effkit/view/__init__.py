@@ -3,6 +3,7 @@
 from effkit.view.accounts import account, plan
 from effkit.view.comparison import Comparison
 from effkit.view.panes import PANES, MemoryPicture
+from effkit.view.ranks import delays, policies, timeline
 from effkit.view.steps import front, live_bytes
 from effkit.view.style import GREY, OKABE_ITO, colour
 
@@ -14,7 +15,10 @@ __all__ = [
     "MemoryPicture",
     "account",
     "colour",
+    "delays",
     "front",
     "live_bytes",
     "plan",
+    "policies",
+    "timeline",
 ]

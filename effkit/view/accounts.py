@@ -29,7 +29,8 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     ax.set_yticks([])
     unit_axis(ax.xaxis, account.unit)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, frameon=False, fontsize=9)
+    many = len(account.frame) > 8  # of long names: four columns would push the bar together
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3 if many else 4, frameon=False, fontsize=9)
     return ax
 
 

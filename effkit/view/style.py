@@ -46,6 +46,18 @@ NAMED = {
     "not visible": "#BBBBBB",
     "cpu exec": "#56B4E9",
     "idle": "#EEEEEE",
+    "gate": "#56B4E9",
+    "permute": "#F0E442",
+    "compress": "#000000",
+    "experts": "#0072B2",
+    "unpermute": "#999999",
+    "dispatch moving": "#009E73",
+    "dispatch waiting": "#A6DCCB",
+    "combine moving": "#D55E00",
+    "combine waiting": "#F3C7A6",
+    "replicas moving": "#7A5195",
+    "replicas waiting": "#D3C2DE",
+    "waiting at the end": "#CC79A7",
 }
 # text stays text (a browser draws it, a test reads it) and equal pictures are equal bytes
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "effkit"}

@@ -1,0 +1,40 @@
+"""How rows are written into messages: as they are, in bfloat16, or in 8-bit floats with scales."""
+
+from __future__ import annotations
+
+import torch
+
+GROUP = 128  # numbers that share a scale (DeepEP, DeepSeek-V3 2412.19437 section 3.3)
+_LARGEST = 448.0  # of e4m3
+
+
+def pack(rows: torch.Tensor, form: str) -> torch.Tensor:
+    """Rows [num_rows, hidden] as the bytes of a message, uint8 [num_rows, bytes per row]."""
+    if form == "same":
+        return rows.contiguous().view(torch.uint8)
+    if form == "bfloat16":
+        return rows.to(torch.bfloat16).contiguous().view(torch.uint8)
+    if not len(rows):  # torch does not view nothing as bytes
+        return rows.new_empty(0, row_bytes(form, rows.shape[1], rows.element_size()), dtype=torch.uint8)
+    groups = rows.float().reshape(len(rows), -1, GROUP)
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / _LARGEST
+    eighth = (groups / scale).to(torch.float8_e4m3fn).view(rows.shape)
+    return torch.cat([eighth.view(torch.uint8), scale.squeeze(-1).contiguous().view(torch.uint8)], dim=1)
+
+
+def unpack(message: torch.Tensor, form: str, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+    """The rows [num_rows, hidden] of a message, in ``dtype``."""
+    if form == "same":
+        return message.view(dtype)
+    if form == "bfloat16":
+        return message.view(torch.bfloat16).to(dtype)
+    if not len(message):
+        return torch.empty(0, hidden, dtype=dtype, device=message.device)
+    eighth = message[:, :hidden].contiguous().view(torch.float8_e4m3fn).float().view(len(message), -1, GROUP)
+    scale = message[:, hidden:].contiguous().view(torch.float32)
+    return (eighth * scale[..., None]).view(len(message), hidden).to(dtype)
+
+
+def row_bytes(form: str, hidden: int, item_bytes: int) -> int:
+    """Bytes of one row in a message."""
+    return {"same": hidden * item_bytes, "bfloat16": 2 * hidden}.get(form, hidden + 4 * (hidden // GROUP))

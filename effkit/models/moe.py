@@ -1,0 +1,281 @@
+"""An expert-parallel mixture of experts: router, dispatch, experts, combine; forward and backward, on any ranks.
+
+Shapes: N tokens of this rank, H hidden, F inner width of an expert, E experts in all, k choices per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from effkit.models import lsh
+from effkit.models.building import check_counts
+from effkit.models.exchange import Exchange, Marks
+from effkit.models.messages import GROUP
+from effkit.models.travelling import Travel
+
+
+class ExpertParallel(nn.Module):
+    """A top-k mixture of experts whose experts lie on the ranks of a group.
+
+    The weights depend on the seed and the expert alone, so that any number of ranks computes the same.
+
+    Attributes
+    ----------
+    marks
+        What the last step did when.
+    kept_counts, sent_counts
+        Token copies kept, and rows sent, of the last forward pass on this rank, by expert [E].
+    num_dropped
+        Token copies of the last forward pass that found their expert full.
+    """
+
+    place: torch.Tensor
+
+    def __init__(
+        self, hidden: int, ffn: int, num_experts: int, top_k: int, *, capacity_factor: float, pad: bool,
+        degrees: tuple[int, int], compress: str, num_hashes: int, compensate: bool, message_dtype: str,
+        owner: Sequence[int], group: Any, barriers: bool, device: Any, dtype: torch.dtype, seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
+        self.capacity_factor, self.pad, self.degrees = capacity_factor, pad, degrees
+        self.compress, self.num_hashes, self.compensate = compress, num_hashes, compensate
+        self.message_dtype = message_dtype
+        self.marks = Marks(torch.device(device))
+        self.exchange = Exchange(group, self.marks, barriers=barriers)
+        num_ranks, me = self.exchange.num_ranks, self.exchange.rank
+        #: experts that each rank holds, in the order in which rows for it are sorted; -1 is on every rank
+        self.held = [[e for e, at in enumerate(owner) if at in (rank, -1)] for rank in range(num_ranks)]
+        self.replicated = frozenset(e for e, at in enumerate(owner) if at == -1)
+        self.register_buffer("place", self._places(owner, me).to(device), persistent=False)
+        self.gate = nn.Linear(hidden, num_experts, bias=False, device=device, dtype=dtype)
+        self.inner = nn.ParameterDict()
+        self.outer = nn.ParameterDict()
+        draw = torch.Generator()
+        with torch.no_grad():
+            seed <<= 16  # seeds far apart: no expert of one is an expert of another
+            gate = torch.randn(num_experts, hidden, generator=draw.manual_seed(seed))
+            self.gate.weight.copy_(gate / math.sqrt(hidden))
+            for e in self.held[me]:
+                draw.manual_seed(seed + 1 + e)
+                inner = torch.randn(hidden, ffn, generator=draw) / math.sqrt(hidden)
+                outer = torch.randn(ffn, hidden, generator=draw) / math.sqrt(ffn)
+                self.inner[str(e)] = nn.Parameter(inner.to(device, dtype))
+                self.outer[str(e)] = nn.Parameter(outer.to(device, dtype))
+        self.kept_counts = self.sent_counts = torch.zeros(num_experts, dtype=torch.int64)
+        self.num_dropped = 0
+
+    def forward(self, x: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
+        """Each token's mixture of its experts' answers.
+
+        Parameters
+        ----------
+        x
+            Shape [N, H].
+        scores
+            Shape [N, E]: choose by these instead of the router's logits, which then weigh the chosen experts only.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [N, H], in the dtype of the weights, under autocast too.
+
+        Raises
+        ------
+        ValueError
+            When ``x`` has another shape.
+        """
+        if x.dim() != 2 or x.shape[1] != self.hidden:
+            raise ValueError(f"x is tokens by hidden, [N, {self.hidden}]; given: {list(x.shape)}. Flatten other axes")
+        # the gradients that are computed by hand know one dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return self._mixture(x.to(self.gate.weight.dtype), scores)
+
+    def _mixture(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+        marks = self.marks
+        marks.leave()
+        marks.phases.clear()
+        marks.calls.clear()
+        marks.enter("gate")
+        x = _Enters.apply(x, marks, "")
+        logits = self.gate(x)
+        chosen = (logits if scores is None else scores).topk(self.top_k, dim=-1).indices  # [N, k]
+        weight = logits.gather(1, chosen).softmax(-1)
+        weight = _Enters.apply(weight, marks, "gate")
+        token, slot, counts = self._sorted(chosen)
+
+        marks.enter("permute")
+        rows = x[token]
+        if self.pad:
+            rows = rows.new_zeros(self.num_experts * self._capacity(len(x)), self.hidden).index_copy(0, slot, rows)
+        rows = _Enters.apply(rows, marks, "permute")
+        sent, back, residual = rows, None, None
+        if self.compress == "lsh":
+            marks.enter("compress")
+            bucket = lsh.buckets(x.detach(), lsh.directions(self.hidden, self.num_hashes, x.device))[token]
+            # experts apart and in their order
+            expert = torch.repeat_interleave(torch.arange(self.num_experts, device=x.device), counts)
+            apart = expert * lsh.num_cells(self.num_hashes) + bucket
+            sent, back = lsh.centroids(rows, apart)
+            residual = rows - sent[back] if self.compensate else None
+            counts = torch.bincount(expert[_first(back, len(sent))], minlength=self.num_experts)
+            sent = _Enters.apply(sent, marks, "compress")
+
+        self.sent_counts = counts[self.place].cpu()
+        mine = [str(e) for e in self.held[self.exchange.rank]]
+        weights = [self.inner[e] for e in mine] + [self.outer[e] for e in mine]
+        answers = Travel.apply(sent, self, counts[self.place], *weights)
+
+        if back is not None:
+            marks.enter("compress")
+            answers = answers[back] if residual is None else answers[back] + residual
+            answers = _Enters.apply(answers, marks, "compress")
+        marks.enter("unpermute")
+        if self.pad:
+            answers = answers[slot]
+        weighed = answers * weight.T.reshape(-1)[self._order][:, None]
+        y = torch.zeros_like(x).index_add(0, token, weighed)
+        marks.leave()
+        return y
+
+    def random_batch(self, num_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """``x`` [N, H], normal."""
+        check_counts(num_tokens=num_tokens)
+        x = torch.randn(num_tokens, self.hidden, generator=torch.Generator().manual_seed(seed))
+        return {"x": x.to(self.gate.weight)}
+
+    def _capacity(self, num_tokens: int) -> int:
+        if not self.capacity_factor:
+            return num_tokens
+        return math.ceil(self.capacity_factor * self.top_k * num_tokens / self.num_experts)
+
+    def _places(self, owner: Sequence[int], me: int) -> torch.Tensor:
+        """Where each expert stands in the order of rows: rank by rank, replicated ones on our own."""
+        at = [me if rank == -1 else rank for rank in owner]
+        order = sorted(range(self.num_experts), key=lambda e: (at[e], e))
+        place = torch.empty(self.num_experts, dtype=torch.int64)
+        place[order] = torch.arange(self.num_experts)
+        return place
+
+    def _sorted(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token of each kept copy in the order of places, its row among full capacities, and rows per place [E].
+
+        First choices come before second ones (GShard), so that these are dropped first.
+        """
+        num_tokens = len(chosen)
+        place = self.place[chosen.T.reshape(-1)]  # [k * N]
+        order = place.argsort(stable=True)
+        counts = torch.bincount(place, minlength=self.num_experts)
+        most = self._capacity(num_tokens)
+        sorted_place = place[order]
+        position = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[sorted_place]
+        fits = position < most
+        if self.capacity_factor:
+            order, sorted_place, position = order[fits], sorted_place[fits], position[fits]
+        self._order = order
+        kept = counts.clamp(max=most)
+        self.num_dropped = len(place) - len(order)
+        self.kept_counts = kept[self.place].cpu()
+        return order % num_tokens, sorted_place * most + position, torch.full_like(kept, most) if self.pad else kept
+
+
+class _Enters(torch.autograd.Function):
+    """Identity, whose backward begins a phase; the empty one ends the phase before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, marks: Marks, phase: str) -> torch.Tensor:
+        ctx.marks, ctx.phase = marks, phase
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        if ctx.phase:
+            ctx.marks.enter(ctx.phase)
+        else:
+            ctx.marks.leave()
+        return grads[0], None, None
+
+
+def _first(back: torch.Tensor, num: int) -> torch.Tensor:
+    """One row of each of ``num`` buckets."""
+    return torch.empty(num, dtype=torch.int64, device=back.device).index_copy_(
+        0, back, torch.arange(len(back), device=back.device)
+    )
+
+
+def build(
+    hidden: int = 64, ffn: int = 128, num_experts: int = 8, top_k: int = 2, *, capacity_factor: float = 0.0,
+    pad: bool = False, num_chunks: int = 1, num_chunks_backward: int = 0, compress: str = "none", num_hashes: int = 4,
+    compensate: bool = False, message_dtype: str = "same", owner: Sequence[int] | None = None, group: Any = None,
+    barriers: bool = False, device: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
+) -> ExpertParallel:  # fmt: skip
+    """An expert-parallel mixture of experts, to put into a model of your own.
+
+    It is a layer: ``layer(x)`` takes tokens [N, hidden] and returns as many, and has no loss. The router is not pressed
+    to balance its experts: add a loss for that to your own.
+
+    Parameters
+    ----------
+    hidden, ffn, num_experts, top_k, capacity_factor, pad, compress, num_hashes, compensate, message_dtype
+        As in :class:`effkit.moe.Setting`.
+    num_chunks, num_chunks_backward
+        Pieces of the exchange forward, and backward (0: as many).
+    owner
+        The rank that holds each expert, -1 for every rank; by default equal shares of neighbours.
+    group
+        Of torch.distributed; ``None`` where this process holds all experts.
+    barriers
+        Let the ranks meet before each exchange: to measure waiting, not to train.
+    device, dtype, seed
+        Of the weights; the device is the GPU where there is one unless given.
+
+    Raises
+    ------
+    ValueError
+        When a value is out of range, or the ranks cannot share the experts equally.
+
+    Examples
+    --------
+    >>> layer = build(hidden=8, ffn=16, num_experts=4)
+    >>> layer(**layer.random_batch(10)).shape
+    torch.Size([10, 8])
+    """
+    num_ranks = torch.distributed.get_world_size(group) if group is not None else 1
+    check_counts(hidden=hidden, ffn=ffn, num_experts=num_experts, top_k=top_k, num_chunks=num_chunks,
+                 num_chunks_backward=num_chunks_backward or num_chunks, num_hashes=num_hashes)  # fmt: skip
+    if top_k > num_experts:
+        raise ValueError(f"top_k is at most num_experts, {num_experts}; given: {top_k}")
+    if capacity_factor < 0:
+        raise ValueError(f"capacity_factor is at least 0; given: {capacity_factor}")
+    if compress not in ("none", "lsh"):
+        raise ValueError(f"compress is one of none, lsh; given: {compress!r}")
+    if num_hashes > lsh.MAX_HASHES:
+        raise ValueError(f"num_hashes is at most {lsh.MAX_HASHES}; given: {num_hashes}")
+    if pad and compress != "none":
+        raise ValueError("pad sends messages of one size and compress makes them smaller: choose one")
+    if message_dtype not in ("same", "bfloat16", "float8"):
+        raise ValueError(f"message_dtype is one of same, bfloat16, float8; given: {message_dtype!r}")
+    if message_dtype == "float8" and hidden % GROUP:
+        raise ValueError(f"float8 messages have a scale per {GROUP} numbers: hidden is a multiple of {GROUP}; given: "
+                         f"{hidden}")  # fmt: skip
+    if owner is None:
+        if num_experts % num_ranks:
+            raise ValueError(f"{num_experts} experts cannot be shared equally by {num_ranks} ranks")
+        owner = [e * num_ranks // num_experts for e in range(num_experts)]
+    if len(owner) != num_experts or not all(-1 <= rank < num_ranks for rank in owner):
+        raise ValueError(f"owner names a rank, 0 to {num_ranks - 1}, or -1 for each of the {num_experts} experts; "
+                         f"given: {list(owner)}")  # fmt: skip
+    if idle := sorted(set(range(num_ranks)) - set(owner)) if -1 not in owner else []:
+        raise ValueError(f"every rank holds an expert; owner gives none to rank {', '.join(map(str, idle))}")
+    degrees = (num_chunks, num_chunks_backward or num_chunks)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return ExpertParallel(
+        hidden, ffn, num_experts, top_k, capacity_factor=capacity_factor, pad=pad, degrees=degrees, compress=compress,
+        num_hashes=num_hashes, compensate=compensate, message_dtype=message_dtype, owner=owner, group=group,
+        barriers=barriers, device=device, dtype=dtype, seed=seed,
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Is it worth balancing? The step now, with perfect balance, and with what each policy would get, in time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.account import Account
+from effkit.moe import routing
+from effkit.moe.calibration import total_ns
+from effkit.moe.loads import balanced_placement
+from effkit.moe.prediction import calibration_of, simulated
+
+
+def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
+    """What balance would save, in nanoseconds of a step.
+
+    Parameters
+    ----------
+    base
+        What :func:`effkit.moe.measure` returned.
+    loads
+        Tokens of another router, say your own: [num_steps, num_ranks, num_experts]; by default the measured ones.
+
+    Returns
+    -------
+    DataFrame
+        By ``policy``: ``step_ns``, ``saved_ns`` against now, ``saved_frac``, ``dropped_frac`` of the token copies, and
+        ``basis``. ``perfect balance`` is a bound: every rank's copies spread evenly over the experts. The policies:
+        ``balanced placement`` by the mean loads, ``capacity 1.0`` (which drops what exceeds it), and
+        ``replicate the hottest`` expert of each rank.
+
+    Raises
+    ------
+    ValueError
+        When the loads do not fit the measured layer.
+    """
+    known = calibration_of(base)
+    setting, owner = known.setting, known.owner
+    own = np.asarray(known.loads if loads is None else loads)
+    if own.ndim != 3 or own.shape[1:] != (known.num_ranks, setting.num_experts):
+        raise ValueError(f"loads are tokens by step, rank and expert, shape [num_steps, {known.num_ranks}, "
+                         f"{setting.num_experts}]; given: {own.shape}")  # fmt: skip
+
+    def time_ns(kept: Any, owner: Any = owner, routed: Any = None, **changes: Any) -> float:
+        changed = setting.change(**changes)
+        steps = simulated(known, changed, known.num_ranks, known.ranks_per_node, known.link_bytes_per_s, [
+            routing.Traffic(np.asarray(one), np.asarray(one), np.asarray(one), np.asarray(owner)) for one in kept
+        ])  # fmt: skip
+        return known.anchor * total_ns(steps)
+
+    def row(step_ns: float, dropped_frac: float = 0.0, basis: str = "derived") -> dict[str, Any]:
+        return {"step_ns": round(step_ns), "dropped_frac": dropped_frac, "basis": basis}
+
+    sent = own if setting.compress == "none" and not setting.pad else None
+    if sent is None:
+        raise ValueError("loads decide what travels only where nothing is compressed or padded: measure without")
+    now = time_ns(own)
+    table = {"now": row(base.total if loads is None else now, basis="measured" if loads is None else "derived")}
+    even = np.stack([_spread(step) for step in own])
+    table["perfect balance"] = row(time_ns(even))
+    if (owner >= 0).all() and setting.num_experts % known.num_ranks == 0:
+        table["balanced placement"] = row(time_ns(own, owner=balanced_placement(own, known.num_ranks)))
+    most = routing.capacity(setting.change(capacity_factor=1.0))
+    capped = np.minimum(own, most)
+    table["capacity 1.0"] = row(time_ns(capped), float(1 - capped.sum() / own.sum()))
+    hottest = np.argsort(-own.sum(axis=(0, 1)), kind="stable")
+    copied, held = owner.copy(), []
+    for rank in range(known.num_ranks):
+        held += [expert for expert in hottest if owner[expert] == rank][:1]
+    copied[held] = -1
+    replicas = setting.num_replicas + len(held)
+    if setting.num_experts - replicas >= known.num_ranks:
+        table["replicate the hottest"] = row(
+            time_ns(own, owner=copied, num_replicas=replicas, placement=tuple(np.maximum(copied, 0).tolist()))
+        )
+    frame = pd.DataFrame.from_dict(table, orient="index").rename_axis("policy")
+    saved = frame["step_ns"].iloc[0] - frame["step_ns"]
+    frame.insert(1, "saved_ns", saved)
+    frame.insert(2, "saved_frac", saved / frame["step_ns"].iloc[0])
+    return frame
+
+
+def _spread(step: Any) -> Any:
+    """Every rank's copies, spread evenly over the experts, to the token."""
+    num = step.shape[1]
+    total = step.sum(axis=1, keepdims=True)
+    return total // num + (np.arange(num)[None] < total % num)

@@ -1,0 +1,184 @@
+"""What a measurement keeps for predictions: fitted costs, the range they were fitted in, and how wrong they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from effkit.least_squares import Floats
+from effkit.moe import breakdown, costs, routing
+from effkit.moe.recorded import Array, Run, Step
+from effkit.moe.setting import Setting
+from effkit.moe.simulating import simulate
+
+_LEVERS: Mapping[str, Mapping[str, Any]] = {
+    "lsh": {"compress": "lsh"},
+    "bfloat16": {"message_dtype": "bfloat16"},
+    "float8": {"message_dtype": "float8"},
+}
+LEVERS = tuple(_LEVERS)
+_SPREAD = 2.0  # bands are two standard errors wide on each side
+_LEAST_BAND_FRAC = 0.02
+_ROOM = 1.05  # beyond what was seen, and still in range
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a measurement keeps.
+
+    Attributes
+    ----------
+    setting, num_ranks, ranks_per_node, link_bytes_per_s
+        What was measured, and on what.
+    costs
+        Fitted times.
+    settings
+        Those that the costs were fitted on.
+    loads
+        Token copies kept, int [num_steps, num_ranks (source), num_experts].
+    owner
+        The rank that holds each expert, [num_experts]; -1 for every rank.
+    anchor
+        The measured setting's time over its modelled time.
+    error_frac
+        Root mean square error of the time of a setting that was left out of the fit.
+    noise_frac
+        Spread of the measured setting's time over the rounds.
+    step
+        One step of the measured setting, rank by rank: of its first routing, the one of median time.
+    """
+
+    setting: Setting
+    num_ranks: int
+    ranks_per_node: int
+    link_bytes_per_s: float
+    num_steps: int
+    costs: costs.Costs
+    settings: Sequence[Setting]
+    loads: Array
+    owner: Array
+    anchor: float
+    error_frac: float
+    noise_frac: float
+    step: Step
+
+    @property
+    def band_frac(self) -> float:
+        """Half-width of the band on a step's time."""
+        return max(_LEAST_BAND_FRAC, _SPREAD * math.hypot(self.error_frac, self.noise_frac))
+
+    def covers(self, setting: Setting, num_ranks: int) -> bool:
+        """Whether a setting asks for no more and no less than what was seen, number by number."""
+        if num_ranks != self.num_ranks or setting.dtype != self.setting.dtype:
+            return False
+        seen = np.array([_sizes(one, num_ranks) for one in self.settings])
+        asked = _sizes(setting, num_ranks)
+        return bool((asked <= _ROOM * seen.max(axis=0)).all() and (asked >= seen.min(axis=0) / _ROOM).all())
+
+    def knows(self, setting: Setting) -> None:
+        """Raise ValueError when the time of a lever that the setting uses was never measured."""
+        for lever, change in _LEVERS.items():
+            ((knob, value),) = change.items()
+            if getattr(setting, knob) == value and not any(getattr(one, knob) == value for one in self.settings):
+                raise ValueError(f"the time of {knob}={value!r} was not measured: measure(..., levers=({lever!r},))")
+
+
+def probes(setting: Setting, num_ranks: int, levers: Sequence[str]) -> list[Setting]:
+    """The settings that costs are fitted on: this one, five others around it, and one per lever.
+
+    Raises
+    ------
+    ValueError
+        For a lever that there is not.
+    """
+    unknown = set(levers) - set(_LEVERS)
+    if unknown:
+        raise ValueError(f"levers are {', '.join(_LEVERS)}; given: {', '.join(sorted(unknown))}")
+    half = max(1, setting.num_tokens // 2)
+    narrow = {"hidden": _half(setting.hidden), "ffn": max(1, setting.ffn // 2)}
+    around = [
+        setting,
+        setting.change(num_tokens=half, skew=setting.skew + 0.5),
+        setting.change(num_tokens=2 * setting.num_tokens),
+        setting.change(**narrow, num_tokens=setting.num_tokens + half, num_chunks=2),
+        setting.change(num_chunks=4, num_chunks_backward=0),
+        _other_experts(setting, num_ranks),
+    ]
+    return [*around, *(setting.change(**{"pad": False, **_LEVERS[lever]}) for lever in levers
+                       if setting.change(pad=False, **_LEVERS[lever]) != setting)]  # fmt: skip
+
+
+def calibrate(run: Run, num_around: int) -> Calibration:
+    """Fit the costs to a run of :func:`probes`; the first setting is the measured one.
+
+    ``num_around`` of the settings are left out in turn to see how wrong the fit is on what it has not seen; levers are
+    not, for nothing else tells their time.
+    """
+    per_node, num_ranks = int(run.facts["ranks_per_node"]), run.num_ranks
+
+    def traffic(setting: Setting, number: int) -> routing.Traffic:
+        return routing.traffic(setting, num_ranks, number)
+
+    def fitted(left_out: int | None) -> costs.Costs:
+        steps = [step for step in run.steps if step.job != left_out]
+        return costs.fit(run.settings, steps, traffic, per_node)
+
+    numbers = sorted({step.number for step in run.steps})
+    measured = [total_ns(run.of_job(job)) for job in range(len(run.settings))]
+    errors = []
+    for job in range(1, num_around):
+        steps = [simulate(run.settings[job], n, num_ranks, per_node, fitted(job)) for n in numbers]
+        errors.append(total_ns(steps) / measured[job] - 1)
+    whole = fitted(None)
+    base = run.settings[0]
+    modelled = total_ns([simulate(base, n, num_ranks, per_node, whole) for n in numbers])
+    return Calibration(
+        base, num_ranks, per_node, float(run.facts["link_bytes_per_s"]), len(numbers), whole, run.settings,
+        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), measured[0] / modelled,
+        math.sqrt(float(np.mean(np.square(errors)))) if errors else 0.0, noise_frac(run.of_job(0)),
+        _typical([step for step in run.of_job(0) if step.number == numbers[0]]),
+    )  # fmt: skip
+
+
+def total_ns(steps: Sequence[Step]) -> float:
+    """Time of a step: the median over rounds, averaged over the steps' routings."""
+    return breakdown.typical(steps, lambda step: {"wall": breakdown.wall_ns(step)})["wall"]
+
+
+def _typical(steps: Sequence[Step]) -> Step:
+    return sorted(steps, key=breakdown.wall_ns)[len(steps) // 2]
+
+
+def noise_frac(steps: Sequence[Step]) -> float:
+    """Spread of the time over rounds, relative to its median (median absolute deviation, as of a normal's)."""
+    by_round = np.array([
+        [breakdown.wall_ns(step) for step in steps if step.round == around] for around in {s.round for s in steps}
+    ]).mean(axis=1)  # fmt: skip
+    middle = float(np.median(by_round))
+    return 1.4826 * float(np.median(np.abs(by_round - middle))) / middle
+
+
+def _sizes(setting: Setting, num_ranks: int) -> Floats:
+    """What the time depends on, for the range: FLOPs of experts, bytes of a message, tokens, pieces."""
+    rows = setting.num_tokens * setting.top_k
+    return np.array([rows * setting.hidden * setting.ffn, rows * setting.hidden, setting.num_tokens,
+                     *setting.degrees], float)  # fmt: skip
+
+
+def _half(hidden: int) -> int:
+    """Half as wide, and a multiple of 128 where the whole is."""
+    return max(1, hidden // 2) if hidden % 256 == 0 or hidden % 128 else hidden
+
+
+def _other_experts(setting: Setting, num_ranks: int) -> Setting:
+    """Twice as many experts, wider, and one fewer choice."""
+    changes: dict[str, Any] = {"num_experts": 2 * setting.num_experts, "ffn": 2 * setting.ffn}
+    changes["top_k"] = max(1, setting.top_k - 1)
+    if isinstance(setting.placement, tuple):
+        changes["placement"] = tuple(expert % num_ranks for expert in range(changes["num_experts"]))
+    changes["num_replicas"] = 2 * setting.num_replicas
+    return setting.change(**changes)

@@ -1,0 +1,154 @@
+"""What each phase of a step costs, as a function of the setting: terms that are counted, times that are fitted.
+
+Shapes: R ranks, E experts, N tokens of a rank, H hidden, F inner width; ``rows`` are those that travel.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from effkit.least_squares import Floats, nonnegative
+from effkit.models.lsh import NUM_DIRECTIONS
+from effkit.models.messages import row_bytes
+from effkit.moe import routing
+from effkit.moe.breakdown import BARRIER, phases_by_place
+from effkit.moe.recorded import Step
+from effkit.moe.setting import Setting
+
+Key = tuple[bool, str, str]  # forward?, before / during / after the experts, phase
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Fitted times.
+
+    Attributes
+    ----------
+    phases
+        (forward?, place, phase) -> nanoseconds per :func:`terms`.
+    moving
+        Nanoseconds per :func:`moving_terms` of one collective.
+    """
+
+    phases: Mapping[Key, Floats]
+    moving: Floats
+
+    def phase_ns(self, key: Key, setting: Setting, traffic: routing.Traffic, rank: int) -> float:
+        """Time of one rank's phase; 0 for one that was never seen to take any."""
+        if key not in self.phases:
+            return 0.0
+        return float(self.phases[key] @ terms(key, setting, traffic, rank))
+
+    def ends_ns(self, arrived_ns: Floats, sent_bytes: Floats, ranks_per_node: int, overlap: bool) -> Floats:
+        """When each rank leaves a collective to which the ranks come at these moments; ``sent_bytes`` [from, to].
+
+        A pair's bytes pass once both have come, one after another where they share a link: those of whoever came last
+        go first, for their receivers have been waiting. A rank leaves when all that is for it is there.
+        """
+        num_ranks = len(sent_bytes)
+        ready = np.maximum.outer(arrived_ns, arrived_ns)
+        last = float(arrived_ns.max())
+        late = np.broadcast_to((arrived_ns == last)[:, None], ready.shape)
+        start, per_byte = moving_terms(sent_bytes, ranks_per_node, overlap), self.moving
+        fixed = float(per_byte[[0, 3]] @ start[[0, 3]])
+        node = np.arange(num_ranks) // ranks_per_node
+        time_ns = sent_bytes * np.where(node[:, None] == node[None], per_byte[2], per_byte[1])
+        time_ns = time_ns * (1 - np.eye(num_ranks))
+        ends, free = np.full(num_ranks, last + fixed), 0.0
+        turns = {(float(at), bool(of_late)) for at, of_late in zip(ready.flat, late.flat, strict=True)}
+        for moment, first in sorted(turns, key=lambda turn: (turn[0], not turn[1])):
+            together = (ready == moment) & (late == first)
+            free = max(free, moment) + float(time_ns[together].sum())
+            ends = np.where((together & (time_ns > 0)).any(axis=0), np.maximum(ends, free + fixed), ends)
+        return ends
+
+
+def terms(key: Key, setting: Setting, traffic: routing.Traffic, rank: int) -> Floats:
+    """What the time of a phase is proportional to, part by part."""
+    forward, place, phase = key
+    pieces = setting.degrees[0 if forward else 1]
+    n, h, f, e = setting.num_tokens, setting.hidden, setting.ffn, setting.num_experts
+    kept, own = float(traffic.kept[rank].sum()), float(traffic.rows[rank].sum())
+    arrived = traffic.held(rank)
+    rows, experts = float(arrived.sum()), float((arrived.sum(axis=0) > 0).sum())
+    cut, lsh = float(pieces > 1), float(setting.compress == "lsh")
+    half, eighth = (float(setting.message_dtype == dtype) for dtype in ("bfloat16", "float8"))
+    found = {
+        "gate": [1.0, n * e, n * h * e],
+        "permute": [1.0, pieces * e * len(traffic.rows), (kept if place == "before" or not forward else 0.0) * h,
+                    cut * own * h],
+        "unpermute": [1.0, kept * h, n * h],
+        # the quadratic term: what outgrows the caches costs more per row
+        "experts": [pieces * experts, rows * h * f, rows * (h + f), rows**2 * (h + f) / pieces,
+                    pieces * experts * h * f, cut * rows * h * f],
+        "compress": [lsh, lsh * n * h * setting.num_hashes * NUM_DIRECTIONS, lsh * kept * h,
+                     half, half * (own + rows) * h, eighth, eighth * (own + rows) * h],
+    }  # fmt: skip
+    return np.array(found.get(phase, [1.0]))
+
+
+def moving_terms(sent_bytes: Floats, ranks_per_node: int, overlap: bool) -> Floats:
+    """What a collective takes from the last arrival to the last departure: start-up, bytes between nodes, bytes between
+    ranks of a node, and, overlapped, its start-up once more."""
+    node = np.arange(len(sent_bytes)) // ranks_per_node
+    same_node = node[:, None] == node[None]
+    intra = float(sent_bytes[same_node].sum() - np.trace(sent_bytes))
+    return np.array([1.0, float(sent_bytes[~same_node].sum()), intra, float(overlap)])
+
+
+def message_bytes(setting: Setting, *, forward: bool, out: bool) -> int:
+    """Bytes of a row on its way to the experts (``out``) or back, forward or backward."""
+    rest = "bfloat16" if setting.message_dtype == "float8" else setting.message_dtype
+    form = setting.message_dtype if forward and out else rest
+    return row_bytes(form, setting.hidden, ITEM_BYTES[setting.dtype])
+
+
+def piece_rows(traffic: routing.Traffic, degree: int) -> list[Floats]:
+    """Rows from each rank to each rank in each piece of the exchange."""
+    whole = traffic.rows
+    pieces = [(c + 1) * whole // degree - c * whole // degree for c in range(degree)]
+    return [routing.Traffic(traffic.routed, traffic.kept, piece, traffic.owner).moved.astype(float)
+            for piece in pieces]  # fmt: skip
+
+
+def fit(
+    settings: Sequence[Setting], steps: Sequence[Step], traffic: Callable[[Setting, int], routing.Traffic],
+    ranks_per_node: int,
+) -> Costs:  # fmt: skip
+    """Costs from what was measured: every phase's and every collective's median over the rounds.
+
+    Relative errors are minimised, for times of very different sizes are all to be told.
+    """
+    by_place: dict[tuple[int, int, int], list[dict[Key, float]]] = defaultdict(list)
+    by_call: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    of_call: dict[tuple[int, int, int], Floats] = {}
+    for step in steps:
+        for rank, seen in enumerate(step.ranks):
+            by_place[step.job, step.number, rank].append(phases_by_place(seen))
+        for n, calls in enumerate(zip(*(seen.calls for seen in step.ranks), strict=True)):
+            if calls[0].kind.endswith(BARRIER):
+                continue
+            overlap = settings[step.job].degrees[0 if calls[0].start_ns < step.ranks[0].turn_ns else 1] > 1
+            sent_bytes = np.array([call.sent_bytes for call in calls], float)
+            of_call[step.job, step.number, n] = moving_terms(sent_bytes, ranks_per_node, overlap)
+            last = max(call.start_ns for call in calls)
+            by_call[step.job, step.number, n].append(max(call.end_ns for call in calls) - last)
+    designs: dict[Key, list[tuple[Floats, float]]] = defaultdict(list)
+    for (job, number, rank), of_rank in by_place.items():
+        for key in dict.fromkeys(key for one in of_rank for key in one):
+            time_ns = float(np.median([one.get(key, 0.0) for one in of_rank]))
+            designs[key].append((terms(key, settings[job], traffic(settings[job], number), rank), time_ns))
+    moving = [(of_call[key], float(np.median(times))) for key, times in by_call.items()]
+    return Costs({key: _fitted(seen) for key, seen in designs.items()}, _fitted(moving))
+
+
+def _fitted(seen: Sequence[tuple[Floats, float]]) -> Floats:
+    design = np.array([one[0] for one in seen])
+    times = np.array([one[1] for one in seen])
+    weight = 1 / np.maximum(times, 0.02 * times.mean() + 1.0)
+    return nonnegative(design * weight[:, None], times * weight)

@@ -1,0 +1,159 @@
+"""measure(): a live expert-parallel layer on ranks of its own, and where the time of its steps goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effkit.account import Account
+from effkit.moe import breakdown
+from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
+from effkit.moe.launching import Progress, launch
+from effkit.moe.recorded import Run, Step, read
+from effkit.moe.setting import Setting
+
+TIME = "Time of one step"
+COMMUNICATION = "Communication of one step"
+BYTES = "Bytes between ranks in one step"
+COPIES = "Token copies in one step"
+
+
+def measure(
+    setting: Setting | None = None,
+    num_ranks: int = 2,
+    *,
+    base: Account | None = None,
+    levers: Sequence[str] = (),
+    link_bytes_per_s: float | None = None,
+    ranks_per_node: int | None = None,
+    num_rounds: int = 3,
+    num_steps: int = 3,
+    barriers: bool = False,
+    profile: str | Path | None = None,
+    backend: str = "auto",
+    timeout_s: float = 180.0,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Account:
+    """Run an expert-parallel layer on ranks of its own; an Account in ns of a step, forward and backward.
+
+    Rows are means over the ranks; each rank's phases and its waiting (until the last rank has come to an exchange) and
+    moving (from then on), where no computing hides them. The total is the slowest rank's wall time: the median over
+    ``num_rounds``, averaged over ``num_steps`` steps of different routing. Companions: communication exposed and
+    hidden, bytes between ranks, token copies kept and dropped (both exact).
+
+    Parameters
+    ----------
+    setting, changes
+        What to run: a :class:`Setting` (by default the default one, or that of ``base``) and changes to it.
+    num_ranks
+        2 to 8, processes on this machine.
+    base
+        An earlier measurement: the setting is then run in turn with it, and its time is told relative to it, for the
+        machine's speed drifts. Ranks and link are those of ``base``. Without it the costs of a step are fitted, on this
+        setting and five around it.
+    levers
+        Of ``"lsh", "bfloat16", "float8"``: also time these, so that :func:`predict` knows what they cost.
+    link_bytes_per_s, ranks_per_node
+        A slower network, made for real: see :func:`effkit.moe.launching.launch`.
+    barriers
+        Let the ranks meet before every exchange: waiting is then what the barrier took, another way to tell it.
+    profile
+        A folder for a trace of each rank.
+
+    Raises
+    ------
+    ValueError
+        When the ranks cannot share the experts, or the link cannot be made here.
+    RuntimeError
+        When a rank fails or hangs: its own error, and where the log is.
+    """
+    known: Calibration | None = base.calibration if base is not None else None
+    setting = (setting or (known.setting if known else Setting())).change(**changes)
+    if known is not None:
+        num_ranks, ranks_per_node, link_bytes_per_s = known.num_ranks, known.ranks_per_node, known.link_bytes_per_s
+        num_steps, jobs = known.num_steps, [known.setting, setting]
+    else:
+        jobs = [setting] if barriers else probes(setting, num_ranks, levers)
+    _can_share(jobs, num_ranks)
+    run = launch(
+        jobs, num_ranks, num_rounds=num_rounds, num_steps=num_steps, barriers=barriers,
+        link_bytes_per_s=link_bytes_per_s or 0.0, ranks_per_node=ranks_per_node or 0, profile=profile, backend=backend,
+        timeout_s=timeout_s, progress=progress,
+    )  # fmt: skip
+    if base is None:
+        return accounted(run, 0, None if barriers else calibrate(run, len(jobs) - len(levers)))
+    return accounted(run, 1, None, scale=base.total / total_ns(run.of_job(0)))
+
+
+def of_folder(folder: str | Path) -> Account:
+    """The Account of what the ranks of :mod:`effkit.moe.rank` wrote into a folder, under torchrun on a cluster, say."""
+    run = read(folder)
+    return accounted(run, 0, calibrate(run, len(run.settings)) if len(run.settings) > 1 else None)
+
+
+def accounted(run: Run, job: int, calibration: Calibration | None, scale: float = 1.0) -> Account:
+    """The account of one setting of a run; times are multiplied by ``scale``."""
+    steps, setting = run.of_job(job), run.settings[job]
+    numbers = sorted({step.number for step in steps})
+    kept = int(np.mean([run.kept[job, n].sum() for n in numbers]).round())
+    dropped = int(np.mean([run.dropped[job, n].sum() for n in numbers]).round())
+    asked = run.num_ranks * setting.num_tokens * setting.top_k
+    link = run.facts["link_bytes_per_s"]
+    where = f"{run.num_ranks} ranks on {run.facts['where']}, {run.facts['backend']}"
+    if link:
+        where += f", a link of {link / 1e6:g} MB/s"
+    if run.facts["where"] == "cuda" and run.facts["backend"] == "gloo":
+        where += ", exchanged through the host"
+    return Account.of(
+        TIME, "ns", scaled(breakdown.typical(steps, breakdown.rows_ns), scale), total=round(scale * total_ns(steps)),
+        source=f"the slowest of {where}" + ("; relative to the base measured in turn" if scale != 1.0 else ""),
+        setting=full_setting(setting, run.num_ranks, run.facts["ranks_per_node"], link), calibration=calibration,
+        companions=(
+            communication_account(steps, scale),
+            bytes_account(steps, "the sizes of all messages"),
+            Account.of(COPIES, "tokens", {"kept": kept, "dropped": dropped}, total=asked,
+                       source="tokens times choices"),
+        ),
+    )  # fmt: skip
+
+
+def communication_account(steps: Sequence[Step], scale: float, **more: Any) -> Account:
+    """Time in collectives, exposed and hidden under computing, the mean over ranks."""
+    rows = scaled(breakdown.typical(steps, breakdown.communication_ns), scale)
+    return Account.of(COMMUNICATION, "ns", rows, total=sum(rows.values()), source="the collectives' own times", **more)
+
+
+def bytes_account(steps: Sequence[Step], source: str, **more: Any) -> Account:
+    """Bytes that all ranks send to others in a step, the mean over the steps' routings."""
+    found: dict[str, float] = {}
+    once = {step.number: step for step in steps}
+    for step in once.values():
+        for rank, seen in enumerate(step.ranks):
+            for call in seen.calls:
+                others = sum(call.sent_bytes) - (call.sent_bytes[rank] if call.sent_bytes else 0)
+                if others:
+                    found[call.kind] = found.get(call.kind, 0.0) + others / len(once)
+    rows = {kind: round(size) for kind, size in found.items()}
+    return Account.of(BYTES, "bytes", rows, total=sum(rows.values()), source=source, **more)
+
+
+def scaled(rows: dict[str, float], scale: float) -> dict[str, int]:
+    """Rows as whole numbers, times ``scale``."""
+    return {name: round(scale * value) for name, value in rows.items()}
+
+
+def full_setting(setting: Setting, num_ranks: int, ranks_per_node: int, link_bytes_per_s: float) -> dict[str, Any]:
+    """Everything that a measurement was made with."""
+    return {**setting.plain(), "num_ranks": num_ranks, "ranks_per_node": ranks_per_node,
+            "link_bytes_per_s": link_bytes_per_s}  # fmt: skip
+
+
+def _can_share(jobs: Sequence[Setting], num_ranks: int) -> None:
+    from effkit.moe import routing
+
+    for setting in jobs:
+        routing.owners(setting, num_ranks)

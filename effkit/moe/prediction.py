@@ -1,0 +1,182 @@
+"""predict(): the step at another setting, without running it; whatif(): the same with sliders; the best degrees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from effkit.account import Account
+from effkit.moe import breakdown, routing
+from effkit.moe.calibration import Calibration, total_ns
+from effkit.moe.launching import Progress
+from effkit.moe.live import (
+    COPIES,
+    TIME,
+    bytes_account,
+    communication_account,
+    full_setting,
+    measure,
+    scaled,
+)  # fmt: skip
+from effkit.moe.recorded import Step
+from effkit.moe.setting import COMPRESSIONS, MESSAGE_DTYPES, PLACEMENTS, Setting
+from effkit.moe.simulating import simulate
+
+if TYPE_CHECKING:
+    from effkit.whatif import WhatIf
+
+_OF_THE_RANKS = ("num_ranks", "ranks_per_node", "link_bytes_per_s")
+_MOST_CHUNKS = 8
+
+
+def predict(base: Account, **setting: Any) -> Account:
+    """The step at another setting, without running anything.
+
+    Every rank's phases and exchanges are played through, with the costs that were fitted; bytes and token copies are
+    counted exactly.
+
+    Parameters
+    ----------
+    base
+        What :func:`measure` returned.
+    setting
+        Any field of :class:`Setting`; ``num_ranks``, ``ranks_per_node``; ``link_bytes_per_s``, the rate of the link
+        between nodes, which is then assumed and not measured. The rest stays as it was measured.
+
+    Returns
+    -------
+    Account
+        In ns, with a band; communication, bytes and token copies are companions. ``in_range`` is False for more than
+        the calibration has seen, other ranks or another link. At the measured setting: ``base`` itself.
+
+    Raises
+    ------
+    ValueError
+        For an unknown knob, a base without calibration, ranks that cannot share the experts, or a lever whose time was
+        not measured.
+    """
+    known = calibration_of(base)
+    on = {name: setting.pop(name) for name in _OF_THE_RANKS if setting.get(name) is not None}
+    wanted = known.setting.change(**setting)
+    num_ranks = int(on.get("num_ranks", known.num_ranks))
+    per_node = int(on.get("ranks_per_node", known.ranks_per_node if num_ranks == known.num_ranks else num_ranks))
+    link = float(on.get("link_bytes_per_s", known.link_bytes_per_s))
+    if link and per_node == num_ranks and "ranks_per_node" not in on:
+        per_node = 1  # a link between nodes: each rank is one, unless they are said to share
+    full = full_setting(wanted, num_ranks, per_node, link)
+    if full == dict(base.setting):
+        return base
+    known.knows(wanted)
+    steps = simulated(known, wanted, num_ranks, per_node, link)
+    total = round(known.anchor * total_ns(steps))
+    margin = math.ceil(known.band_frac * total)
+    same_link = link == known.link_bytes_per_s and per_node == known.ranks_per_node
+    rows = scaled(breakdown.typical(steps, breakdown.rows_ns), known.anchor)
+    basis = {name: "derived" if same_link or "moving" not in name else "assumed" for name in rows}
+    return Account.of(
+        TIME, "ns", rows, total=total, basis=basis,
+        source=f"the costs of {len(known.settings)} measured settings",
+        low=max(0, total - margin), high=total + margin, in_range=same_link and known.covers(wanted, num_ranks),
+        setting=full, calibration=known,
+        companions=(
+            _with_band(communication_account(steps, known.anchor, basis="derived"), known.band_frac),
+            _with_band(bytes_account(steps, "the routing", basis="derived"), 0.0),
+            _with_band(_copies(wanted, num_ranks, known.num_steps), 0.0),
+        ),
+    )  # fmt: skip
+
+
+def simulated(
+    known: Calibration, setting: Setting, num_ranks: int, ranks_per_node: int, link_bytes_per_s: float,
+    traffic: Sequence[routing.Traffic] | None = None,
+) -> list[Step]:  # fmt: skip
+    """Every step of a setting, played through; with other traffic than its own, if given."""
+    fitted = known.costs
+    if link_bytes_per_s and link_bytes_per_s != known.link_bytes_per_s:
+        moving = fitted.moving.copy()
+        moving[1] = 1e9 / link_bytes_per_s
+        fitted = replace(fitted, moving=moving)
+    given = list(traffic) if traffic is not None else [None] * known.num_steps
+    return [simulate(setting, n, num_ranks, ranks_per_node, fitted, one) for n, one in enumerate(given)]
+
+
+def best_degrees(base: Account, most: int = _MOST_CHUNKS, **setting: Any) -> tuple[int, int]:
+    """Into how many pieces to cut the exchange, forward and backward: the pair that :func:`predict` finds quickest.
+
+    Each direction has a best degree of its own, for backward computes twice as much (FSMoE, 2501.10714, section 4).
+    The two do not affect each other, so each is looked for alone.
+    """
+    forward = min(range(1, most + 1), key=lambda r: predict(base, **setting, num_chunks=r, num_chunks_backward=1).total)
+    backward = min(
+        range(1, most + 1), key=lambda r: predict(base, **setting, num_chunks=forward, num_chunks_backward=r).total
+    )
+    return forward, backward
+
+
+def calibration_of(base: Account) -> Calibration:
+    """What :func:`measure` kept.
+
+    Raises
+    ------
+    ValueError
+        When it kept nothing.
+    """
+    if not isinstance(base.calibration, Calibration):
+        raise ValueError("this account carries no calibration; moe.measure() without base makes one that does")
+    return base.calibration
+
+
+def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> WhatIf:
+    """Sliders over :func:`predict`; the button runs the setting on ranks of its own and shows the receipt.
+
+    Levers appear when their time was measured.
+    """
+    from effkit.whatif import Choice, Slider, WhatIf
+
+    known = calibration_of(base)
+    at = known.setting
+    seen = known.settings
+    knobs: list[Slider | Choice] = [
+        Slider("num_tokens", "Tokens per rank [count]", max(1, at.num_tokens // 4), 2 * at.num_tokens,
+               max(1, at.num_tokens // 16), "Tokens of each rank in a step"),
+        Slider("top_k", "Choices per token [count]", 1, min(4, at.num_experts // at.num_modalities), 1,
+               "Experts that each token goes to"),
+        Slider("capacity_factor", "Capacity [tenths]", 0, 30, 1,
+               "What an expert takes of each rank, over its fair share; the rest is dropped. 0 drops none", scale=0.1),
+        Slider("skew", "Skew of loads [tenths]", 0, 20, 1, "Zipf exponent of the experts' popularity", scale=0.1),
+        Slider("num_chunks", "Pieces forward [count]", 1, _MOST_CHUNKS, 1, "The exchange is cut into, and overlaps"),
+        Slider("num_chunks_backward", "Pieces backward [count]", 0, _MOST_CHUNKS, 1, "0: as many as forward"),
+        Choice("placement", "Placement", PLACEMENTS, "Which rank holds which expert"),
+        Slider("num_replicas", "Replicated experts [count]", 0, at.num_experts, known.num_ranks,
+               "The most popular ones, held by every rank"),
+    ]  # fmt: skip
+    if isinstance(at.placement, tuple):
+        knobs = [knob for knob in knobs if knob.name != "placement"]
+    if any(one.compress == "lsh" for one in seen):
+        knobs.append(Choice("compress", "Compression", COMPRESSIONS, "One centroid travels for tokens that are alike"))
+    dtypes = [name for name in MESSAGE_DTYPES if any(one.message_dtype == name for one in seen)]
+    if len(dtypes) > 1:
+        knobs.append(Choice("message_dtype", "Messages", dtypes, "What rows are written in while they travel"))
+
+    def run(progress: Progress, **setting: Any) -> Account:
+        changes = {name: value for name, value in setting.items() if name not in _OF_THE_RANKS}
+        return measure(base=base, num_rounds=num_rounds, timeout_s=timeout_s, progress=progress, **changes)
+
+    return WhatIf(base, predict, knobs, run)
+
+
+def _copies(setting: Setting, num_ranks: int, num_steps: int) -> Account:
+    of_steps = [routing.traffic(setting, num_ranks, n) for n in range(num_steps)]
+    kept = int(np.mean([one.kept.sum() for one in of_steps]).round())
+    dropped = int(np.mean([one.dropped.sum() for one in of_steps]).round())
+    return Account.of(COPIES, "tokens", {"kept": kept, "dropped": dropped}, basis="derived",
+                      total=num_ranks * setting.num_tokens * setting.top_k, source="tokens times choices")  # fmt: skip
+
+
+def _with_band(account: Account, band_frac: float) -> Account:
+    margin = math.ceil(band_frac * account.total)
+    return replace(account, low=max(0, account.total - margin), high=account.total + margin)

@@ -1,0 +1,181 @@
+"""What the ranks of a run recorded, step by step, on one clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from effkit.moe.setting import Setting
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Call(NamedTuple):
+    """One collective on one rank: times in ns, and bytes to and from each rank."""
+
+    kind: str
+    start_ns: int
+    end_ns: int
+    sent_bytes: Sequence[int]
+    received_bytes: Sequence[int]
+
+
+class OfRank(NamedTuple):
+    """One step on one rank: its phases (name, begin, end) and its collectives, in order [ns]."""
+
+    begin_ns: int
+    turn_ns: int
+    end_ns: int
+    phases: Sequence[tuple[str, int, int]]
+    calls: Sequence[Call]
+
+
+class Step(NamedTuple):
+    """One step on all ranks; ``number`` tells whose routing it had."""
+
+    job: int
+    round: int
+    number: int
+    ranks: Sequence[OfRank]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What all ranks of one run recorded.
+
+    Attributes
+    ----------
+    settings
+        What was run, by job.
+    steps
+        Every timed step of every job and round.
+    kept, sent
+        Token copies kept and rows sent, by (job, step): arrays [num_ranks, num_experts].
+    dropped
+        Token copies dropped, by (job, step): [num_ranks].
+    links
+        All-to-alls of equal messages: ``size_bytes`` to each rank, ``dur_ns`` from first arrival to last completion.
+    delays
+        One message between each pair: [num_rounds, sender, receiver] [ns]; NaN on the diagonal.
+    checks
+        What each rank computed, by (job, step): ``output`` and ``input_gradient``, and ``expert_gradients`` by expert,
+        each as :func:`effkit.moe.rank.projection` sees it.
+    facts
+        num_ranks, ranks_per_node, backend, device, link_bytes_per_s, provenance.
+    """
+
+    settings: Sequence[Setting]
+    steps: Sequence[Step]
+    kept: Mapping[tuple[int, int], Array]
+    sent: Mapping[tuple[int, int], Array]
+    dropped: Mapping[tuple[int, int], Array]
+    links: pd.DataFrame
+    delays: Array
+    checks: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]]
+    facts: Mapping[str, Any]
+
+    @property
+    def num_ranks(self) -> int:
+        return int(self.facts["num_ranks"])
+
+    def of_job(self, job: int) -> list[Step]:
+        """The timed steps of one setting."""
+        return [step for step in self.steps if step.job == job]
+
+
+def read(folder: str | Path) -> Run:
+    """Read what ranks wrote into a folder.
+
+    Raises
+    ------
+    ValueError
+        When a rank's file is missing or was not written by a rank.
+    """
+    folder = Path(folder)
+    try:
+        run = json.loads((folder / "run.json").read_text())
+        ranks = [json.loads(path.read_text()) for path in folder.glob("rank*.json")]
+        ranks.sort(key=lambda rank: rank["rank"])
+        world = int(ranks[0]["num_ranks"]) if ranks else 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} does not hold a run: run.json and a rank<r>.json of each rank are expected "
+                         f"({error})") from error  # fmt: skip
+    missing = sorted(set(range(world)) - {rank["rank"] for rank in ranks})
+    if missing or not ranks:
+        took_part = f" ({world} ranks took part)" if ranks else ""
+        raise ValueError(f"{folder} lacks what rank {', '.join(map(str, missing)) or '0'} recorded{took_part}: "
+                         "copy rank<r>.json of every rank there")  # fmt: skip
+    return _assembled(run, ranks)
+
+
+def _assembled(run: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Run:
+    one_clock = len({rank["machine"] for rank in ranks}) == 1 and ranks[0]["machine"]
+    shift = [_Clock([] if one_clock else rank["clock"]) for rank in ranks]
+    steps, kept, sent, dropped = [], {}, {}, {}
+    for records in zip(*(rank["steps"] for rank in ranks), strict=True):
+        first = records[0]
+        steps.append(Step(first["job"], first["round"], first["step"],
+                          [_of_rank(record, clock) for record, clock in zip(records, shift, strict=True)]))  # fmt: skip
+        key = (first["job"], first["step"])
+        kept[key], sent[key] = (np.array([record[name] for record in records]) for name in ("kept", "sent"))
+        dropped[key] = np.array([record["dropped"] for record in records])
+    first = ranks[0]
+    checks = {(seen[0]["job"], seen[0]["step"]): seen
+              for seen in zip(*(rank.get("checks", ()) for rank in ranks), strict=True)}  # fmt: skip
+    facts = {
+        "num_ranks": first["num_ranks"],
+        "ranks_per_node": int(run.get("ranks_per_node") or first["local_world_size"]),
+        "backend": first["backend"],
+        "where": first["where"],
+        "link_bytes_per_s": float(run.get("link_bytes_per_s") or 0.0),
+        "clock_spread_ns": 0 if one_clock else max(clock[2] for rank in ranks for clock in rank["clock"]) // 2,
+        "provenance": first["provenance"],
+    }
+    return Run([Setting.of(job["setting"]) for job in first["jobs"]], steps, kept, sent, dropped, _links(ranks, shift),
+               _delays(ranks, shift), checks, facts)  # fmt: skip
+
+
+class _Clock:
+    """A rank's clock on the first rank's: offsets measured before and after, and a line between them."""
+
+    def __init__(self, offsets: Sequence[Sequence[int]]) -> None:
+        self.at = [offset[0] for offset in offsets] or [0]
+        self.ahead = [offset[1] for offset in offsets] or [0]
+
+    def __call__(self, time_ns: int) -> int:
+        return time_ns - round(float(np.interp(time_ns, self.at, self.ahead)))
+
+
+def _of_rank(record: Mapping[str, Any], clock: _Clock) -> OfRank:
+    stamps = [(name, clock(time_ns)) for name, time_ns in record["phases"]]
+    phases = [(name, begin, end) for (name, begin), (_, end) in pairwise(stamps) if name]
+    calls = [Call(kind, clock(start), clock(end), out, back) for kind, start, end, out, back in record["calls"]]
+    return OfRank(clock(record["begin_ns"]), clock(record["turn_ns"]), clock(record["end_ns"]), phases, calls)
+
+
+def _links(ranks: Sequence[Mapping[str, Any]], shift: Sequence[_Clock]) -> pd.DataFrame:
+    rows = []
+    for probes in zip(*(rank.get("links", ()) for rank in ranks), strict=True):
+        starts = [clock(probe[1]) for probe, clock in zip(probes, shift, strict=True)]
+        ends = [clock(probe[2]) for probe, clock in zip(probes, shift, strict=True)]
+        rows.append((probes[0][0], max(ends) - min(starts)))
+    return pd.DataFrame(rows, columns=["size_bytes", "dur_ns"])
+
+
+def _delays(ranks: Sequence[Mapping[str, Any]], shift: Sequence[_Clock]) -> Array:
+    seen = [
+        (around, sender, rank["rank"], shift[rank["rank"]](arrived) - shift[sender](sent))
+        for rank in ranks
+        for around, sender, sent, arrived in rank.get("delays", ())
+    ]
+    table = np.full((1 + max((one[0] for one in seen), default=-1), len(ranks), len(ranks)), np.nan)
+    for around, sender, receiver, delay in seen:
+        table[around, sender, receiver] = delay
+    return table

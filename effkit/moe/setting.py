@@ -1,0 +1,156 @@
+"""Setting: one expert-parallel layer and the load on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+COMPRESSIONS = ("none", "lsh")
+MAX_HASHES = 12  # as in effkit.models.lsh, which needs torch
+MESSAGE_DTYPES = ("same", "bfloat16", "float8")
+PLACEMENTS = ("block", "balanced")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One expert-parallel layer and the load on it.
+
+    Parameters
+    ----------
+    num_tokens
+        Tokens of each rank in a step.
+    hidden, ffn
+        Widths of the model and of an expert's inner layer.
+    num_experts, top_k
+        Experts over all ranks, and how many of them each token goes to.
+    capacity_factor
+        An expert takes at most ``ceil(capacity_factor * top_k * num_tokens / num_experts)`` tokens from each rank and
+        the rest are dropped (GShard, 2006.16668, section 2.2); 0 drops none.
+    pad
+        Send every expert exactly its capacity, empty rows included, so that all messages have one size.
+    skew
+        Zipf exponent of the experts' popularity: expert ``i`` is drawn with probability proportional to
+        ``(i + 1) ** -skew``; 0 makes all alike.
+    num_modalities
+        Tokens and experts fall into this many equal groups, and a token is routed within its own (MoMa, 2407.21770).
+    num_clusters
+        Tokens lie near this many points, and those of one cluster choose the same experts; 0 spreads them at random.
+    num_chunks, num_chunks_backward
+        Into how many pieces the exchange is cut so that it overlaps with the experts (degree r); backward as forward
+        when 0.
+    compress, num_hashes
+        ``"lsh"``: one centroid travels for all tokens of a rank and expert that share a bucket of ``num_hashes``
+        cross-polytope hashes, at most 12 (LSH-MoE, 2411.08446). On tokens in clusters, 4 send the fewest rows at which
+        the error is no more than the clusters' own width.
+    compensate
+        With ``"lsh"``: add what each token differs from its centroid to the expert's answer. For a model that is
+        trained with it; added afterwards it makes the error larger (:func:`effkit.moe.compare_training`).
+    message_dtype
+        What travels: ``"same"`` as computed, ``"bfloat16"``, or ``"float8"``: dispatch forward in e4m3 with a scale
+        per 128 numbers, the rest in bfloat16 (as DeepEP does).
+    placement
+        Which rank holds which expert: ``"block"`` (neighbours together), ``"balanced"`` by expected load, or a tuple.
+    num_replicas
+        The most popular experts that every rank holds for itself; their gradients are summed over the ranks.
+    dtype
+        Of parameters and activations.
+    backward
+        Whether a step has a backward pass.
+    seed
+        Of tokens, routing and weights.
+
+    Raises
+    ------
+    ValueError
+        When a value is out of range; the sentence says which.
+    """
+
+    num_tokens: int = 1024
+    hidden: int = 256
+    ffn: int = 512
+    num_experts: int = 8
+    top_k: int = 2
+    capacity_factor: float = 0.0
+    pad: bool = False
+    skew: float = 0.5
+    num_modalities: int = 1
+    num_clusters: int = 0
+    num_chunks: int = 1
+    num_chunks_backward: int = 0
+    compress: str = "none"
+    num_hashes: int = 4
+    compensate: bool = False
+    message_dtype: str = "same"
+    placement: str | tuple[int, ...] = "block"
+    num_replicas: int = 0
+    dtype: str = "float32"
+    backward: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "hidden", "ffn", "num_experts", "top_k", "num_modalities", "num_chunks",
+                     "num_hashes"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1; given: {getattr(self, name)}")
+        for name in ("capacity_factor", "skew", "num_clusters", "num_chunks_backward", "num_replicas"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is at least 0; given: {getattr(self, name)}")
+        for name, words in (("compress", COMPRESSIONS), ("message_dtype", MESSAGE_DTYPES), ("dtype", DTYPES)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is one of {', '.join(words)}; given: {getattr(self, name)!r}")
+        if isinstance(self.placement, str) and self.placement not in PLACEMENTS:
+            raise ValueError(
+                f"placement is one of {', '.join(PLACEMENTS)}, or a rank per expert; given: {self.placement!r}"
+            )
+        if not isinstance(self.placement, str):
+            object.__setattr__(self, "placement", tuple(int(rank) for rank in self.placement))
+            if len(self.placement) != self.num_experts:
+                raise ValueError(f"placement names a rank for each expert; given: {len(self.placement)} ranks for "
+                                 f"{self.num_experts} experts")  # fmt: skip
+        if self.num_experts % self.num_modalities:
+            raise ValueError(f"num_experts is a multiple of num_modalities; given: {self.num_experts} and "
+                             f"{self.num_modalities}")  # fmt: skip
+        if self.top_k > self.num_experts // self.num_modalities:
+            raise ValueError(f"top_k is at most the number of experts to choose from, "
+                             f"{self.num_experts // self.num_modalities}; given: {self.top_k}")  # fmt: skip
+        if self.num_replicas > self.num_experts:
+            raise ValueError(f"num_replicas is at most num_experts, {self.num_experts}; given: {self.num_replicas}")
+        if self.num_hashes > MAX_HASHES:
+            raise ValueError(f"num_hashes is at most {MAX_HASHES}; given: {self.num_hashes}")
+        if self.pad and not self.capacity_factor:
+            raise ValueError("pad fills every expert up to its capacity: give a capacity_factor")
+        if self.pad and self.compress != "none":
+            raise ValueError("pad sends messages of one size and compress makes them smaller: choose one")
+        if self.message_dtype == "float8" and self.hidden % 128:
+            raise ValueError(f"float8 messages have a scale per 128 numbers: hidden is a multiple of 128; given: "
+                             f"{self.hidden}")  # fmt: skip
+
+    @property
+    def degrees(self) -> tuple[int, int]:
+        """Pieces of the exchange, forward and backward."""
+        return self.num_chunks, self.num_chunks_backward or self.num_chunks
+
+    def change(self, **changes: Any) -> Setting:
+        """This setting with these changes.
+
+        Raises
+        ------
+        ValueError
+            For a name that no setting has.
+        """
+        unknown = set(changes) - {field.name for field in dataclasses.fields(self)}
+        if unknown:
+            known = ", ".join(field.name for field in dataclasses.fields(self))
+            raise ValueError(f"no such knob: {', '.join(sorted(unknown))}; the knobs are {known}")
+        return dataclasses.replace(self, **changes)
+
+    def plain(self) -> dict[str, Any]:
+        """As a dictionary of plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Setting:
+        """From such a dictionary."""
+        return cls().change(**plain)

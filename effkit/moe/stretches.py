@@ -1,0 +1,52 @@
+"""One step, rank by rank: what each computed, and when it waited or moved bytes."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from effkit.account import Account
+from effkit.moe import breakdown
+from effkit.moe.prediction import calibration_of, simulated
+from effkit.moe.recorded import Step
+from effkit.moe.setting import Setting
+
+COMPUTING, LINK = "computing", "link"
+
+
+def timeline(account: Account) -> pd.DataFrame:
+    """The first step of an account that :func:`effkit.moe.measure` returned, or :func:`effkit.moe.predict`.
+
+    Returns
+    -------
+    DataFrame
+        A row per stretch of time: ``rank``; ``lane``, computing or link; ``what``, a phase, or waiting and moving of
+        dispatch and combine; ``start_ns`` and ``end_ns`` from the beginning of the step.
+
+    Raises
+    ------
+    ValueError
+        For an account that keeps no calibration.
+    """
+    known = calibration_of(account)
+    if not account.predicted:
+        return _rows(known.step)
+    on = account.setting
+    setting = Setting.of({name: value for name, value in on.items() if name in known.setting.plain()})
+    steps = simulated(known, setting, on["num_ranks"], on["ranks_per_node"], on["link_bytes_per_s"])
+    return _rows(steps[0])
+
+
+def _rows(step: Step) -> pd.DataFrame:
+    begin = min(rank.begin_ns for rank in step.ranks)
+    found: list[tuple[int, str, str, int, int]] = []
+    for number, rank in enumerate(step.ranks):
+        found += [
+            (number, COMPUTING, what, start - begin, end - begin)
+            for what, start, end in rank.phases
+            if what not in breakdown.TRAVELS
+        ]
+        found += [
+            (number, LINK, what, start - begin, end - begin) for what, start, end in breakdown.pieces_of(step, number)
+        ]
+    frame = pd.DataFrame(found, columns=["rank", "lane", "what", "start_ns", "end_ns"])
+    return frame[frame["end_ns"] > frame["start_ns"]].sort_values(["rank", "lane", "start_ns"], ignore_index=True)

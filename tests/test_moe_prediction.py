@@ -1,0 +1,169 @@
+"""predict(), whatif(), best_degrees(), worth_balancing(), in a world whose costs are known: nothing is run."""
+
+import numpy as np
+import pytest
+from moe_world import COSTS, NUM_STEPS, measured, run_of, slower, truth
+
+import effkit as ek
+from effkit import moe
+from effkit.account import Account
+from effkit.moe import routing
+from effkit.moe.calibration import total_ns
+from effkit.moe.simulating import simulate
+
+BASE = moe.Setting(num_tokens=256, hidden=128, ffn=256)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return measured(BASE, levers=("lsh", "bfloat16"))
+
+
+UNSEEN = [
+    {"num_tokens": 200}, {"num_tokens": 400}, {"hidden": 96}, {"ffn": 384}, {"top_k": 1}, {"top_k": 3},
+    {"capacity_factor": 1.0}, {"capacity_factor": 1.25, "pad": True}, {"skew": 0.0}, {"skew": 1.5},
+    {"num_chunks": 2}, {"num_chunks": 3, "num_chunks_backward": 2}, {"num_chunks": 4, "skew": 1.0}, {"num_experts": 12},
+    {"placement": (1, 0, 1, 0, 1, 0, 1, 0)}, {"num_replicas": 2}, {"compress": "lsh", "num_clusters": 16},
+    {"message_dtype": "bfloat16", "top_k": 1}, {"backward": False}, {"num_modalities": 2}, {"placement": "balanced"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", UNSEEN, ids=str)
+def test_a_setting_that_was_not_seen_is_predicted(base, change):
+    guess, found = moe.predict(base, **change), truth(BASE.change(**change))
+    receipt = ek.Receipt(guess, found)
+    assert abs(receipt.error) < 0.03, receipt
+    assert receipt.within_band
+    exact = receipt.frame[receipt.frame["unit"].isin(["bytes", "tokens"])]
+    assert len(exact) == 2
+    assert (exact["error"] == 0).all()
+
+
+def test_the_measured_setting_is_returned_as_it_is(base):
+    assert moe.predict(base) is base
+    assert moe.predict(base, num_tokens=256, skew=0.5) is base
+
+
+def test_rows_are_predicted_too_and_close(base):
+    guess, found = moe.predict(base, skew=1.5), truth(BASE.change(skew=1.5))
+    guess.closed(1e-3)
+    table = found.compare(guess)
+    assert (table.loc[["experts", "dispatch moving", "combine moving"], "ratio"].sub(1).abs() < 0.05).all(), table
+    assert guess.frame.loc["dispatch waiting", "value"] > base.frame.loc["dispatch waiting", "value"]
+
+
+def test_what_the_calibration_has_not_seen_is_out_of_range(base):
+    assert moe.predict(base, num_tokens=400).in_range
+    assert not moe.predict(base, num_tokens=2048).in_range
+    assert not moe.predict(base, num_chunks=8).in_range
+    assert not moe.predict(base, dtype="bfloat16").in_range
+    assert not moe.predict(base, num_ranks=4).in_range
+
+
+def test_another_link_is_assumed_and_scales_what_moves(base):
+    guess = moe.predict(base, link_bytes_per_s=50e6)
+    assert not guess.in_range
+    assert guess.frame.loc["dispatch moving", "basis"] == "assumed"
+    assert guess.frame.loc["experts", "basis"] == "derived"
+    half = truth(BASE, costs=COSTS.__class__(COSTS.phases, COSTS.moving * [1, 2, 1, 1]))
+    assert guess.total == pytest.approx(half.total, rel=0.02)
+
+
+def test_a_lever_whose_time_nobody_measured_is_refused():
+    plain = measured(BASE)
+    with pytest.raises(ValueError, match=r"compress='lsh' was not measured: measure\(..., levers=\('lsh',\)\)"):
+        moe.predict(plain, compress="lsh")
+    with pytest.raises(ValueError, match="no such knob: tokens"):
+        moe.predict(plain, tokens=3)
+    with pytest.raises(ValueError, match="9 experts cannot be shared equally by 2 ranks"):
+        moe.predict(plain, num_experts=9)
+    with pytest.raises(ValueError, match="carries no calibration"):
+        moe.predict(truth(BASE), num_tokens=3)
+
+
+def test_the_band_says_how_wrong_a_left_out_setting_was(base):
+    guess = moe.predict(base, num_tokens=300)
+    known = base.calibration
+    assert guess.low < guess.total < guess.high
+    assert guess.high - guess.total == pytest.approx(known.band_frac * guess.total, rel=1e-3)
+    assert known.noise_frac == 0  # both rounds of this world are alike
+    assert known.band_frac >= 2 * known.error_frac
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 6.0])
+def test_the_best_degrees_are_those_of_an_exhaustive_search(factor):
+    there = slower(factor)
+    base = measured(BASE.change(num_tokens=512), costs=there)
+    setting = base.calibration.setting
+
+    def time_ns(forward, backward):
+        changed = setting.change(num_chunks=forward, num_chunks_backward=backward)
+        return total_ns([simulate(changed, n, 2, 1, there) for n in range(NUM_STEPS)])
+
+    chosen = moe.best_degrees(base, most=5)
+    every = {(f, b): time_ns(f, b) for f in range(1, 6) for b in range(1, 6)}
+    assert every[chosen] <= 1.02 * min(every.values()), (chosen, min(every, key=every.get))
+
+
+def test_balance_is_worth_what_the_waiting_says(base):
+    table = moe.worth_balancing(base)
+    assert table.loc["now", "step_ns"] == base.total
+    assert table.loc["now", "saved_ns"] == 0
+    assert table.loc["perfect balance", "step_ns"] < base.total
+    assert (table["saved_ns"] == base.total - table["step_ns"]).all()
+    assert table.loc["capacity 1.0", "dropped_frac"] > 0
+    assert (table.drop("capacity 1.0")["dropped_frac"] == 0).all()
+
+
+def test_balance_of_ones_own_loads(base):
+    own = np.full((2, 2, 8), 64)
+    even = moe.worth_balancing(base, own)
+    assert even.loc["perfect balance", "saved_ns"] == pytest.approx(0, abs=even.loc["now", "step_ns"] * 1e-6)
+    own[:, :, 0] += 300
+    uneven = moe.worth_balancing(base, own)
+    assert uneven.loc["perfect balance", "saved_frac"] > 0.03
+    with pytest.raises(ValueError, match="loads are tokens by step, rank and expert"):
+        moe.worth_balancing(base, np.ones((2, 8)))
+
+
+def test_the_timeline_of_a_prediction_and_of_a_measurement(base):
+    for account in (base, moe.predict(base, num_chunks=4)):
+        frame = moe.timeline(account)
+        assert set(frame["rank"]) == {0, 1}
+        assert (frame["end_ns"] > frame["start_ns"]).all()
+        for _, rows in frame.groupby(["rank", "lane"]):
+            assert (rows["start_ns"].to_numpy()[1:] >= rows["end_ns"].to_numpy()[:-1] - 1).all(), "lanes do not overlap"
+        assert {"experts", "dispatch moving", "combine moving"} <= set(frame["what"])
+    with pytest.raises(ValueError, match="no calibration"):
+        moe.timeline(truth(BASE))
+
+
+def test_sliders_rest_at_the_measurement_and_show_exact_bytes(base):
+    panel = moe.whatif(base)
+    assert panel.result is base
+    panel.controls["num_tokens"].value = 192
+    assert panel.result.total == moe.predict(base, num_tokens=192).total
+    sent = panel.result.companions[1]
+    assert isinstance(sent, Account)
+    expected = [routing.traffic(BASE.change(num_tokens=192), 2, n) for n in range(NUM_STEPS)]
+    rows = np.mean([traffic.moved[0, 1] + traffic.moved[1, 0] for traffic in expected])
+    counts = 2 * 8 * BASE.num_experts
+    each = 2 * rows * BASE.hidden * 4
+    assert sent.total == round(each + counts) + round(each)
+    panel.controls["num_replicas"].value = 7
+    assert "cannot be shared equally" in panel.shown()
+
+
+def test_a_run_of_one_setting_is_accounted_for():
+    found = truth(BASE.change(num_chunks=4))
+    found.closed(0.02)
+    told = found.companions[0]
+    assert told.frame.loc["dispatch hidden", "value"] > 0
+    plain = truth(BASE).companions[0].frame["value"]
+    assert plain["dispatch hidden"] == plain["combine hidden"] == 0
+
+
+def test_the_time_of_ranks_that_are_several_on_a_node():
+    four = run_of([BASE], num_ranks=4, ranks_per_node=2)
+    one = run_of([BASE], num_ranks=4, ranks_per_node=1)
+    assert total_ns(four.of_job(0)) < total_ns(one.of_job(0)), "bytes within a node do not take the link"
