@@ -31,8 +31,9 @@ PUBLIC = {
         "lengths_from_buckets", "measure", "plan", "predict", "watch", "whatif",
     ],
     "effkit.moe": [
-        "Setting", "account", "balanced_placement", "best_degrees", "compare_training", "find_slow", "imbalance",
-        "measure", "output_error", "predict", "timeline", "whatif", "why_no_links", "worth_balancing",
+        "Setting", "account", "balanced_placement", "best_degrees", "compare_training", "delays", "find_slow",
+        "imbalance", "link", "measure", "output_error", "predict", "prepare", "scale", "scaling_table", "timeline",
+        "whatif", "why_no_links", "worth_balancing",
     ],
     "effkit.models": ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "spiking", "text", "vision"],
 }  # fmt: skip

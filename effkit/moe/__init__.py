@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from effkit.moe.accounting import account
 from effkit.moe.balancing import worth_balancing
+from effkit.moe.cluster import scale, scaling_table
 from effkit.moe.launching import why_no_links
-from effkit.moe.live import measure
+from effkit.moe.links import delays, link
+from effkit.moe.live import measure, prepare
 from effkit.moe.loads import balanced_placement, imbalance
 from effkit.moe.lossy import compare_training, output_error
 from effkit.moe.prediction import best_degrees, predict, whatif
@@ -14,6 +16,7 @@ from effkit.moe.slowness import find_slow
 from effkit.moe.stretches import timeline
 
 __all__ = [
-    "Setting", "account", "balanced_placement", "best_degrees", "compare_training", "find_slow", "imbalance",
-    "measure", "output_error", "predict", "timeline", "whatif", "why_no_links", "worth_balancing",
+    "Setting", "account", "balanced_placement", "best_degrees", "compare_training", "delays", "find_slow", "imbalance",
+    "link", "measure", "output_error", "predict", "prepare", "scale", "scaling_table", "timeline", "whatif",
+    "why_no_links", "worth_balancing",
 ]  # fmt: skip

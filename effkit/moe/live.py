@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,38 @@ def measure(
     return accounted(run, 1, None, scale=base.total / total_ns(run.of_job(0)))
 
 
+def prepare(
+    folder: str | Path, setting: Setting | None = None, *, num_ranks: int, num_nodes: int = 1,
+    levers: Sequence[str] = (), num_rounds: int = 3, num_steps: int = 3, **changes: Any,
+) -> str:  # fmt: skip
+    """Write down a measurement for ranks that are started elsewhere; returns the command to start them with.
+
+    Every node of a cluster runs the command (with its own rendezvous options); what they write into ``folder``, which
+    all must see, :func:`effkit.moe.account` reads.
+
+    Raises
+    ------
+    ValueError
+        When the ranks cannot share the experts, or do not fill the nodes.
+    """
+    if num_nodes < 1 or num_ranks % num_nodes:
+        raise ValueError(f"num_ranks is a multiple of num_nodes; given: {num_ranks} and {num_nodes}")
+    jobs = probes((setting or Setting()).change(**changes), num_ranks, levers)
+    _can_share(jobs, num_ranks)
+    run = {
+        "jobs": [{"setting": job.plain()} for job in jobs], "num_rounds": num_rounds, "num_steps": num_steps,
+        "ranks_per_node": num_ranks // num_nodes, "num_levers": len(levers),
+    }  # fmt: skip
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "run.json").write_text(json.dumps(run))
+    return f"torchrun --nnodes {num_nodes} --nproc-per-node {num_ranks // num_nodes} -m effkit.moe.rank {folder}"
+
+
 def of_folder(folder: str | Path) -> Account:
     """The Account of what the ranks of :mod:`effkit.moe.rank` wrote into a folder, under torchrun on a cluster, say."""
     run = read(folder)
-    return accounted(run, 0, calibrate(run, len(run.settings)) if len(run.settings) > 1 else None)
+    num_around = len(run.settings) - int(run.facts["num_levers"])
+    return accounted(run, 0, calibrate(run, num_around) if num_around > 1 else None)
 
 
 def accounted(run: Run, job: int, calibration: Calibration | None, scale: float = 1.0) -> Account:

@@ -1,0 +1,299 @@
+"""What the links between ranks cost: an alpha and a bandwidth from live all-to-alls, and the delays of every pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from effkit.account import readable
+from effkit.least_squares import Floats, nonnegative
+from effkit.moe.launching import Progress, Slow, launch
+from effkit.moe.recorded import Array
+
+DELAY_BYTES = 2**18  # 2.6 ms at 100 MB/s: what the machine's scheduler adds is small beside that
+_FEWEST = 3  # sizes in a regime: one may be left out and a line is left
+_CLEARLY_BETTER = 0.8  # two lines must leave this much of one line's error, or less
+_LEAST_DOUBT_FRAC = 0.02  # of a time, however little its repeats scatter
+_SPREAD = 2.0  # bands are two standard errors wide on each side
+_LEAST_BAND_FRAC = 0.02
+
+
+class Regime(NamedTuple):
+    """Messages up to ``most_bytes`` take ``alpha_ns + num_messages * size_bytes / bandwidth_bytes_per_s``."""
+
+    most_bytes: float
+    alpha_ns: float
+    bandwidth_bytes_per_s: float
+
+
+class Duration(NamedTuple):
+    """A time with its band [ns]; ``in_range``: whether such messages were measured."""
+
+    dur_ns: float
+    low_ns: float
+    high_ns: float
+    in_range: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """What an all-to-all of equal messages takes: ``alpha + bytes that cross / bandwidth`` (Hockney's model).
+
+    Attributes
+    ----------
+    num_ranks, ranks_per_node
+        Between whom.
+    nominal_bytes_per_s
+        The rate that the link was limited to; 0: it was not.
+    num_messages
+        Messages of one all-to-all that are counted as crossing. On a limited link those between different nodes, both
+        ways, for they share one trunk: ``num_ranks * (num_ranks - ranks_per_node)``. Without a limit all that go from
+        one rank to another, though the cores copy several at a time: the bandwidth is then that of the machine.
+    regimes
+        One line, or one for small and one for large messages where two leave clearly less error.
+    frame
+        Indexed by ``size_bytes`` (to each other rank): ``dur_ns`` from the first rank's arrival to the last one's
+        departure, the lower quartile of the repeats, for what else runs on the machine only adds; ``fitted_ns``;
+        ``held_out_ns`` and ``held_out_error``, of a fit that had not seen this size (NaN for the smallest and the
+        largest, which would be extrapolated); ``spread_frac`` of the repeats (median absolute deviation, as of a
+        normal's).
+    error_frac
+        Root mean square of the held-out errors.
+    """
+
+    num_ranks: int
+    ranks_per_node: int
+    nominal_bytes_per_s: float
+    num_messages: int
+    regimes: tuple[Regime, ...]
+    frame: pd.DataFrame
+    error_frac: float
+
+    @property
+    def alpha_ns(self) -> float:
+        """Of small messages."""
+        return self.regimes[0].alpha_ns
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """Of large messages."""
+        return self.regimes[-1].bandwidth_bytes_per_s
+
+    @property
+    def shaped(self) -> bool:
+        """Whether the link was limited to a rate."""
+        return self.nominal_bytes_per_s > 0
+
+    def dur_ns(self, size_bytes: float) -> Duration:
+        """An all-to-all of ``size_bytes`` from each rank to each other, within two held-out errors (2% at least).
+
+        Raises
+        ------
+        ValueError
+            For a negative size.
+        """
+        if not size_bytes >= 0:
+            raise ValueError(f"size_bytes is the size of one message, 0 or more; given: {size_bytes}")
+        dur_ns = _at(self.regimes, size_bytes, self.num_messages)
+        margin = max(_LEAST_BAND_FRAC, _SPREAD * self.error_frac) * dur_ns
+        in_range = self.frame.index[0] <= size_bytes <= self.frame.index[-1]
+        return Duration(dur_ns, max(0.0, dur_ns - margin), dur_ns + margin, bool(in_range))
+
+    def __repr__(self) -> str:
+        where = f"An all-to-all of {self.num_ranks} ranks "
+        if self.shaped:
+            apart = "each on a node of its own" if self.ranks_per_node == 1 else f"{self.ranks_per_node} on a node"
+            where += f"({apart}), through one trunk limited to {self.nominal_bytes_per_s / 1e6:,.0f} MB/s"
+        else:
+            where += "on this machine's loopback, not limited"
+        lines = []
+        for number, regime in enumerate(self.regimes):
+            of = "all" if len(self.regimes) == 1 else f"up to {readable(self.regimes[0].most_bytes, 'bytes')}"
+            of = of if number == 0 else "larger"
+            rate = f"{regime.bandwidth_bytes_per_s / 1e6:,.1f} MB/s".replace("inf MB/s", "no time per byte")
+            if number == len(self.regimes) - 1 and self.shaped:
+                rate += f", {regime.bandwidth_bytes_per_s / self.nominal_bytes_per_s:.1%} of the limit"
+            lines.append(f"  {of} messages: {readable(regime.alpha_ns, 'ns')} and {rate}")
+        sizes = [readable(size, "bytes") for size in (self.frame.index[0], self.frame.index[-1])]
+        return "\n".join([
+            f"{where}:", *lines, f"  {self.num_messages} messages of {sizes[0]} to {sizes[1]} cross each time; "
+            f"held-out error {self.error_frac:.1%}",
+        ])  # fmt: skip
+
+
+def link(
+    num_ranks: int = 2,
+    *,
+    link_bytes_per_s: float = 0.0,
+    ranks_per_node: int = 0,
+    num_repeats: int = 9,
+    backend: str = "auto",
+    timeout_s: float = 120.0,
+    progress: Progress | None = None,
+) -> Link:
+    """Time all-to-alls between ranks of their own, 1 KiB to 4 MiB to each, and fit an alpha and a bandwidth.
+
+    The clock runs from the first rank's arrival to the last one's departure, for a rank that comes early may be sent to
+    at once: started at the last arrival it would miss up to three quarters of the transfer.
+
+    Parameters
+    ----------
+    num_ranks
+        2 to 8, processes on this machine.
+    link_bytes_per_s, ranks_per_node
+        A slower network, made for real: see :func:`effkit.moe.launching.launch`. 0: this machine's loopback.
+    num_repeats
+        All sizes in turn, this many times.
+
+    Raises
+    ------
+    ValueError
+        When such ranks or such a link cannot be had here.
+    RuntimeError
+        When a rank fails or hangs.
+    """
+    if num_repeats < 1:
+        raise ValueError(f"num_repeats is at least 1; given: {num_repeats}")
+    run = launch([], num_ranks, links=num_repeats, link_bytes_per_s=link_bytes_per_s, ranks_per_node=ranks_per_node,
+                 backend=backend, timeout_s=timeout_s, progress=progress)  # fmt: skip
+    return fit(run.links, num_ranks, int(run.facts["ranks_per_node"]), link_bytes_per_s)
+
+
+def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_bytes_per_s: float = 0.0) -> Link:
+    """A :class:`Link` from measured all-to-alls: columns ``size_bytes`` (to each other rank) and ``dur_ns``.
+
+    Relative errors are minimised, in units of what the repeats leave uncertain (2% at least): small messages count as
+    much as large ones, unless they scatter.
+
+    Raises
+    ------
+    ValueError
+        When there are fewer than four sizes.
+    """
+    by_size = measured.groupby("size_bytes")["dur_ns"]
+    frame = pd.DataFrame({"dur_ns": by_size.quantile(0.25)})
+    if len(frame) < _FEWEST + 1:
+        raise ValueError(f"a fit that is also tested takes {_FEWEST + 1} sizes or more; given: {len(frame)}")
+    between = nominal_bytes_per_s > 0 and ranks_per_node < num_ranks
+    num_messages = num_ranks * (num_ranks - (ranks_per_node if between else 1))
+    frame["spread_frac"] = by_size.agg(lambda dur: 1.4826 * (dur - dur.median()).abs().median() / dur.median())
+    doubt = np.hypot(_LEAST_DOUBT_FRAC, frame["spread_frac"] / np.sqrt(by_size.size()))
+    seen = np.stack([frame.index.to_numpy(float), frame["dur_ns"].to_numpy(float), doubt.to_numpy(float)])
+    regimes = _regimes(seen, num_messages)
+    frame["fitted_ns"] = [_at(regimes, size, num_messages) for size in seen[0]]
+    frame["held_out_ns"] = np.nan
+    for i, size in enumerate(frame.index[1:-1], start=1):
+        frame.loc[size, "held_out_ns"] = _at(_regimes(np.delete(seen, i, axis=1), num_messages), size, num_messages)
+    frame["held_out_error"] = frame["held_out_ns"] / frame["dur_ns"] - 1
+    error_frac = math.sqrt(float(np.nanmean(np.square(frame["held_out_error"]))))
+    return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac)
+
+
+def delays(
+    num_ranks: int = 4,
+    *,
+    num_rounds: int = 10,
+    quickest_of: int = 3,
+    slow: Slow | Sequence[Slow | None] | None = None,
+    link_bytes_per_s: float = 100e6,
+    size_bytes: int = DELAY_BYTES,
+    timeout_s: float = 120.0,
+    progress: Progress | None = None,
+) -> Array:
+    """Times [ns] of one message from each rank to each other, live: what :func:`find_slow` looks at.
+
+    One pair talks at a time, over its own way through a link that all ranks share, each on a node of its own.
+
+    Parameters
+    ----------
+    num_rounds
+        Rounds that are returned.
+    quickest_of
+        In each round every pair is timed so often, all pairs in turn, and its quickest message counts: where ranks
+        share cores a message may be held up for longer than it takes, but hardly three times in a row.
+    slow
+        What to make slow, for real: ``{"sender": 1, "receiver": 2, "bytes_per_s": 25e6}`` (what 1 sends to 2),
+        ``{"sender": 1, …}`` (all that 1 sends), ``{"receiver": 2, …}`` (all that 2 is sent), ``{"rank": 1, …}`` (both).
+        Or several of these, or None, one after another while the ranks go on: starting ranks takes longer than that.
+    link_bytes_per_s
+        What the others may send; 0: this machine's loopback, and then without ``slow``, or a network without a limit.
+    size_bytes
+        Of a message. Where it takes a millisecond or less, delays tell more of the scheduler than of the link.
+
+    Returns
+    -------
+    numpy.ndarray
+        [num_rounds, num_ranks (sender), num_ranks (receiver)], NaN on the diagonal; where ``slow`` is a sequence
+        [len(slow), num_rounds, num_ranks, num_ranks].
+
+    Raises
+    ------
+    ValueError
+        When such ranks or such a link cannot be had here.
+    RuntimeError
+        When a rank fails or hangs.
+    """
+    for name, given, least in (
+        ("num_rounds", num_rounds, 1),
+        ("quickest_of", quickest_of, 1),
+        ("size_bytes", size_bytes, 8),
+    ):
+        if given < least:
+            raise ValueError(f"{name} is at least {least}; given: {given}")
+    if slow is not None and not slow:
+        raise ValueError("slow is None, one dictionary or several; given: an empty one")
+    run = launch([], num_ranks, delays=num_rounds * quickest_of, delay_bytes=size_bytes, slow=slow,
+                 link_bytes_per_s=link_bytes_per_s, timeout_s=timeout_s, progress=progress)  # fmt: skip
+    delays_ns = run.delays.reshape(-1, num_rounds, quickest_of, num_ranks, num_ranks).min(axis=2)
+    return delays_ns[0] if slow is None or isinstance(slow, Mapping) else delays_ns
+
+
+def _regimes(seen: Floats, num_messages: int) -> tuple[Regime, ...]:
+    """One line, or the pair of lines that is wrong least on what was left out, if that is clearly less.
+
+    ``seen``: size, time and relative doubt, shape [3, num_sizes].
+    """
+    num, one = seen.shape[1], _left_out_errors(seen)
+    pairs = [
+        (float(np.linalg.norm(np.concatenate([_left_out_errors(seen[:, :cut]), _left_out_errors(seen[:, cut:])]))), cut)
+        for cut in range(_FEWEST, num - _FEWEST + 1)
+    ]
+    error, cut = min(pairs, default=(math.inf, 0))
+    if error > _CLEARLY_BETTER * float(np.linalg.norm(one)):
+        cut = 0
+    parts = [seen[:, :cut], seen[:, cut:]] if cut else [seen]
+    lines, ends = [_line(part) for part in parts], [math.inf]
+    if cut:  # where the lines cross, if that is where one gives way to the other
+        cross = (lines[0][0] - lines[1][0]) / (lines[1][1] - lines[0][1] or math.inf)
+        near = seen[0, cut - 2] <= cross <= seen[0, cut + 1]
+        ends.insert(0, cross if near else math.sqrt(seen[0, cut - 1] * seen[0, cut]))
+    return tuple(
+        Regime(float(most), alpha_ns, num_messages * 1e9 / ns_per_byte if ns_per_byte else math.inf)
+        for most, (alpha_ns, ns_per_byte) in zip(ends, lines, strict=True)
+    )
+
+
+def _line(seen: Floats) -> tuple[float, float]:
+    """Nanoseconds at once, and per byte of a message."""
+    sizes, times, doubt = seen
+    alpha_ns, ns_per_byte = nonnegative(np.stack([1 / times, sizes / times], axis=1) / doubt[:, None], 1 / doubt)
+    return float(alpha_ns), float(ns_per_byte)
+
+
+def _left_out_errors(seen: Floats) -> Floats:
+    """Relative error of each size by the line through the others, in units of its doubt."""
+    errors = []
+    for i, (size, time_ns, doubt) in enumerate(seen.T):
+        alpha_ns, ns_per_byte = _line(np.delete(seen, i, axis=1))
+        errors.append(((alpha_ns + ns_per_byte * size) / time_ns - 1) / doubt)
+    return np.array(errors)
+
+
+def _at(regimes: Sequence[Regime], size_bytes: float, num_messages: int) -> float:
+    regime = next(one for one in regimes if size_bytes <= one.most_bytes)
+    return regime.alpha_ns + num_messages * size_bytes / regime.bandwidth_bytes_per_s * 1e9

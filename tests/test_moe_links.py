@@ -1,0 +1,133 @@
+"""Alpha and bandwidth of made-up and of real links, and slow ones that are found, live."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from effkit.moe import launching
+from effkit.moe.links import delays, fit, link
+from effkit.moe.slowness import find_slow
+
+SIZES = [2**power for power in range(10, 23)]
+needs_links = pytest.mark.skipif(bool(launching.why_no_links()), reason=launching.why_no_links())
+
+
+def measured(dur_ns, noise=0.0, repeats=5) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [(size, dur_ns(size) * np.exp(rng.normal(0, noise))) for _ in range(repeats) for size in SIZES]
+    return pd.DataFrame(rows, columns=["size_bytes", "dur_ns"])
+
+
+# made up
+
+
+def test_one_line_is_fitted_as_one():
+    """Four ranks on two nodes: 8 of the 12 messages cross, so 1 ns per message's byte are 8 GB/s."""
+    seen = fit(measured(lambda size: 300_000 + size), 4, 2, nominal_bytes_per_s=8.1e9)
+    assert seen.num_messages == 8
+    assert len(seen.regimes) == 1
+    assert seen.alpha_ns == pytest.approx(300_000)
+    assert seen.bandwidth_bytes_per_s == pytest.approx(8e9)
+    assert seen.error_frac < 1e-9
+    assert seen.dur_ns(10_000).dur_ns == pytest.approx(310_000)
+    assert seen.shaped
+    assert repr(seen) == (
+        "An all-to-all of 4 ranks (2 on a node), through one trunk limited to 8,100 MB/s:\n"
+        "  all messages: 300.0 us and 8,000.0 MB/s, 98.8% of the limit\n"
+        "  8 messages of 1.0 KiB to 4.0 MiB cross each time; held-out error 0.0%"
+    )
+
+
+def test_noise_does_not_make_two_regimes_and_is_told():
+    seen = fit(measured(lambda size: 300_000 + size, noise=0.1, repeats=9), 2, 2)
+    assert len(seen.regimes) == 1
+    assert seen.num_messages == 2
+    assert seen.bandwidth_bytes_per_s == pytest.approx(2e9, rel=0.1)
+    assert 0.01 < seen.error_frac < 0.15
+    assert seen.frame["spread_frac"].median() == pytest.approx(0.1, rel=0.5)
+    assert "not limited" in repr(seen)
+
+
+def test_small_and_large_messages_have_lines_of_their_own():
+    seen = fit(measured(lambda size: 200_000 + size / 10 if size <= 2**16 else 1_000_000 + 2 * size), 2, 2)
+    small, large = seen.regimes
+    assert 2**16 < small.most_bytes < 2**17
+    assert (small.alpha_ns, large.alpha_ns) == (pytest.approx(200_000), pytest.approx(1_000_000))
+    assert (seen.alpha_ns, seen.bandwidth_bytes_per_s) == (pytest.approx(200_000), pytest.approx(1e9))
+    assert "up to 90.5 KiB messages: 200.0 us" in repr(seen)
+    assert seen.dur_ns(2**20).dur_ns == pytest.approx(1_000_000 + 2**21)
+
+
+def test_held_out_sizes_were_not_seen():
+    """A size that is off by itself is off when it is held out, and its neighbours hardly."""
+    seen = fit(measured(lambda size: (300_000 + size) * (2 if size == 2**16 else 1)), 2, 2)
+    errors = seen.frame["held_out_error"]
+    assert errors[2**16] == pytest.approx(-0.5, abs=0.01)
+    assert errors.isna().sum() == 2
+    assert np.isnan(errors[[2**10, 2**22]]).all()
+    assert seen.error_frac == pytest.approx(np.sqrt(np.nanmean(errors**2)))
+
+
+def test_the_band_holds_two_errors_and_two_percent_at_least():
+    exact = fit(measured(lambda size: 300_000 + size), 2, 2)
+    dur_ns, low_ns, high_ns, in_range = exact.dur_ns(2**20)
+    assert (low_ns, high_ns) == (pytest.approx(0.98 * dur_ns), pytest.approx(1.02 * dur_ns))
+    assert in_range
+    assert not exact.dur_ns(2**23).in_range
+    assert not exact.dur_ns(0).in_range
+    noisy = fit(measured(lambda size: 300_000 + size, noise=0.2), 2, 2)
+    assert noisy.dur_ns(2**20).high_ns == pytest.approx(noisy.dur_ns(2**20).dur_ns * (1 + 2 * noisy.error_frac))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: fit(measured(float)[:3], 2, 2), "takes 4 sizes or more; given: 3"),
+        (lambda: fit(measured(lambda size: 1 + size), 2, 2).dur_ns(-1), "0 or more; given: -1"),
+        (lambda: link(num_repeats=0), "num_repeats is at least 1; given: 0"),
+        (lambda: link(1), "num_ranks is 2 to 8"),
+        (lambda: delays(num_rounds=0), "num_rounds is at least 1"),
+        (lambda: delays(quickest_of=0), "quickest_of is at least 1"),
+        (lambda: delays(size_bytes=4), "size_bytes is at least 8"),
+        (lambda: delays(slow=[]), "given: an empty one"),
+        (lambda: delays(slow={"sender": 7, "bytes_per_s": 1e6}), "slow names nodes 0 to 3"),
+    ],
+)
+def test_what_cannot_be_is_refused(call, said):
+    with pytest.raises(ValueError, match=said) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# real
+
+
+@needs_links
+def test_a_limited_link_has_its_nominal_rate_and_ranks_of_a_node_do_not_use_it():
+    """Were the messages within nodes to cross as well, 12 rather than 8, the rate would seem a third less."""
+    seen = link(4, link_bytes_per_s=50e6, ranks_per_node=2, num_repeats=3)
+    assert seen.num_messages == 8
+    assert seen.bandwidth_bytes_per_s == pytest.approx(50e6, rel=0.1)
+    largest = seen.frame.iloc[-1]
+    assert seen.num_messages * seen.frame.index[-1] / largest["dur_ns"] * 1e9 == pytest.approx(50e6, rel=0.1)
+    assert "(2 on a node), through one trunk limited to 50 MB/s" in repr(seen)
+
+
+@needs_links
+def test_what_is_made_slow_is_found_while_the_ranks_go_on():
+    slow = [
+        None,
+        {"sender": 1, "receiver": 2, "bytes_per_s": 20e6},
+        {"sender": 3, "bytes_per_s": 20e6},
+        {"receiver": 0, "bytes_per_s": 20e6},
+        {"rank": 2, "bytes_per_s": 20e6},
+        None,
+    ]
+    seen = delays(4, num_rounds=8, slow=slow, link_bytes_per_s=100e6)
+    assert seen.shape == (6, 8, 4, 4)
+    assert np.isnan(seen[:, :, np.eye(4, dtype=bool)]).all()
+    assert (seen[:, :, ~np.eye(4, dtype=bool)] > 0).all()
+    found = [find_slow(window) for window in seen]
+    assert [(one.kind, one.rank, one.peer) if one else None for one in found] == [
+        None, ("link", 1, 2), ("sender", 3, None), ("receiver", 0, None), ("rank", 2, None), None,
+    ]  # fmt: skip
