@@ -33,7 +33,9 @@ from ledger_rows import DATA, device_name
 from torch.profiler import record_function
 
 import effkit as ek
+from effkit import moe
 from effkit.device import provenance
+from effkit.moe.launching import launch
 
 # voice and words per minute of each speaker; sentences go round
 SPEAKERS = (
@@ -93,6 +95,19 @@ def record_captures() -> None:
                           settings={"batches": [lengths["input_length"].tolist()], "hidden": 64})  # fmt: skip
         print(seen.save(DATA / "captures" / f"{name}_{device_name()}.zip").name, seen, sep="\n")
     record_alltoall()
+    record_moe()
+
+
+def record_moe() -> None:
+    """Two ranks of an expert-parallel layer, on a slow link where that can be made."""
+    link = 0.0 if moe.why_no_links() else 50e6
+    with tempfile.TemporaryDirectory() as folder:
+        launch([moe.Setting(num_tokens=512)], 2, num_rounds=1, num_steps=2, link_bytes_per_s=link, profile=folder)
+        ranks = ek.load(folder)
+        on = f"a link of {link / 1e6:g} MB/s" if link else "loopback"
+        made = provenance() | {"what": f"two ranks of an expert-parallel layer, forward and backward, {on}"}
+        seen = ek.Capture(ranks.events, None, {**ranks.provenance, **made, "files": None})
+        print(seen.save(DATA / "captures" / f"moe_{device_name()}.zip").name, moe.account(seen), sep="\n")
 
 
 def record_alltoall() -> None:

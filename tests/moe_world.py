@@ -7,7 +7,7 @@ import pandas as pd
 
 from effkit.moe import routing
 from effkit.moe.calibration import calibrate, probes
-from effkit.moe.costs import Costs
+from effkit.moe.costs import Costs, Handing
 from effkit.moe.live import accounted
 from effkit.moe.recorded import Run
 from effkit.moe.setting import Setting
@@ -16,17 +16,20 @@ from effkit.moe.simulating import simulate
 NUM_STEPS, NUM_ROUNDS = 3, 2
 _PHASES = {
     (True, "before", "gate"): [5e5, 10.0, 0.05],
-    (True, "before", "permute"): [2e5, 3e3, 1.0, 1.2],
+    (True, "before", "permute"): [2e5, 3e3, 1.0, 1.2, 0.0],
     (True, "before", "compress"): [1e5, 0.01, 2.0, 1e4, 0.2, 2e4, 0.8],
     (True, "during", "experts"): [3e5, 0.04, 1.0, 0.0, 0.0, 0.005],
-    (True, "after", "permute"): [1e5, 0.0, 0.0, 0.5],
+    (True, "after", "permute"): [1e5, 0.0, 0.0, 0.5, 0.0],
     (True, "after", "unpermute"): [2e5, 0.5, 0.4],
     (False, "before", "unpermute"): [2e5, 1.0, 0.4],
+    (False, "before", "permute"): [1e5, 0.0, 0.0, 0.5, 0.3],
     (False, "during", "experts"): [6e5, 0.08, 1.0, 0.0, 0.0, 0.01],
-    (False, "after", "permute"): [2e5, 3e3, 0.7, 0.9],
+    (False, "after", "permute"): [2e5, 3e3, 0.7, 0.9, 0.0],
     (False, "after", "gate"): [2e5, 5.0, 0.1],
 }
-COSTS = Costs({key: np.array(values) for key, values in _PHASES.items()}, np.array([3e5, 10.0, 0.5, 5e4]))
+COSTS = Costs(
+    {key: np.array(values) for key, values in _PHASES.items()}, np.array([3e5, 10.0, 0.5, 5e4]), Handing(1e5, 1e5, 2e5)
+)
 
 
 def run_of(settings, num_ranks=2, link_bytes_per_s=1e8, ranks_per_node=1, costs=COSTS):

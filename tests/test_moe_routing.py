@@ -42,8 +42,8 @@ def test_a_setting_survives_json():
 SETTINGS = st.builds(
     S, num_tokens=st.integers(1, 60), hidden=st.just(8), num_experts=st.sampled_from([4, 8]), top_k=st.integers(1, 2),
     capacity_factor=st.sampled_from([0.0, 0.5, 1.0]), skew=st.floats(0, 2), num_modalities=st.sampled_from([1, 2]),
-    num_clusters=st.sampled_from([0, 5]), compress=st.sampled_from(["none", "lsh"]), num_replicas=st.sampled_from([0, 2]),
-    seed=st.integers(0, 5),
+    num_clusters=st.sampled_from([0, 5]), compress=st.sampled_from(["none", "lsh"]),
+    num_replicas=st.sampled_from([0, 2]), seed=st.integers(0, 5),
 )  # fmt: skip
 
 

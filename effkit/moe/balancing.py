@@ -49,7 +49,7 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
         steps = simulated(known, changed, known.num_ranks, known.ranks_per_node, known.link_bytes_per_s, [
             routing.Traffic(np.asarray(one), np.asarray(one), np.asarray(one), np.asarray(owner)) for one in kept
         ])  # fmt: skip
-        return known.anchor * total_ns(steps)
+        return known.anchor(changed) * total_ns(steps)
 
     def row(step_ns: float, dropped_frac: float = 0.0, basis: str = "derived") -> dict[str, Any]:
         return {"step_ns": round(step_ns), "dropped_frac": dropped_frac, "basis": basis}

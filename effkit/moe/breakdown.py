@@ -13,9 +13,10 @@ from effkit.moe.recorded import OfRank, Step
 Array = np.ndarray[Any, np.dtype[Any]]
 TRAVELS = ("dispatch", "combine", "replicas")
 BARRIER = " barrier"
-END = "waiting at the end"
+END, HANDING = "waiting at the end", "handing over"
 ROWS = ("gate", "permute", "compress", "dispatch waiting", "dispatch moving", "experts", "combine waiting",
-        "combine moving", "replicas waiting", "replicas moving", "unpermute", END)  # fmt: skip
+        "combine moving", "replicas waiting", "replicas moving", "unpermute", HANDING,
+        END)  # fmt: skip
 
 
 def wall_ns(step: Step) -> int:
@@ -25,7 +26,8 @@ def wall_ns(step: Step) -> int:
 
 def rows_ns(step: Step) -> dict[str, float]:
     """The mean over ranks of each phase's time, ``ROWS`` in order; only time that no computing hides counts as
-    waiting or moving. ``END``: until the slowest rank is done, too. A row that never occurs is left out."""
+    waiting or moving. ``HANDING``: between computing and an exchange, when neither goes on. ``END``: until the slowest
+    rank is done. A row that never occurs is left out."""
     found: dict[str, float] = defaultdict(float)
     done = max(rank.end_ns for rank in step.ranks)
     found[END] = sum(done - rank.end_ns for rank in step.ranks) / len(step.ranks)
@@ -58,9 +60,13 @@ def _of_rank(step: Step, rank: int) -> dict[str, float]:
         if name not in TRAVELS:
             found[name] += end - begin
             continue
+        left = float(end - begin)
         for label, start, stop in pieces:
             if (common := min(end, stop) - max(begin, start)) > 0:
                 found[label] += common
+                left -= common
+        if left > 0:
+            found[HANDING] += left
     return found
 
 

@@ -42,8 +42,9 @@ class Calibration:
         Token copies kept, int [num_steps, num_ranks (source), num_experts].
     owner
         The rank that holds each expert, [num_experts]; -1 for every rank.
-    anchor
-        The measured setting's time over its modelled time.
+    anchors
+        Measured over modelled time: of the measured setting, and of those of the other kind, whose exchanges overlap or
+        do not; in the order not overlapped, overlapped.
     error_frac
         Root mean square error of the time of a setting that was left out of the fit.
     noise_frac
@@ -61,7 +62,7 @@ class Calibration:
     settings: Sequence[Setting]
     loads: Array
     owner: Array
-    anchor: float
+    anchors: tuple[float, float]
     error_frac: float
     noise_frac: float
     step: Step
@@ -70,6 +71,10 @@ class Calibration:
     def band_frac(self) -> float:
         """Half-width of the band on a step's time."""
         return max(_LEAST_BAND_FRAC, _SPREAD * math.hypot(self.error_frac, self.noise_frac))
+
+    def anchor(self, setting: Setting) -> float:
+        """What a modelled time is multiplied by: the mean over the directions, of which each overlaps or does not."""
+        return _anchor(self.anchors, setting)
 
     def covers(self, setting: Setting, num_ranks: int) -> bool:
         """Whether a setting asks for no more and no less than what was seen, number by number."""
@@ -104,7 +109,7 @@ def probes(setting: Setting, num_ranks: int, levers: Sequence[str]) -> list[Sett
         setting,
         setting.change(num_tokens=half, skew=setting.skew + 0.5),
         setting.change(num_tokens=2 * setting.num_tokens),
-        setting.change(**narrow, num_tokens=setting.num_tokens + half, num_chunks=2),
+        setting.change(**narrow, num_tokens=setting.num_tokens + half, num_chunks=2, num_chunks_backward=4),
         setting.change(num_chunks=4, num_chunks_backward=0),
         _other_experts(setting, num_ranks),
     ]
@@ -129,19 +134,41 @@ def calibrate(run: Run, num_around: int) -> Calibration:
 
     numbers = sorted({step.number for step in run.steps})
     measured = [total_ns(run.of_job(job)) for job in range(len(run.settings))]
+
+    def modelled(job: int, fitted: costs.Costs) -> float:
+        return total_ns([simulate(run.settings[job], n, num_ranks, per_node, fitted) for n in numbers])
+
+    def anchors(fitted: costs.Costs, left_out: int | None) -> tuple[float, float]:
+        ratios: tuple[list[float], list[float]] = ([], [])
+        for job in range(num_around):
+            if job != left_out:
+                ratios[_overlaps(run.settings[job])].append(measured[job] / modelled(job, fitted))
+        own = _overlaps(run.settings[0])  # the measured setting stands for its kind alone: there, all is exact
+        found = [float(np.mean(of_kind[:1] if kind == own else of_kind)) if of_kind else 1.0
+                 for kind, of_kind in enumerate(ratios)]  # fmt: skip
+        return found[0], found[1]
+
     errors = []
     for job in range(1, num_around):
-        steps = [simulate(run.settings[job], n, num_ranks, per_node, fitted(job)) for n in numbers]
-        errors.append(total_ns(steps) / measured[job] - 1)
+        without = fitted(job)
+        guess = _anchor(anchors(without, job), run.settings[job]) * modelled(job, without)
+        errors.append(guess / measured[job] - 1)
     whole = fitted(None)
     base = run.settings[0]
-    modelled = total_ns([simulate(base, n, num_ranks, per_node, whole) for n in numbers])
     return Calibration(
         base, num_ranks, per_node, float(run.facts["link_bytes_per_s"]), len(numbers), whole, run.settings,
-        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), measured[0] / modelled,
+        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), anchors(whole, None),
         math.sqrt(float(np.mean(np.square(errors)))) if errors else 0.0, noise_frac(run.of_job(0)),
         _typical([step for step in run.of_job(0) if step.number == numbers[0]]),
     )  # fmt: skip
+
+
+def _overlaps(setting: Setting) -> bool:
+    return max(setting.degrees) > 1
+
+
+def _anchor(anchors: tuple[float, float], setting: Setting) -> float:
+    return float(np.mean([anchors[degree > 1] for degree in setting.degrees]))
 
 
 def total_ns(steps: Sequence[Step]) -> float:

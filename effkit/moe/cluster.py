@@ -223,7 +223,7 @@ def _computed(known: Calibration, setting: Setting, num_ranks: int, load: float)
         forward, _, phase = key
         if (not forward and not setting.backward) or (phase == "replicas" and not setting.num_replicas):
             continue
-        one, two = (known.anchor * known.costs.phase_ns(key, setting, of, 0) for of in (of_one, of_two))  # type: ignore[arg-type]
+        one, two = (known.anchor(setting) * known.costs.phase_ns(key, setting, of, 0) for of in (of_one, of_two))  # type: ignore[arg-type]
         found[phase][forward] += one + (two - one) * (as_measured - 1)
         found[BOOKKEEPING][forward] += (two - one) * (num_ranks - as_measured)
     return found

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +17,20 @@ from effkit.least_squares import Floats, nonnegative
 from effkit.models.lsh import NUM_DIRECTIONS
 from effkit.models.messages import row_bytes
 from effkit.moe import routing
-from effkit.moe.breakdown import BARRIER, phases_by_place
+from effkit.moe.breakdown import BARRIER, TRAVELS, phases_by_place
 from effkit.moe.recorded import Step
 from effkit.moe.setting import Setting
 
 Key = tuple[bool, str, str]  # forward?, before / during / after the experts, phase
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class Handing(NamedTuple):
+    """Overlapped exchanges: time to hand one over, between one and the next, and until its end is noticed [ns]."""
+
+    submit_ns: float = 0.0
+    between_ns: float = 0.0
+    wake_ns: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +43,13 @@ class Costs:
         (forward?, place, phase) -> nanoseconds per :func:`terms`.
     moving
         Nanoseconds per :func:`moving_terms` of one collective.
+    handing
+        What it costs to hand an exchange to a thread of its own.
     """
 
     phases: Mapping[Key, Floats]
     moving: Floats
+    handing: Handing = field(default_factory=Handing)
 
     def phase_ns(self, key: Key, setting: Setting, traffic: routing.Traffic, rank: int) -> float:
         """Time of one rank's phase; 0 for one that was never seen to take any."""
@@ -77,15 +90,17 @@ def terms(key: Key, setting: Setting, traffic: routing.Traffic, rank: int) -> Fl
     arrived = traffic.held(rank)
     rows, experts = float(arrived.sum()), float((arrived.sum(axis=0) > 0).sum())
     cut, lsh = float(pieces > 1), float(setting.compress == "lsh")
+    recut = float(not forward and place == "before" and setting.degrees[0] != setting.degrees[1])
     half, eighth = (float(setting.message_dtype == dtype) for dtype in ("bfloat16", "float8"))
     found = {
         "gate": [1.0, n * e, n * h * e],
         "permute": [1.0, pieces * e * len(traffic.rows), (kept if place == "before" or not forward else 0.0) * h,
-                    cut * own * h],
+                    cut * own * h, recut * rows * (h + f)],
         "unpermute": [1.0, kept * h, n * h],
-        # the quadratic term: what outgrows the caches costs more per row
+        # the quadratic term: what outgrows the caches costs more per row; the last one: of all pieces but one, the
+        # exchange of another competes for the machine
         "experts": [pieces * experts, rows * h * f, rows * (h + f), rows**2 * (h + f) / pieces,
-                    pieces * experts * h * f, cut * rows * h * f],
+                    pieces * experts * h * f, (1 - 1 / pieces) * rows * h * f],
         "compress": [lsh, lsh * n * h * setting.num_hashes * NUM_DIRECTIONS, lsh * kept * h,
                      half, half * (own + rows) * h, eighth, eighth * (own + rows) * h],
     }  # fmt: skip
@@ -144,7 +159,31 @@ def fit(
             time_ns = float(np.median([one.get(key, 0.0) for one in of_rank]))
             designs[key].append((terms(key, settings[job], traffic(settings[job], number), rank), time_ns))
     moving = [(of_call[key], float(np.median(times))) for key, times in by_call.items()]
-    return Costs({key: _fitted(seen) for key, seen in designs.items()}, _fitted(moving))
+    return Costs({key: _fitted(seen) for key, seen in designs.items()}, _fitted(moving), _handing(settings, steps))
+
+
+def _handing(settings: Sequence[Setting], steps: Sequence[Step]) -> Handing:
+    """Medians over all overlapped exchanges; nothing where none was."""
+    submits, betweens, wakes = [0.0], [0.0], [0.0]
+    for step in steps:
+        for rank in step.ranks:
+            for forward, degree in zip((True, False), settings[step.job].degrees, strict=True):
+                if degree == 1:
+                    continue
+                # forward, one more collective comes first: it tells the counts, and does not overlap
+                calls = [call for call in rank.calls if (call.start_ns < rank.turn_ns) == forward][
+                    1 if forward else 0 :
+                ]
+                betweens += [later.start_ns - call.end_ns for call, later in pairwise(calls)]
+                for name, begin, end in rank.phases:
+                    if name not in TRAVELS or not calls or not calls[0].start_ns < end <= rank.end_ns:
+                        continue
+                    ended = [call.end_ns for call in calls if call.kind == name and begin < call.end_ns <= end]
+                    if ended:
+                        wakes.append(end - max(ended))
+                    elif (begin < rank.turn_ns) == forward:
+                        submits.append(end - begin)
+    return Handing(*(float(np.median(times[1:] or times)) for times in (submits, betweens, wakes)))
 
 
 def _fitted(seen: Sequence[tuple[Floats, float]]) -> Floats:

@@ -72,10 +72,11 @@ def predict(base: Account, **setting: Any) -> Account:
         return base
     known.knows(wanted)
     steps = simulated(known, wanted, num_ranks, per_node, link)
-    total = round(known.anchor * total_ns(steps))
+    anchor = known.anchor(wanted)
+    total = round(anchor * total_ns(steps))
     margin = math.ceil(known.band_frac * total)
     same_link = link == known.link_bytes_per_s and per_node == known.ranks_per_node
-    rows = scaled(breakdown.typical(steps, breakdown.rows_ns), known.anchor)
+    rows = scaled(breakdown.typical(steps, breakdown.rows_ns), anchor)
     basis = {name: "derived" if same_link or "moving" not in name else "assumed" for name in rows}
     return Account.of(
         TIME, "ns", rows, total=total, basis=basis,
@@ -83,7 +84,7 @@ def predict(base: Account, **setting: Any) -> Account:
         low=max(0, total - margin), high=total + margin, in_range=same_link and known.covers(wanted, num_ranks),
         setting=full, calibration=known,
         companions=(
-            _with_band(communication_account(steps, known.anchor, basis="derived"), known.band_frac),
+            _with_band(communication_account(steps, anchor, basis="derived"), known.band_frac),
             _with_band(bytes_account(steps, "the routing", basis="derived"), 0.0),
             _with_band(_copies(wanted, num_ranks, known.num_steps), 0.0),
         ),

@@ -30,17 +30,22 @@ class _Simulation:
 
     def start(self, kind: str, sent_bytes: Floats, *, overlap: bool = False) -> Floats:
         """A collective that all come to now; a rank's collectives run one after another. Returns when each leaves."""
-        arrived = np.maximum(self.now, self.link_free)
+        handing = self.fitted.handing
+        arrived = np.maximum(self.now, self.link_free + (handing.between_ns if overlap else 0.0))
         ends = self.fitted.ends_ns(arrived, sent_bytes, self.per_node, overlap)
         for rank in range(self.num_ranks):
             times = round(arrived[rank]), round(ends[rank])
             self.calls[rank].append(Call(kind, *times, sent_bytes[rank].tolist(), sent_bytes[:, rank].tolist()))
         self.link_free = ends
+        if overlap:
+            for rank in range(self.num_ranks):
+                self._did(kind, rank, self.now[rank] + handing.submit_ns)
         return ends
 
-    def wait(self, kind: str, ends: Floats) -> None:
+    def wait(self, kind: str, ends: Floats, *, overlap: bool = False) -> None:
         for rank in range(self.num_ranks):
-            self._did(kind, rank, max(ends[rank], self.now[rank]))
+            wakes = self.fitted.handing.wake_ns if overlap and ends[rank] > self.now[rank] else 0.0
+            self._did(kind, rank, max(ends[rank] + wakes, self.now[rank]))
 
     def there_and_back(self, forward: bool) -> None:
         """The exchange with the experts in the middle, cut into its pieces (as ``travelling`` does it)."""
@@ -52,12 +57,12 @@ class _Simulation:
         on_the_way = [self.start(out, rows * widths[0], overlap=overlap) for rows in pieces]
         returning = []
         for ends, rows in zip(on_the_way, pieces, strict=True):
-            self.wait(out, ends)
+            self.wait(out, ends, overlap=overlap)
             self.work(forward, "during", "compress", 1 / degree)
             self.work(forward, "during", "experts", 1 / degree)
             returning.append(self.start(home, rows.T * widths[1], overlap=overlap))
         for ends in returning:
-            self.wait(home, ends)
+            self.wait(home, ends, overlap=overlap)
 
     def _did(self, phase: str, rank: int, until: float) -> None:
         self.phases[rank].append((phase, round(self.now[rank]), round(until)))

@@ -58,6 +58,7 @@ NAMED = {
     "replicas moving": "#7A5195",
     "replicas waiting": "#D3C2DE",
     "waiting at the end": "#CC79A7",
+    "handing over": "#F0A3C8",
 }
 # text stays text (a browser draws it, a test reads it) and equal pictures are equal bytes
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "effkit"}
