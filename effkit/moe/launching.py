@@ -100,7 +100,8 @@ def launch(
            "delay_bytes": delay_bytes, "slow": [dict(one) if one else None for one in detours],
            "profile": profile is not None, "backend": backend, "timeout_s": timeout_s,
            "num_threads": max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1,
-           "ranks_per_node": per_node, "link_bytes_per_s": link_bytes_per_s}  # fmt: skip
+           "nodes_here": num_ranks // per_node, "ranks_per_node": per_node,
+           "link_bytes_per_s": link_bytes_per_s}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(run))
     try:
         _watch(_command(folder, num_ranks, run), folder, num_ranks, timeout_s, progress, (num_rounds + 1) * len(jobs))

@@ -212,6 +212,7 @@ def main() -> None:
 
 def _run(folder: Path) -> None:
     run = json.loads((folder / "run.json").read_text())
+    _pin(int(run.get("nodes_here", 1)))
     torch.set_num_threads(int(run.get("num_threads", 1)))
     backend, device = chosen(run.get("backend", "auto"))
     if device.type == "cuda":
@@ -259,6 +260,18 @@ def _run(folder: Path) -> None:
     for job in jobs:
         job.layer.exchange.close()
     dist.destroy_process_group()
+
+
+def _pin(nodes_here: int) -> None:
+    """Keep to an equal share of the machine's cores, as launchers of clusters do: ranks that wander disturb each other
+    differently in every run."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores, ranks = sorted(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    node = int(os.environ.get("GROUP_RANK", "0")) % nodes_here
+    if share := len(cores) // (ranks * nodes_here):
+        first = share * (node * ranks + int(os.environ.get("LOCAL_RANK", "0")))
+        os.sched_setaffinity(0, cores[first : first + share])
 
 
 def _machine() -> str:
