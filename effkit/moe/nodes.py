@@ -76,7 +76,8 @@ def node(plan: dict[str, Any], number: int) -> None:
     _run("ip", "link", "set", "lo", "up")
     _run("ip", "address", "add", ADDRESS.format(number + 1), "dev", "eth0")
     _run("ip", "link", "set", "eth0", "arp", "off", "up")
-    _run("ip", "route", "add", "default", "dev", "eth0")
+    # to the other nodes and nowhere else: who asks a name server then hears at once that there is none
+    _run("ip", "route", "add", ADDRESS.format(0) + "/24", "dev", "eth0")
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "eth0"
     _become(plan["command"], number)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from effkit.account import Account, readable
 from effkit.receipt import Receipt
 from effkit.view.style import colour, png, svg
+
+_ONE_LINE, _COLUMNS = 6, 4  # rows that a legend names on one line; in how many columns more of them stand
 
 
 class Comparison:
@@ -18,8 +22,11 @@ class Comparison:
 
     def __init__(self, base: Account) -> None:
         self._base = base
-        self.figure = Figure(figsize=(7.4, 1.9))
-        self._ax = self.figure.add_axes((0.155, 0.04, 0.84, 0.78))
+        many = len(base.frame) > _ONE_LINE  # then the legend takes several lines
+        height = 1.9 + (0.17 * math.ceil(len(base.frame) / _COLUMNS) if many else 0.0)
+        self.figure = Figure(figsize=(7.4, height))
+        self._ax = self.figure.add_axes((0.155, 0.04, 0.84, 1.48 / height))
+        self._columns = _COLUMNS if many else None
         self._ax.set_ylim(-0.6, 2.6)
         self._ax.axis("off")
         self._items: dict[str, list[Rectangle]] = {}
@@ -99,6 +106,7 @@ class Comparison:
         for old in self.figure.legends[:]:
             old.remove()
         self.figure.legend(
-            [self._items[item][0] for item in shown], shown, loc="upper left", ncols=max(1, len(shown)),
-            frameon=False, fontsize=9, bbox_to_anchor=(0.145, 1.03), handlelength=1.0,
+            [self._items[item][0] for item in shown], shown, loc="upper left",
+            ncols=self._columns or max(1, len(shown)), frameon=False, fontsize=8 if self._columns else 9,
+            bbox_to_anchor=(0.145, 1.03), handlelength=1.0,
         )  # fmt: skip
