@@ -5,10 +5,16 @@ A trial is a window of rounds of one launch: the router changes what is slow whi
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import numpy as np
+import psutil
 import pytest
 
 from effkit.moe import launching, links
+from effkit.moe.setting import Setting
 from effkit.moe.slowness import find_slow
 
 pytestmark = pytest.mark.skipif(bool(launching.why_no_links()), reason=launching.why_no_links())
@@ -76,3 +82,28 @@ def test_held_out_sizes(num_ranks, rate, ranks_per_node):
         assert large.median() <= 0.04
     else:
         assert held_out.median() <= 0.17
+
+
+def test_nobody_is_left_after_twenty_runs_of_which_five_are_killed():
+    """Fifteen runs come to their end; five are killed with the process that started them, each at another moment."""
+    settings = "[Setting(num_tokens=64)], 2, num_rounds=400, num_steps=2, link_bytes_per_s=50e6"
+    code = f"from effkit.moe.launching import launch\nfrom effkit.moe.setting import Setting\nlaunch({settings})"
+    for number in range(20):
+        if number % 4:
+            launching.launch([Setting(num_tokens=64)], 2, num_rounds=1, num_steps=2, link_bytes_per_s=50e6)
+            continue
+        starter = subprocess.Popen([sys.executable, "-c", code])
+        time.sleep(1.5 + 0.4 * number)
+        starter.kill()
+        starter.wait()
+    deadline = time.monotonic() + 5
+    while (left := _ranks()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    print(f"\nprocesses left after 20 runs, 5 of them killed: {len(left)}")
+    assert not left
+
+
+def _ranks():
+    """Command lines of ranks and of their launchers on this machine."""
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if "effkit.moe.rank" in line or "torch.distributed.run" in line]

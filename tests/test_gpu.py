@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import effkit as ek
-from effkit import activations, padding
+from effkit import activations, moe, padding
 from effkit.panes.breakdown import PARTS
 
 pytestmark = [
@@ -202,3 +202,11 @@ def test_this_gpu_reaches_no_more_than_its_datasheet(tmp_path, monkeypatch):
     assert len(reached) >= 3
     assert (reached <= 1.05).all(), here.frame
     assert reached.drop("memory [B]").min() > 0.2, here.frame
+
+
+def test_experts_on_the_gpu_exchange_through_the_host_or_by_nccl():
+    base = moe.measure(num_tokens=512, num_rounds=2, num_steps=2)
+    assert ("nccl" if torch.cuda.device_count() >= 2 else "exchanged through the host") in base.source
+    assert abs(base.residual) < 0.05 * base.total, base
+    receipt = ek.Receipt(moe.predict(base, num_tokens=384), moe.measure(base=base, num_tokens=384))
+    assert (receipt.frame.loc[receipt.frame["unit"] != "ns", "error"] == 0).all(), receipt
