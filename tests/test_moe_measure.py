@@ -114,3 +114,13 @@ def test_on_a_slow_link_bytes_take_the_time_that_they_should():
     assert "a link of 20 MB/s" in base.source
     known = base.calibration.costs.moving
     assert known[1] == pytest.approx(1e9 / 20e6, rel=0.1), "ns per byte"
+
+
+def test_the_recording_that_comes_with_the_project_tells_waiting_from_moving():
+    path = next((ROOT / "data" / "captures").glob("moe_*.zip"))
+    account = moe.account(ek.load(path))
+    assert abs(account.residual) < 0.05 * account.total, account
+    shares = account.share
+    assert shares[["dispatch moving", "combine moving"]].min() > 0.1
+    assert shares[["dispatch waiting", "combine waiting"]].min() > 0.01
+    assert shares["computing"] > 0.1

@@ -35,7 +35,7 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        When the loads do not fit the measured layer.
+        When the loads do not fit the measured layer, or something else decides what travels: compression, padding.
     """
     known = calibration_of(base)
     setting, owner = known.setting, known.owner
@@ -44,19 +44,18 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
         raise ValueError(f"loads are tokens by step, rank and expert, shape [num_steps, {known.num_ranks}, "
                          f"{setting.num_experts}]; given: {own.shape}")  # fmt: skip
 
-    def time_ns(kept: Any, owner: Any = owner, routed: Any = None, **changes: Any) -> float:
+    if setting.compress != "none" or setting.pad:
+        raise ValueError("loads decide what travels only where nothing is compressed or padded: measure without")
+
+    def time_ns(kept: Any, owner: Any = owner, **changes: Any) -> float:
         changed = setting.change(**changes)
-        steps = simulated(known, changed, known.num_ranks, known.ranks_per_node, known.link_bytes_per_s, [
-            routing.Traffic(np.asarray(one), np.asarray(one), np.asarray(one), np.asarray(owner)) for one in kept
-        ])  # fmt: skip
+        traffic = [routing.Traffic(one, one, one, np.asarray(owner)) for one in kept]
+        steps = simulated(known, changed, known.num_ranks, known.ranks_per_node, known.link_bytes_per_s, traffic)
         return known.anchor(changed) * total_ns(steps)
 
     def row(step_ns: float, dropped_frac: float = 0.0, basis: str = "derived") -> dict[str, Any]:
         return {"step_ns": round(step_ns), "dropped_frac": dropped_frac, "basis": basis}
 
-    sent = own if setting.compress == "none" and not setting.pad else None
-    if sent is None:
-        raise ValueError("loads decide what travels only where nothing is compressed or padded: measure without")
     now = time_ns(own)
     table = {"now": row(base.total if loads is None else now, basis="measured" if loads is None else "derived")}
     even = np.stack([_spread(step) for step in own])
