@@ -154,7 +154,7 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
         Slider("num_chunks", "Pieces forward [count]", 1, _MOST_CHUNKS, 1, "The exchange is cut into, and overlaps"),
         Slider("num_chunks_backward", "Pieces backward [count]", 0, _MOST_CHUNKS, 1, "0: as many as forward"),
         Choice("placement", "Placement", PLACEMENTS, "Which rank holds which expert"),
-        Slider("num_replicas", "Replicated experts [count]", 0, at.num_experts, known.num_ranks,
+        Slider("num_replicas", "Replicas [experts]", 0, at.num_experts, known.num_ranks,
                "The most popular ones, held by every rank"),
     ]  # fmt: skip
     if isinstance(at.placement, tuple):
