@@ -56,7 +56,7 @@ def measured(setting=None, levers=(), **on):
     """The Account of a calibrated measurement in this world."""
     jobs = probes(setting or Setting(), on.get("num_ranks", 2), levers)
     run = run_of(jobs, **on)
-    return accounted(run, 0, calibrate(run, len(jobs) - len(levers)))
+    return accounted(run, 0, calibrate(run))
 
 
 def truth(setting, **on):

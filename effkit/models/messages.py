@@ -8,6 +8,11 @@ GROUP = 128  # numbers that share a scale (DeepEP, DeepSeek-V3 2412.19437 sectio
 _LARGEST = 448.0  # of e4m3
 
 
+def form_of(message_dtype: str, *, forward: bool, out: bool) -> str:
+    """How rows are written on their way to the experts (``out``) or back; 8-bit floats go forward and out alone."""
+    return "bfloat16" if message_dtype == "float8" and not (forward and out) else message_dtype
+
+
 def pack(rows: torch.Tensor, form: str) -> torch.Tensor:
     """Rows [num_rows, hidden] as the bytes of a message, uint8 [num_rows, bytes per row]."""
     if form == "same":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import gelu
 
-from effkit.models.messages import pack, unpack
+from effkit.models.messages import form_of, pack, unpack
 
 if TYPE_CHECKING:
     from effkit.models.moe import ExpertParallel
@@ -159,8 +159,7 @@ def _there_and_back(
     """
     marks, exchange = layer.marks, layer.exchange
     out, home = ("dispatch", "combine") if forward else ("combine", "dispatch")
-    rest = "bfloat16" if layer.message_dtype == "float8" else layer.message_dtype
-    form = layer.message_dtype if forward else rest
+    form, rest = (form_of(layer.message_dtype, forward=forward, out=side) for side in (True, False))
     overlap = len(pieces) > 1
 
     def send(rows: torch.Tensor, form: str, kind: str, sent: list[int], received: list[int]) -> Pending:

@@ -20,7 +20,7 @@ _LEVERS: Mapping[str, Mapping[str, Any]] = {
     "bfloat16": {"message_dtype": "bfloat16"},
     "float8": {"message_dtype": "float8"},
 }
-LEVERS = tuple(_LEVERS)
+_NUM_AROUND = 6  # settings that the costs of plain steps are fitted on; those of levers follow
 _SPREAD = 2.0  # bands are two standard errors wide on each side
 _LEAST_BAND_FRAC = 0.02
 _ROOM = 1.05  # beyond what was seen, and still in range
@@ -80,8 +80,8 @@ class Calibration:
         """Whether a setting asks for no more and no less than what was seen, number by number."""
         if num_ranks != self.num_ranks or setting.dtype != self.setting.dtype:
             return False
-        seen = np.array([_sizes(one, num_ranks) for one in self.settings])
-        asked = _sizes(setting, num_ranks)
+        seen = np.array([_sizes(one) for one in self.settings])
+        asked = _sizes(setting)
         return bool((asked <= _ROOM * seen.max(axis=0)).all() and (asked >= seen.min(axis=0) / _ROOM).all())
 
     def knows(self, setting: Setting) -> None:
@@ -117,12 +117,13 @@ def probes(setting: Setting, num_ranks: int, levers: Sequence[str]) -> list[Sett
                        if setting.change(pad=False, **_LEVERS[lever]) != setting)]  # fmt: skip
 
 
-def calibrate(run: Run, num_around: int) -> Calibration:
+def calibrate(run: Run) -> Calibration:
     """Fit the costs to a run of :func:`probes`; the first setting is the measured one.
 
-    ``num_around`` of the settings are left out in turn to see how wrong the fit is on what it has not seen; levers are
-    not, for nothing else tells their time.
+    The settings around it are left out in turn to see how wrong the fit is on what it has not seen; levers are not, for
+    nothing else tells their time.
     """
+    num_around = min(_NUM_AROUND, len(run.settings))
     per_node, num_ranks = int(run.facts["ranks_per_node"]), run.num_ranks
 
     def traffic(setting: Setting, number: int) -> routing.Traffic:
@@ -189,7 +190,7 @@ def noise_frac(steps: Sequence[Step]) -> float:
     return 1.4826 * float(np.median(np.abs(by_round - middle))) / middle
 
 
-def _sizes(setting: Setting, num_ranks: int) -> Floats:
+def _sizes(setting: Setting) -> Floats:
     """What the time depends on, for the range: FLOPs of experts, bytes of a message, tokens, pieces."""
     rows = setting.num_tokens * setting.top_k
     return np.array([rows * setting.hidden * setting.ffn, rows * setting.hidden, setting.num_tokens,

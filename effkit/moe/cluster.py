@@ -18,6 +18,7 @@ from effkit.moe.live import COMMUNICATION, TIME
 from effkit.moe.prediction import calibration_of
 from effkit.moe.recorded import Array
 from effkit.moe.setting import Setting
+from effkit.trace.names import ITEM_BYTES
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 BYTES = "Bytes that a rank sends to others in one step"
@@ -123,7 +124,7 @@ def scale(
     waiting += sum(moving_most.values()) - sum(moving.values())
     moving["dispatch"] += way.dur_ns(*way.split(_COUNT_BYTES * setting.num_experts * num_ranks))
     if setting.backward and setting.num_replicas and num_ranks > 1:
-        weights = 2 * setting.num_replicas * setting.hidden * setting.ffn * costs.ITEM_BYTES[setting.dtype]
+        weights = 2 * setting.num_replicas * setting.hidden * setting.ffn * ITEM_BYTES[setting.dtype]
         # a ring: every rank sends all but its own share, twice, to its neighbour; one rank of a node to the next node
         ring = 2 * weights * (num_ranks - 1) / num_ranks
         moving["replicas"] = way.dur_ns(ring, ring * nics / within)

@@ -15,14 +15,14 @@ import numpy as np
 
 from effkit.least_squares import Floats, nonnegative
 from effkit.models.lsh import NUM_DIRECTIONS
-from effkit.models.messages import row_bytes
+from effkit.models.messages import form_of, row_bytes
 from effkit.moe import routing
 from effkit.moe.breakdown import BARRIER, TRAVELS, phases_by_place
 from effkit.moe.recorded import Step
 from effkit.moe.setting import Setting
+from effkit.trace.names import ITEM_BYTES
 
 Key = tuple[bool, str, str]  # forward?, before / during / after the experts, phase
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class Handing(NamedTuple):
@@ -118,8 +118,7 @@ def moving_terms(sent_bytes: Floats, ranks_per_node: int, overlap: bool) -> Floa
 
 def message_bytes(setting: Setting, *, forward: bool, out: bool) -> int:
     """Bytes of a row on its way to the experts (``out``) or back, forward or backward."""
-    rest = "bfloat16" if setting.message_dtype == "float8" else setting.message_dtype
-    form = setting.message_dtype if forward and out else rest
+    form = form_of(setting.message_dtype, forward=forward, out=out)
     return row_bytes(form, setting.hidden, ITEM_BYTES[setting.dtype])
 
 

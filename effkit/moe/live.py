@@ -86,7 +86,7 @@ def measure(
         timeout_s=timeout_s, progress=progress,
     )  # fmt: skip
     if base is None:
-        return accounted(run, 0, None if barriers else calibrate(run, len(jobs) - len(levers)))
+        return accounted(run, 0, None if barriers else calibrate(run))
     return accounted(run, 1, None, scale=base.total / total_ns(run.of_job(0)))
 
 
@@ -110,7 +110,7 @@ def prepare(
     _can_share(jobs, num_ranks)
     run = {
         "jobs": [{"setting": job.plain()} for job in jobs], "num_rounds": num_rounds, "num_steps": num_steps,
-        "ranks_per_node": num_ranks // num_nodes, "num_levers": len(levers),
+        "ranks_per_node": num_ranks // num_nodes,
     }  # fmt: skip
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "run.json").write_text(json.dumps(run))
@@ -120,8 +120,7 @@ def prepare(
 def of_folder(folder: str | Path) -> Account:
     """The Account of what the ranks of :mod:`effkit.moe.rank` wrote into a folder, under torchrun on a cluster, say."""
     run = read(folder)
-    num_around = len(run.settings) - int(run.facts["num_levers"])
-    return accounted(run, 0, calibrate(run, num_around) if num_around > 1 else None)
+    return accounted(run, 0, calibrate(run) if len(run.settings) > 1 else None)
 
 
 def accounted(run: Run, job: int, calibration: Calibration | None, scale: float = 1.0) -> Account:

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from effkit.models.moe import ExpertParallel, build
 from effkit.moe import routing
 from effkit.moe.costs import message_bytes
+from effkit.moe.layers import layer_of
 from effkit.moe.setting import Setting
 
 _NUM_CLUSTERS = 64  # where a setting has none
@@ -140,7 +140,7 @@ class _Step:
     """One step of the layer of a setting, in this process, and what it sent."""
 
     def __init__(self, setting: Setting) -> None:
-        layer = _layer(setting)
+        layer = layer_of(setting)
         x = torch.from_numpy(routing.tokens(setting, 0, 0)).to(layer.gate.weight).requires_grad_(setting.backward)
         scores = torch.from_numpy(routing.scores(setting, 0, 0)).to(x.device)
         with torch.set_grad_enabled(setting.backward):
@@ -163,7 +163,7 @@ class _Step:
 class _Block(nn.Module):
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        self.moe = _layer(setting)
+        self.moe = layer_of(setting)
         self.norm = nn.LayerNorm(setting.hidden)
         self.head = nn.Linear(setting.hidden, setting.hidden)
         draw = torch.Generator().manual_seed(setting.seed)
@@ -224,14 +224,6 @@ def _run_all_ways(model: _Block, teacher: _Teacher, setting: Setting, step: int)
             "sent_frac": float(model.moe.sent_counts.sum() / model.moe.kept_counts.sum()),
         }
     return rows
-
-
-def _layer(setting: Setting) -> ExpertParallel:
-    return build(
-        setting.hidden, setting.ffn, setting.num_experts, setting.top_k, capacity_factor=setting.capacity_factor,
-        pad=setting.pad, compress=setting.compress, num_hashes=setting.num_hashes, compensate=setting.compensate,
-        message_dtype=setting.message_dtype, dtype=getattr(torch, setting.dtype), seed=setting.seed,
-    )  # fmt: skip
 
 
 def _error(found: torch.Tensor | None, exact: torch.Tensor | None) -> float:

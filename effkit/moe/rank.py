@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from effkit.device import provenance, synchronize
-from effkit.models.moe import ExpertParallel, build
 from effkit.moe import routing
+from effkit.moe.layers import layer_of
 from effkit.moe.nodes import ask_for, end_with_parent
 from effkit.moe.setting import Setting
 
@@ -40,13 +40,9 @@ class Job:
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
         dtype = getattr(torch, setting.dtype)
         self.setting, self.barriers = setting, bool(job.get("barriers"))
-        first, second = setting.degrees
-        self.layer: ExpertParallel = build(
-            setting.hidden, setting.ffn, setting.num_experts, setting.top_k,
-            capacity_factor=setting.capacity_factor, pad=setting.pad, num_chunks=first, num_chunks_backward=second,
-            compress=setting.compress, num_hashes=setting.num_hashes, compensate=setting.compensate,
-            message_dtype=setting.message_dtype, owner=routing.owners(setting, num_ranks).tolist(),
-            group=dist.group.WORLD, barriers=self.barriers, device=str(device), dtype=dtype, seed=setting.seed,
+        self.layer = layer_of(
+            setting, owner=routing.owners(setting, num_ranks).tolist(), group=dist.group.WORLD, barriers=self.barriers,
+            device=str(device),
         )  # fmt: skip
         self.batches = [
             (torch.from_numpy(routing.tokens(setting, rank, step)).to(device, dtype).requires_grad_(setting.backward),

@@ -132,7 +132,6 @@ def _assembled(run: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Ru
     facts = {
         "num_ranks": first["num_ranks"],
         "ranks_per_node": int(run.get("ranks_per_node") or first["local_world_size"]),
-        "num_levers": int(run.get("num_levers") or 0),
         "backend": first["backend"],
         "where": first["where"],
         "link_bytes_per_s": float(run.get("link_bytes_per_s") or 0.0),

@@ -8,6 +8,7 @@ from effkit.least_squares import Floats
 from effkit.moe import costs, routing
 from effkit.moe.recorded import Call, OfRank, Step
 from effkit.moe.setting import Setting
+from effkit.trace.names import ITEM_BYTES
 
 _COUNT_BYTES = 8  # of one expert's count
 
@@ -89,7 +90,7 @@ def simulate(
         of.there_and_back(False)
         if setting.num_replicas and num_ranks > 1:
             weights = 2 * setting.num_replicas * setting.hidden * setting.ffn
-            share = 2 * weights * costs.ITEM_BYTES[setting.dtype] // num_ranks
+            share = 2 * weights * ITEM_BYTES[setting.dtype] // num_ranks
             of.wait("replicas", of.start("replicas", np.full((num_ranks, num_ranks), share)))
         for phase in ("replicas", "compress", "permute", "gate"):
             of.work(False, "after", phase)
