@@ -11,12 +11,13 @@ from effkit.receipt import Receipt
 from effkit.recording import capture
 
 if TYPE_CHECKING:
-    from effkit import activations, models, moe, padding
+    from effkit import activations, decoder, models, moe, padding
     from effkit.whatif import WhatIf
 
 __version__ = "0.1.0"
 __all__ = [
-    "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "load", "models", "moe", "padding",
+    "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "decoder", "load", "models", "moe",
+    "padding",
 ]  # fmt: skip
 
 
@@ -24,7 +25,7 @@ def __getattr__(name: str) -> Any:
     """What brings widgets and pictures along is imported when first named: a file from a cluster needs neither."""
     if name == "WhatIf":
         return import_module("effkit.whatif").WhatIf
-    if name in ("activations", "models", "moe", "padding"):
+    if name in ("activations", "decoder", "models", "moe", "padding"):
         return import_module(f"effkit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -18,6 +18,7 @@ _READABLE: Mapping[str, tuple[tuple[float, float, str, int], ...]] = {
     "ns": ((6e10, 1e9, "s", 1), (1e9, 1e9, "s", 2), (1e6, 1e6, "ms", 1), (1e3, 1e3, "us", 1), (0, 1, "ns", 0)),
     "bytes": ((2**30, 2**30, "GiB", 2), (2**20, 2**20, "MiB", 1), (2**10, 2**10, "KiB", 1), (0, 1, "B", 0)),
     "ppm": ((0, 1e4, "%", 2),),
+    "thousandths": ((0, 1e3, "times", 1),),
 }  # fmt: skip
 
 
@@ -42,8 +43,8 @@ class Account:
     title
         What the total is, in words: ``"Time of one epoch"``.
     unit
-        ``"ns"``, ``"bytes"``, ``"cells"``, ``"tokens"``, ``"steps"``, ``"FLOPs"`` or ``"ppm"``. Values are integers
-        in it.
+        ``"ns"``, ``"bytes"``, ``"cells"``, ``"tokens"``, ``"tokens/s"``, ``"steps"``, ``"FLOPs"``, ``"ppm"`` (of a
+        share) or ``"thousandths"`` (of a ratio). Values are integers in it.
     frame
         Indexed by ``item``; integer column ``value`` [unit]; column ``basis`` in {measured, derived, assumed}.
     total

@@ -18,8 +18,8 @@ MODULES = ["effkit", *(found.name for found in pkgutil.walk_packages(effkit.__pa
 
 PUBLIC = {
     "effkit": [
-        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "load", "models", "moe",
-        "padding",
+        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "decoder", "load", "models",
+        "moe", "padding",
     ],
     "effkit.activations": [
         "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint",
@@ -35,7 +35,14 @@ PUBLIC = {
         "imbalance", "link", "measure", "output_error", "predict", "prepare", "scale", "scaling_table", "timeline",
         "whatif", "why_no_links", "worth_balancing",
     ],
-    "effkit.models": ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "spiking", "text", "vision"],
+    "effkit.decoder": [
+        "CondensedAttention", "Setting", "account", "best_num_draft", "condensed", "contexts", "exit_at", "exits",
+        "kept_ratios", "kv_cache_bytes", "measure", "merge_tokens", "merged", "positions", "predict", "rebalance",
+        "roofline", "speculate", "static_decoding", "train_nested", "whatif",
+    ],
+    "effkit.models": [
+        "convolutional", "expert_parallel", "gpt", "hybrid", "recurrent", "speech", "spiking", "text", "vision",
+    ],
 }  # fmt: skip
 
 # From top to bottom; imports go down only. Rooms on one line may not import one another.

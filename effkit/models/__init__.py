@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from effkit.models.integrate_and_fire import Spiking
     from effkit.models.long_short_term import Recurrent
     from effkit.models.moe import ExpertParallel
+    from effkit.models.parallel_heads import Hybrid
     from effkit.models.patches import Vision
     from effkit.models.residual import Convolutional
 
-__all__ = ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "spiking", "text", "vision"]
+__all__ = ["convolutional", "expert_parallel", "gpt", "hybrid", "recurrent", "speech", "spiking", "text", "vision"]
 
 
 def convolutional(**configuration: Any) -> Convolutional:
@@ -44,6 +45,13 @@ def gpt(**configuration: Any) -> Gpt:
     from effkit.models import gpt2
 
     return gpt2.build(**configuration)
+
+
+def hybrid(**configuration: Any) -> Hybrid:
+    """A decoder with attention and state heads; see :func:`effkit.models.parallel_heads.build` for the keywords."""
+    from effkit.models import parallel_heads
+
+    return parallel_heads.build(**configuration)
 
 
 def recurrent(**configuration: Any) -> Recurrent:

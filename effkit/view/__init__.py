@@ -2,6 +2,7 @@
 
 from effkit.view.accounts import account, plan
 from effkit.view.comparison import Comparison
+from effkit.view.generations import curves, roofline
 from effkit.view.panes import PANES, MemoryPicture
 from effkit.view.ranks import delays, policies, timeline
 from effkit.view.steps import front, live_bytes
@@ -15,10 +16,12 @@ __all__ = [
     "MemoryPicture",
     "account",
     "colour",
+    "curves",
     "delays",
     "front",
     "live_bytes",
     "plan",
     "policies",
+    "roofline",
     "timeline",
 ]

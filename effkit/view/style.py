@@ -59,6 +59,22 @@ NAMED = {
     "replicas waiting": "#D3C2DE",
     "waiting at the end": "#CC79A7",
     "handing over": "#F0A3C8",
+    "encoder": "#0072B2",
+    "cross-attention keys/values": "#8CC4E6",
+    "prefill": "#0072B2",
+    "self-attention": "#E69F00",
+    "cross-attention": "#F5CE7F",
+    "feed-forward": "#009E73",
+    "norms and sums": "#A6DCCB",
+    "embedding and final norm": "#999999",
+    "output layer": "#CC79A7",
+    "sampling and host": "#D55E00",
+    "before and after the steps": "#F3C7A6",
+    "draft": "#56B4E9",
+    "verify": "#7A5195",
+    "launches": "#D55E00",
+    "reading": "#009E73",
+    "arithmetic": "#0072B2",
 }
 # text stays text (a browser draws it, a test reads it) and equal pictures are equal bytes
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "effkit"}

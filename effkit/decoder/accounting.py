@@ -1,0 +1,101 @@
+"""From times and bytes to Accounts: one generation, and what people ask of it beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from effkit.account import Account
+from effkit.decoder.anatomy import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.costs import PREFILL, START, Run
+from effkit.decoder.memory import CacheBytes
+from effkit.decoder.setting import Setting
+from effkit.decoder.watching import Watched
+
+TIME = "Time of one generation"
+ROWS = (ENCODER, CROSS_KV, PREFILL, SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT, BETWEEN, START)
+PER_TOKEN, RATE, SPEED, SHARE = "Time per token", "Tokens per second", "Real-time factor", "Decoder's share of the time"
+PHASES, WEIGHTS, CACHE = "Prefill and decode", "Weights", "Key-value cache"
+WHOLE = "generation"  # the one row where no part is told
+
+
+def rows_ns(watched: Watched, coded: bool) -> dict[str, int]:
+    """The rows of one generation [ns]; with no encoder the first forward is its prefill."""
+    steps = watched.steps if coded else watched.steps.iloc[1:]
+    found = {ENCODER: watched.encoder_ns} if coded else {PREFILL: int(watched.steps.iloc[0].sum())}
+    found |= {str(part): int(value) for part, value in steps.sum().items()}
+    found[START] = watched.start_ns
+    return {part: found[part] for part in ROWS if found.get(part)}
+
+
+def phases_ns(watched: Watched) -> dict[str, int]:
+    """Up to the first token, and after it [ns]."""
+    first = watched.encoder_ns + int(watched.steps.iloc[0].sum()) + watched.start_ns
+    return {"prefill": first, "decode": watched.wall_ns - first}
+
+
+def medians(of_each: list[dict[str, int]]) -> dict[str, float]:
+    """Each row's median over repetitions."""
+    return {row: float(np.median([rows.get(row, 0) for rows in of_each])) for row in of_each[0]}
+
+
+def measured_rows(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+    """Rows and phases of a run [ns]; of a run that could not be watched, one row and no phases."""
+    if not run.watched:
+        return {WHOLE: run.total_ns}, {}
+    coded = run.setting.encoder_layers > 0
+    return medians([rows_ns(w, coded) for w in run.watched]), medians([phases_ns(w) for w in run.watched])
+
+
+def generation_account(
+    rows: Mapping[str, float],
+    phases: Mapping[str, float],
+    setting: Setting,
+    *,
+    total_ns: float,
+    weight_bytes: int,
+    cache: CacheBytes,
+    seconds_per_cell: float | None,
+    source: str,
+    basis: str = "measured",
+    band_frac: float | None = None,
+    in_range: bool = True,
+    calibration: Any = None,
+) -> Account:
+    """One generation, with time per token, rates, phases, weights and cache as companions; all with its band."""
+    total = round(total_ns)
+    span = (1.0, 1.0) if band_frac is None else (1 / (1 + band_frac), 1 + band_frac)
+    more: dict[str, Any] = {"setting": setting.plain(), "in_range": in_range, "basis": basis}
+
+    def told(title: str, unit: str, values: Mapping[str, float], source: str, low: float, high: float) -> Account:
+        whole = {item: round(value) for item, value in values.items()}
+        size = sum(whole.values())
+        return Account.of(title, unit, whole, total=size, source=source, **_band(size, band_frac, low, high), **more)
+
+    tokens = setting.batch * setting.num_steps
+    beside = [
+        told(PER_TOKEN, "ns", {"token": total / setting.num_steps}, "time over steps", *span),
+        told(RATE, "tokens/s", {"tokens": tokens / total * 1e9}, "tokens of all rows over time", *span),
+    ]
+    if seconds_per_cell:
+        sound = setting.batch * setting.input_length * seconds_per_cell
+        beside.append(told(SPEED, "thousandths", {"sound over time": sound / total * 1e12}, "seconds of sound", *span))
+    if setting.encoder_layers and ENCODER in rows:
+        share = 1e6 * (1 - rows[ENCODER] / sum(rows.values()))
+        beside.append(told(SHARE, "ppm", {"share": share}, "all but the encoder", span[0], min(span[1], 1e6 / share)))
+    if phases:
+        beside.append(told(PHASES, "ns", phases, "the end of the first step", *span))
+    beside += [
+        told(WEIGHTS, "bytes", {"weights": weight_bytes}, "the parameters", 1, 1),
+        told(CACHE, "bytes", {SELF: cache.self_attention, CROSS: cache.cross_attention}, "keys and values", 1, 1),
+    ]
+    return Account.of(
+        TIME, "ns", {row: round(value) for row, value in rows.items()}, total=total, source=source,
+        companions=tuple(beside), calibration=calibration, **_band(total, band_frac, *span), **more,
+    )  # fmt: skip
+
+
+def _band(total: int, band_frac: float | None, low: float, high: float) -> dict[str, Any]:
+    return {} if band_frac is None else {"low": int(low * total), "high": int(np.ceil(high * total))}

@@ -1,0 +1,183 @@
+"""The few short runs that a prediction rests on, and what they cover."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from effkit.account import Account
+from effkit.decoder import configurations
+from effkit.decoder.costs import Costs, Run, fit
+from effkit.decoder.memory import Memory
+from effkit.decoder.products import Caches, ProductCost
+from effkit.decoder.setting import Setting
+
+_LARGE_BATCH, _MIDDLE_BATCH = 32, 8
+_FEW_STEPS = 8
+_DEEP = 12  # from so many layers on, the other depth is a smaller one
+_TOO_LARGE_BYTES = 2**31  # of weights: no deeper model is built then
+# Knobs whose effect no probe has shown
+_UNSEEN: Mapping[str, Any] = {"cache": "on", "num_beams": 1, "compiled": "off", "num_draft": 0, "weight_bits": 0}
+_RANGES = ("encoder_layers", "decoder_layers", "batch", "num_steps", "input_length")
+_LEAST_NOISE, _LEAST_ERROR = 0.02, 0.04  # four runs fit their own costs more closely than any others
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What was run for a measurement, the measured setting first."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def setting(self) -> Setting:
+        return self.runs[0].setting
+
+    @property
+    def overhead_frac(self) -> float:
+        """What the clocks inside cost: watched over plain time, pair by pair, minus 1."""
+        return overhead_frac(self.runs)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration(Observed):
+    """What a measurement found, and all that :func:`effkit.decoder.predict` needs.
+
+    Attributes
+    ----------
+    runs
+        The base first, then the probes: at most four settings.
+    costs
+        Costs of all parts, through these runs.
+    memory
+        Bytes at any setting.
+    seconds_per_cell
+        Of sound, per cell of the input; None where the input is no sound.
+    anchor
+        Measured over modelled time of the base.
+    error_frac
+        Root mean square error of the fit on its own runs, relative to the base.
+    noise_frac
+        Spread of a run's repetitions, halved.
+    launches
+        Part -> operators that one step launches, views not counted.
+    read_bytes_per_s
+        Highest rate at which this device reads weights of this size.
+    products
+        Data type -> what a weight costs in products on this device.
+    """
+
+    costs: Costs
+    memory: Memory
+    seconds_per_cell: float | None
+    anchor: float
+    error_frac: float
+    noise_frac: float
+    launches: Mapping[str, int]
+    read_bytes_per_s: float
+    products: Mapping[str, ProductCost]
+
+    @property
+    def band_frac(self) -> float:
+        """Half the width of a prediction's band: two standard errors."""
+        return 2 * float(np.hypot(max(self.error_frac, _LEAST_ERROR), max(self.noise_frac, _LEAST_NOISE)))
+
+    def resolved(self, setting: Setting) -> Setting:
+        """With parameters held, the setting with the encoder layers that keep the base's number of them."""
+        if setting.hold_parameters == "off":
+            return setting
+        if not setting.encoder_layers:
+            raise ValueError("hold_parameters moves layers to an encoder; this model has none")
+        base, now = self.memory.parameters(self.setting), self.memory.parameters(setting)
+        total = base.total(self.setting.encoder_layers, self.setting.decoder_layers)
+        return replace(setting, encoder_layers=now.encoder_layers_for(total, setting.decoder_layers))
+
+    def covers(self, setting: Setting) -> bool:
+        """Whether the probes have seen such a setting: sizes between theirs, and nothing that none of them had."""
+        base = self.setting
+        for name in _RANGES:
+            seen = [getattr(run.setting, name) for run in self.runs]
+            value = setting.depth if name == "decoder_layers" else getattr(setting, name)
+            least = 1 if name in ("num_steps", "encoder_layers") else min(seen)  # fewer of these are parts of a run
+            if not (least <= value <= max(seen) or value == getattr(base, name)):
+                return False
+        same = ("width", "kv_heads", "dtype")
+        return all(getattr(setting, name) == value for name, value in _UNSEEN.items()) and all(
+            getattr(setting, name) == getattr(base, name) for name in same
+        )
+
+
+def calibration_of(base: Account) -> Calibration:
+    """What an account's predictions rest on.
+
+    Raises
+    ------
+    ValueError
+        When it carries none.
+    """
+    if not isinstance(base.calibration, Calibration):
+        raise ValueError("this account carries no calibration; decoder.measure() of a model with generate() makes one")
+    return base.calibration
+
+
+def calibrate(
+    runs: Sequence[Run], memory: Memory, seconds_per_cell: float | None, launches: Mapping[str, int],
+    read_bytes_per_s: float, products: Mapping[str, ProductCost], caches: Caches,
+) -> Calibration:  # fmt: skip
+    """Fit the costs; the first run is the base."""
+    costs = fit(runs, caches)
+    ratios = np.asarray([run.total_ns / sum(costs.rows(run.setting, run.step).values()) for run in runs])
+    spread = [np.subtract(*np.percentile(run.plain_ns, [75, 25])) / run.total_ns for run in runs]
+    return Calibration(
+        tuple(runs), costs, memory, seconds_per_cell, anchor=float(ratios[0]),
+        error_frac=float(np.sqrt(np.mean((ratios / ratios[0] - 1) ** 2))), noise_frac=float(np.median(spread)) / 2,
+        launches=launches, read_bytes_per_s=read_bytes_per_s, products=products,
+    )  # fmt: skip
+
+
+def overhead_frac(runs: Sequence[Run]) -> float:
+    ratios = [w.wall_ns / plain for run in runs for w, plain in zip(run.watched, run.plain_ns, strict=True)]
+    return float(np.median(ratios)) - 1
+
+
+def probes(model: Any, base: Setting) -> list[Setting]:
+    """Three settings around the base: a batch of several in a deep decoder, a large one over more steps, and one
+    sequence alone in the shallowest decoder, whose weights the caches hold.
+
+    One sequence is another regime than several: matrix times vector. So that its depth is told from the caches, it is
+    run at two depths; several, at two batches.
+    """
+    depth, coded = base.decoder_layers, base.encoder_layers
+    deep, half, shallow = (3 * depth, max(1, depth // 2), max(1, depth // 4))
+    many, few = 3 * coded, min(coded, max(1, coded // 4))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if depth >= _DEEP or 3 * weights > _TOO_LARGE_BYTES:
+        deep, shallow, many = depth, max(1, depth // 8), coded + coded // 2
+    middle = _MIDDLE_BATCH if base.batch == 1 else 2 * base.batch
+    large = max(_LARGE_BATCH, 4 * base.batch)
+    length = base.input_length
+    return [
+        _possible(model, base, batch=middle, decoder_layers=deep, encoder_layers=few, input_length=2 * length,
+                  num_steps=max(min(_FEW_STEPS, base.num_steps), base.num_steps // 3)),
+        _possible(model, base, batch=large, decoder_layers=half, encoder_layers=few, num_steps=2 * base.num_steps),
+        _possible(model, base, batch=1, decoder_layers=shallow, encoder_layers=many, input_length=max(1, length // 2)),
+    ]  # fmt: skip
+
+
+def _possible(model: Any, base: Setting, **changes: Any) -> Setting:
+    """The changed setting, with steps and input within the model's positions."""
+    setting = replace(base, **changes)
+    sizes = configurations.sizes(model.config)
+    if hasattr(model.config, "num_mel_bins"):  # Whisper: one length of input only
+        setting = replace(setting, input_length=base.input_length)
+    if (longest := getattr(model.config, "max_source_positions", None)) and base.encoder_layers:
+        setting = replace(setting, input_length=min(setting.input_length, max(longest, base.input_length)))
+    if sizes.positions is not None:
+        if not base.encoder_layers:
+            room = max(base.input_length, sizes.positions - base.num_steps)
+            setting = replace(setting, input_length=min(setting.input_length, room))
+        prompt = 1 if base.encoder_layers else setting.input_length
+        setting = replace(setting, num_steps=min(setting.num_steps, sizes.positions - prompt))
+    return setting

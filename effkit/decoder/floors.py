@@ -1,0 +1,135 @@
+"""roofline(): every part of a step beside the least time that this device could do it in."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from effkit.account import Account
+from effkit.decoder.anatomy import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.calibration import calibration_of
+from effkit.decoder.setting import DTYPES
+from effkit.decoder.watching import Ints
+from effkit.device import Device, synchronize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LAUNCHES, READING, ARITHMETIC = "launches", "reading", "arithmetic"
+_PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
+_COLUMNS = 1024  # of the matrices that are read
+_SECONDS = 0.05
+
+
+class Launches(TorchDispatchMode):
+    """A clock that counts operators instead of time: those that only make views launch nothing and do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def mark(self) -> int:
+        """How many so far."""
+        return self.number
+
+    def ns(self, marks: Sequence[int]) -> Ints:
+        """Marks since the first of them, in operators."""
+        return np.asarray(marks, dtype=np.int64) - marks[0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def reading_rate(size_bytes: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes per second at which a matrix of this size is multiplied with a vector, again and again: the fastest of
+    many. One that the caches hold is read far more quickly than memory is.
+
+    Parameters
+    ----------
+    size_bytes
+        Of all that a step reads: weights, keys and values.
+    dtype, device
+        Of the weights.
+    """
+    rows = max(1, size_bytes // (_COLUMNS * torch.empty(0, dtype=dtype).element_size()))
+    # several matrices, as a model has: one large product could be split among threads otherwise than they are
+    matrix = torch.ones(rows, _COLUMNS, dtype=dtype, device=device)
+    pieces = matrix.split(max(1, -(-rows // 64)))
+    vector = torch.ones(_COLUMNS, dtype=dtype, device=device)
+    fastest, end = np.inf, time.perf_counter() + _SECONDS
+    with torch.no_grad():
+        for _ in range(2):
+            while True:
+                synchronize()
+                start = time.perf_counter_ns()
+                for piece in pieces:
+                    torch.mv(piece, vector)
+                synchronize()
+                fastest = min(fastest, time.perf_counter_ns() - start)
+                if time.perf_counter() > end:
+                    break
+            pieces = (matrix,)
+            end += _SECONDS
+    return matrix.nbytes / fastest * 1e9
+
+
+def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
+    """One step of a measured generation, part by part, beside its floor.
+
+    A part can be no faster than its operators can be launched, its weights, keys and values read, and its products
+    computed (Williams et al., CACM 2009, with launches added). Time above the largest of the three is lost otherwise:
+    to small operators, to allocations, to the language.
+
+    Parameters
+    ----------
+    base
+        What :func:`measure` returned, with its calibration.
+    device
+        This machine unless given.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by part, of all layers together, and ``step``, their sum: ``time_ns`` (median over steps), ``launches``,
+        ``weight_bytes``, ``kv_bytes``, ``flops``; the floors ``launches_ns, reading_ns, arithmetic_ns``; ``floor_ns``,
+        the largest; ``binds``, which that is; ``reached_frac``, floor over time.
+    """
+    known, here = calibration_of(base), device or Device.here()
+    run, setting = known.runs[0], known.setting
+    rate = here.rate_flops_per_s.get(setting.dtype) or max(here.rate_flops_per_s.values())
+    steps = pd.concat([w.steps.iloc[1:] for w in run.watched])
+    times = steps.median()
+    parameters, value_bytes = known.memory.parameters(setting), DTYPES[setting.dtype]
+    sizes = known.memory.sizes(setting)
+    cells = {SELF: run.step.prompt_cells + setting.num_steps / 2,
+             CROSS: known.memory.encoder_cells(setting.input_length)}  # fmt: skip
+    heads = {SELF: sizes.kv_heads, CROSS: sizes.heads}
+    rows = {}
+    for part in _PARTS:
+        if not times[part]:
+            continue
+        deep = 1 if part in (EMBEDDING, OUTPUT) else setting.depth
+        weights = deep * parameters.of_part.get(part, 0)
+        read = cells.get(part, 0.0) * setting.rows * deep * sizes.head_dim
+        rows[part] = {
+            "time_ns": times[part],
+            "launches": known.launches[part],
+            "weight_bytes": weights * value_bytes,
+            "kv_bytes": 2 * read * heads.get(part, 0) * value_bytes,
+            "flops": 2 * weights * setting.rows + 4 * read * sizes.heads,
+        }
+    frame = pd.DataFrame(rows).T
+    frame.loc["step"] = frame.sum()
+    frame[f"{LAUNCHES}_ns"] = frame["launches"] * here.launch_overhead_ns
+    frame[f"{READING}_ns"] = (frame["weight_bytes"] + frame["kv_bytes"]) / known.read_bytes_per_s * 1e9
+    frame[f"{ARITHMETIC}_ns"] = frame["flops"] / rate * 1e9
+    floors = frame[[f"{LAUNCHES}_ns", f"{READING}_ns", f"{ARITHMETIC}_ns"]]
+    frame["floor_ns"], frame["binds"] = floors.max(axis=1), floors.idxmax(axis=1).str.removesuffix("_ns")
+    frame["reached_frac"] = frame["floor_ns"] / frame["time_ns"]
+    return frame.round({name: 0 for name in frame.columns if name not in ("binds", "reached_frac")}).rename_axis("part")

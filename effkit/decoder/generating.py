@@ -1,0 +1,218 @@
+"""A model at a setting, with inputs, ready to generate; plain step functions too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from effkit.decoder import configurations
+from effkit.decoder.nesting import exit_at
+from effkit.decoder.setting import Setting
+
+_NEVER = 10**9  # no vocabulary has it
+_DEFAULT_LENGTH = {"input_features": 400, "input_ids": 32}
+# What a setting can change about the model itself
+_SIZES = ("encoder_layers", "decoder_layers", "width", "kv_heads")
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model, the setting, and the call that generates with it."""
+
+    model: Any
+    setting: Setting
+    call: Callable[[], Any]
+
+
+def setting_of(model: Any, inputs: Any = None, **changes: Any) -> Setting:
+    """How this model generates from these inputs as it is, with changes.
+
+    Raises
+    ------
+    ValueError
+        When it cannot generate, or a change is not possible.
+    """
+    if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
+        raise ValueError(
+            f"{type(model).__name__} has no generate(): give a transformers model that generates, or a function "
+            "step(token, cache) -> (token, cache)"
+        )
+    found = configurations.sizes(model.config)
+    name = model.main_input_name
+    given = _named(inputs, name)[name].shape[_length_axis(model, name)] if inputs is not None else None
+    length = changes.pop("input_length", None) or given or _default_length(model, name)
+    rows = Setting(
+        decoder_layers=found.decoder_layers, encoder_layers=found.encoder_layers, width=found.width,
+        kv_heads=found.kv_heads, input_length=length, dtype=str(model.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return checked(model, rows.change(changes))
+
+
+def checked(model: Any, setting: Setting) -> Setting:
+    """The setting, if the model's positions suffice for it."""
+    prompt = 1 if model.config.is_encoder_decoder else setting.input_length
+    configurations.check_positions(configurations.sizes(model.config), prompt, setting.num_steps)
+    longest = getattr(model.config, "max_source_positions", None)
+    if isinstance(longest, int) and model.config.is_encoder_decoder and setting.input_length > 2 * longest:
+        raise ValueError(f"input_length={setting.input_length} passes the encoder's {longest} positions; take less")
+    return setting
+
+
+def prepared(model: Any, inputs: Any, setting: Setting) -> Ready:
+    """The model at this setting: itself where its sizes are those, otherwise built anew with random weights.
+
+    Raises
+    ------
+    ValueError
+        When it cannot be run this way; says why.
+    """
+    if setting.weight_bits and setting.weight_bits != 8 * torch.empty(0, dtype=_dtype(setting)).element_size():
+        raise ValueError("weight_bits is a prediction from bytes alone; nothing here runs on weights of fewer bits")
+    ready = _sized(model, setting)
+    batch = make_inputs(ready, inputs, setting)
+    how = generation_config(ready, setting)
+
+    def call() -> Any:
+        with torch.no_grad(), _quiet(), _exited(ready, setting):
+            return ready.generate(**batch, generation_config=how)
+
+    return Ready(ready, setting, call)
+
+
+def _sized(model: Any, setting: Setting) -> Any:
+    found = configurations.sizes(model.config)
+    asked = {name: getattr(setting, name) for name in _SIZES}
+    changes = {name: value for name, value in asked.items() if value and value != getattr(found, name)}
+    if not changes and model.dtype == _dtype(setting):
+        return model
+    config = configurations.changed(model.config, **changes)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng():
+        built = type(model)(config).to(device=device, dtype=_dtype(setting)).eval()
+    built.generation_config = copy.deepcopy(model.generation_config)
+    return built
+
+
+def _dtype(setting: Setting) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, setting.dtype)
+    return dtype
+
+
+def generation_config(model: Any, setting: Setting) -> Any:
+    """Greedy (or beam) search over exactly ``num_steps`` tokens: the end token is one that never comes, since None
+    would be filled in from the model's own."""
+    how = copy.deepcopy(model.generation_config)
+    changes: dict[str, Any] = {
+        "max_new_tokens": setting.num_steps, "min_new_tokens": None, "max_length": None, "min_length": 0,
+        "eos_token_id": _NEVER, "forced_eos_token_id": None, "pad_token_id": how.pad_token_id or 0, "do_sample": False,
+        "num_beams": setting.num_beams, "use_cache": setting.cache == "on",
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    if setting.compiled == "on":
+        from transformers import CompileConfig
+
+        changes["cache_implementation"] = "static"
+        changes["compile_config"] = CompileConfig(mode="default")
+        # transformers compiles by itself on accelerators only, unless told
+        changes["compile_config"]._compile_all_devices = True
+    for name, value in changes.items():
+        setattr(how, name, value)
+    return how
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Models in evaluation mode within; as they were after."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers warns, at every call, of the end token that never comes."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _exited(model: Any, setting: Setting) -> Any:
+    return exit_at(model, setting.exit_layer) if setting.exit_layer else ExitStack()
+
+
+def make_inputs(model: Any, inputs: Any, setting: Setting) -> dict[str, torch.Tensor]:
+    """Keyword arguments of ``generate``: those given, brought to the setting's batch and length, or random ones.
+
+    Rows are repeated in turn or cut, and so is the length.
+
+    Raises
+    ------
+    ValueError
+        When none are given for a model whose inputs cannot be made up.
+    """
+    name, device = model.main_input_name, next(model.parameters()).device
+    if inputs is None:
+        return {key: tensor.to(device) for key, tensor in _random(model, name, setting).items()}
+    given = _named(inputs, name)
+    before = given[name].shape
+    axis = _length_axis(model, name)
+    found = {}
+    for key, value in given.items():
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == before[0]:
+            value = _fitted(value, 0, setting.batch)
+            along = axis if key == name else 1
+            if value.dim() > 1 and value.shape[along] == before[axis]:
+                value = _fitted(value, along, setting.input_length)
+            value = value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
+        found[key] = value
+    return found
+
+
+def _fitted(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
+    return tensor.index_select(axis, index)
+
+
+def _named(inputs: Any, name: str) -> Mapping[str, Any]:
+    given = inputs if isinstance(inputs, Mapping) else {name: inputs}
+    if not isinstance(given.get(name), torch.Tensor):
+        raise ValueError(f"inputs of generate() hold the tensor {name!r}; given: {', '.join(map(str, given))}")
+    return given
+
+
+def _length_axis(model: Any, name: str) -> int:
+    return -1 if name == "input_features" and hasattr(model.config, "num_mel_bins") else 1
+
+
+def _default_length(model: Any, name: str) -> int:
+    if hasattr(model.config, "num_mel_bins"):  # Whisper takes inputs of one length only
+        return 2 * int(model.config.max_source_positions)
+    return _DEFAULT_LENGTH.get(name, 0)
+
+
+def _random(model: Any, name: str, setting: Setting) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = (setting.batch, setting.input_length)
+    if name == "input_ids":
+        tokens = torch.randint(min(4, model.config.vocab_size - 1), model.config.vocab_size, size, generator=generator)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    bins = getattr(model.config, "input_feat_per_channel", None) or getattr(model.config, "num_mel_bins", None)
+    if name != "input_features" or bins is None:
+        raise ValueError(f"{type(model).__name__} takes {name}, which cannot be made up: give inputs=")
+    shape = (*size, bins) if _length_axis(model, name) == 1 else (size[0], bins, size[1])
+    return {"input_features": torch.randn(shape, generator=generator).to(model.dtype)}

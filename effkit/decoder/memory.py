@@ -1,0 +1,210 @@
+"""Bytes of weights and of the key-value cache, exactly: counted, and by formula."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from effkit.decoder import anatomy, configurations
+from effkit.decoder.setting import DTYPES, Setting
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters a model has: ``fixed``, plus so many per layer.
+
+    ``of_part`` are those of a decoder layer's parts, and of the output layer, shared or not; those of cross-attention
+    without its keys' and values', which are computed once.
+    """
+
+    fixed: int
+    per_encoder_layer: int
+    per_decoder_layer: int
+    of_part: Mapping[str, int]
+
+    def total(self, encoder_layers: int, decoder_layers: int) -> int:
+        return self.fixed + encoder_layers * self.per_encoder_layer + decoder_layers * self.per_decoder_layer
+
+    def encoder_layers_for(self, total: int, decoder_layers: int) -> int:
+        """The number of encoder layers that comes nearest to a total, 1 at least.
+
+        Raises
+        ------
+        ValueError
+            When the decoder layers alone are too many.
+        """
+        spare = total - self.fixed - decoder_layers * self.per_decoder_layer
+        if spare < self.per_encoder_layer / 2:
+            most = (total - self.fixed - self.per_encoder_layer) // self.per_decoder_layer
+            raise ValueError(
+                f"decoder_layers={decoder_layers} leave no encoder layer in {total:,} parameters; take at most {most}"
+            )
+        return max(1, round(spare / self.per_encoder_layer))
+
+
+def count(kind: type, config: Any) -> Parameters:
+    """Parameters of models of this class at any depth, counted on small ones without memory.
+
+    Layers after the first of a stack are alike; the first may have more (T5's positions).
+    """
+    coded = bool(config.is_encoder_decoder)
+    small = _built(kind, config, 1, 1)
+    deep = _built(kind, config, 1, 2)
+    one = _size(small)
+    per_decoder = _size(deep) - one
+    per_encoder = _size(_built(kind, config, 2, 1)) - one if coded else 0
+    of_part = dict.fromkeys((anatomy.SELF, anatomy.CROSS, anatomy.CROSS_KV, anatomy.FFN), 0)
+    for name, module in anatomy.of_layer(anatomy.layers(deep)[-1]):
+        of_part[name] += _size(module)
+    of_part[anatomy.CROSS] -= of_part[anatomy.CROSS_KV]
+    output = small.get_output_embeddings()
+    of_part[anatomy.OUTPUT] = _size(output) if output is not None else 0
+    return Parameters(one - per_encoder - per_decoder, per_encoder, per_decoder, of_part)
+
+
+def _built(kind: type, config: Any, encoder_layers: int, decoder_layers: int) -> Any:
+    changes = {"encoder_layers": encoder_layers} if config.is_encoder_decoder else {}
+    with torch.device("meta"):
+        return kind(configurations.changed(copy.deepcopy(config), decoder_layers=decoder_layers, **changes))
+
+
+def _size(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class CacheBytes(NamedTuple):
+    """Keys and values of self-attention, one per token so far, and of cross-attention, one per cell of the encoder."""
+
+    self_attention: int
+    cross_attention: int
+
+
+def in_cache(cache: Any) -> CacheBytes:
+    """What a transformers cache holds [bytes]; zeros for None."""
+    if cache is None:
+        return CacheBytes(0, 0)
+    own = getattr(cache, "self_attention_cache", cache)
+    return CacheBytes(_held(own), _held(getattr(cache, "cross_attention_cache", None)))
+
+
+def _held(cache: Any) -> int:
+    layers = getattr(cache, "layers", None) or ()
+    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def kv_cache_bytes(
+    config: Any, batch: int, length: int, *, encoder_cells: int = 0, dtype: str = "float32"
+) -> CacheBytes:
+    """Size of a key-value cache: 2 · layers · batch · length · heads · head size · bytes of a value.
+
+    Parameters
+    ----------
+    config
+        A transformers configuration. Its key-value heads count for self-attention, its query heads for cross-attention.
+    batch
+        Sequences (beams count).
+    length
+        Tokens of each: prompt and generated ones, but for the last, which no step has read yet.
+    encoder_cells
+        Cells that the encoder puts out, for cross-attention.
+    dtype
+        Of the values.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> kv_cache_bytes(LlamaConfig(), batch=1, length=4096, dtype="float16").self_attention / 2**30
+    2.0
+    """
+    if batch < 1 or length < 0 or encoder_cells < 0:
+        raise ValueError(f"a cache has batch >= 1 and lengths >= 0; given: {batch}, {length}, {encoder_cells}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}; given: {dtype!r}")
+    found = configurations.sizes(config)
+    per_head = 2 * found.decoder_layers * batch * found.head_dim * DTYPES[dtype]
+    crossed = encoder_cells if config.is_encoder_decoder else 0
+    return CacheBytes(per_head * found.kv_heads * length, per_head * found.heads * crossed)
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What a step has to do with: tokens before the first generated one, and bytes that it reads, of weights and of
+    keys and values, the mean over the steps."""
+
+    prompt_cells: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What weights and cache of a model take at any setting [bytes].
+
+    ``halvings`` is how often the encoder's convolutions halve the input's length; None where its cells do not follow
+    from the length that way.
+    """
+
+    kind: type
+    config: Any
+    prompt_cells: int
+    halvings: int | None
+    _counted: dict[tuple[int, int], Parameters] = field(default_factory=dict, repr=False, compare=False)
+
+    def parameters(self, setting: Setting) -> Parameters:
+        """Counted once for each width and number of heads."""
+        key = (setting.width, setting.kv_heads)
+        if key not in self._counted:
+            self._counted[key] = count(self.kind, self._config(setting))
+        return self._counted[key]
+
+    def sizes(self, setting: Setting) -> configurations.Sizes:
+        """Of the model at this setting."""
+        return configurations.sizes(self._config(setting))
+
+    def weight_bytes(self, setting: Setting) -> int:
+        number = self.parameters(setting).total(setting.encoder_layers, setting.decoder_layers)
+        return number * _weight_bits(setting) // 8
+
+    def step_size(self, setting: Setting) -> StepSize:
+        """What a step of this setting reads."""
+        prompt = self.prompt_cells if setting.encoder_layers else setting.input_length
+        of_part, cache = self.parameters(setting).of_part, self.cache(setting)
+        layer = sum(of_part[part] for part in (anatomy.SELF, anatomy.CROSS, anatomy.FFN))
+        weights = (setting.depth * layer + of_part[anatomy.OUTPUT]) * _weight_bits(setting) // 8
+        last = prompt + setting.num_steps - 1
+        mean = cache.self_attention * (prompt + last) // (2 * last)
+        return StepSize(prompt, weights + mean + cache.cross_attention)
+
+    def cache(self, setting: Setting) -> CacheBytes:
+        if setting.cache == "off":
+            return CacheBytes(0, 0)
+        prompt = self.prompt_cells if setting.encoder_layers else setting.input_length
+        cells = self.encoder_cells(setting.input_length)
+        length = prompt + setting.num_steps - 1
+        return kv_cache_bytes(self._config(setting), setting.rows, length, encoder_cells=cells, dtype=setting.dtype)
+
+    def _config(self, setting: Setting) -> Any:
+        return configurations.changed(
+            self.config, width=setting.width or None, kv_heads=setting.kv_heads, decoder_layers=setting.depth
+        )
+
+    def encoder_cells(self, length: int) -> int:
+        for _ in range(self.halvings or 0):
+            length = (length - 1) // 2 + 1
+        return length
+
+
+def _weight_bits(setting: Setting) -> int:
+    return setting.weight_bits or 8 * DTYPES[setting.dtype]
+
+
+def halvings(length: int, cells: int) -> int | None:
+    """How often ``length`` has to be halved, rounding up, to give ``cells``."""
+    number = 0
+    while length > cells:
+        length, number = (length - 1) // 2 + 1, number + 1
+    return number if length == cells else None

@@ -1,0 +1,136 @@
+"""predict(): a generation that nobody has run; whatif(): the same with sliders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from effkit.account import Account
+from effkit.decoder import accounting, configurations
+from effkit.decoder.altering import rows_ns
+from effkit.decoder.anatomy import CROSS_KV, ENCODER
+from effkit.decoder.calibration import Calibration, calibration_of
+from effkit.decoder.costs import PREFILL, START
+from effkit.decoder.setting import DTYPES, SWITCH, Setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from effkit.whatif import WhatIf
+
+_WIDER, _LEAST_BEYOND_FRAC = 3.0, 0.3  # beyond what was calibrated, a band is so many times as wide, and at least this
+
+
+def predict(base: Account, **setting: Any) -> Account:
+    """A generation at another setting, without running anything.
+
+    The sum of the parts' costs, which the four runs of the calibration gave, anchored at the base's measured time;
+    weights and cache are counted.
+
+    Parameters
+    ----------
+    base
+        What :func:`measure` returned.
+    setting
+        Any of :class:`Setting`. The rest stays as it was measured.
+
+    Returns
+    -------
+    Account
+        In ns, with a band; companions as measured ones have, each with its band (bytes are exact). ``in_range`` is
+        False where the calibration has seen nothing like it. At the measured setting: ``base`` itself.
+
+    Raises
+    ------
+    ValueError
+        For an unknown knob, a value that cannot be, or a base without calibration.
+    """
+    known = calibration_of(base)
+    wanted = known.resolved(known.setting.change(setting))
+    if wanted == known.setting:
+        return base
+    _possible(known, wanted)
+    covered = known.covers(wanted)
+    band = known.band_frac if covered else max(_LEAST_BEYOND_FRAC, _WIDER * known.band_frac)
+    rows = {row: known.anchor * value for row, value in rows_ns(known, wanted).items()}
+    rows = {row: rows[row] for row in (*accounting.ROWS, *rows) if row in rows}
+    total = sum(rows.values())
+    first = sum(rows.get(row, 0.0) for row in (ENCODER, CROSS_KV, PREFILL, START))
+    if wanted.encoder_layers:  # the first token comes with a step of its own
+        first += (total - first) / wanted.num_steps
+    return accounting.generation_account(
+        rows, {"prefill": first, "decode": total - first}, wanted, total_ns=total,
+        weight_bytes=known.memory.weight_bytes(wanted), cache=known.memory.cache(wanted),
+        seconds_per_cell=known.seconds_per_cell, source=f"the parts' costs in {_runs(known)}", basis="derived",
+        band_frac=band, in_range=covered, calibration=known,
+    )  # fmt: skip
+
+
+def _possible(known: Calibration, setting: Setting) -> None:
+    prompt = known.runs[0].step.prompt_cells if setting.encoder_layers else setting.input_length
+    configurations.check_positions(known.memory.sizes(setting), prompt, setting.num_steps)
+    if setting.num_draft and (setting.encoder_layers or setting.batch > 1):
+        raise ValueError("speculative decoding is for one sequence of a decoder-only model; take num_draft=0")
+
+
+def _runs(known: Calibration) -> str:
+    said = [
+        f"{run.setting.encoder_layers}/{run.setting.decoder_layers} layers x {run.setting.batch}"
+        if run.setting.encoder_layers else f"{run.setting.decoder_layers} layers x {run.setting.batch}"
+        for run in known.runs
+    ]  # fmt: skip
+    return f"{len(said)} runs ({', '.join(said)})"
+
+
+def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = None, *, repeats: int = 3) -> WhatIf:
+    """Sliders over :func:`predict`; with the live ``model``, the button builds the altered model and runs it.
+
+    Parameters
+    ----------
+    base
+        What :func:`measure` returned.
+    model, inputs
+        Those that were measured; without the model the button is disabled.
+    repeats
+        Of the measurement behind the button.
+    """
+    from effkit.whatif import Choice, Slider, WhatIf
+
+    known = calibration_of(base)
+    rest, sizes = known.setting, known.memory.sizes(known.setting)
+    coded = rest.encoder_layers > 0
+    knobs: list[Slider | Choice] = []
+    if coded:
+        knobs += [
+            Slider("encoder_layers", "Encoder layers [count]", 1, max(32, 2 * rest.encoder_layers), 1, "Run once"),
+            Choice("hold_parameters", "Hold parameters equal", SWITCH, "Layers move between decoder and encoder"),
+        ]
+    knobs += [
+        Slider(
+            "decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run for every token"
+        ),
+        Slider("width", "Width [values]", sizes.head_dim, 4 * rest.width, sizes.head_dim, "Values per token"),
+        Slider("batch", "Batch [sequences]", 1, max(32, 4 * rest.batch), 1, "Generated together"),
+        Slider("num_steps", "Tokens to generate [count]", 1, 6 * rest.num_steps, 1, "Per sequence"),
+        Slider("input_length", "Input length [cells]", 1, 4 * rest.input_length, 1, "Frames or tokens"),
+        Choice("cache", "Key-value cache", SWITCH, "Off: every step computes all positions anew"),
+        Choice("dtype", "Data type", tuple(DTYPES), "Of weights and values"),
+        Choice("compiled", "Compiled steps", SWITCH, "Static cache and torch.compile, or a CUDA graph"),
+        Slider("num_beams", "Beams [count]", 1, 8, 1, "1 is greedy"),
+        Slider("exit_layer", "Exit after layer [number]", 0, rest.decoder_layers, 1, "0: after the last"),
+    ]
+    if not coded:
+        knobs += [
+            Slider("kv_heads", "Key-value heads [count]", 1, sizes.heads, 1, "Fewer than query heads share them"),
+            Slider("num_draft", "Drafted tokens [count]", 0, 8, 1, "Speculative decoding; 0: none"),
+            Slider("acceptance", "Accepted [tenths]", 0, 10, 1, "Share of drafted tokens", scale=0.1),
+            Slider("draft_frac", "Draft's step [tenths]", 0, 10, 1, "Time over the model's", scale=0.1),
+        ]
+    if rest.dtype not in DTYPES:
+        knobs = [knob for knob in knobs if knob.name != "dtype"]
+
+    def run(progress: Any, **setting: Any) -> Account:
+        from effkit.decoder.live import measure
+
+        return measure(model, inputs, base=base, repeats=repeats, progress=progress, **setting)
+
+    return WhatIf(base, predict, knobs, run if model is not None else None)

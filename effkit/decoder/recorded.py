@@ -1,0 +1,111 @@
+"""account(): where the time of a recorded generation goes, by what its operators do; positions(): token by token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from effkit.account import Account
+from effkit.captured import Capture
+from effkit.decoder.calibration import Observed
+from effkit.decoder.stepping import Steps
+
+RECORDED = "Time of the recorded generation"
+ATTENTION, PRODUCTS, COPIES, CHOOSING, ELEMENTWISE = (
+    "attention", "matrix products", "cache and copies", "choosing tokens", "norms, sums and the rest"
+)  # fmt: skip
+HOST, TRANSFERS, UNSEEN = "host between operators", "copies between devices", "not visible"
+# The first that an operator's name shows.
+_FAMILIES: Mapping[str, re.Pattern[str]] = {
+    ATTENTION: re.compile(r"attention|flash|softmax|::(badd)?bmm\b"),  # its products are batched
+    CHOOSING: re.compile(r"argmax|topk|multinomial|::sort|isin|cumsum|::eq|::max\b"),
+    PRODUCTS: re.compile(r"::(add)?mm\b|linear|matmul|conv|::mv\b|gemm"),
+    COPIES: re.compile(r"::cat\b|copy|index_select|index_put|clone|contiguous|repeat"),
+}
+
+
+def account(capture: Capture, step: str | None = None) -> Account:
+    """Where a recorded generation goes, by what its operators do.
+
+    ``matrix products``, ``attention``, ``cache and copies`` (growing and reordering it), ``choosing tokens``, and the
+    rest of the operators: host time where no device was recorded, otherwise the device's, of the kernels that they
+    launched. ``host between operators`` is time in which none ran: on a GPU, its launch gaps. What a CUDA graph or an
+    unrecorded device did while the host waited is ``not visible``.
+
+    Parameters
+    ----------
+    capture
+        Of ``model.generate(...)``: ``ek.capture(lambda: model.generate(...))``, or a file from elsewhere.
+    step
+        The annotation that marks a step, as in :meth:`Capture.overview`.
+
+    Returns
+    -------
+    Account
+        In ns; the total is the wall time of the recorded steps. ``setting``: ``num_steps`` recorded,
+        ``device_busy_frac`` (None where no device was recorded) and ``notes``.
+
+    Raises
+    ------
+    ValueError
+        When no operator was recorded.
+    """
+    table, overview = capture.operators(), capture.overview(step)
+    if table.empty:
+        raise ValueError("this capture holds no operators: record the CPU activity too")
+    on_device = overview["kernel_ns"].notna().any()
+    own = table["device_self_ns" if on_device else "host_self_ns"].fillna(0).astype("int64")
+    families = own.groupby(table.index.map(_family)).sum()
+    busy = int(overview["kernel_ns" if on_device else "cpu_exec_ns"].sum())
+    whole = max(1, int(families.sum()))
+    # operators may overlap, on several threads or streams: their shares of the time that any of them ran
+    rows = {family: round(busy * families.get(family, 0) / whole) for family in (*_FAMILIES, ELEMENTWISE)}
+    rest = overview.drop(columns=["start_ns"])
+    if on_device:
+        rows[TRANSFERS] = int(rest["memcpy_ns"].sum())
+    if rest["not_visible_ns"].notna().any():
+        rows[UNSEEN] = int(rest["not_visible_ns"].sum())
+    others = ["idle_ns", "dataloader_ns", "exposed_communication_ns", *(["cpu_exec_ns"] if on_device else [])]
+    rows[HOST] = int(rest[others].fillna(0).sum().sum())
+    total = int(rest["dur_ns"].sum())
+    frac = float(rest["device_busy_frac"].astype("Float64").mean()) if on_device else None
+    return Account.of(
+        RECORDED, "ns", {row: value for row, value in rows.items() if value}, total=total,
+        source="the wall time of the recorded steps", basis="measured",
+        setting={"num_steps": len(overview), "device_busy_frac": frac, "notes": overview.attrs.get("notes", [])},
+    )  # fmt: skip
+
+
+def _family(operator: str) -> str:
+    name = str(operator).lower()
+    return next((family for family, pattern in _FAMILIES.items() if pattern.search(name)), ELEMENTWISE)
+
+
+def positions(measured: Account) -> pd.DataFrame:
+    """Time of every token of a measured generation, by its position: the first holds the prefill.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by ``token``, from 1; ``time_ns``, from the end of the step before to the end of its own, the median
+        over repetitions.
+
+    Raises
+    ------
+    ValueError
+        For an account whose steps were not timed: a prediction, or a compiled model's.
+    """
+    held = measured.calibration
+    if isinstance(held, Steps) and not measured.predicted:
+        times = held.step_ns
+    elif isinstance(held, Observed) and not measured.predicted and held.runs[0].watched:
+        seen = held.runs[0].watched
+        times = np.median([w.steps.sum(axis=1).to_numpy() for w in seen], axis=0)
+        times[0] += np.median([w.encoder_ns for w in seen])
+    else:
+        raise ValueError("this account's steps were not timed; decoder.measure() times them, unless they are compiled")
+    index = pd.RangeIndex(1, len(times) + 1, name="token")
+    return pd.DataFrame({"time_ns": np.round(times).astype("int64")}, index=index)

@@ -1,0 +1,74 @@
+"""Time of a plain ``step(token, cache)`` function, token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from effkit.account import Account
+from effkit.decoder.accounting import PER_TOKEN, RATE, TIME
+from effkit.device import synchronize
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+FIRST, LATER = "first step", "later steps"
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Median time of every step [ns]."""
+
+    step_ns: np.ndarray[Any, np.dtype[np.float64]]
+
+
+def measure_step(
+    step: Step, first: Any, *, num_steps: int = 20, batch: int = 1, repeats: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> Account:  # fmt: skip
+    """Call ``step`` for every token; rows are the first step, with no cache yet, and the later ones.
+
+    What a step does inside is not visible here. ``batch`` says how many sequences the tokens hold.
+
+    Raises
+    ------
+    ValueError
+        For no steps, or a step that does not return (token, cache).
+    """
+    if num_steps < 1 or batch < 1:
+        raise ValueError(f"a generation has num_steps >= 1 and batch >= 1; given: {num_steps} and {batch}")
+    walls, times = [], []
+    with torch.no_grad():
+        for turn in range(-1, repeats):  # the first time is not counted
+            synchronize()
+            start = time.perf_counter_ns()
+            marks, token, cache = [start], first, None
+            for _ in range(num_steps):
+                result = step(token, cache)
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise ValueError(f"a step returns (token, cache); given: {type(result).__name__}")
+                token, cache = result
+                if torch.cuda.is_available():
+                    synchronize()
+                marks.append(time.perf_counter_ns())
+            if turn >= 0:
+                walls.append(time.perf_counter_ns() - start)
+                times.append(np.diff(marks))
+            if progress is not None:
+                progress(turn + 2, repeats + 1)
+    step_ns, total = np.median(times, axis=0), round(float(np.median(walls)))
+    rows = {FIRST: round(step_ns[0]), LATER: round(step_ns[1:].sum())}
+    setting = {"num_steps": num_steps, "batch": batch}
+    beside = (
+        Account.of(PER_TOKEN, "ns", {"token": round(total / num_steps)}, total=round(total / num_steps),
+                   source="time over steps"),
+        Account.of(RATE, "tokens/s", {"tokens": round(batch * num_steps / total * 1e9)},
+                   total=round(batch * num_steps / total * 1e9), source="tokens of all rows over time"),
+    )  # fmt: skip
+    return Account.of(
+        TIME, "ns", rows, total=total, source=f"the wall clock of {repeats} generations", setting=setting,
+        companions=beside, calibration=Steps(step_ns),
+    )  # fmt: skip

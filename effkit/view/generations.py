@@ -1,0 +1,70 @@
+"""Pictures of generations: parts of a step beside their floors, and curves over position, context or depth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.ticker import NullLocator
+
+from effkit.account import readable
+from effkit.view.style import GREY, OKABE_ITO, axes, colour, unit_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FLOORS = ("launches", "reading", "arithmetic")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Each part's time as a grey bar, and in it the floor that binds; the share reached is written beside.
+
+    ``table``: of :func:`effkit.decoder.roofline`; its last row, the whole step, is left out.
+    """
+    parts = table.drop(index="step", errors="ignore")
+    ax = axes(ax, (7.4, 0.9 + 0.36 * len(parts)))
+    places = range(len(parts))
+    ax.barh(places, parts["time_ns"], color="#DDDDDD", height=0.72, label="measured")
+    for floor in _FLOORS:
+        bound = [(place, value) for place, value, what in zip(places, parts["floor_ns"], parts["binds"], strict=True)
+                 if what == floor]  # fmt: skip
+        if bound:
+            ax.barh([place for place, _ in bound], [value for _, value in bound], color=colour(floor, 0), height=0.36,
+                    label=f"floor: {floor}")  # fmt: skip
+    for place, time_ns, reached in zip(places, parts["time_ns"], parts["reached_frac"], strict=True):
+        ax.text(time_ns, place, f" {readable(int(time_ns), 'ns')}, floor {reached:.0%}", va="center", fontsize=8)
+    ax.set_yticks(places, list(parts.index), fontsize=9)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.4 * parts["time_ns"].max())
+    unit_axis(ax.xaxis, "ns")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax
+
+
+def curves(table: pd.DataFrame, unit: str, ax: Axes | None = None, *, log: bool = False) -> Axes:
+    """One line per column over the index, which names the horizontal axis; values from zero, in the unit.
+
+    With ``log`` both axes are logarithmic: for contexts that double.
+    """
+    ax = axes(ax, (7.4, 2.8))
+    for position, name in enumerate(table):
+        few = len(table) <= 12
+        ax.plot(table.index, table[name], color=OKABE_ITO[position % len(OKABE_ITO)], linewidth=1.4, markersize=4,
+                marker=_MARKERS[position % len(_MARKERS)] if few else None, label=str(name))  # fmt: skip
+    ax.set_xlabel(str(table.index.name or ""))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
+    if table.shape[1] > 1:
+        ax.legend(frameon=False, fontsize=8)
+    if log:
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(list(table.index), [f"{value:,}" for value in table.index])
+        ax.yaxis.set_major_formatter(lambda value, _: readable(value, unit))
+    else:
+        ax.set_ylim(bottom=0)
+        unit_axis(ax.yaxis, unit)
+    return ax

@@ -1,0 +1,83 @@
+"""A world whose generations cost what we say: measurements of it are made up from known costs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from effkit.decoder import accounting, memory
+from effkit.decoder.anatomy import BETWEEN, CROSS, CROSS_KV, EMBEDDING, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.calibration import calibrate, probes
+from effkit.decoder.costs import BulkCost, Costs, RowCost, Run
+from effkit.decoder.memory import StepSize
+from effkit.decoder.products import Caches, ProductCost
+from effkit.decoder.setting import DTYPES, Setting
+from effkit.decoder.watching import OF_STEP, Watched
+
+COSTS = Costs(
+    layer={
+        SELF: RowCost(150e3, 200e3, 5e3, 20, 30e3),
+        CROSS: RowCost(100e3, 130e3, 4e3, 10, 20e3),
+        FFN: RowCost(120e3, 170e3, 8e3, 0, 60e3),
+        NORMS: RowCost(60e3, 60e3, 1e3, 0, 0),
+    },
+    step={
+        EMBEDDING: RowCost(200e3, 200e3, 3e3, 0, 300e3),
+        OUTPUT: RowCost(80e3, 100e3, 4e3, 0, 0),
+        BETWEEN: RowCost(150e3, 150e3, 2e3, 0, 100e3),
+    },
+    keys_values=BulkCost(50e3, 400),
+    front=BulkCost(500e3, 4000),
+    encoder_layer=BulkCost(200e3, 3000, 0.4),
+    prefill={
+        SELF: BulkCost(100e3, 3000, 5),
+        CROSS: BulkCost(0, 0),
+        FFN: BulkCost(90e3, 9000),
+        NORMS: BulkCost(50e3, 300),
+    },
+    start=BulkCost(2e6, 100),
+    caches=Caches(half_bytes=2**20),
+)
+READ_BYTES_PER_S, PRODUCTS = 20e9, ProductCost(0.2, 0.3, 0.01)  # ns per weight
+
+
+def run(setting: Setting, size: StepSize, costs: Costs = COSTS) -> Run:
+    """The generation that these costs give, timed part by part."""
+    coded, rows, depth = setting.encoder_layers > 0, setting.rows, setting.depth
+    cells = size.prompt_cells + np.arange(setting.num_steps)
+    ones = np.ones(setting.num_steps)
+    frame = pd.DataFrame(0.0, index=range(setting.num_steps), columns=list(OF_STEP))
+    for part, cost in costs.layer.items():
+        if part == CROSS and not coded:
+            continue
+        reads = {SELF: cells, CROSS: setting.input_length}.get(part, 0)
+        frame[part] = depth * cost.ns(rows, costs.caches.cold_frac(part, size.read_bytes), reads) * ones
+    for part, cost in costs.step.items():
+        frame[part] = cost.ns(rows, costs.caches.cold_frac(part, size.read_bytes)) * ones
+    frame.loc[0, BETWEEN] = 0.0
+    encoder = layers = 0.0
+    if coded:
+        frame.loc[0, CROSS_KV] = depth * costs.keys_values.ns(rows, setting.input_length)
+        layers = setting.encoder_layers * costs.encoder_layer.ns(setting.batch, setting.input_length)
+        encoder = layers + costs.front.ns(setting.batch, setting.input_length)
+    else:
+        for part, bulk in costs.prefill.items():
+            frame.loc[0, part] = depth * bulk.ns(rows, size.prompt_cells)
+    steps = frame.round().astype("int64")
+    start = costs.start.ns(1, 0) + costs.start.per_cell * rows * depth * setting.input_length
+    wall = int(round(encoder) + steps.to_numpy().sum() + round(start))
+    return Run(setting, (Watched(steps, round(encoder), round(layers), wall),) * 2, (wall, wall), size)
+
+
+def measured(model, setting: Setting, costs: Costs = COSTS):
+    """The account of a setting in this world, with a calibration through the usual probes."""
+    counted = memory.Memory(type(model), model.config, 1, 2 if setting.encoder_layers else None)
+
+    runs = [run(one, counted.step_size(one), costs) for one in (setting, *probes(model, setting))]
+    known = calibrate(runs, counted, 0.01, {}, READ_BYTES_PER_S, dict.fromkeys(DTYPES, PRODUCTS), COSTS.caches)
+    rows, phases = accounting.measured_rows(runs[0])
+    account = accounting.generation_account(
+        rows, phases, setting, total_ns=runs[0].total_ns, weight_bytes=counted.weight_bytes(setting),
+        cache=counted.cache(setting), seconds_per_cell=0.01, source="this world", calibration=known,
+    )  # fmt: skip
+    return account, lambda one: run(one, counted.step_size(one), costs).total_ns
