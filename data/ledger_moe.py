@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
-from ledger_rows import begun, replace_rows
+from ledger_rows import begun, outside_bars, replace_rows
 
 import effkit as ek
 from effkit import moe
@@ -51,6 +50,7 @@ COMPRESSED: tuple[dict[str, Any], ...] = (
 )
 DEGREES = (1, 2, 3, 4, 6, 8)
 BARS = {"setting": (0.08, 0.20), "compress": (0.12, 1.0)}  # median and worst error of the step's time
+MISSED_FRAC = {"setting": 0.1, "compress": 1.0}  # of the totals, outside their band
 SPEED_UP, REGRET = 1.28, 0.05
 
 
@@ -69,24 +69,15 @@ def record() -> str:
 
 def _receipts(part: Any, base: ek.Account, settings: tuple[dict[str, Any], ...], knob: str) -> str:
     print(base, base.calibration.band_frac, sep="\n", flush=True)
-    errors, outside, wrong = [], 0, []
+    receipts = []
     for setting in settings:
         receipt = ek.Receipt(
             moe.predict(base, **setting), moe.measure(base=base, **setting), setting=setting, provenance=provenance()
         )
         receipt.append_to(part, lab="moe", model="expert-parallel layer, 2 ranks, 100 MB/s", knob=knob)
         print(setting, receipt, sep="\n", flush=True)
-        errors.append(abs(receipt.error))
-        outside += not receipt.within_band
-        counted = receipt.frame[receipt.frame["unit"].isin(["bytes", "tokens"])]
-        if (counted["error"] != 0).any():
-            wrong.append(setting)
-    median, worst = statistics.median(errors), max(errors)
-    print(f"{knob}: median error {median:.1%}, worst {worst:.1%}, {outside} of {len(errors)} outside the band")
-    bars = BARS[knob]
-    if median > bars[0] or worst > bars[1] or (knob == "setting" and outside > 0.1 * len(errors)) or wrong:
-        return f"moe, {knob}: median {median:.1%}, worst {worst:.1%}, {outside} outside the band, counts wrong: {wrong}"
-    return ""
+        receipts.append(receipt)
+    return outside_bars("moe", knob, receipts, BARS[knob], MISSED_FRAC[knob])
 
 
 def _speed_up(base: ek.Account) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from effkit.device import provenance
-from effkit.receipt import LEDGER_COLUMNS
+from effkit.receipt import LEDGER_COLUMNS, Receipt
 
 DATA = Path(__file__).resolve().parent
 README = DATA.parent / "README.md"
-LABS = ("padding", "activations", "moe")  # in this order in the file
+LABS = ("padding", "activations", "moe", "decoder")  # in this order in the file
 
 
 def device_name() -> str:
@@ -40,6 +42,26 @@ def replace_rows(lab: str, part: Path) -> None:
     whole.replace(path)
     part.unlink()
     refresh_readme()
+
+
+def outside_bars(
+    lab: str, knob: str, receipts: Sequence[Receipt], bars: tuple[float, float], missed_frac: float = 1.0
+) -> str:
+    """Print how good the predictions were; a sentence where they miss their bars, else nothing.
+
+    ``bars``: the median and the worst error of the total. ``missed_frac``: the share of totals that may lie outside
+    their band. What is counted, bytes and tokens, has to be exact.
+    """
+    errors = [abs(receipt.error) for receipt in receipts]
+    missed = sum(not receipt.within_band for receipt in receipts)
+    counted = [receipt.frame[receipt.frame["unit"].isin(["bytes", "tokens"])]["error"] for receipt in receipts]
+    wrong = [receipt.setting for receipt, found in zip(receipts, counted, strict=True) if (found != 0).any()]
+    median, worst = statistics.median(errors), max(errors)
+    said = f"{knob}: median error {median:.1%}, worst {worst:.1%}, {missed} of {len(errors)} outside the band"
+    print(said, flush=True)
+    if median > bars[0] or worst > bars[1] or missed > missed_frac * len(errors) or wrong:
+        return f"{lab}, {said}, counts wrong: {wrong}"
+    return ""
 
 
 def _rows(path: Path) -> list[list[str]]:

@@ -25,6 +25,7 @@ import wave
 from pathlib import Path
 
 import ledger_activations
+import ledger_decoder
 import ledger_moe
 import ledger_padding
 import torch
@@ -45,7 +46,12 @@ SPEAKERS = (
 PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'\"()\-.]*\.")
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
-LABS = {"padding": ledger_padding.record, "activations": ledger_activations.record, "moe": ledger_moe.record}
+LABS = {
+    "padding": ledger_padding.record,
+    "activations": ledger_activations.record,
+    "moe": ledger_moe.record,
+    "decoder": ledger_decoder.record,
+}
 
 
 def record_lengths() -> None:

@@ -256,6 +256,8 @@ def _scaled(value: Any, scale: int | float) -> Any:
 
 def _companion(account: Account) -> str:
     text = f"{account.title}: {readable(account.total, account.unit)}"
+    if account.low is not None and account.high is not None and account.low < account.high:
+        text += f", band {readable(account.low, account.unit)} to {readable(account.high, account.unit)}"
     if len(account.frame) > 1:
         text += " (" + ", ".join(f"{share:.1%} {item}" for item, share in account.share.items()) + ")"
     return text + "."

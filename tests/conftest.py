@@ -20,6 +20,17 @@ def matmul_step():
     (weight @ torch.ones(16, 8)).relu().sum().backward()
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads that wait for each other on a busy machine are slow, and not always equally so."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def step():
     return matmul_step

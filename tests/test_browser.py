@@ -1,4 +1,4 @@
-"""The padding notebook as a reader meets it: JupyterLab in a real browser, a keyboard, and the button.
+"""Notebooks as a reader meets them: JupyterLab in a real browser, a keyboard, and the button.
 
 Pictures of what the reader saw are left in tests/screenshots/.
 """
@@ -32,8 +32,8 @@ from lab_browser import (
     why_no_browser,
 )
 
-NOTEBOOK = REPO / "notebooks" / "01_padding.ipynb"
-FIRST = REPO / "notebooks" / "00_start_here.ipynb"
+NOTEBOOKS = REPO / "notebooks"
+FIRST = NOTEBOOKS / "00_start_here.ipynb"
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 
 pytestmark = [
@@ -59,11 +59,13 @@ def still_there(processes: set[psutil.Process]) -> list[str]:
     return commands
 
 
-def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt():
-    assert NOTEBOOK.is_file(), f"the notebook to open is missing: {NOTEBOOK}"
+@pytest.mark.parametrize("name", ["01_padding", "04_decoder_bottleneck"])
+def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt(name):
+    notebook = NOTEBOOKS / f"{name}.ipynb"
+    assert notebook.is_file(), f"the notebook to open is missing: {notebook}"
     SCREENSHOTS.mkdir(exist_ok=True)
     before, blocked = started_by(os.getpid()), []
-    with jupyterlab(NOTEBOOK.parent) as lab, notebook_page(lab, NOTEBOOK.name, blocked) as page:
+    with jupyterlab(NOTEBOOKS) as lab, notebook_page(lab, notebook.name, blocked) as page:
         try:
             run_all_cells(page, timeout_s=300)
             slider, sentence, picture = first_slider(page), status_text(page), svg_markup(page)
@@ -71,12 +73,12 @@ def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt():
             wait_until(page, lambda: status_text(page) != sentence, "the sentence followed the slider", 10)
             wait_until(page, lambda: svg_markup(page) != picture, "the picture followed the slider", 10)
             assert "receipt" not in status_text(page).lower(), "a receipt for a setting that nobody has run"
-            whatif(page).screenshot(path=SCREENSHOTS / "whatif_moved.png")
+            whatif(page).screenshot(path=SCREENSHOTS / f"{name}_moved.png")
 
             click_measure(page)
             sentence = wait_for_receipt(page)
             assert any(sign.isdigit() for sign in sentence), f"a receipt without a number: {sentence}"
-            whatif(page).screenshot(path=SCREENSHOTS / "whatif_receipt.png")
+            whatif(page).screenshot(path=SCREENSHOTS / f"{name}_receipt.png")
 
             assert errors(page) == []
             assert "Traceback" not in lab.log.read_text()
@@ -84,7 +86,7 @@ def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt():
         finally:  # after a failure this is what the reader would be looking at
             if whatif(page).count():
                 whatif(page).evaluate("element => element.scrollIntoView({block: 'center'})")
-            page.screenshot(path=SCREENSHOTS / "page.png")
+            page.screenshot(path=SCREENSHOTS / f"{name}_page.png")
         family = started_by(os.getpid()) - before
         assert lab.process in family
         assert started_by(lab.process.pid), "no kernel was seen, so its end would prove nothing"

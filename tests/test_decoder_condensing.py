@@ -9,13 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effkit.decoder.condensing import CondensedAttention, attention_flops, condensed, interleaved_ns, saved_bytes
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tokens(num: int, hidden: int = 16) -> torch.Tensor:

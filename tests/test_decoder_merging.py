@@ -9,12 +9,7 @@ from effkit.decoder.merging import closed_form_frac, kept_ratios, merge_tokens, 
 TINY = {"layers": 3, "hidden": 16, "heads": 2, "image": 16, "patch": 2, "device": "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

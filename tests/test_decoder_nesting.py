@@ -16,13 +16,7 @@ from transformers import (
 from effkit import models
 from effkit.decoder import nesting
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def text(**sizes):

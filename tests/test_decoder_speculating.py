@@ -2,19 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 
 from effkit import models
 from effkit.decoder import speculating
 from effkit.decoder.speculating import best_num_draft, expected_tokens, fractions, plain, speculate, speed_up
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def text(layers=2, seed=0, **sizes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import effkit as ek
-from effkit import activations, moe, padding
+from effkit import activations, decoder, moe, padding
 from effkit.panes.breakdown import PARTS
 
 pytestmark = [
@@ -210,3 +210,21 @@ def test_experts_on_the_gpu_exchange_through_the_host_or_by_nccl():
     assert abs(base.residual) < 0.05 * base.total, base
     receipt = ek.Receipt(moe.predict(base, num_tokens=384), moe.measure(base=base, num_tokens=384))
     assert (receipt.frame.loc[receipt.frame["unit"] != "ns", "error"] == 0).all(), receipt
+
+
+def test_a_generation_on_the_gpu_is_told_by_its_own_clock_and_predicted():
+    model = ek.models.text(layers=8, hidden=512, heads=8)
+    base = decoder.measure(model, num_steps=24, input_length=64)
+    assert ek.Device.here().kind == "cuda"
+    assert next(model.parameters()).is_cuda
+    assert abs(base.residual) < 0.3 * base.total, base
+    assert {"prefill", "self-attention", "feed-forward", "sampling and host"} <= set(base.frame.index)
+    assert (decoder.positions(base)["time_ns"] > 0).all()
+    table = decoder.roofline(base)
+    assert (table["reached_frac"] < 1.05).all(), table
+    assert table.loc["step", "binds"] == "launches"
+    guess = decoder.predict(base, decoder_layers=4, batch=4)
+    receipt = ek.Receipt(guess, decoder.measure(model, base=base, decoder_layers=4, batch=4)).frame
+    assert guess.in_range
+    assert abs(receipt["error"].iloc[0]) < 0.3, receipt
+    assert (receipt.loc[receipt["unit"] == "bytes", "error"] == 0).all(), receipt

@@ -9,12 +9,7 @@ from effkit.models.parallel_heads import cache_bytes
 SIZE = {"layers": 2, "hidden": 32, "heads": 4, "vocabulary": 50, "device": "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 4])

@@ -36,17 +36,11 @@ def phases_ns(watched: Watched) -> dict[str, int]:
     return {"prefill": first, "decode": watched.wall_ns - first}
 
 
-def medians(of_each: list[dict[str, int]]) -> dict[str, float]:
-    """Each row's median over repetitions."""
-    return {row: float(np.median([rows.get(row, 0) for rows in of_each])) for row in of_each[0]}
-
-
-def measured_rows(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+def measured_rows(run: Run) -> tuple[dict[str, int], dict[str, int]]:
     """Rows and phases of a run [ns]; of a run that could not be watched, one row and no phases."""
     if not run.watched:
         return {WHOLE: run.total_ns}, {}
-    coded = run.setting.encoder_layers > 0
-    return medians([rows_ns(w, coded) for w in run.watched]), medians([phases_ns(w) for w in run.watched])
+    return rows_ns(run.fastest, run.setting.encoder_layers > 0), phases_ns(run.fastest)
 
 
 def generation_account(
@@ -56,7 +50,7 @@ def generation_account(
     *,
     total_ns: float,
     weight_bytes: int,
-    cache: CacheBytes,
+    cache: CacheBytes | None,
     seconds_per_cell: float | None,
     source: str,
     basis: str = "measured",
@@ -64,7 +58,10 @@ def generation_account(
     in_range: bool = True,
     calibration: Any = None,
 ) -> Account:
-    """One generation, with time per token, rates, phases, weights and cache as companions; all with its band."""
+    """One generation, with time per token, rates, phases, weights and cache as companions; all with its band.
+
+    A cache of None is not visible.
+    """
     total = round(total_ns)
     span = (1.0, 1.0) if band_frac is None else (1 / (1 + band_frac), 1 + band_frac)
     more: dict[str, Any] = {"setting": setting.plain(), "in_range": in_range, "basis": basis}
@@ -87,10 +84,10 @@ def generation_account(
         beside.append(told(SHARE, "ppm", {"share": share}, "all but the encoder", span[0], min(span[1], 1e6 / share)))
     if phases:
         beside.append(told(PHASES, "ns", phases, "the end of the first step", *span))
-    beside += [
-        told(WEIGHTS, "bytes", {"weights": weight_bytes}, "the parameters", 1, 1),
-        told(CACHE, "bytes", {SELF: cache.self_attention, CROSS: cache.cross_attention}, "keys and values", 1, 1),
-    ]
+    beside.append(told(WEIGHTS, "bytes", {"weights": weight_bytes}, "the parameters", 1, 1))
+    if cache is not None:
+        held = {SELF: cache.self_attention, CROSS: cache.cross_attention}
+        beside.append(told(CACHE, "bytes", held, "keys and values", 1, 1))
     return Account.of(
         TIME, "ns", {row: round(value) for row, value in rows.items()}, total=total, source=source,
         companions=tuple(beside), calibration=calibration, **_band(total, band_frac, *span), **more,

@@ -41,7 +41,8 @@ def _altered(known: Calibration, setting: Setting) -> tuple[Costs, StepSize]:
         return costs, size
     old, new = (_product(known, one) for one in (base, setting))
     wide = (setting.width or 1) / (base.width or 1)
-    heads = setting.kv_heads / base.kv_heads * _cell_bytes(setting) / _cell_bytes(base)
+    sizes, before_sizes = known.memory.sizes(setting), known.memory.sizes(base)
+    heads = sizes.kv_heads / before_sizes.kv_heads * _cell_bytes(setting) / _cell_bytes(base)
 
     def row(part: str, cost: RowCost) -> RowCost:
         before, after = then.of_part.get(part, 0), now.of_part.get(part, 0)
@@ -57,7 +58,7 @@ def _altered(known: Calibration, setting: Setting) -> tuple[Costs, StepSize]:
             cost.per_row * (1.0 if part == BETWEEN else ratio),
             per_cell,
             cost.cold,
-            cost.rising,
+            cost.rising * heads,
             cost.most,
         )
 

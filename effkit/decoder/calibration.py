@@ -149,12 +149,12 @@ def probes(model: Any, base: Setting) -> list[Setting]:
     One sequence is another regime than several: matrix times vector. So that its depth is told from the caches, it is
     run at two depths; several, at two batches.
     """
-    depth, coded = base.decoder_layers, base.encoder_layers
+    depth, coded = base.depth, base.encoder_layers
     deep, half, shallow = (3 * depth, max(1, depth // 2), max(1, depth // 4))
     many, few = 3 * coded, min(coded, max(1, coded // 4))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if depth >= _DEEP or 3 * weights > _TOO_LARGE_BYTES:
-        deep, shallow, many = depth, max(1, depth // 8), coded + coded // 2
+        deep, shallow, many = depth, max(1, depth // 8), 9 * coded // 4  # as parameters held would have it
     middle = _MIDDLE_BATCH if base.batch == 1 else 2 * base.batch
     large = max(_LARGE_BATCH, 4 * base.batch)
     length = base.input_length
@@ -168,7 +168,7 @@ def probes(model: Any, base: Setting) -> list[Setting]:
 
 def _possible(model: Any, base: Setting, **changes: Any) -> Setting:
     """The changed setting, with steps and input within the model's positions."""
-    setting = replace(base, **changes)
+    setting = replace(base, exit_layer=0, **changes)
     sizes = configurations.sizes(model.config)
     if hasattr(model.config, "num_mel_bins"):  # Whisper: one length of input only
         setting = replace(setting, input_length=base.input_length)

@@ -42,8 +42,14 @@ class Run:
     step: StepSize
 
     @property
-    def total_ns(self) -> float:
-        return float(np.median(self.plain_ns))
+    def total_ns(self) -> int:
+        """Of the fastest generation: other work on the machine makes one slower, and never faster."""
+        return min(self.plain_ns)
+
+    @property
+    def fastest(self) -> Watched:
+        """The fastest of those with clocks inside."""
+        return min(self.watched, key=lambda one: one.wall_ns)
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ def _row_cost(runs: Sequence[Run], part: str, caches: Caches, hinted_cold: float
     rows, target = [], []
     for run in runs:
         setting = run.setting
-        times = np.median([w.steps[part].to_numpy() for w in run.watched], axis=0)
+        times = _undisturbed([w.steps[part].to_numpy() for w in run.watched])
         times = times / setting.depth if part in PER_LAYER else times
         cells = run.step.prompt_cells + np.arange(len(times))
         for chunk in np.array_split(np.arange(1, len(times)), min(_BINS, max(1, len(times) - 1))):
@@ -190,7 +196,7 @@ def _bulk(runs: Sequence[Run], time_ns: Any, pairs: bool = True) -> BulkCost:
         setting = run.setting
         cells = setting.rows * setting.input_length
         rows.append([1.0, cells, cells * setting.input_length * pairs])
-        target.append(np.median([time_ns(w, setting) for w in run.watched]))
+        target.append(_undisturbed([time_ns(w, setting) for w in run.watched]))
     return BulkCost(*_fitted(rows, target))
 
 
@@ -210,8 +216,13 @@ def _start(runs: Sequence[Run], costs: Costs) -> BulkCost:
             taken = [w.start_ns + max(0.0, w.steps.iloc[0].sum() - w.steps[CROSS_KV].iloc[0] - usual)
                      for w in run.watched]  # fmt: skip
         rows.append([1.0, setting.rows * setting.depth * cells])
-        target.append(np.median(taken))
+        target.append(_undisturbed(taken))
     return BulkCost(*_fitted(rows, target))
+
+
+def _undisturbed(times: Sequence[Any]) -> Any:
+    """The lower quartile over repetitions: other work makes a part slower, and never faster."""
+    return np.percentile(np.asarray(times, dtype=np.float64), 25, axis=0)
 
 
 def _fitted(rows: Sequence[Any], target: Sequence[Any], hint: tuple[Floats, float] | None = None) -> list[float]:

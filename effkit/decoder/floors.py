@@ -24,10 +24,14 @@ LAUNCHES, READING, ARITHMETIC = "launches", "reading", "arithmetic"
 _PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
 _COLUMNS = 1024  # of the matrices that are read
 _SECONDS = 0.05
+# Beside true views: they lay out memory, or look at it in another shape
+_LAUNCH_NOTHING = ("aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::empty", "aten::empty_like",
+                   "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")  # fmt: skip
 
 
 class Launches(TorchDispatchMode):
-    """A clock that counts operators instead of time: those that only make views launch nothing and do not count."""
+    """A clock that counts operators instead of time: those that only make views or lay out memory launch nothing and
+    do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +46,7 @@ class Launches(TorchDispatchMode):
         return np.asarray(marks, dtype=np.int64) - marks[0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not func.is_view
+        self.number += not func.is_view and func._schema.name not in _LAUNCH_NOTHING
         return func(*args, **(kwargs or {}))
 
 

@@ -13,6 +13,7 @@ import torch
 from effkit.decoder import configurations
 from effkit.decoder.nesting import exit_at
 from effkit.decoder.setting import Setting
+from effkit.decoder.speculating import speculate
 
 _NEVER = 10**9  # no vocabulary has it
 _DEFAULT_LENGTH = {"input_features": 400, "input_ids": 32}
@@ -74,14 +75,27 @@ def prepared(model: Any, inputs: Any, setting: Setting) -> Ready:
     if setting.weight_bits and setting.weight_bits != 8 * torch.empty(0, dtype=_dtype(setting)).element_size():
         raise ValueError("weight_bits is a prediction from bytes alone; nothing here runs on weights of fewer bits")
     ready = _sized(model, setting)
+    if setting.num_draft:
+        return _speculating(ready, setting)
     batch = make_inputs(ready, inputs, setting)
     how = generation_config(ready, setting)
 
     def call() -> Any:
         with torch.no_grad(), _quiet(), _exited(ready, setting):
-            return ready.generate(**batch, generation_config=how)
+            return ready.generate(**batch, **_own_cache(ready, setting), generation_config=how)
 
     return Ready(ready, setting, call)
+
+
+def _own_cache(model: Any, setting: Setting) -> dict[str, Any]:
+    """Where transformers would count the cache's layers by the encoder, as it does for T5, one that grows by itself."""
+    counted = getattr(model.config, "num_hidden_layers", None)
+    grows = setting.cache == "on" and setting.compiled == "off" and setting.encoder_layers > 0
+    if not grows or not isinstance(counted, int) or counted >= setting.depth:
+        return {}
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
 def _sized(model: Any, setting: Setting) -> Any:
@@ -90,12 +104,37 @@ def _sized(model: Any, setting: Setting) -> Any:
     changes = {name: value for name, value in asked.items() if value and value != getattr(found, name)}
     if not changes and model.dtype == _dtype(setting):
         return model
-    config = configurations.changed(model.config, **changes)
-    device = next(model.parameters()).device
-    with torch.random.fork_rng():
-        built = type(model)(config).to(device=device, dtype=_dtype(setting)).eval()
+    built = _built(model, configurations.changed(model.config, **changes), setting)
     built.generation_config = copy.deepcopy(model.generation_config)
     return built
+
+
+def _built(model: Any, config: Any, setting: Setting) -> Any:
+    device = next(model.parameters()).device
+    with torch.random.fork_rng():
+        return type(model)(config).to(device=device, dtype=_dtype(setting)).eval()
+
+
+def _speculating(model: Any, setting: Setting) -> Ready:
+    """Drafted by the same model with ``draft_frac`` of its layers; from a random prompt, which is part of the call."""
+    if setting.encoder_layers or setting.batch > 1:
+        raise ValueError("speculative decoding is for one sequence of a decoder-only model; take num_draft=0")
+    if setting.cache == "off" or setting.compiled == "on":
+        raise ValueError(
+            "speculative decoding runs here with a growing cache and uncompiled steps; "
+            f"given: cache={setting.cache!r}, compiled={setting.compiled!r}; take 'on' and 'off', or num_draft=0"
+        )
+    depth = max(1, round(setting.draft_frac * setting.decoder_layers))
+    draft = _built(model, configurations.changed(model.config, decoder_layers=depth), setting)
+
+    def call() -> Any:
+        with _exited(model, setting):
+            return speculate(
+                model, draft, num_steps=setting.num_steps, num_draft=setting.num_draft,
+                acceptance=setting.acceptance, input_length=setting.input_length,
+            )  # fmt: skip
+
+    return Ready(model, setting, call)
 
 
 def _dtype(setting: Setting) -> torch.dtype:

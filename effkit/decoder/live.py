@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,9 +70,10 @@ def measure(
         An earlier measurement of this model: the setting is run in turn with it, and its time is told relative to it,
         for the machine's speed drifts. What is not given stays as it was there.
     calibrated
-        Without a base: also run three settings around this one, which :func:`predict` rests on.
+        Without a base: also run three settings around this one, which :func:`predict` rests on. Not where the base
+        itself is compiled, drafted, without a cache, or a beam search.
     repeats
-        Generations of each setting, with and without clocks; medians count.
+        Generations of each setting, with and without clocks; the fastest of either counts.
     changes
         Of :class:`Setting`: ``decoder_layers=4``, ``dtype="bfloat16"``. Other sizes are built with random weights.
 
@@ -84,17 +86,25 @@ def measure(
         raise ValueError(f"repeats is at least 1; given: {repeats}")
     given = {name: value for name, value in {"num_steps": num_steps, "batch": batch}.items() if value is not None}
     if not hasattr(model, "generate") and not isinstance(model, torch.nn.Module) and callable(model):
-        return measure_step(model, inputs, repeats=repeats, progress=progress, **given, **changes)
+        if base is not None or changes:
+            unknown = ", ".join([*changes, *(["base"] if base is not None else [])])
+            raise ValueError(
+                f"a step(token, cache) function is measured as it is, with num_steps and batch; given: {unknown}; "
+                "give a model with generate() for the rest"
+            )
+        return measure_step(model, inputs, repeats=repeats, progress=progress, **given)
     if base is None:
         setting = setting_of(model, inputs, **given, **changes)
-        settings = [setting, *(probes(model, setting) if calibrated and _watchable(setting) else ())]
+        if setting.hold_parameters == "on":
+            raise ValueError("hold_parameters keeps the parameters of a base: give base=, or the layers themselves")
+        settings = [setting, *(probes(model, setting) if calibrated and _plain(setting) else ())]
     else:
         known = calibration_of(base)
         setting = checked(model, known.resolved(known.setting.change(given | changes)))
         settings = [known.setting, setting]
     ready = [prepared(model, inputs, setting) for setting in settings]
     with evaluating(*(one.model for one in ready)):
-        runs, caches, memory = _run(ready, repeats, progress)
+        runs, caches, memory = _run(ready, model.config, repeats, progress)
     if base is not None:
         scale = base.total / runs[0].total_ns
         return _accounted(runs[1], ready[1], caches[1], scale=scale)
@@ -104,14 +114,21 @@ def measure(
     return _accounted(runs[0], ready[0], caches[0], calibration=found)
 
 
+def _plain(setting: Setting) -> bool:
+    """The costs are those of greedy steps with a cache."""
+    return _watchable(setting) and setting.cache == "on" and setting.num_beams == 1
+
+
 def _watchable(setting: Setting) -> bool:
     """A compiled step has no modules left, and speculation runs two models."""
     return setting.compiled == "off" and not setting.num_draft
 
 
-def _run(ready: Sequence[Ready], repeats: int, progress: Progress | None) -> tuple[list[Run], list[CacheBytes], Memory]:
+def _run(
+    ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None
+) -> tuple[list[Run], list[CacheBytes | None], Memory]:
     """Every setting ``repeats`` times, in turn, with clocks inside and without; the cache that each leaves; and the
-    memory of the first's model."""
+    memory of such models. ``config`` is that of the model that was given."""
     turns = [number for _ in range(repeats) for number in range(len(ready))]
     done, total = 0, len(ready) + len(turns)
 
@@ -121,14 +138,16 @@ def _run(ready: Sequence[Ready], repeats: int, progress: Progress | None) -> tup
         if progress is not None:
             progress(done, total)
 
-    caches, prompts = [], []
+    caches: list[CacheBytes | None] = []
+    prompts = []
     for one in ready:  # untimed: memory is laid out, code is loaded (or compiled)
         output = one.call()
-        caches.append(in_cache(getattr(output, "past_key_values", None)))
+        # what speculation leaves is cropped, and not handed out: not visible
+        caches.append(None if one.setting.num_draft else in_cache(getattr(output, "past_key_values", None)))
         made = output.sequences.shape[1] if hasattr(output, "sequences") else 0
         prompts.append(max(1, made - one.setting.num_steps))
         told()
-    memory = _memory(ready[0], caches[0], prompts[0])
+    memory = _memory(ready[0], config, caches[0], prompts[0])
     watched: list[list[Watched]] = [[] for _ in ready]
     plain: list[list[int]] = [[] for _ in ready]
     for number in turns:
@@ -161,13 +180,14 @@ def _bytes(module: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _memory(one: Ready, cache: CacheBytes, prompt_cells: int) -> Memory:
-    setting, sizes = one.setting, configurations.sizes(one.model.config)
-    per_cell = kv_cache_bytes(one.model.config, setting.rows, 0, encoder_cells=1, dtype=setting.dtype).cross_attention
-    cells = cache.cross_attention // per_cell if per_cell and sizes.encoder_layers else 0
-    return Memory(
-        type(one.model), one.model.config, prompt_cells, halvings(setting.input_length, cells) if cells else None
-    )  # fmt: skip
+def _memory(one: Ready, config: Any, cache: CacheBytes | None, prompt_cells: int) -> Memory:
+    setting = one.setting
+    run = configurations.changed(one.model.config, decoder_layers=setting.depth)
+    per_cell = kv_cache_bytes(run, setting.rows, 0, encoder_cells=1, dtype=setting.dtype).cross_attention
+    cells = cache.cross_attention // per_cell if cache and per_cell else 0
+    halved = halvings(setting.input_length, cells) if cells else None
+    # a copy: exit_layer changes the live one while it runs
+    return Memory(type(one.model), copy.deepcopy(config), prompt_cells, halved)
 
 
 def _calibrated(one: Ready, runs: Sequence[Run], memory: Memory) -> Calibration:
@@ -190,7 +210,7 @@ def _seconds_per_cell(model: Any) -> float | None:
 
 
 def _accounted(
-    run: Run, one: Ready, cache: CacheBytes, *, scale: float = 1.0, calibration: Calibration | None = None
+    run: Run, one: Ready, cache: CacheBytes | None, *, scale: float = 1.0, calibration: Calibration | None = None
 ) -> Account:
     rows, phases = accounting.measured_rows(run)
     overhead = f"; clocks inside cost {overhead_frac([run]):+.1%}" if run.watched else ""

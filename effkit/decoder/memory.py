@@ -12,13 +12,15 @@ import torch
 from effkit.decoder import anatomy, configurations
 from effkit.decoder.setting import DTYPES, Setting
 
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call their number
+
 
 @dataclass(frozen=True)
 class Parameters:
     """How many parameters a model has: ``fixed``, plus so many per layer.
 
-    ``of_part`` are those of a decoder layer's parts, and of the output layer, shared or not; those of cross-attention
-    without its keys' and values', which are computed once.
+    ``of_part`` are those of a decoder layer's parts that a token meets, and of the output layer, shared or not; those
+    of cross-attention without its keys' and values', which are computed once; of experts, as many as it is sent to.
     """
 
     fixed: int
@@ -39,7 +41,7 @@ class Parameters:
         """
         spare = total - self.fixed - decoder_layers * self.per_decoder_layer
         if spare < self.per_encoder_layer / 2:
-            most = (total - self.fixed - self.per_encoder_layer) // self.per_decoder_layer
+            most = (2 * (total - self.fixed) - self.per_encoder_layer) // (2 * self.per_decoder_layer)
             raise ValueError(
                 f"decoder_layers={decoder_layers} leave no encoder layer in {total:,} parameters; take at most {most}"
             )
@@ -59,7 +61,7 @@ def count(kind: type, config: Any) -> Parameters:
     per_encoder = _size(_built(kind, config, 2, 1)) - one if coded else 0
     of_part = dict.fromkeys((anatomy.SELF, anatomy.CROSS, anatomy.CROSS_KV, anatomy.FFN), 0)
     for name, module in anatomy.of_layer(anatomy.layers(deep)[-1]):
-        of_part[name] += _size(module)
+        of_part[name] += _size(module) - _idle(module, config)
     of_part[anatomy.CROSS] -= of_part[anatomy.CROSS_KV]
     output = small.get_output_embeddings()
     of_part[anatomy.OUTPUT] = _size(output) if output is not None else 0
@@ -74,6 +76,16 @@ def _built(kind: type, config: Any, encoder_layers: int, decoder_layers: int) ->
 
 def _size(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _idle(module: Any, config: Any) -> int:
+    """Parameters of the experts that a token is not sent to."""
+    each = getattr(config, "num_experts_per_tok", None)
+    number = next((size for name in _EXPERTS if isinstance(size := getattr(config, name, None), int)), None)
+    if not isinstance(each, int) or not number:
+        return 0
+    experts = [child for name, child in module.named_modules() if name.rpartition(".")[2] == "experts"]
+    return sum(_size(child) for child in experts) * max(0, number - each) // number
 
 
 class CacheBytes(NamedTuple):

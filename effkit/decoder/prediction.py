@@ -98,22 +98,23 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
     known = calibration_of(base)
     rest, sizes = known.setting, known.memory.sizes(known.setting)
     coded = rest.encoder_layers > 0
-    knobs: list[Slider | Choice] = []
+    knobs: list[Slider | Choice] = [
+        Slider("decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run per token"),
+    ]
     if coded:
         knobs += [
-            Slider("encoder_layers", "Encoder layers [count]", 1, max(32, 2 * rest.encoder_layers), 1, "Run once"),
-            Choice("hold_parameters", "Hold parameters equal", SWITCH, "Layers move between decoder and encoder"),
-        ]
+            Choice("hold_parameters", "Hold parameters equal", SWITCH, "Layers move from decoder to encoder"),
+            Slider("encoder_layers", "Encoder layers [count]", 1, max(32, 2 * rest.encoder_layers), 1,
+                   "Run once; with parameters held they follow from the decoder's"),
+        ]  # fmt: skip
     knobs += [
-        Slider(
-            "decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run for every token"
-        ),
         Slider("width", "Width [values]", sizes.head_dim, 4 * rest.width, sizes.head_dim, "Values per token"),
         Slider("batch", "Batch [sequences]", 1, max(32, 4 * rest.batch), 1, "Generated together"),
-        Slider("num_steps", "Tokens to generate [count]", 1, 6 * rest.num_steps, 1, "Per sequence"),
+        Slider("num_steps", "Tokens [count]", 1, 6 * rest.num_steps, 1, "To generate, per sequence"),
         Slider("input_length", "Input length [cells]", 1, 4 * rest.input_length, 1, "Frames or tokens"),
         Choice("cache", "Key-value cache", SWITCH, "Off: every step computes all positions anew"),
         Choice("dtype", "Data type", tuple(DTYPES), "Of weights and values"),
+        Slider("weight_bits", "Weight bits [bits]", 0, 8, 4, "0: as the data type says; predicted only"),
         Choice("compiled", "Compiled steps", SWITCH, "Static cache and torch.compile, or a CUDA graph"),
         Slider("num_beams", "Beams [count]", 1, 8, 1, "1 is greedy"),
         Slider("exit_layer", "Exit after layer [number]", 0, rest.decoder_layers, 1, "0: after the last"),

@@ -17,23 +17,24 @@ RECORDED = "Time of the recorded generation"
 ATTENTION, PRODUCTS, COPIES, CHOOSING, ELEMENTWISE = (
     "attention", "matrix products", "cache and copies", "choosing tokens", "norms, sums and the rest"
 )  # fmt: skip
-HOST, TRANSFERS, UNSEEN = "host between operators", "copies between devices", "not visible"
+HOST, UNSEEN = "host between operators", "not visible"
 # The first that an operator's name shows.
 _FAMILIES: Mapping[str, re.Pattern[str]] = {
     ATTENTION: re.compile(r"attention|flash|softmax|::(badd)?bmm\b"),  # its products are batched
     CHOOSING: re.compile(r"argmax|topk|multinomial|::sort|isin|cumsum|::eq|::max\b"),
     PRODUCTS: re.compile(r"::(add)?mm\b|linear|matmul|conv|::mv\b|gemm"),
-    COPIES: re.compile(r"::cat\b|copy|index_select|index_put|clone|contiguous|repeat"),
+    COPIES: re.compile(r"::cat\b|copy|index_select|index_put|clone|contiguous|repeat|scalar_dense"),
 }
 
 
 def account(capture: Capture, step: str | None = None) -> Account:
     """Where a recorded generation goes, by what its operators do.
 
-    ``matrix products``, ``attention``, ``cache and copies`` (growing and reordering it), ``choosing tokens``, and the
-    rest of the operators: host time where no device was recorded, otherwise the device's, of the kernels that they
-    launched. ``host between operators`` is time in which none ran: on a GPU, its launch gaps. What a CUDA graph or an
-    unrecorded device did while the host waited is ``not visible``.
+    ``matrix products``, ``attention``, ``cache and copies`` (growing and reordering it, and what goes to the host),
+    ``choosing tokens``, and the rest of the operators: host time where no device was recorded, otherwise the device's,
+    of the kernels and copies that they launched. ``host between operators`` is time in which none ran: on a GPU, its
+    launch gaps. Kernels that no operator launched, as those of CUDA graphs, and what an unrecorded device did while
+    the host waited, are ``not visible``.
 
     Parameters
     ----------
@@ -59,15 +60,13 @@ def account(capture: Capture, step: str | None = None) -> Account:
     on_device = overview["kernel_ns"].notna().any()
     own = table["device_self_ns" if on_device else "host_self_ns"].fillna(0).astype("int64")
     families = own.groupby(table.index.map(_family)).sum()
-    busy = int(overview["kernel_ns" if on_device else "cpu_exec_ns"].sum())
+    busy = int(overview[["kernel_ns", "memcpy_ns"] if on_device else ["cpu_exec_ns"]].sum().sum())
     whole = max(1, int(families.sum()))
     # operators may overlap, on several threads or streams: their shares of the time that any of them ran
-    rows = {family: round(busy * families.get(family, 0) / whole) for family in (*_FAMILIES, ELEMENTWISE)}
+    rows = {family: round(busy * families.get(family, 0) / whole) for family in (*_FAMILIES, ELEMENTWISE, UNSEEN)}
     rest = overview.drop(columns=["start_ns"])
-    if on_device:
-        rows[TRANSFERS] = int(rest["memcpy_ns"].sum())
     if rest["not_visible_ns"].notna().any():
-        rows[UNSEEN] = int(rest["not_visible_ns"].sum())
+        rows[UNSEEN] += int(rest["not_visible_ns"].sum())
     others = ["idle_ns", "dataloader_ns", "exposed_communication_ns", *(["cpu_exec_ns"] if on_device else [])]
     rows[HOST] = int(rest[others].fillna(0).sum().sum())
     total = int(rest["dur_ns"].sum())
@@ -80,6 +79,8 @@ def account(capture: Capture, step: str | None = None) -> Account:
 
 
 def _family(operator: str) -> str:
+    if operator == UNSEEN:  # of the table: kernels that no operator launched
+        return UNSEEN
     name = str(operator).lower()
     return next((family for family, pattern in _FAMILIES.items() if pattern.search(name)), ELEMENTWISE)
 
@@ -91,7 +92,7 @@ def positions(measured: Account) -> pd.DataFrame:
     -------
     DataFrame
         Indexed by ``token``, from 1; ``time_ns``, from the end of the step before to the end of its own, the median
-        over repetitions.
+        over repetitions, as they were timed (of a measurement with a base: not relative to it).
 
     Raises
     ------

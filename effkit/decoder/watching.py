@@ -91,7 +91,7 @@ def watch(model: nn.Module, generate: Callable[[], object], clock: Clock | None 
         When the model has no layers that can be told, or ``generate`` never calls it.
     """
     known = [Part(_STEP, -1, model), *parts(model)]
-    clock = clock or Stopwatch()
+    clock = clock or Stopwatch(cuda=any(parameter.is_cuda for parameter in model.parameters()))
     with _clocked(known, clock) as marks:
         start = clock.mark()
         generate()
@@ -102,8 +102,8 @@ def watch(model: nn.Module, generate: Callable[[], object], clock: Clock | None 
 class Stopwatch:
     """Time: of the host, or of the CUDA stream, where a mark is an event."""
 
-    def __init__(self) -> None:
-        self.cuda = torch.cuda.is_available()
+    def __init__(self, *, cuda: bool) -> None:
+        self.cuda = cuda
 
     def mark(self) -> Any:
         """Now."""

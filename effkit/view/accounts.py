@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from effkit.account import Account
-from effkit.view.style import GREY, NAMED, axes, colour, unit_axis
+from effkit.view.style import GREY, NAMED, axes, colour, legend_columns, unit_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,11 +14,13 @@ if TYPE_CHECKING:
 
 def account(account: Account, ax: Axes | None = None) -> Axes:
     """One horizontal bar, a segment per row, the residual hatched, the band as a whisker."""
-    ax = axes(ax, (7.0, 1.7))
+    names = [f"{item} {share:.1%}" for item, share in account.share.items()]
+    columns = legend_columns(names, 4)
+    num_lines = math.ceil((len(names) + 1) / columns)
+    ax = axes(ax, (7.0, 1.7 + 0.22 * max(0, num_lines - 3)))
     left = 0.0
     for position, (item, value) in enumerate(account.frame["value"].items()):
-        share = account.share[item]
-        ax.barh(0, value, left=left, color=colour(str(item), position), label=f"{item} {share:.1%}", height=0.6)
+        ax.barh(0, value, left=left, color=colour(str(item), position), label=names[position], height=0.6)
         left += value
     if account.residual:
         ax.barh(0, account.residual, left=left, color="white", edgecolor=GREY, hatch="///", height=0.6,
@@ -29,8 +32,7 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     ax.set_yticks([])
     unit_axis(ax.xaxis, account.unit)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    many = len(account.frame) > 8  # of long names: four columns would push the bar together
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3 if many else 4, frameon=False, fontsize=9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=columns, frameon=False, fontsize=9)
     return ax
 
 

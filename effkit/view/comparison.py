@@ -9,9 +9,9 @@ from matplotlib.patches import Rectangle
 
 from effkit.account import Account, readable
 from effkit.receipt import Receipt
-from effkit.view.style import colour, png, svg
+from effkit.view.style import colour, legend_columns, png, svg
 
-_ONE_LINE, _COLUMNS = 6, 4  # rows that a legend names on one line; in how many columns more of them stand
+_ONE_LINE, _COLUMNS = 6, 4  # rows that a legend names on one line; in how many columns at most more of them stand
 
 
 class Comparison:
@@ -23,10 +23,11 @@ class Comparison:
     def __init__(self, base: Account) -> None:
         self._base = base
         many = len(base.frame) > _ONE_LINE  # then the legend takes several lines
-        height = 1.9 + (0.17 * math.ceil(len(base.frame) / _COLUMNS) if many else 0.0)
+        columns = legend_columns(list(base.frame.index), _COLUMNS)
+        height = 1.9 + (0.17 * math.ceil(len(base.frame) / columns) if many else 0.0)
         self.figure = Figure(figsize=(7.4, height))
         self._ax = self.figure.add_axes((0.155, 0.04, 0.84, 1.48 / height))
-        self._columns = _COLUMNS if many else None
+        self._columns = columns if many else None
         self._ax.set_ylim(-0.6, 2.6)
         self._ax.axis("off")
         self._items: dict[str, list[Rectangle]] = {}

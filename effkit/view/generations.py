@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from effkit.account import readable
 from effkit.view.style import GREY, OKABE_ITO, axes, colour, unit_axis
@@ -60,11 +60,13 @@ def curves(table: pd.DataFrame, unit: str, ax: Axes | None = None, *, log: bool 
         ax.legend(frameon=False, fontsize=8)
     if log:
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set_yscale("log", base=2)
         ax.set_xticks(list(table.index), [f"{value:,}" for value in table.index])
-        ax.yaxis.set_major_formatter(lambda value, _: readable(value, unit))
     else:
         ax.set_ylim(bottom=0)
-        unit_axis(ax.yaxis, unit)
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=pd.api.types.is_integer_dtype(table.index.dtype)))
+    # a scale brings its own formatter: ours comes last
+    ax.yaxis.set_major_formatter(lambda value, _: readable(value, unit) if unit in ("ns", "bytes") else f"{value:g}")
+    if unit not in ("ns", "bytes"):
+        ax.set_ylabel(unit)
     return ax

@@ -6,6 +6,7 @@ import html
 import io
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with any colour vision. The first four suit stacked rows.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 GREY = "#777777"
+_LEGEND_LETTERS = 96  # in a line of a legend as wide as a picture
 NAMED = {
     "real": "#0072B2",
     "padding": "#E69F00",
@@ -110,6 +112,12 @@ def axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     from matplotlib import pyplot  # only to make the figure that a notebook shows
 
     return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def legend_columns(names: Sequence[str], most: int) -> int:
+    """As many columns as the width of a picture has room for: more would push its axes together."""
+    longest = max((len(str(name)) for name in names), default=1)
+    return max(1, min(most, _LEGEND_LETTERS // (longest + 6)))
 
 
 def unit_axis(axis: Axis, unit: str) -> None:

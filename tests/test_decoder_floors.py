@@ -1,0 +1,181 @@
+"""Floors of a step: counts against those made by hand, and no part of a live model that beats its own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_decoder_watching import MODELS, SMALL
+
+import effkit as ek
+from effkit import decoder
+from effkit.decoder import floors, watching
+from effkit.decoder.anatomy import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.generating import prepared, setting_of
+from effkit.decoder.products import Caches, caches, product_cost
+
+PARTS = [SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT]
+# One whose ceilings are round numbers
+ROUND = SimpleNamespace(rate_flops_per_s={"float32": 1e9}, launch_overhead_ns=1000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def speech():
+    return ek.models.speech(hidden=32, encoder_layers=2, decoder_layers=3, heads=2)
+
+
+@pytest.fixture(scope="module")
+def base(speech):
+    return decoder.measure(speech, num_steps=6, batch=2, input_length=41, repeats=2)
+
+
+def test_bytes_and_products_are_those_that_a_hand_counts(speech, base):
+    table = decoder.roofline(base, ROUND)
+    assert list(table.index) == [*PARTS, "step"]
+    # 3 layers; four matrices of 32 x 32 with biases, of cross-attention two; 6 steps after 1 token: 4 cells on average
+    square, layers, rows = 32 * 32 + 32, 3, 2
+    weights = {SELF: 4 * square * layers, CROSS: 2 * square * layers, OUTPUT: 32 * 1000, NORMS: 0, EMBEDDING: 0}
+    assert {part: table.loc[part, "weight_bytes"] / 4 for part in weights} == weights
+    assert table.loc[FFN, "weight_bytes"] / 4 == layers * (2 * 32 * 128 + 32 + 128)
+    cells = {SELF: 4, CROSS: 11}  # 41 frames become 21, and those 11 cells
+    assert {part: table.loc[part, "kv_bytes"] for part in cells} == {
+        part: 2 * 4 * layers * rows * 32 * number for part, number in cells.items()
+    }
+    assert (table.loc[[FFN, OUTPUT, NORMS], "kv_bytes"] == 0).all()
+    for part, number in {**cells, OUTPUT: 0}.items():
+        # a multiplication and an addition for each weight and row; keys and values meet one query each
+        assert table.loc[part, "flops"] == 2 * weights[part] * rows + 2 * 2 * layers * rows * 32 * number
+
+
+def test_grouped_heads_read_less_and_compute_as_much():
+    model = ek.models.text(hidden=64, heads=4, layers=2, kv_heads=1)
+    table = decoder.roofline(decoder.measure(model, num_steps=4, input_length=10, repeats=1), ROUND)
+    assert table.loc[SELF, "kv_bytes"] == 2 * 4 * 2 * 12 * 16
+    assert table.loc[SELF, "flops"] == 2 * table.loc[SELF, "weight_bytes"] / 4 + 4 * 2 * 12 * 64
+    assert CROSS not in table.index
+
+
+def test_the_largest_floor_binds_and_the_step_is_the_sum_of_its_parts(base):
+    table = decoder.roofline(base, ROUND)
+    counted = ["time_ns", "launches", "weight_bytes", "kv_bytes", "flops"]
+    assert table.loc["step", counted].astype(float).tolist() == pytest.approx(
+        table.loc[PARTS, counted].sum().astype(float).tolist(), abs=4
+    )
+    assert (table["launches_ns"] == 1000 * table["launches"]).all()
+    assert table["arithmetic_ns"].tolist() == pytest.approx(table["flops"].tolist(), abs=1)
+    rate = base.calibration.read_bytes_per_s
+    reading = (table["weight_bytes"] + table["kv_bytes"]) / rate * 1e9
+    assert table["reading_ns"].tolist() == pytest.approx(reading.tolist(), abs=1)
+    named = table[["launches_ns", "reading_ns", "arithmetic_ns"]]
+    assert (table["floor_ns"] == named.max(axis=1)).all()
+    assert all(row[f"{row['binds']}_ns"] == row["floor_ns"] for _, row in table.iterrows())
+    assert table["reached_frac"].tolist() == pytest.approx((table["floor_ns"] / table["time_ns"]).tolist(), rel=0.01)
+    slow = SimpleNamespace(rate_flops_per_s={"float32": 1e3}, launch_overhead_ns=1000)
+    assert (decoder.roofline(base, slow).loc[[SELF, CROSS, FFN, OUTPUT], "binds"] == "arithmetic").all()
+    still = SimpleNamespace(rate_flops_per_s={"bfloat16": 1e15}, launch_overhead_ns=0)
+    assert (decoder.roofline(base, still).loc[[SELF, CROSS, FFN, OUTPUT], "binds"] == "reading").all()
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("hidden", [32, 64, 256])
+@pytest.mark.parametrize("kind", ["speech", "text"])
+def test_no_part_and_no_step_beats_its_own_floor(kind, hidden, batch):
+    sizes = {"encoder_layers": 1, "decoder_layers": 2} if kind == "speech" else {"layers": 2}
+    model = getattr(ek.models, kind)(hidden=hidden, heads=2, **sizes)
+    _beaten(decoder.measure(model, num_steps=5, batch=batch, repeats=2))
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "gpt2"])
+def test_nor_do_those_of_other_models(name):
+    _beaten(decoder.measure(MODELS[name](), num_steps=5, repeats=2))
+
+
+def test_nor_do_experts_of_which_a_token_meets_few():
+    import transformers as hub
+
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = hub.MixtralConfig(**SMALL | wide, num_local_experts=32, num_experts_per_tok=1)
+    base = decoder.measure(hub.MixtralForCausalLM(config), num_steps=5, repeats=2)
+    _beaten(base)
+    assert decoder.roofline(base).loc[FFN, "weight_bytes"] == 4 * 2 * (3 * 128 * 512 + 32 * 128)
+
+
+def _beaten(base):
+    table = decoder.roofline(base)
+    assert (table["floor_ns"] > 0).all()
+    assert (table["reached_frac"] < 1).all(), table
+
+
+def test_operators_that_are_no_views_are_counted():
+    x, weight = torch.ones(2, 3, 4), torch.ones(5, 4)
+
+    def some():
+        y = torch.nn.functional.linear(x, weight)  # one product; its transpose and the reshaping launch nothing
+        y = y.transpose(0, 1)[:2].unsqueeze(0)
+        z = torch.empty(3)
+        return y + 1, z.view(3, 1), torch.cat([x, x])
+
+    counter = floors.Launches()
+    with torch.no_grad(), counter:
+        some()
+    assert counter.mark() == 3
+    assert counter.ns([2, 3, 7]).tolist() == [0, 1, 5]
+
+
+def test_a_deeper_model_launches_in_proportion():
+    model = MODELS["text"]()
+
+    def launches(**changes):
+        ready = prepared(model, None, setting_of(model, num_steps=3, **changes))
+        counter = floors.Launches()
+        with counter:
+            return watching.watch(ready.model.eval(), ready.call, counter).steps.iloc[-1]
+
+    three, six, beams = launches(), launches(decoder_layers=6), launches(num_beams=3)
+    for part in (SELF, FFN, NORMS):
+        assert six[part] == 2 * three[part] > 0
+    assert three[FFN] == 3 * 5, "three products, silu and a product of two halves"
+    assert three[OUTPUT] == 1
+    assert beams["sampling and host"] > 2 * three["sampling and host"], "which choose, and copy the cache"
+
+
+def test_small_weights_are_read_no_more_slowly_than_large_ones():
+    small, large = (floors.reading_rate(size, torch.float32, torch.device("cpu")) for size in (2**18, 2**26))
+    assert large > 1e8
+    assert small > 0.5 * large
+    for dtype in (torch.bfloat16, torch.float16):
+        assert floors.reading_rate(2**16, dtype, torch.device("cpu")) > 0
+    assert floors.reading_rate(1, torch.float32, torch.device("cpu")) > 0, "of less than one row too"
+
+
+def test_what_a_weight_costs():
+    cost = product_cost(64, 256, 2**20, torch.float32, torch.device("cpu"))
+    assert 0 < cost.alone < 1000
+    assert cost.several >= 0
+    assert cost.per_row >= 0
+    assert cost.several + 16 * cost.per_row > 0
+    small, large = (product_cost(width, 4 * width, 2**20, torch.float32, torch.device("cpu")) for width in (16, 256))
+    assert small.alone > 2 * large.alone, "of small matrices the launch is most of it"
+
+
+def test_cold_memory_costs_more_the_more_there_is_of_it():
+    found = caches(128, 512, torch.float32, torch.device("cpu"))
+    assert 2**18 <= found.half_bytes <= 2**27
+    known = Caches(half_bytes=2**20)
+    for part in (SELF, CROSS, FFN, OUTPUT):
+        assert [known.cold_frac(part, 2**20 * times) for times in (0, 1, 3)] == [0, 0.5, 0.9]
+    for part in (NORMS, EMBEDDING):
+        assert [known.cold_frac(part, 2**25 * times) for times in (0, 1, 3)] == [0, 0.5, 0.75]
+
+
+def test_without_a_calibration_there_are_no_floors(speech):
+    account = decoder.measure(speech, num_steps=2, repeats=1, calibrated=False)
+    with pytest.raises(ValueError, match="carries no calibration"):
+        decoder.roofline(account)

@@ -1,0 +1,95 @@
+"""Pictures of generations, read back from the axes."""
+
+import pandas as pd
+import pytest
+
+from effkit import view
+
+US, MS = 1_000, 1_000_000
+
+
+@pytest.fixture
+def table():
+    """What roofline() gives, of three parts."""
+    rows = {
+        "self-attention": (4 * MS, 1 * MS, 100 * US, 20 * US, 1 * MS, "launches", 0.25),
+        "feed-forward": (2 * MS, 300 * US, 1500 * US, 90 * US, 1500 * US, "reading", 0.75),
+        "output layer": (1 * MS, 10 * US, 100 * US, 500 * US, 500 * US, "arithmetic", 0.5),
+        "step": (7 * MS, 1310 * US, 1700 * US, 610 * US, 1700 * US, "reading", 0.243),
+    }
+    columns = ["time_ns", "launches_ns", "reading_ns", "arithmetic_ns", "floor_ns", "binds", "reached_frac"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("part")
+
+
+def bars(ax):
+    """Label -> (place, width) of its bars."""
+    return {
+        held.get_label(): [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in held]
+        for held in ax.containers
+    }
+
+
+def test_each_part_stands_beside_the_floor_that_binds(table):
+    ax = view.roofline(table)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["self-attention", "feed-forward", "output layer"]
+    found = bars(ax)
+    assert [width for _, width in found["measured"]] == [4 * MS, 2 * MS, 1 * MS]
+    assert found["floor: launches"] == [(0, 1 * MS)]
+    assert found["floor: reading"] == [(1, 1500 * US)]
+    assert found["floor: arithmetic"] == [(2, 500 * US)]
+    colours = {held.patches[0].get_facecolor() for held in ax.containers}
+    assert len(colours) == 4, "each can be told from the others"
+    assert [text.get_text().strip() for text in ax.texts] == [
+        "4.0 ms, floor 25%", "2.0 ms, floor 75%", "1.0 ms, floor 50%",
+    ]  # fmt: skip
+    low, high = ax.get_ylim()
+    assert low > high, "the first part on top"
+    assert ax.get_xlim()[0] == 0
+    assert ax.get_xlim()[1] > 4 * MS
+
+
+def test_the_legend_names_only_floors_that_bind(table):
+    ax = view.roofline(table.drop(index=["feed-forward", "step"]))
+    shown = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert shown == ["measured", "floor: launches", "floor: arithmetic"]
+
+
+def test_it_draws_into_axes_that_are_given(table):
+    from matplotlib.figure import Figure
+
+    ax = Figure().add_subplot()
+    assert view.roofline(table, ax) is ax
+    assert view.curves(table[["time_ns"]], "ns", ax) is ax
+
+
+def test_one_line_per_column_from_zero():
+    times = pd.DataFrame({"cache": [3 * MS, 4 * MS, 5 * MS], "none": [3 * MS, 6 * MS, 9 * MS]}, index=[1, 2, 3])
+    ax = view.curves(times.rename_axis("token"), "ns")
+    assert {line.get_label(): line.get_ydata().tolist() for line in ax.lines} == times.to_dict("list")
+    assert all(line.get_xdata().tolist() == [1, 2, 3] for line in ax.lines)
+    assert ax.get_xlabel() == "token"
+    assert ax.get_ylim()[0] == 0
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cache", "none"]
+    assert len({line.get_color() for line in ax.lines}) == len({line.get_marker() for line in ax.lines}) == 2
+    assert ax.yaxis.get_major_formatter()(2 * MS, 0) == "2.0 ms"
+    assert all(tick == int(tick) for tick in ax.get_xticks()), "there is no half token"
+
+
+def test_many_points_have_no_markers_and_one_line_no_legend():
+    ax = view.curves(pd.DataFrame({"time_ns": range(40)}), "ns")
+    assert ax.lines[0].get_marker() in (None, "None", "")
+    assert ax.get_legend() is None
+
+
+def test_contexts_that_double_are_drawn_on_logarithms():
+    sizes = pd.DataFrame({"keys and values": [2**20, 2**21, 2**22], "state": 3 * [2**19]}, index=[1024, 2048, 4096])
+    ax = view.curves(sizes.rename_axis("context"), "bytes", log=True)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1,024", "2,048", "4,096"]
+    assert ax.yaxis.get_major_formatter()(2**20, 0) == "1.0 MiB"
+
+
+def test_a_unit_that_is_neither_time_nor_bytes_is_named():
+    ax = view.curves(pd.DataFrame({"nested": [0.5, 0.25]}, index=[1, 2]), "nats per token")
+    assert ax.get_ylabel() == "nats per token"
+    assert ax.yaxis.get_major_formatter()(0.25, 0) == "0.25"
