@@ -80,9 +80,10 @@ def refresh_readme() -> None:
         inside = (ledger["low"] <= ledger["measured"]) & (ledger["measured"] <= ledger["high"])
         ledger = ledger.assign(absolute=ledger["error"].abs(), inside=inside)
         device = json.loads(ledger["provenance"].iloc[0])["device"]
-        for (lab, quantity), group in ledger.groupby(["lab", "quantity"], sort=False):
+        for (lab, quantity, in_range), group in ledger.groupby(["lab", "quantity", "in_range"], sort=False):
+            beyond = "" if in_range else ", beyond the calibrated range"
             rows.append(
-                f"| {device} | {lab} | {quantity} | {len(group)} | {group['absolute'].median():.1%} "
+                f"| {device} | {lab} | {quantity}{beyond} | {len(group)} | {group['absolute'].median():.1%} "
                 f"| {group['absolute'].max():.1%} | {group['inside'].sum()} of {len(group)} |"
             )
     text = README.read_text(encoding="utf-8")

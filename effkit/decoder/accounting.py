@@ -64,12 +64,14 @@ def generation_account(
     """
     total = round(total_ns)
     span = (1.0, 1.0) if band_frac is None else (1 / (1 + band_frac), 1 + band_frac)
-    more: dict[str, Any] = {"setting": setting.plain(), "in_range": in_range, "basis": basis}
+    more: dict[str, Any] = {"setting": setting.plain(), "basis": basis}
 
     def told(title: str, unit: str, values: Mapping[str, float], source: str, low: float, high: float) -> Account:
         whole = {item: round(value) for item, value in values.items()}
         size = sum(whole.values())
-        return Account.of(title, unit, whole, total=size, source=source, **_band(size, band_frac, low, high), **more)
+        within = in_range or unit == "bytes"  # what is counted needs no calibration
+        band = _band(size, band_frac, low, high)
+        return Account.of(title, unit, whole, total=size, source=source, in_range=within, **band, **more)
 
     tokens = setting.batch * setting.num_steps
     beside = [
@@ -90,7 +92,7 @@ def generation_account(
         beside.append(told(CACHE, "bytes", held, "keys and values", 1, 1))
     return Account.of(
         TIME, "ns", {row: round(value) for row, value in rows.items()}, total=total, source=source,
-        companions=tuple(beside), calibration=calibration, **_band(total, band_frac, *span), **more,
+        companions=tuple(beside), calibration=calibration, in_range=in_range, **_band(total, band_frac, *span), **more,
     )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
         ax.barh(0, value, left=left, color=colour(str(item), position), label=names[position], height=0.6)
         left += value
     if account.residual:
-        ax.barh(0, account.residual, left=left, color="white", edgecolor=GREY, hatch="///", height=0.6,
+        face = "white" if account.residual > 0 else "none"  # a negative one lies over the last rows
+        ax.barh(0, account.residual, left=left, color=face, edgecolor=GREY, hatch="///", height=0.6,
                 label=f"residual {account.residual / account.total:+.1%}" if account.total else "residual")  # fmt: skip
     if account.low is not None and account.high is not None:
         ax.errorbar(account.total, 0, xerr=[[account.total - account.low], [account.high - account.total]],

@@ -69,7 +69,7 @@ class Comparison:
                 if row == 2 and receipt is not None:
                     text += f"  error {receipt.error:+.1%}"
             self._values[row].set_text(text)
-            end = 0 if bar is None else max(bar.total, bar.high or 0)
+            end = 0 if bar is None else max(bar.total, bar.high or 0, bar.total - bar.residual)
             self._values[row].set_position((end + 0.012 * reach, 2 - row))
         if result.low is not None and result.high is not None:
             self._whisker.set_data([result.low, result.high], [1, 1])

@@ -46,7 +46,7 @@ def roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def curves(table: pd.DataFrame, unit: str, ax: Axes | None = None, *, log: bool = False) -> Axes:
     """One line per column over the index, which names the horizontal axis; values from zero, in the unit.
 
-    With ``log`` both axes are logarithmic: for contexts that double.
+    With ``log`` the horizontal axis is logarithmic: for contexts that double.
     """
     ax = axes(ax, (7.4, 2.8))
     for position, name in enumerate(table):
@@ -60,12 +60,10 @@ def curves(table: pd.DataFrame, unit: str, ax: Axes | None = None, *, log: bool 
         ax.legend(frameon=False, fontsize=8)
     if log:
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log", base=2)
         ax.set_xticks(list(table.index), [f"{value:,}" for value in table.index])
     else:
-        ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=pd.api.types.is_integer_dtype(table.index.dtype)))
-    # a scale brings its own formatter: ours comes last
+    ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(lambda value, _: readable(value, unit) if unit in ("ns", "bytes") else f"{value:g}")
     if unit not in ("ns", "bytes"):
         ax.set_ylabel(unit)
