@@ -1,4 +1,4 @@
-"""One steady training step of any model: what the analyses run, and how they leave the model as it was."""
+"""One steady training step, or an evaluation, of any model: what the analyses run, and how they leave it as it was."""
 
 from __future__ import annotations
 
@@ -81,3 +81,17 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+@contextmanager
+def evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients within; afterwards every module is in the mode that it was in."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in before:
+            module.training = mode

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.decoder.condensing import CondensedAttention, attention_flops, condensed, interleaved_ns, saved_bytes
+from effkit.decoder.condensing import CondensedAttention, attention_flops, condensed
+from effkit.decoder.side_by_side import interleaved_ns, saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

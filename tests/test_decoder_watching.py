@@ -8,7 +8,8 @@ from torch import nn
 import effkit as ek
 from effkit.decoder import anatomy, watching
 from effkit.decoder.anatomy import BETWEEN, CROSS, CROSS_KV, EMBEDDING, FFN, OUTPUT, SELF
-from effkit.decoder.generating import evaluating, prepared, setting_of
+from effkit.decoder.generating import prepared, setting_of
+from effkit.training import evaluating
 
 
 class Ticks:

@@ -138,8 +138,15 @@ def test_ranks_draw_from_the_same_bucket(strategy, world_size):
 @given(deals())
 def test_seed_and_epoch_decide_everything(deal):
     made, _, ranks = deal
+
+    def outcome(seed, epoch):
+        try:
+            return dealt(made, len(ranks), seed, epoch)
+        except ValueError as error:  # a handful of examples can be dealt in one epoch and not in another
+            return str(error)
+
     for seed, epoch in ((1, 2), (2, 1)):
-        assert dealt(made, len(ranks), seed, epoch) == dealt(made, len(ranks), seed, epoch)
+        assert outcome(seed, epoch) == outcome(seed, epoch)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -6,20 +6,14 @@ After the key-value compression of PixArt-Sigma (arXiv 2403.04692, Section 3.2).
 from __future__ import annotations
 
 import math
-import random
-import statistics
-import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional
 
-from effkit.device import synchronize
-
-Key = TypeVar("Key", bound=Hashable)
+from effkit.decoder.side_by_side import interleaved_ns, saved_bytes
 
 
 class CondensedAttention(nn.Module):
@@ -166,54 +160,6 @@ def condensed(
             rows[key]["time_ns"] = median
     index = pd.MultiIndex.from_tuples(list(rows), names=["num_tokens", "ratio"])
     return pd.DataFrame(list(rows.values()), index=index, dtype="int64")
-
-
-def interleaved_ns(calls: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, int]:
-    """Median time of each call [ns], the GPU's part of it included: all once, ``repeats`` times after a warm-up.
-
-    Each time in another order, so that none always finds the caches as the same other left them.
-
-    Raises
-    ------
-    ValueError
-        When repeats is below 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats is at least 1; given: {repeats}")
-    taken: dict[Key, list[int]] = {key: [] for key in calls}
-    for turn in range(repeats + 1):
-        for key in random.Random(turn).sample(list(calls), len(calls)):
-            synchronize()
-            started = time.perf_counter_ns()
-            calls[key]()
-            synchronize()
-            if turn:
-                taken[key].append(time.perf_counter_ns() - started)
-    return {key: round(statistics.median(times)) for key, times in taken.items()}
-
-
-def saved_bytes(forward: Callable[[], object], known: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages that autograd saves for backward in this call, each once.
-
-    Parameters
-    ----------
-    forward
-        Its output is dropped; no backward is run.
-    known
-        What is in memory anyway, parameters and inputs: their storages are left out.
-    """
-    outside = {tensor.untyped_storage()._cdata for tensor in known}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in outside:
-            kept[storage._cdata] = storage  # held, so that no later one can have its address
-        return tensor.detach()  # an alias, since a node that kept its own output would hold itself
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _side(num_tokens: int, ratio: int) -> int:

@@ -165,19 +165,6 @@ def generation_config(model: Any, setting: Setting) -> Any:
 
 
 @contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Models in evaluation mode within; as they were after."""
-    before = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """transformers warns, at every call, of the end token that never comes."""
     from transformers.utils import logging

@@ -21,13 +21,14 @@ from effkit.decoder.calibration import (
 )
 from effkit.decoder.costs import Run
 from effkit.decoder.floors import Launches, reading_rate
-from effkit.decoder.generating import Ready, checked, evaluating, prepared, setting_of
+from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, kv_cache_bytes
 from effkit.decoder.products import caches, product_cost
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.stepping import measure_step
 from effkit.decoder.watching import Watched, watch
 from effkit.device import synchronize
+from effkit.training import evaluating
 
 Progress = Callable[[int, int], None]
 _WARM_STEPS = 2

@@ -16,6 +16,7 @@ import torch
 from effkit.decoder.anatomy import layers
 from effkit.device import synchronize
 from effkit.models import text
+from effkit.training import evaluating
 
 # what encoder-decoders call it; others: num_hidden_layers
 _DEPTHS = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers")
@@ -120,7 +121,7 @@ def exits(
         raise ValueError(f"batch, input_length, num_steps and repeats are {given}, expected at least 1 each.")
     times_ns: dict[int, list[int]] = {depth: [] for depth in depths}
     rows: dict[int, dict[str, Any]] = {depth: {} for depth in depths}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model):
         inputs = _inputs(model, batch, input_length, seed)
         prefix = _prefix(model, inputs, num_steps, seed)
         chosen = model(**prefix).logits.argmax(-1)
@@ -206,17 +207,6 @@ def _check(depth: int, num_layers: int, model: Any) -> None:
         )
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def _inputs(model: Any, batch: int, input_length: int, seed: int) -> dict[str, torch.Tensor]:
     """Random input of ``generate()``: one of the model's own making, or tokens [B, T]."""
     if hasattr(model, "random_batch"):
@@ -289,5 +279,5 @@ def _train(model: Any, batches: Sequence[torch.Tensor], depths: Sequence[int]) -
 
 
 def _loss(model: Any, batches: Sequence[torch.Tensor], depth: int) -> float:
-    with _evaluating(model), torch.no_grad(), exit_at(model, depth):
+    with evaluating(model), exit_at(model, depth):
         return float(np.mean([float(model(input_ids=tokens, labels=tokens).loss) for tokens in batches]))

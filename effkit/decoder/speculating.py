@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from effkit.account import Account
 from effkit.device import synchronize
+from effkit.training import evaluating
 
 DRAFT, VERIFY, REST = "draft", "verify", "cropping and sampling"
 _TITLE = "Time of one generation"
@@ -140,7 +141,7 @@ def speculate(
     coin = np.random.default_rng(seed)
     spent_ns = {DRAFT: 0, VERIFY: 0, REST: 0}
     num_tokens = num_cycles = num_accepted = num_tossed = 0
-    with _running(target, draft):
+    with evaluating(target, draft):
         caches = [_prefilled(model, input_length, seed) for model in (target, draft)]
         pending = torch.zeros(1, 1, dtype=torch.long, device=target.device)  # made, but in neither cache
         unseen = pending  # what the draft model has not read: after a whole draft was accepted, its last token too
@@ -183,7 +184,7 @@ def plain(target: Any, *, batch: int = 1, num_steps: int = 64, seed: int = 0, in
     """
     _check_run(batch, num_steps, input_length, 0, target)
     spent_ns = {VERIFY: 0, REST: 0}
-    with _running(target):
+    with evaluating(target):
         cache = _prefilled(target, input_length, seed)
         pending = torch.zeros(1, 1, dtype=torch.long, device=target.device)
         synchronize()
@@ -243,20 +244,6 @@ def _check_run(batch: int, num_steps: int, input_length: int, num_draft: int, *m
                 f"input_length and num_steps are {input_length} and {num_steps}, which takes {needed} positions; "
                 f"{type(model).__name__} has {longest}: make fewer tokens."
             )
-
-
-@contextmanager
-def _running(*models: Any) -> Iterator[None]:
-    """Evaluation mode and no gradients; afterwards the models are as before."""
-    training = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _prefilled(model: Any, input_length: int, seed: int) -> DynamicCache:
