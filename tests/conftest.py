@@ -20,7 +20,7 @@ def matmul_step():
     (weight @ torch.ones(16, 8)).relu().sum().backward()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Two threads that wait for each other on a busy machine are slow, and not always equally so."""
     import torch

@@ -18,12 +18,7 @@ PARTS = [SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT]
 ROUND = SimpleNamespace(rate_flops_per_s={"float32": 1e9}, launch_overhead_ns=1000)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,7 @@ from effkit.decoder.generating import make_inputs, prepared, setting_of
 QUICK = {"num_steps": 4, "repeats": 1, "calibrated": False}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

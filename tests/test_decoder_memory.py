@@ -11,13 +11,7 @@ from effkit.decoder import anatomy, configurations, memory
 from effkit.decoder.generating import prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, kv_cache_bytes
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights_of(model):

@@ -9,13 +9,7 @@ from effkit import decoder
 from effkit.decoder import recorded
 from effkit.decoder.recorded import ATTENTION, CHOOSING, COPIES, ELEMENTWISE, HOST, PRODUCTS, UNSEEN
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

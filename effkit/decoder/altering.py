@@ -52,14 +52,9 @@ def _altered(known: Calibration, setting: Setting) -> tuple[Costs, StepSize]:
         if setting.compiled == "on" and part != BETWEEN:  # nothing is launched: what is left is the products
             alone, several = new.alone * after, new.several * after
         per_cell = cost.per_cell * (heads if part == SELF else wide * _cell_bytes(setting) / _cell_bytes(base))
-        return RowCost(
-            alone,
-            several,
-            cost.per_row * (1.0 if part == BETWEEN else ratio),
-            per_cell,
-            cost.cold,
-            cost.rising * heads,
-            cost.most,
+        per_row = cost.per_row * (1.0 if part == BETWEEN else ratio)
+        return replace(
+            cost, alone=alone, several=several, per_row=per_row, per_cell=per_cell, rising=cost.rising * heads
         )
 
     per_encoder = now.per_encoder_layer / then.per_encoder_layer if then.per_encoder_layer else 1.0

@@ -11,7 +11,7 @@ import numpy as np
 from effkit.account import Account
 from effkit.decoder import configurations
 from effkit.decoder.costs import Costs, Run, fit
-from effkit.decoder.memory import Memory
+from effkit.decoder.memory import Memory, in_weights
 from effkit.decoder.products import Caches, ProductCost
 from effkit.decoder.setting import Setting
 
@@ -152,7 +152,7 @@ def probes(model: Any, base: Setting) -> list[Setting]:
     depth, coded = base.depth, base.encoder_layers
     deep, half, shallow = (3 * depth, max(1, depth // 2), max(1, depth // 4))
     many, few = 3 * coded, min(coded, max(1, coded // 4))
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = in_weights(model)
     if depth >= _DEEP or 3 * weights > _TOO_LARGE_BYTES:
         deep, shallow, many = depth, max(1, depth // 8), 9 * coded // 4  # as parameters held would have it
     middle = _MIDDLE_BATCH if base.batch == 1 else 2 * base.batch

@@ -1,4 +1,4 @@
-"""A model at a setting, with inputs, ready to generate; plain step functions too."""
+"""A model at a setting, with inputs, ready to generate."""
 
 from __future__ import annotations
 
@@ -117,8 +117,6 @@ def _built(model: Any, config: Any, setting: Setting) -> Any:
 
 def _speculating(model: Any, setting: Setting) -> Ready:
     """Drafted by the same model with ``draft_frac`` of its layers; from a random prompt, which is part of the call."""
-    if setting.encoder_layers or setting.batch > 1:
-        raise ValueError("speculative decoding is for one sequence of a decoder-only model; take num_draft=0")
     if setting.cache == "off" or setting.compiled == "on":
         raise ValueError(
             "speculative decoding runs here with a growing cache and uncompiled steps; "

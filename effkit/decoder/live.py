@@ -22,7 +22,7 @@ from effkit.decoder.calibration import (
 from effkit.decoder.costs import Run
 from effkit.decoder.floors import Launches, reading_rate
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
-from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, kv_cache_bytes
+from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
 from effkit.decoder.products import caches, product_cost
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.stepping import measure_step
@@ -31,7 +31,6 @@ from effkit.device import synchronize
 from effkit.training import evaluating
 
 Progress = Callable[[int, int], None]
-_WARM_STEPS = 2
 _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
 
 
@@ -177,10 +176,6 @@ def _wall_ns(call: Callable[[], Any]) -> int:
     return time.perf_counter_ns() - start
 
 
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
-
-
 def _memory(one: Ready, config: Any, cache: CacheBytes | None, prompt_cells: int) -> Memory:
     setting = one.setting
     run = configurations.changed(one.model.config, decoder_layers=setting.depth)
@@ -217,7 +212,7 @@ def _accounted(
     overhead = f"; clocks inside cost {overhead_frac([run]):+.1%}" if run.watched else ""
     return accounting.generation_account(
         {row: scale * value for row, value in rows.items()}, {row: scale * value for row, value in phases.items()},
-        run.setting, total_ns=scale * run.total_ns, weight_bytes=_bytes(one.model), cache=cache,
+        run.setting, total_ns=scale * run.total_ns, weight_bytes=in_weights(one.model), cache=cache,
         seconds_per_cell=_seconds_per_cell(one.model), calibration=calibration or Observed((run,)),
         source=f"the wall clock of {len(run.plain_ns)} generations without clocks inside{overhead}"
         + ("; relative to the base measured in turn" if scale != 1.0 else ""),

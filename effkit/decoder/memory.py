@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,27 +53,31 @@ def count(kind: type, config: Any) -> Parameters:
     Layers after the first of a stack are alike; the first may have more (T5's positions).
     """
     coded = bool(config.is_encoder_decoder)
-    small = _built(kind, config, 1, 1)
-    deep = _built(kind, config, 1, 2)
-    one = _size(small)
-    per_decoder = _size(deep) - one
-    per_encoder = _size(_built(kind, config, 2, 1)) - one if coded else 0
+    small = without_memory(kind, config, 1 if coded else None, 1)
+    deep = without_memory(kind, config, 1 if coded else None, 2)
+    one = num_parameters(small)
+    per_decoder = num_parameters(deep) - one
+    per_encoder = num_parameters(without_memory(kind, config, 2, 1)) - one if coded else 0
     of_part = dict.fromkeys((anatomy.SELF, anatomy.CROSS, anatomy.CROSS_KV, anatomy.FFN), 0)
     for name, module in anatomy.of_layer(anatomy.layers(deep)[-1]):
-        of_part[name] += _size(module) - _idle(module, config)
+        of_part[name] += num_parameters(module) - _idle(module, config)
     of_part[anatomy.CROSS] -= of_part[anatomy.CROSS_KV]
     output = small.get_output_embeddings()
-    of_part[anatomy.OUTPUT] = _size(output) if output is not None else 0
+    of_part[anatomy.OUTPUT] = num_parameters(output) if output is not None else 0
     return Parameters(one - per_encoder - per_decoder, per_encoder, per_decoder, of_part)
 
 
-def _built(kind: type, config: Any, encoder_layers: int, decoder_layers: int) -> Any:
-    changes = {"encoder_layers": encoder_layers} if config.is_encoder_decoder else {}
+def without_memory(
+    kind: type, config: Any, encoder_layers: int | None = None, decoder_layers: int | None = None
+) -> Any:
+    """A model of this class on the meta device; its configuration is a copy, for models write into theirs."""
+    config = configurations.changed(config, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
     with torch.device("meta"):
-        return kind(configurations.changed(copy.deepcopy(config), decoder_layers=decoder_layers, **changes))
+        return kind(config)
 
 
-def _size(module: Any) -> int:
+def num_parameters(module: Any) -> int:
+    """Shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -85,7 +88,12 @@ def _idle(module: Any, config: Any) -> int:
     if not isinstance(each, int) or not number:
         return 0
     experts = [child for name, child in module.named_modules() if name.rpartition(".")[2] == "experts"]
-    return sum(_size(child) for child in experts) * max(0, number - each) // number
+    return sum(num_parameters(child) for child in experts) * max(0, number - each) // number
+
+
+def in_weights(model: Any) -> int:
+    """What a live model's parameters take [bytes], shared ones once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 class CacheBytes(NamedTuple):

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from effkit.decoder.anatomy import layers
+from effkit.decoder.memory import in_cache, in_weights
 from effkit.device import synchronize
 from effkit.models import text
 from effkit.training import evaluating
@@ -135,8 +136,8 @@ def exits(
                     agrees = model(**prefix).logits.argmax(-1) == chosen
                     rows[depth] = {
                         "token_ns": 0,
-                        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-                        "cache_bytes": _cache_bytes(cache),
+                        "weight_bytes": in_weights(model),
+                        "cache_bytes": sum(in_cache(cache)),
                         "agreement_frac": float(agrees.double().mean()),
                     }
     for depth, durations in times_ns.items():
@@ -249,14 +250,6 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], num_steps: int) -> tu
     )  # fmt: skip
     synchronize()
     return time.perf_counter_ns() - start_ns, made.past_key_values
-
-
-def _cache_bytes(cache: Any) -> int:
-    """Keys and values of a cache, those of cross-attention included [bytes]."""
-    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
-    caches = [part for part in parts if part is not None] or [cache]
-    held = [getattr(layer, name, None) for part in caches for layer in part.layers for name in ("keys", "values")]
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 def _batch(table: Any, random: np.random.Generator, device: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from effkit.decoder.altering import rows_ns
 from effkit.decoder.anatomy import CROSS_KV, ENCODER
 from effkit.decoder.calibration import Calibration, calibration_of
 from effkit.decoder.costs import PREFILL, START
-from effkit.decoder.setting import DTYPES, SWITCH, Setting
+from effkit.decoder.setting import DTYPES, SWITCH
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,8 @@ def predict(base: Account, **setting: Any) -> Account:
     wanted = known.resolved(known.setting.change(setting))
     if wanted == known.setting:
         return base
-    _possible(known, wanted)
+    prompt = known.runs[0].step.prompt_cells if wanted.encoder_layers else wanted.input_length
+    configurations.check_positions(known.memory.sizes(wanted), prompt, wanted.num_steps)
     covered = known.covers(wanted)
     band = known.band_frac if covered else max(_LEAST_BEYOND_FRAC, _WIDER * known.band_frac)
     rows = {row: known.anchor * value for row, value in rows_ns(known, wanted).items()}
@@ -63,13 +64,6 @@ def predict(base: Account, **setting: Any) -> Account:
         seconds_per_cell=known.seconds_per_cell, source=f"the parts' costs in {_runs(known)}", basis="derived",
         band_frac=band, in_range=covered, calibration=known,
     )  # fmt: skip
-
-
-def _possible(known: Calibration, setting: Setting) -> None:
-    prompt = known.runs[0].step.prompt_cells if setting.encoder_layers else setting.input_length
-    configurations.check_positions(known.memory.sizes(setting), prompt, setting.num_steps)
-    if setting.num_draft and (setting.encoder_layers or setting.batch > 1):
-        raise ValueError("speculative decoding is for one sequence of a decoder-only model; take num_draft=0")
 
 
 def _runs(known: Calibration) -> str:
@@ -126,8 +120,6 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
             Slider("acceptance", "Accepted [tenths]", 0, 10, 1, "Share of drafted tokens", scale=0.1),
             Slider("draft_frac", "Draft's step [tenths]", 0, 10, 1, "Time over the model's", scale=0.1),
         ]
-    if rest.dtype not in DTYPES:
-        knobs = [knob for knob in knobs if knob.name != "dtype"]
 
     def run(progress: Any, **setting: Any) -> Account:
         from effkit.decoder.live import measure

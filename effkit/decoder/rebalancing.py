@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
-import torch
 from transformers import CompileConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -15,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from effkit.decoder.configurations import changed, sizes
-from effkit.decoder.memory import count
+from effkit.decoder.memory import count, num_parameters, without_memory
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -48,10 +46,7 @@ def parameters(config: PreTrainedConfig, encoder_layers: int | None = None, deco
     encoder_layers, decoder_layers
         Other numbers of layers than the configuration's, for an encoder-decoder.
     """
-    config = changed(config, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
-    with torch.device("meta"):
-        model = model_class(config)(copy.deepcopy(config))  # models write into their configurations
-    return sum(parameter.numel() for parameter in model.parameters())
+    return num_parameters(without_memory(model_class(config), config, encoder_layers, decoder_layers))
 
 
 def rebalance(config: PreTrainedConfig, decoder_layers: int, *, tolerance_frac: float = 0.02) -> PreTrainedConfig:

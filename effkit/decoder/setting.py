@@ -77,6 +77,8 @@ class Setting:
             )
         if self.weight_bits not in (0, 2, 3, 4, 8, 16, 32):
             raise ValueError(f"weight_bits is 0 (as dtype says), 2, 3, 4, 8, 16 or 32; given: {self.weight_bits}")
+        if self.num_draft and (self.encoder_layers or self.batch > 1):
+            raise ValueError("speculative decoding is for one sequence of a decoder-only model; take num_draft=0")
         if self.num_draft and self.num_beams > 1:
             raise ValueError("speculative decoding is greedy: take num_beams=1 or num_draft=0")
 

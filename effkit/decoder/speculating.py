@@ -12,11 +12,11 @@ import torch
 from transformers import DynamicCache
 
 from effkit.account import Account
+from effkit.decoder.accounting import TIME
 from effkit.device import synchronize
 from effkit.training import evaluating
 
 DRAFT, VERIFY, REST = "draft", "verify", "cropping and sampling"
-_TITLE = "Time of one generation"
 
 
 def expected_tokens(num_draft: int, acceptance: float) -> float:
@@ -173,7 +173,7 @@ def speculate(
         "num_tokens": num_tokens, "num_cycles": num_cycles, "num_draft": num_draft, "acceptance": acceptance,
         "accepted_frac": num_accepted / num_tossed, "input_length": input_length, "batch": batch,
     }  # fmt: skip
-    return Account.of(_TITLE, "ns", spent_ns, total=total_ns, source="a clock around all cycles", setting=setting)
+    return Account.of(TIME, "ns", spent_ns, total=total_ns, source="a clock around all cycles", setting=setting)
 
 
 def plain(target: Any, *, batch: int = 1, num_steps: int = 64, seed: int = 0, input_length: int = 32) -> Account:
@@ -199,7 +199,7 @@ def plain(target: Any, *, batch: int = 1, num_steps: int = 64, seed: int = 0, in
     setting = {
         "num_tokens": num_steps, "num_cycles": num_steps, "num_draft": 0, "input_length": input_length, "batch": batch,
     }  # fmt: skip
-    return Account.of(_TITLE, "ns", spent_ns, total=total_ns, source="a clock around all steps", setting=setting)
+    return Account.of(TIME, "ns", spent_ns, total=total_ns, source="a clock around all steps", setting=setting)
 
 
 def fractions(without: Account, speculated: Account) -> tuple[float, float]:
