@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,9 +37,13 @@ def still(parameters: Any, make: MakeOptimizer | None = None) -> torch.optim.Opt
     return update
 
 
-def residents(model: torch.nn.Module, update: torch.optim.Optimizer, batch: Any) -> dict[str, list[torch.Tensor]]:
+def residents(
+    model: torch.nn.Module, update: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None, batch: Any
+) -> dict[str, list[torch.Tensor]]:
     """What is in memory all through a step, by category; a storage that several share stands once."""
-    state = [value for of_one in update.state.values() for value in torch.utils._pytree.tree_leaves(of_one)]
+    updates = [] if update is None else [update] if isinstance(update, torch.optim.Optimizer) else update
+    state = [value for one in updates for of_one in one.state.values()
+             for value in torch.utils._pytree.tree_leaves(of_one)]  # fmt: skip
     groups = {
         "parameter": model.parameters(),
         "buffer": model.buffers(),

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from effkit.decoder.condensing import CondensedAttention, attention_flops, condensed
-from effkit.decoder.side_by_side import interleaved_ns, saved_bytes
+from effkit.side_by_side import interleaved_ns, saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

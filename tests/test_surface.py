@@ -55,7 +55,7 @@ HOUSE = [
     {"whatif", "browsing"},
     {"screen"},
     {"view"},
-    {"recording", "loading", "training"},
+    {"recording", "loading", "training", "side_by_side"},
     {"captured"},
     {"panes"},
     {"storage"},

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from effkit.decoder.side_by_side import interleaved_ns, saved_bytes
+from effkit.side_by_side import interleaved_ns, saved_bytes
 
 
 class CondensedAttention(nn.Module):

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from effkit import models
 from effkit.decoder.anatomy import like_layers
-from effkit.decoder.side_by_side import interleaved_ns, saved_bytes
+from effkit.side_by_side import interleaved_ns, saved_bytes
 from effkit.training import forward, own_loss, unchanged
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from effkit import models
-from effkit.decoder.side_by_side import interleaved_ns
+from effkit.side_by_side import interleaved_ns
 from effkit.models.parallel_heads import cache_bytes
 
 

@@ -65,6 +65,8 @@ def measure(
     make_batch: Callable[[list[Ints], pd.DataFrame], Any] | None = None,
     loss: Loss | None = None,
     optimizer: MakeOptimizer | None = None,
+    step: Callable[[Any], object] | None = None,
+    also: Plan | None = None,
     base: Account | None = None,
     world_size: int = 1,
     progress: Progress | None = None,
@@ -94,6 +96,12 @@ def measure(
         Model output -> scalar; ``output.loss`` unless given.
     optimizer
         Parameters -> optimizer; AdamW unless given.
+    step
+        A training step of your own, ``step(batch)``, run as it is in place of forward, backward and optimizer. What it
+        learns is not undone here.
+    also
+        A plan of the same examples, of which two batches join the calibration: larger ones, say, so that predictions
+        about such lie within what was measured.
     base
         An earlier account of this model: its cost model then splits the time instead of one fitted to this plan.
     world_size
@@ -119,19 +127,20 @@ def measure(
             f"measure() takes repeats >= 1 and num_batches >= {fewest} here; given: {repeats} and {num_batches}"
         )
     probes = choose(plan, num_batches, cut_down=own)
-    to_loss = loss or own_loss
+    if also is not None:
+        probes += [Probe(probe.rows, False) for probe in choose(also, 2, cut_down=False)]
     num_runs = len(probes) * (repeats + 1)
     peaks: list[int] = []
     times: list[list[int]] = [[] for _ in probes]
     with unchanged(model):
-        update = still(model.parameters(), optimizer)
-        _train(model, make(probes[0].rows, plan.lengths), to_loss, update)  # the optimizer's state exists from here on
+        train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
+        train(make(probes[0].rows, plan.lengths))  # the optimizer's state exists from here on
         for i, probe in enumerate(probes):
             batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
             _check(batch, probe, plan.lengths)
             _tell(progress, i, num_runs)
             peak, peak_source = peak_memory(
-                lambda batch=batch: _train(model, batch, to_loss, update),  # type: ignore[misc]
+                lambda batch=batch: train(batch),  # type: ignore[misc]
                 resident_bytes=sum(map(size_bytes, residents(model, update, batch).values())),
             )
             peaks.append(peak)
@@ -142,7 +151,7 @@ def measure(
                     batch = make(probe.rows, plan.lengths)
                     synchronize()
                     start = time.perf_counter_ns()
-                    _train(model, batch, to_loss, update)
+                    train(batch)
                     synchronize()
                     times[i].append(time.perf_counter_ns() - start)
     fastest = [min(repeated) for repeated in times]
@@ -188,11 +197,19 @@ def measure(
     )
 
 
-def _train(model: torch.nn.Module, batch: Any, to_loss: Any, update: torch.optim.Optimizer) -> None:
-    to_loss(forward(model, batch)).backward()
-    update.step()
-    # last, so that the gradients of one step are not freed inside the next
-    update.zero_grad(set_to_none=True)
+def _still_step(
+    model: torch.nn.Module, to_loss: Loss, make: MakeOptimizer | None
+) -> tuple[Callable[[Any], object], torch.optim.Optimizer]:
+    """A step that learns nothing, and its optimizer."""
+    update = still(model.parameters(), make)
+
+    def train(batch: Any) -> None:
+        to_loss(forward(model, batch)).backward()
+        update.step()
+        # last, so that the gradients of one step are not freed inside the next
+        update.zero_grad(set_to_none=True)
+
+    return train, update
 
 
 def _check(batch: Any, probe: Probe, lengths: pd.DataFrame) -> None:

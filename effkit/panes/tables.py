@@ -21,15 +21,19 @@ _TENSOR_CORES = re.compile(
 )
 
 
-def operators_of(events: pd.DataFrame) -> pd.DataFrame:
-    """One row per operator and input shapes of one rank. Device time goes to the operator that launched it."""
+def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """What ran on the host of one rank, one row per event; and kernel time that belongs to none of them [ns].
+
+    Columns of the events, ``parent`` (a row, -1 for none), ``folded`` (an only child that bears its parent's name, which
+    torch counts as its parent), ``host_total_ns, host_self_ns``; ``device_total_ns, device_self_ns`` are the kernels
+    that the row launched, with and without its children.
+    """
     tree = nesting.host(events)
     parent = nesting.parents(tree)
     operator = (tree["category"] == "cpu_op").to_numpy()
     dur_ns = tree["dur_ns"].to_numpy()
     names = pd.factorize(tree["name"])[0]
     num_children = np.bincount(parent[parent >= 0], minlength=len(tree))
-    # torch counts an only child that bears its parent's name as its parent
     folded = (parent >= 0) & (names == names[parent]) & (num_children[parent] == 1)
     standing = nesting.nearest(parent, ~folded)
     above = np.where(parent >= 0, standing[parent], -1)
@@ -45,23 +49,30 @@ def operators_of(events: pd.DataFrame) -> pd.DataFrame:
     while (owner >= 0).any():
         owner = np.where(owner >= 0, above[owner], -1)
         device_total_ns += _sums(owner, kernel_ns, len(tree))
+    each = tree.assign(
+        parent=parent, folded=folded, host_total_ns=dur_ns, host_self_ns=self_ns, device_total_ns=device_total_ns,
+        device_self_ns=device_self_ns,
+    )  # fmt: skip
+    return each, int(kernel_ns[caller < 0].sum())
 
+
+def operators_of(events: pd.DataFrame) -> pd.DataFrame:
+    """One row per operator and input shapes of one rank. Device time goes to the operator that launched it."""
+    each, lost = each_operator(events)
+    counted = each[(each["category"] == "cpu_op") & ~each["folded"]]
     table = pd.DataFrame(
         {
-            "operator": tree["name"],
-            "shapes": tree["shapes"] if "shapes" in tree else pd.Series(pd.NA, tree.index, dtype="str"),
+            "operator": counted["name"],
+            "shapes": counted["shapes"] if "shapes" in counted else pd.Series(pd.NA, counted.index, dtype="str"),
             "calls": 1,
-            "host_total_ns": dur_ns,
-            "host_self_ns": self_ns,
-            "device_total_ns": device_total_ns,
-            "device_self_ns": device_self_ns,
+            **{name: counted[name] for name in ("host_total_ns", "host_self_ns", *_DEVICE_TIMES)},
         }
-    )[operator & ~folded]
+    )
     table = table.groupby(["operator", "shapes"], dropna=False, sort=False).sum().reset_index()
-    if lost := int(kernel_ns[caller < 0].sum()):
+    if lost:
         # launched outside the recording, or outside any operator
         table.loc[len(table)] = ["not visible", pd.NA, 0, 0, 0, lost, lost]
-    if on_device.empty:
+    if not events["category"].isin(DEVICE).any():
         table[_DEVICE_TIMES] = pd.NA
     return table.astype(dict.fromkeys(_DEVICE_TIMES, "Int64"))
 

@@ -1,4 +1,4 @@
-"""Time and saved bytes of a few calls side by side: what the demonstrations of levers compare."""
+"""Time and saved bytes of a few calls side by side: what comparisons of levers rest on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from effkit.device import synchronize
 Key = TypeVar("Key", bound=Hashable)
 
 
-def interleaved_ns(calls: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, int]:
-    """Median time of each call [ns], the GPU's part of it included: all once, ``repeats`` times after a warm-up.
+def interleaved_ns(
+    calls: Mapping[Key, Callable[[], object]], repeats: int, pick: Callable[[list[int]], float] = statistics.median
+) -> dict[Key, int]:
+    """Time of each call [ns], the GPU's part of it included: all once, ``repeats`` times after a warm-up.
 
-    Each time in another order, so that none always finds the caches as the same other left them.
+    Each time in another order, so that none always finds the caches as the same other left them. ``pick`` makes one
+    time of a call's: their median, or ``min`` where other work on the machine is the only noise.
 
     Raises
     ------
@@ -36,7 +39,7 @@ def interleaved_ns(calls: Mapping[Key, Callable[[], object]], repeats: int) -> d
             synchronize()
             if turn:
                 taken[key].append(time.perf_counter_ns() - started)
-    return {key: round(statistics.median(times)) for key, times in taken.items()}
+    return {key: round(pick(times)) for key, times in taken.items()}
 
 
 def saved_bytes(forward: Callable[[], object], known: Iterable[torch.Tensor]) -> int:
