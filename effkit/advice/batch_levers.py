@@ -1,0 +1,211 @@
+"""Levers on what a step is given: batches of like length, larger batches, a loader that keeps up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+
+from effkit import padding
+from effkit.account import Account, readable
+from effkit.advice.examples import rebuilt
+from effkit.advice.levers import Lever, banded
+from effkit.padding.auditing import input_lengths
+from effkit.padding.prediction import plan_at
+from effkit.padding.totals import EPOCH_TIME
+from effkit.side_by_side import interleaved_ns
+
+if TYPE_CHECKING:
+    from effkit.advice.training_study import TrainingStudy
+
+_BUCKETS = (2, 3, 4, 6, 8, 12)
+_GROWTHS = (2, 4, 8)
+_WORKERS = (1, 2, 4, 8)
+_SMALL_FRAC = 0.1  # of a step's time that does not grow with the batch: below it, larger ones gain nothing
+_WAITING_FRAC = 0.03
+_LOADER_DOUBT_FRAC = 0.1  # handing batches from process to process, and what else the processors do
+_REPEATS = 3
+
+
+def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
+    """All that the loader and what it shows admit."""
+    found = []
+    if study.epoch is not None:
+        found += [_bucketed(study), _larger(study, budget_bytes)]
+    if study.examples is not None and study.waiting_ns >= _WAITING_FRAC * study.account.total:
+        found.append(_workers(study))
+    return [lever for lever in found if lever is not None]
+
+
+def _bucketed(study: TrainingStudy) -> Lever | None:
+    epoch, examples = study.epoch, study.examples
+    assert epoch is not None and examples is not None and examples.watched is not None
+    if not epoch.companions[0].frame["value"]["padding"]:
+        return None
+    size = epoch.setting["batch_size"]
+    counts = [num for num in _BUCKETS if num * size <= len(examples.items)] or [1]
+    best = min((padding.predict(epoch, strategy="bucket", batch_size=size, num_buckets=num) for num in counts),
+               key=lambda one: one.total)  # fmt: skip
+    share = epoch.companions[0].share["padding"]
+    grouping = next((sentence for sentence in examples.watched.findings if "grouping" in sentence), None)
+    found = f"{share:.0%} of the input cells are padding, and {_left(best):.0%} would be"
+    if _groups(examples.loader) and grouping is not None:
+        found = f"{grouping}; in buckets {_left(best):.0%} would be"
+    effects = ["batches hold examples of like length"]
+    before, after = (_peak(one) for one in (epoch, best))
+    if after > 1.01 * before:
+        effects.append(f"the peak rises by {after / before - 1:.0%}")
+    num = best.setting["num_buckets"]
+    code = (
+        f"plan = padding.plan(padding.lengths(...), 'bucket', batch_size={size}, num_buckets={num})\n"
+        "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(), collate_fn=...)"
+    )
+    return Lever(
+        "padding", "batches of like length", found, study.account, _of_epoch(study, epoch, best), code, tuple(effects),
+        group="batches", run=lambda: _measured(study, epoch, best.setting), keep=study._noted,
+        use=lambda: _loader(study, strategy="bucket", batch_size=size, num_buckets=num),
+    )  # fmt: skip
+
+
+def _larger(study: TrainingStudy, budget_bytes: int | None) -> Lever | None:
+    from effkit.advice.time_levers import limit_bytes
+
+    epoch, examples = study.epoch, study.examples
+    assert epoch is not None and examples is not None
+    overhead = epoch.frame["value"]["step overhead"] / max(1, epoch.total)
+    size = epoch.setting["batch_size"]
+    sizes = [size * growth for growth in _GROWTHS if 2 * size * growth <= len(examples.items)]
+    if overhead < _SMALL_FRAC or not sizes:
+        return None
+    strategy = {"strategy": "random"}
+    if _groups(examples.loader) and not any("grouping" in one for one in examples.watched.findings):  # type: ignore[union-attr]
+        strategy = {"strategy": "bucket", "num_buckets": 4}
+    limit = limit_bytes(budget_bytes) - study.memory.total
+    fitting = [one for one in sizes
+               if _peak(padding.predict(epoch, batch_size=one, **strategy)) - _peak(epoch) <= limit]  # fmt: skip
+    if not fitting:
+        return None
+    with study.held():
+        calibrated = study.measured_plan(padding.plan(epoch.calibration.plan.lengths, "random", batch_size=fitting[-1]))
+    best = min((padding.predict(calibrated, batch_size=one, **strategy) for one in fitting), key=lambda one: one.total)
+    largest = best.setting["batch_size"]
+    effects = [f"{largest // size} times fewer optimizer steps: the learning rate has to follow"]
+    grown = _peak(best) - _peak(epoch)
+    if grown > 0:
+        effects.append(f"the peak rises by {readable(grown, 'bytes')}, predicted")
+    return Lever(
+        "batch size", f"batches of {largest}",
+        f"{overhead:.0%} of a step of {size} examples does not grow with them", study.account,
+        _of_epoch(study, calibrated, best), f"loader = DataLoader(dataset, batch_size={largest}, ...)", tuple(effects),
+        group="batches", run=lambda: _measured(study, calibrated, best.setting), keep=study._noted,
+        use=lambda: rebuilt(examples.loader, batch_sampler=None, batch_size=largest,
+                            sampler=examples.loader.sampler),
+    )  # fmt: skip
+
+
+def _workers(study: TrainingStudy) -> Lever | None:
+    examples = study.examples
+    assert examples is not None
+    step, load, cpu = study.computing_ns, examples.loading_ns, examples.loading_cpu_ns
+    cores = os.cpu_count() or 1
+    there = examples.loader.num_workers
+
+    def predicted(num: int) -> float:
+        busy = (step * min(cores, torch.get_num_threads()) + cpu) / cores
+        return max(step, load / num, busy)
+
+    times = {num: predicted(num) for num in _WORKERS if num > there}
+    if not times:
+        return None
+    num = next(num for num, taken in times.items() if taken <= 1.02 * min(times.values()))
+    base = study.account
+    account = banded(base, {"what is left": round(times[num])}, times[num], _LOADER_DOUBT_FRAC * times[num],
+                     "the longest of a step, a share of loading, and all processors' work")  # fmt: skip
+    who = f"{there} processes" if there else "the training process itself"
+    return Lever(
+        "data loading", f"{num} loader processes",
+        f"a step waits {readable(round(study.waiting_ns), 'ns')} for a batch, which {who} makes in "
+        f"{readable(load, 'ns')}",
+        base, account, f"loader = DataLoader(dataset, num_workers={num}, persistent_workers=True, ...)",
+        (f"{num} more processes, each with its copy of what the dataset holds",),
+        run=lambda: _with_workers(study, num), use=lambda: rebuilt(examples.loader, num_workers=num), keep=study._noted,
+    )  # fmt: skip
+
+
+def _of_epoch(study: TrainingStudy, epoch: Account, predicted: Account) -> Account:
+    """The padding lab's prediction of these examples, as time per step as it was."""
+    assert predicted.low is not None and predicted.high is not None
+    scale = study.computing_ns / epoch.total
+    total = scale * predicted.total + study.waiting_ns
+    half = scale * max(predicted.high - predicted.total, predicted.total - predicted.low)
+    account = banded(study.account, {"what is left": round(total)}, total, half, predicted.source)
+    return replace(account, in_range=predicted.in_range)
+
+
+def _measured(study: TrainingStudy, epoch: Account, setting: Any) -> Account:
+    """The batches of another plan and those that were delivered, in turn."""
+    from effkit.advice.time_levers import relative
+
+    assert study.examples is not None
+    planned = plan_at(epoch, dict(setting))
+    ways = {"now": study.batches, "then": [study.examples.batch(batch) for batch in planned.batches]}
+    with study.held():
+        study.step(study.batches[0])
+        times = interleaved_ns(_calls(study, ways), _REPEATS, min)
+    totals = {way: sum(taken for (which, _), taken in times.items() if which == way) for way in ways}
+    return relative(study, totals["then"] / totals["now"])
+
+
+def _calls(study: TrainingStudy, ways: dict[str, Sequence[Any]]) -> dict[tuple[str, int], Callable[[], object]]:
+    return {(way, i): (lambda batch=batch: study.step(batch)) for way, batches in ways.items()
+            for i, batch in enumerate(batches)}  # fmt: skip
+
+
+def _with_workers(study: TrainingStudy, num: int) -> Account:
+    from effkit.advice.time_levers import relative
+    from effkit.advice.training_study import WARM_UP
+
+    assert study.examples is not None
+    groups = [list(group) for group in study.examples.groups]
+    found = {}
+    with study.held():
+        study.step(study.batches[0])
+        for way, workers in (("now", study.examples.loader.num_workers), ("then", num)):
+            loader = rebuilt(study.examples.loader, batch_sampler=[*(groups * WARM_UP)[:WARM_UP], *groups] if workers else groups,
+                             num_workers=workers, persistent_workers=False)  # fmt: skip
+            found[way] = min(study.wait(loader, len(groups))[1] for _ in range(2))
+    whole = study.account.total * found["then"] / found["now"]
+    return relative(study, 1.0, waiting_ns=max(0.0, whole - study.computing_ns))
+
+
+def _left(predicted: Account) -> float:
+    return float(next(one for one in predicted.companions if one.unit == "cells").share["padding"])
+
+
+def _peak(epoch: Account) -> int:
+    assert epoch.title == EPOCH_TIME
+    return next(one for one in epoch.companions if one.unit == "bytes").total
+
+
+def _groups(loader: Any) -> bool:
+    """Whether this loader has a way of its own to put batches together."""
+    return type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) not in (
+        RandomSampler, SequentialSampler,
+    )  # fmt: skip
+
+
+def _loader(study: TrainingStudy, **limits: Any) -> Any:
+    """A DataLoader over the whole dataset in batches of like length: every example is read once for its length."""
+    assert study.examples is not None
+    loader = study.examples.loader
+    found = [int(np.asarray(input_lengths(loader.collate_fn([loader.dataset[i]]))[0])[0])
+             for i in range(len(loader.dataset))]  # type: ignore[arg-type]  # fmt: skip
+    planned = padding.plan(pd.DataFrame({"input_length": found}), **limits)
+    return rebuilt(loader, batch_sampler=planned.batch_sampler())
+

@@ -1,0 +1,129 @@
+"""The examples behind a loader: which came in which batch, how long each is, and batches of any of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from effkit.padding.auditing import Watch, watch
+from effkit.padding.plans import Plan
+
+DELIVERED = "as delivered"
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Examples that a map-style DataLoader would deliver, in its order.
+
+    Attributes
+    ----------
+    loader
+        Where they come from.
+    items
+        The examples themselves, as the dataset gave them.
+    groups
+        Their numbers in the dataset, batch by batch.
+    watched
+        What the batches show: lengths, padding; None where they show neither masks nor lengths.
+    loading_ns, loading_cpu_ns
+        To make one batch in this process, wall and processor time.
+    """
+
+    loader: DataLoader[Any]
+    items: Sequence[Any]
+    groups: tuple[tuple[int, ...], ...]
+    watched: Watch | None
+    why_unseen: str
+    loading_ns: int
+    loading_cpu_ns: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each batch."""
+        return [len(group) for group in self.groups]
+
+    def batch(self, rows: Iterable[int]) -> Any:
+        """The examples with these numbers, put together as the loader does."""
+        return self.loader.collate_fn([self.items[int(i)] for i in rows])
+
+    def make_batch(self, rows: Sequence[Any], _: pd.DataFrame) -> Any:
+        """As the padding lab asks for it."""
+        return self.batch(np.concatenate(list(rows)))
+
+    @property
+    def batches(self) -> list[Any]:
+        """The batches as they were delivered."""
+        starts = np.cumsum([0, *self.sizes])
+        return [self.batch(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+    @property
+    def plan(self) -> Plan:
+        """The batches as a plan of the padding lab.
+
+        Raises
+        ------
+        ValueError
+            When no lengths are visible.
+        """
+        if self.watched is None:
+            raise ValueError(self.why_unseen)
+        order, starts = np.arange(len(self.items)), np.cumsum([0, *self.sizes[:-1]])
+        usual = int(np.median(self.sizes))
+        return Plan(self.watched.lengths, DELIVERED, {"batch_size": usual}, order, None, starts,
+                    np.zeros(len(starts), dtype="int64"))  # fmt: skip
+
+
+def why_not_drawn(loader: Any) -> str | None:
+    """Why examples of this loader cannot be put together in another way; None where they can."""
+    if not isinstance(loader, DataLoader):
+        return f"the loader is a {type(loader).__name__}, not a DataLoader: its batches cannot be put together anew"
+    if isinstance(loader.dataset, IterableDataset):
+        return "the dataset is a stream: its batches cannot be put together anew"
+    if loader.batch_sampler is None:
+        return "the loader has no batch sampler: its batches cannot be put together anew"
+    return None
+
+
+def drawn(loader: DataLoader[Any], num_batches: int) -> Examples:
+    """The first batches that the loader's sampler names, made in this process."""
+    with torch.random.fork_rng():
+        groups = [list(group) for group in islice(iter(loader.batch_sampler), num_batches)]  # type: ignore[arg-type]
+    if not groups:
+        raise ValueError("the loader is empty: there is no batch to study")
+    wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+    fetch = getattr(loader.dataset, "__getitems__", None)
+    items: list[Any] = []
+    made = []
+    for group in groups:
+        fetched = list(fetch(group)) if fetch else [loader.dataset[i] for i in group]
+        made.append(loader.collate_fn(fetched))
+        items += fetched
+    loading = (time.perf_counter_ns() - wall) // len(groups), (time.process_time_ns() - cpu) // len(groups)
+    watched, why = None, ""
+    try:
+        watched = watch(made).run()
+        if sum(map(len, groups)) != len(watched.lengths):
+            watched, why = None, "the batches have other rows than their examples: padding is not visible"
+    except ValueError as error:
+        why = str(error)
+    return Examples(loader, items, tuple(map(tuple, groups)), watched, why, *loading)
+
+
+def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """The same loader with other arguments: ``batch_sampler``, ``num_workers``, ``batch_size``, …"""
+    arguments: dict[str, Any] = {
+        "batch_sampler": loader.batch_sampler, "num_workers": loader.num_workers, "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory, "timeout": loader.timeout, "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context, "generator": loader.generator,
+    } | changes  # fmt: skip
+    if arguments["num_workers"]:
+        arguments.setdefault("persistent_workers", True)
+    return DataLoader(loader.dataset, **arguments)

@@ -1,0 +1,120 @@
+"""What can be changed about somebody's step from outside of it, to try how much it would save."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as checkpointing
+
+from effkit.advice.listening import ASKS, own_code, replaced
+
+Intervention = Callable[[torch.nn.Module], AbstractContextManager[None]]
+
+
+@contextmanager
+def numbers_not_waited_for(model: torch.nn.Module) -> Iterator[None]:
+    """``item()``, ``float()`` and ``tolist()`` in the user's code are answered with zeros, at once.
+
+    So are the elements of a vector one by one, which is how numbers are asked for in loops. To measure what asking
+    costs, not to train: libraries get true numbers, an optimizer's step too.
+    """
+    native = {name: getattr(torch.Tensor, name) for name in (*ASKS, "unbind", "__iter__")}
+    mine: dict[Any, bool] = {}
+
+    def own(code: Any) -> bool:
+        found = mine.get(code)
+        if found is None:
+            found = mine[code] = own_code(code.co_filename)
+        return found
+
+    def item(self: torch.Tensor) -> Any:
+        if not own(sys._getframe(1).f_code):
+            return native["item"](self)
+        return 0.0 if self.is_floating_point() else 0
+
+    def to_float(self: torch.Tensor) -> float:
+        return 0.0 if own(sys._getframe(1).f_code) else float(native["__float__"](self))
+
+    def tolist(self: torch.Tensor) -> Any:
+        if not own(sys._getframe(1).f_code):
+            return native["tolist"](self)
+        return torch.zeros(self.shape, dtype=self.dtype).tolist() if self.dim() else 0.0
+
+    def elements(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.dim() != 1 or not len(self) or self.requires_grad or not own(sys._getframe(1).f_code):
+            return native["unbind"](self, *args, **kwargs)
+        return (self[0],) * len(self)
+
+    def each(self: torch.Tensor) -> Iterator[Any]:
+        if self.dim() != 1 or not len(self) or self.requires_grad or not own(sys._getframe(1).f_code):
+            return iter(native["__iter__"](self))
+        return iter((self[0],) * len(self))
+
+    answers = {"item": item, "tolist": tolist, "__float__": to_float, "unbind": elements, "__iter__": each}
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(replaced(torch.Tensor, name, answer))
+        yield
+
+
+@contextmanager
+def gradients_to_none(model: torch.nn.Module) -> Iterator[None]:
+    """``zero_grad()`` lets go of gradients, whatever it was told."""
+    clear = torch.optim.Optimizer.zero_grad
+
+    def clearing(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        clear(self, True)
+
+    for parameter in model.parameters():
+        parameter.grad = None
+    with replaced(torch.optim.Optimizer, "zero_grad", clearing):
+        yield
+
+
+@contextmanager
+def nothing_recomputed(model: torch.nn.Module) -> Iterator[None]:
+    """``torch.utils.checkpoint`` keeps what backward needs, as if it were not there."""
+
+    class Kept:
+        @staticmethod
+        def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def kept(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    with (
+        replaced(checkpointing, "CheckpointFunction", Kept),
+        replaced(checkpointing, "_checkpoint_without_reentrant_generator", kept),
+    ):
+        yield
+
+
+@contextmanager
+def in_bfloat16(model: torch.nn.Module) -> Iterator[None]:
+    """The model's forward pass runs under autocast to bfloat16."""
+    kind = next(model.parameters()).device.type
+    forward = model.forward
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(kind, torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    with replaced(model, "forward", cast):
+        yield
+
+
+@contextmanager
+def without_intervening(model: torch.nn.Module) -> Iterator[None]:
+    """The step as it is."""
+    yield
+
+
+__all__ = [
+    "Intervention", "gradients_to_none", "in_bfloat16", "nothing_recomputed", "numbers_not_waited_for",
+    "without_intervening",
+]  # fmt: skip

@@ -1,0 +1,225 @@
+"""Lever: one thing that would help, by how much, what it costs; Advice: such levers, ranked."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
+
+import pandas as pd
+
+from effkit.account import Account, readable
+from effkit.device import provenance
+from effkit.receipt import Receipt
+
+GOALS = ("time", "memory", "cost")
+_HOUR_NS = 3.6e12
+
+
+@dataclass(frozen=True, eq=False)
+class Lever:
+    """One thing that would help.
+
+    Attributes
+    ----------
+    kind
+        Which waste it addresses: ``"padding"``, ``"batch size"``, ``"data loading"``, ``"precision"``, …. Levers of one
+        ``group`` address the same problem, and their gains are not added.
+    name, found
+        What to do, and what was seen that speaks for it.
+    base, predicted
+        The Account as it is, and as it would be; both of the same examples, tokens or steps.
+    side_effects
+        What else it changes.
+    code
+        Lines to paste where :meth:`apply` is not enough.
+    """
+
+    kind: str
+    name: str
+    found: str
+    base: Account
+    predicted: Account
+    code: str
+    side_effects: tuple[str, ...] = ()
+    group: str = ""
+    run: Callable[[], Account] | None = field(default=None, repr=False)
+    use: Callable[[], Any] | None = field(default=None, repr=False)
+    keep: Callable[[Receipt], None] | None = field(default=None, repr=False)
+
+    @property
+    def gain_frac(self) -> float:
+        """What it is predicted to save, as a share of the base; 0.25 is a quarter less."""
+        return 1 - self.predicted.total / self.base.total
+
+    @property
+    def gain_band(self) -> tuple[float, float]:
+        """The least and the most that it is predicted to save."""
+        low, high = self.predicted.low, self.predicted.high
+        assert low is not None and high is not None, "a prediction has a band"
+        return 1 - high / self.base.total, 1 - low / self.base.total
+
+    @property
+    def helps(self) -> bool:
+        """True when its band leaves out "no gain"."""
+        return self.gain_band[0] > 0
+
+    def apply(self) -> Any:
+        """What to use in its place: a DataLoader, a context for the step, keyword arguments, a configuration.
+
+        Raises
+        ------
+        RuntimeError
+            When it has to be written into code: ``code`` says what.
+        """
+        if self.use is None:
+            raise RuntimeError(f"“{self.name}” is a change of your code, and cannot be handed over: {self.code}")
+        return self.use()
+
+    def measure(self) -> Receipt:
+        """Run it beside the base, here and now, and return the Receipt; blocks until done.
+
+        Raises
+        ------
+        RuntimeError
+            When there is nothing live to run it on.
+        """
+        if self.run is None:
+            raise RuntimeError(f"nothing to measure “{self.name}” on: study a live model, not a recording")
+        measured = self.run()
+        receipt = Receipt(self.predicted, measured, setting={"lever": self.name}, provenance=provenance())
+        if self.keep is not None:
+            self.keep(receipt)
+        return receipt
+
+    def __repr__(self) -> str:
+        least, most = self.gain_band
+        lines = [f"{self.name}: saves {self.gain_frac:.0%} (band {least:.0%} to {most:.0%})", self.found]
+        lines += [f"but: {effect}" for effect in self.side_effects]
+        return "\n  ".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Advice(Sequence[Lever]):
+    """Levers that help, the best first.
+
+    Attributes
+    ----------
+    goal
+        What they are ranked by.
+    levers
+        All whose band leaves out "no gain".
+    rejected
+        Those that were looked at and whose band does not, or that do not fit the budget.
+    notes
+        What has to be said of the whole.
+    """
+
+    goal: str
+    levers: tuple[Lever, ...]
+    rejected: tuple[Lever, ...] = ()
+    notes: tuple[str, ...] = ()
+    price_per_hour: float | None = None
+    num_steps: int | None = None
+    num_devices: int = 1
+
+    @overload
+    def __getitem__(self, index: int) -> Lever: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Lever]: ...
+    def __getitem__(self, index: int | slice) -> Lever | Sequence[Lever]:
+        return self.levers[index]
+
+    def __len__(self) -> int:
+        return len(self.levers)
+
+    def __iter__(self) -> Iterator[Lever]:
+        return iter(self.levers)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per lever: ``kind``; ``gain_frac`` with its band ``least_frac``, ``most_frac``; ``after_those_above``,
+        what it still saves [fraction of the base] when all above it are in force, so that these sum to the whole; side
+        effects. With a price or a number of steps also ``gpu_hours`` and ``money`` saved over the run, alone."""
+        rows = []
+        for lever, more in zip(self.levers, self._increments(), strict=True):
+            least, most = lever.gain_band
+            row = {
+                "lever": lever.name, "kind": lever.kind, "gain_frac": lever.gain_frac, "least_frac": least,
+                "most_frac": most, "after_those_above": more, "but": "; ".join(lever.side_effects),
+            }  # fmt: skip
+            if self.num_steps and lever.base.unit == "ns":
+                row["gpu_hours"] = lever.gain_frac * self._hours(lever.base)
+                if self.price_per_hour is not None:
+                    row["money"] = row["gpu_hours"] * self.price_per_hour
+            rows.append(row)
+        columns = ["lever", "kind", "gain_frac", "least_frac", "most_frac", "after_those_above", "but"]
+        return pd.DataFrame(rows, columns=None if rows else columns).set_index("lever")
+
+    @property
+    def together(self) -> float:
+        """What all of them save together, as a share of the base: of each group the best one alone counts."""
+        return sum(self._increments())
+
+    def _hours(self, base: Account) -> float:
+        return base.total * (self.num_steps or 0) / _HOUR_NS * self.num_devices
+
+    def _increments(self) -> list[float]:
+        """Levers of one group are one problem; those of two act on what the other leaves."""
+        left, done, found = 1.0, set[str](), []
+        for lever in self.levers:
+            group = lever.group or lever.kind
+            more = 0.0 if group in done else left * lever.gain_frac
+            done.add(group)
+            left -= more
+            found.append(more)
+        return found
+
+    def __repr__(self) -> str:
+        if not self.levers:
+            return "\n  ".join([f"Advice for {self.goal}: nothing here is predicted to help", *self.notes])
+        lines = [f"Advice for {self.goal}: together {self.together:.0%} less"]
+        lines += [f"{number}. {text}" for number, text in enumerate(map(repr, self.levers), 1)]
+        if self.num_steps and self.levers[0].base.unit == "ns":
+            hours = self.together * self._hours(self.levers[0].base)
+            spent = f"{hours:,.1f} GPU-hours over {self.num_steps:,} steps"
+            if self.price_per_hour is not None:
+                spent += f", {hours * self.price_per_hour:,.2f} at {self.price_per_hour:,.2f} an hour"
+            lines.append(f"saved together: {spent}")
+        return "\n  ".join([*lines, *self.notes])
+
+    def _repr_html_(self) -> str:
+        if not self.levers:
+            return f"<p>{html.escape(repr(self))}</p>"
+        rows = "".join(
+            f"<tr><td>{number}</td><td><b>{html.escape(lever.name)}</b><br>{html.escape(lever.found)}</td>"
+            f"<td>{readable(lever.base.total, lever.base.unit)} → {readable(lever.predicted.total, lever.base.unit)}</td>"
+            f"<td>{lever.gain_frac:.0%} ({lever.gain_band[0]:.0%} to {lever.gain_band[1]:.0%})</td><td>{more:.0%}</td>"
+            f"<td>{html.escape('; '.join(lever.side_effects))}</td></tr>"
+            for number, (lever, more) in enumerate(zip(self.levers, self._increments(), strict=True), 1)
+        )
+        notes = "".join(f"<br>{html.escape(note)}" for note in self.notes)
+        return (
+            f"<table><caption>Advice for {self.goal}: together {self.together:.0%} less{notes}</caption><thead><tr><th></th>"
+            "<th>lever</th><th>predicted</th><th>saves (band)</th><th>after those above</th><th>but</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
+
+
+def ranked(goal: str, candidates: Sequence[Lever], **more: Any) -> Advice:
+    """Those that help, by predicted gain; the others are kept apart."""
+    helping = sorted((lever for lever in candidates if lever.helps), key=lambda lever: -lever.gain_frac)
+    others = tuple(lever for lever in candidates if not lever.helps)
+    return Advice(goal, tuple(helping), others, **more)
+
+
+def banded(base: Account, rows: dict[str, int], total: float, half_width: float, source: str, **more: Any) -> Account:
+    """A prediction in the form of its base."""
+    total = max(0, round(total))
+    margin = max(0, round(half_width))
+    return replace(
+        Account.of(base.title, base.unit, rows, total=total, source=source, basis="derived",
+                   low=max(0, total - margin), high=total + margin, setting=dict(base.setting)),
+        **more,
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""Listen to a step of somebody's own: what it asks the device for, computes twice, clears, and keeps."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._profiler import _RecordFunctionFast
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+RECOMPUTED = "effkit::recomputation"
+ASKS = ("item", "tolist", "__float__")  # what waits until the device has computed a number
+_LIBRARIES = (str(Path(torch.__file__).parent), "site-packages", "dist-packages")
+
+
+@dataclass
+class Heard:
+    """What one step did.
+
+    Attributes
+    ----------
+    asked
+        Place in the user's code -> how often it asked for a number.
+    num_recomputed, recomputing_ns
+        Modules whose forward ran in backward, and how long that took.
+    cleared_to_none
+        How gradients were cleared: True (None), False (zeros), None where zero_grad() was not called.
+    autocast
+        Whether a module ran under autocast.
+    forwards
+        Calls of the model itself.
+    phases
+        ``backward`` and ``optimizer``, in the order in which they began.
+    """
+
+    asked: Counter[str] = field(default_factory=Counter)
+    num_recomputed: int = 0
+    recomputing_ns: int = 0
+    cleared_to_none: bool | None = None
+    autocast: bool = False
+    forwards: int = 0
+    phases: list[str] = field(default_factory=list)
+
+    @property
+    def num_asked(self) -> int:
+        return sum(self.asked.values())
+
+
+@contextmanager
+def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = None) -> Iterator[Heard]:
+    """Note what steps inside do; ``enter`` hears which phase begins (``backward``, ``optimizer``)."""
+    heard = Heard()
+    kind = next(model.parameters()).device.type
+    in_backward = depth = started = 0
+    marks: list[Any] = []
+
+    def begins(phase: str) -> None:
+        heard.phases.append(phase)
+        if enter is not None:
+            enter(phase)
+
+    def before(module: torch.nn.Module, _: Any) -> None:
+        nonlocal depth, started
+        if module is model:
+            heard.forwards += 1
+        if in_backward:
+            heard.num_recomputed += 1
+            if not depth:
+                marks.append(_RecordFunctionFast(RECOMPUTED))
+                marks[-1].__enter__()
+                started = time.perf_counter_ns()
+            depth += 1
+        elif torch.is_autocast_enabled(kind):
+            heard.autocast = True
+
+    def after(*_: Any) -> None:
+        nonlocal depth
+        if in_backward and depth:
+            depth -= 1
+            if not depth:
+                heard.recomputing_ns += time.perf_counter_ns() - started
+                marks.pop().__exit__(None, None, None)
+
+    backward = torch.autograd.backward
+
+    def going_back(*args: Any, **kwargs: Any) -> None:
+        nonlocal in_backward
+        begins("backward")
+        in_backward += 1
+        try:
+            backward(*args, **kwargs)
+        finally:
+            in_backward -= 1
+
+    clear = torch.optim.Optimizer.zero_grad
+
+    def clearing(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        heard.cleared_to_none = set_to_none
+        clear(self, set_to_none)
+
+    with ExitStack() as stack:
+        for hook in (
+            register_module_forward_pre_hook(before),
+            register_module_forward_hook(after, always_call=True),
+            register_optimizer_step_pre_hook(lambda *_: begins("optimizer")),
+        ):
+            stack.callback(hook.remove)
+        stack.enter_context(replaced(torch.autograd, "backward", going_back))
+        stack.enter_context(replaced(torch.optim.Optimizer, "zero_grad", clearing))
+        for name in ASKS:
+            stack.enter_context(replaced(torch.Tensor, name, _noting(name, heard.asked)))
+        yield heard
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for an attribute, inside; inherited ones are uncovered again."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _noting(name: str, asked: Counter[str]) -> Callable[[Any], Any]:
+    native = getattr(torch.Tensor, name)
+
+    def noting(self: torch.Tensor) -> Any:
+        code = sys._getframe(1)
+        if own_code(code.f_code.co_filename):
+            asked[_place(code.f_code.co_filename, code.f_code.co_name, code.f_lineno)] += 1
+        return native(self)
+
+    return noting
+
+
+def own_code(filename: str) -> bool:
+    """Whether this is the user's code: not a library's, which knows what it does."""
+    return not any(library in filename for library in _LIBRARIES)
+
+
+def _place(filename: str, function: str, line: int) -> str:
+    where = "" if "ipykernel" in filename or filename.startswith("<") else f"{Path(filename).name}, "
+    return f"{where}{function}(), line {line}"

@@ -1,0 +1,161 @@
+"""Levers on the peak of a training step: what is kept for nothing first, then what costs time or accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from effkit import activations
+from effkit.account import Account, readable
+from effkit.activations.levers import Levers
+from effkit.activations.live import TIME
+from effkit.advice import interventions, probing
+from effkit.advice.kept import detached_after, growth_bytes
+from effkit.advice.levers import Advice, Lever, banded
+from effkit.advice.time_levers import limit_bytes
+
+if TYPE_CHECKING:
+    from effkit.advice.training_study import TrainingStudy
+
+_STEPS = 1000  # over which a leak is counted, unless their number is given
+_SHOWN = 6
+
+
+def advise(study: TrainingStudy, budget_bytes: int | None, **more: Any) -> Advice:
+    """Waste first, by what it saves; then, where the peak exceeds the budget, the quickest way to get below it."""
+    wasted = [lever for lever in (_leak(study, more["num_steps"] or _STEPS), _gradients(study)) if lever is not None]
+    wasted.sort(key=lambda lever: -lever.gain_frac)
+    notes: list[str] = []
+    limit = limit_bytes(budget_bytes)
+    fitting: list[Lever] = []
+    if study.memory.total > limit:
+        fitting = _fitting(study, limit, notes)
+    else:
+        notes.append(f"the peak, {readable(study.memory.total, 'bytes')}, is within {readable(round(limit), 'bytes')}: "
+                     "nothing that costs time or accuracy is suggested")  # fmt: skip
+    found = [*wasted, *fitting]
+    return Advice("memory", tuple(lever for lever in found if lever.helps),
+                  tuple(lever for lever in found if not lever.helps), tuple(notes), **more)  # fmt: skip
+
+
+def _leak(study: TrainingStudy, num_steps: int) -> Lever | None:
+    seen = study.kept
+    if not seen.num_tensors:
+        return None
+    peak = study.memory
+    title = f"Memory after {num_steps:,} steps"
+
+    def after(growth: int, **more: Any) -> Account:
+        rows = {"peak of one step": peak.total, "kept from step to step": growth * num_steps}
+        return Account.of(title, "bytes", rows, total=sum(rows.values()), **more)
+
+    base = after(seen.growth_bytes, source="the allocator, over three steps, times their number")
+    left = min(seen.own_bytes, seen.growth_bytes)
+    slack = num_steps * max(round(0.02 * seen.growth_bytes), 512)
+    predicted = banded(base, {"peak of one step": peak.total, "kept from step to step": left * num_steps},
+                       peak.total + left * num_steps, slack, "what these tensors themselves hold")  # fmt: skip
+    held = f" in {', '.join(seen.holders)}" if seen.holders else ""
+
+    def run() -> Account:
+        with study.held():
+            growth = growth_bytes(lambda: detached(study.largest))
+        return after(max(0, growth), source="the allocator, over three steps, each cut from its graph")
+
+    detached = detached_after(study.step)
+    return Lever(
+        "leak", "keep values, not graphs",
+        f"every step leaves {readable(seen.growth_bytes, 'bytes')} behind: {seen.num_tensors} tensors{held} hold the "
+        "graph that made them",
+        base, predicted, "total = total + loss.detach()   # or loss.item()", run=run, use=lambda: detached,
+        keep=study._noted,
+    )  # fmt: skip
+
+
+def _gradients(study: TrainingStudy) -> Lever | None:
+    if study.heard.cleared_to_none is not False:
+        return None
+    tried = probing.probes([study.largest], [0])
+    intervention = interventions.gradients_to_none
+    with study.held():
+        study.step(study.largest)
+        peak, margin = study.peaks.at_full(tried, study.largest, intervention)
+    base = study.memory
+
+    def run() -> Account:
+        with study.held():
+            study.step(study.largest)
+            truth = study.peaks.of(study.largest, intervention)
+        return Account.of(base.title, "bytes", {"peak": truth}, total=truth, source=base.source)
+
+    return Lever(
+        "gradients", "let go of gradients", "gradients are zeroed, and stay in memory through the next forward pass",
+        base, banded(base, {"peak": peak}, peak, margin, "the peaks of two parts of a batch"),
+        "optimizer.zero_grad(set_to_none=True)", run=run, use=lambda: intervention(study.model), keep=study._noted,
+    )  # fmt: skip
+
+
+def _fitting(study: TrainingStudy, limit: float, notes: list[str]) -> list[Lever]:
+    """Combinations of the activation lab's levers that fit, the quickest first."""
+    try:
+        base = lab_base(study)
+    except ValueError as error:
+        notes.append(f"levers on activations are not visible: {error}")
+        return []
+    table = activations.front(base)
+    table = table[table["on_front"] & (table["setting"] != "plain")]
+    found, smallest = [], None
+    for name in table["setting"]:
+        changes = table.attrs["settings"][name]
+        predicted = activations.predict(base, **changes)
+        lever = _lab_lever(study, base, predicted, changes)
+        smallest = lever if smallest is None or predicted.total < smallest.predicted.total else smallest
+        if (predicted.high or predicted.total) <= limit:
+            found.append(lever)
+    if not found and smallest is not None:
+        notes.append(f"nothing fits into {readable(round(limit), 'bytes')}: the nearest is shown; use a smaller batch")
+        return [smallest]
+    return found[:_SHOWN]
+
+
+def lab_base(study: TrainingStudy) -> Account:
+    """The activation lab's account of the largest batch, every lever timed."""
+    optimizer = study.optimizers[0] if study.optimizers else None
+    own = None
+    if optimizer is not None and type(optimizer) is not torch.optim.AdamW:
+        kind, defaults = type(optimizer), optimizer.defaults
+
+        def own(parameters: Any) -> torch.optim.Optimizer:
+            return kind(parameters, **defaults)
+
+    return activations.measure(study.model, study.largest, loss=study.loss, optimizer=own, time_levers=True)
+
+
+def _lab_lever(study: TrainingStudy, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:
+    levers = Levers(**changes)
+    words = ", ".join(f"{name}={value}" for name, value in changes.items())
+    before, after = (_time(one) for one in (base, predicted))
+    effects = [f"a step takes {after / before - 1:+.0%}, predicted"]
+    if not levers.lossless:
+        effects.append("gradients or updates are no longer exact")
+    return Lever(
+        "activation memory", words, f"the peak is {readable(base.total, 'bytes')}, of which "
+        f"{base.share.get('saved activation', 0.0):.0%} are saved activations", base, predicted, _code(changes),
+        tuple(effects), group="peak", keep=study._noted, use=lambda: levers.applied(study.model),
+        run=lambda: activations.measure(study.model, study.largest, base=base, **changes),
+    )  # fmt: skip
+
+
+def _code(changes: Mapping[str, Any]) -> str:
+    levers = Levers(**changes)
+    lines = [f"with Levers({', '.join(f'{k}={v!r}' for k, v in changes.items())}).applied(model):  # around the forward"]
+    if levers.micro_batches > 1:
+        lines.append(f"# cut the batch into {levers.micro_batches}, one backward each, one optimizer step")
+    if levers.optimizer_states != "float32":
+        lines.append(f"optimizer = activations.LowBitAdamW(model.parameters(), states={levers.optimizer_states!r})")
+    return "\n".join(lines)
+
+
+def _time(account: Account) -> int:
+    return next(one.total for one in account.companions if one.title == TIME)

@@ -1,0 +1,134 @@
+"""Overview: time and memory of a step on one page, beside what this device can do, and what could not be seen."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from effkit.account import Account, readable
+from effkit.device import Device
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MFU_DEFINITION = (
+    "model FLOPs utilisation = 3 x (2 per multiply-add of every matrix product, convolution and attention of the forward "
+    "pass, as run) / (time of a step x measured matrix rate). Padding is included, attention counts in full where the "
+    "operator computes it in full, recomputation is left out (PaLM, arXiv 2204.02311, appendix B, counts attention in "
+    "full too)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Overview:
+    """What a study saw, on one page.
+
+    Attributes
+    ----------
+    accounts
+        Time first, then memory where it was visible, then what else.
+    ceilings
+        How near the step comes to what the device can do: columns ``reached``, ``ceiling``, ``reached_frac``,
+        ``definition``.
+    found, unseen
+        What kind of model and run this is; what was not visible, and how to make it so.
+    """
+
+    accounts: tuple[Account, ...]
+    ceilings: pd.DataFrame
+    found: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    @property
+    def time(self) -> Account:
+        """The first account."""
+        return self.accounts[0]
+
+    @property
+    def memory(self) -> Account:
+        """The account in bytes.
+
+        Raises
+        ------
+        ValueError
+            When memory was not visible.
+        """
+        for account in self.accounts:
+            if account.unit == "bytes":
+                return account
+        raise ValueError("memory is not visible in this study: " + "; ".join(self.unseen))
+
+    def plot(self, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+        """Draw the accounts under one another; returns the axes."""
+        from effkit import view
+
+        return view.page(self.accounts, axes)
+
+    def __repr__(self) -> str:
+        lines = [*self.found, *map(repr, self.accounts)]
+        for name, row in self.ceilings.iterrows():
+            lines.append(f"{name}: {row['reached_frac']:.1%} of {row['ceiling_text']}")
+        lines += [f"not visible: {sentence}" for sentence in self.unseen]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        found = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.found)
+        unseen = "".join(f"<li><b>not visible</b>: {html.escape(sentence)}</li>" for sentence in self.unseen)
+        ceilings = "".join(
+            f"<tr><td title='{html.escape(row['definition'], quote=True)}'>{html.escape(str(name))}</td>"
+            f"<td>{row['reached_frac']:.1%}</td><td>{html.escape(row['ceiling_text'])}</td></tr>"
+            for name, row in self.ceilings.iterrows()
+        )
+        table = (
+            "<table><caption>How near to this device's ceilings</caption><thead><tr><th></th><th>reached</th>"
+            f"<th>of</th></tr></thead><tbody>{ceilings}</tbody></table>"
+            if ceilings
+            else ""
+        )
+        return f"<ul>{found}{unseen}</ul>" + "".join(one._repr_html_() for one in self.accounts) + table
+
+
+def ceilings(device: Device, *, step_ns: float, forward_flops: int, half: bool, real_frac: float | None,
+             num_operators: int, peak_bytes: int | None) -> pd.DataFrame:  # fmt: skip
+    """The distance of a step to what the device was measured to do."""
+    dtype = "bfloat16" if half else "float32"
+    rate = device.rate_flops_per_s[dtype]
+    seconds = step_ns / 1e9
+    rows: dict[str, tuple[float, float, str, str]] = {}
+
+    def add(name: str, reached: float, ceiling: float, text: str, definition: str) -> None:
+        rows[name] = (reached, ceiling, text, definition)
+
+    text = f"{rate / 1e9:,.0f} GFLOP/s measured in {dtype}"
+    add("model FLOPs utilisation", 3 * forward_flops / seconds, rate, text, MFU_DEFINITION)
+    if real_frac is not None:
+        add("the same without padding", 3 * forward_flops * real_frac / seconds, rate, text,
+            "as above, times the real share of the input cells")  # fmt: skip
+    launches = num_operators * device.launch_overhead_ns
+    add("launch floor", launches, step_ns, readable(round(step_ns), "ns") + " of the step",
+        f"{num_operators:,} operators x {device.launch_overhead_ns / 1e3:.1f} us from one tiny operator to the next")  # fmt: skip
+    if peak_bytes is not None and device.memory_bytes:
+        add("memory", peak_bytes, device.memory_bytes, readable(device.memory_bytes, "bytes"), "peak over capacity")
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["reached", "ceiling", "ceiling_text", "definition"])
+    frame.insert(2, "reached_frac", frame["reached"] / frame["ceiling"])
+    return frame.rename_axis("of")
+
+
+NO_CEILINGS = pd.DataFrame(columns=["reached", "ceiling", "reached_frac", "ceiling_text", "definition"])
+
+
+def changes(before: Sequence[Account], after: Sequence[Account]) -> pd.DataFrame:
+    """Row by row, the accounts of two overviews that have one title: before, after, difference, ratio."""
+    pairs: list[tuple[str, Any]] = []
+    for account in before:
+        other = next((one for one in after if one.title == account.title and one.unit == account.unit), None)
+        if other is not None:
+            table = account.compare(other).rename(columns={"value": "before", "other": "after"})
+            pairs.append((account.title, table))
+    if not pairs:
+        raise ValueError("these two studies have no account in common: compare studies of one kind of run")
+    return pd.concat(dict(pairs), names=["account", "item"])

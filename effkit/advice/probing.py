@@ -1,0 +1,156 @@
+"""What an intervention would save, from a few small steps with it and without it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from effkit.advice.interventions import Intervention, gradients_to_none, without_intervening
+from effkit.least_squares import nonnegative
+from effkit.recording import peak_memory
+from effkit.side_by_side import interleaved_ns
+from effkit.training import residents, size_bytes
+
+Step = Callable[[Any], object]
+_FEWEST, _MOST, _BUDGET_NS = 5, 15, 1_500_000_000  # runs of each small step; of a middling batch, together
+_LEAST_NOISE_FRAC = 0.015  # two fastest runs may agree by chance
+PLAIN = ""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Time that an intervention saved in the steps that were tried: each ``plain_ns``, and ``saved_ns`` of it."""
+
+    plain_ns: tuple[float, ...]
+    saved_ns: tuple[float, ...]
+    noise_frac: float
+
+    def over(self, steps_ns: Sequence[float]) -> tuple[float, float]:
+        """What it would save in all of these steps, and half the width of its band [ns].
+
+        In proportion to their time, or a fixed part and one in proportion: the middle of both, and the band holds
+        both, and the noise of each step.
+        """
+        plain, saved = np.array(self.plain_ns), np.array(self.saved_ns)
+        steps = np.array(steps_ns, dtype="float64")
+        proportional = saved.sum() / plain.sum() * steps.sum()
+        sign = 1.0 if saved.sum() > 0 else -1.0
+        design = np.column_stack([np.ones(len(plain)), plain])
+        fixed, rate = nonnegative(design / plain[:, None], sign * saved / plain)
+        affine = sign * float(fixed * len(steps) + rate * steps.sum())
+        middle = (proportional + affine) / 2
+        doubt = abs(proportional - affine) / 2
+        return middle, doubt + max(self.noise_frac, _LEAST_NOISE_FRAC) * steps.sum()
+
+
+def rows_of(batch: Any) -> int | None:
+    """Size of dimension 0, if all tensors of the batch share it."""
+    sizes = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def cut(batch: Any, num_rows: int) -> Any:
+    """The first rows of a batch: views, not copies."""
+    return tree_map_only(torch.Tensor, lambda t: t[:num_rows] if t.dim() else t, batch)
+
+
+def probes(batches: Sequence[Any], steps_ns: Sequence[int]) -> list[Any]:
+    """A third and two thirds of a middling batch; where batches cannot be cut, a short one and a middling one."""
+    order = np.argsort(np.array(steps_ns), kind="stable")
+    middle = batches[int(order[len(order) // 2])]
+    return parts(middle) or [batches[int(order[0])], middle]
+
+
+def parts(batch: Any) -> list[Any]:
+    """A third and two thirds of a batch; none where it cannot be cut."""
+    rows = rows_of(batch)
+    if rows is None or rows < 2:
+        return []
+    few, more = max(1, rows // 3), -(-2 * rows // 3)
+    return [cut(batch, few), cut(batch, more if few < more else rows)]
+
+
+def savings(
+    step: Step, model: torch.nn.Module, tried: Sequence[Any], interventions: Mapping[str, Intervention]
+) -> dict[str, Saving]:
+    """Run small steps with each intervention and without any, in turn; the fastest of each counts."""
+    times: dict[tuple[str, int], list[int]] = {}
+
+    def call(intervention: Intervention, batch: Any) -> Callable[[], None]:
+        def run() -> None:
+            with intervention(model):
+                step(batch)
+
+        return run
+
+    everything = {PLAIN: without_intervening, **interventions}
+    calls = {(name, i): call(one, batch) for name, one in everything.items() for i, batch in enumerate(tried)}
+
+    def fastest(taken: list[int]) -> float:
+        times[len(times), 0] = sorted(taken)  # type: ignore[index]
+        return min(taken)
+
+    begun = time.perf_counter_ns()
+    step(tried[-1])
+    taken = time.perf_counter_ns() - begun
+    found = interleaved_ns(calls, max(_FEWEST, min(_MOST, _BUDGET_NS // taken)), fastest)
+    spread = [second / first - 1 for first, second, *_ in times.values()]
+    noise = float(np.median(spread))
+    plain = tuple(float(found[PLAIN, i]) for i in range(len(tried)))
+    return {
+        name: Saving(plain, tuple(plain[i] - found[name, i] for i in range(len(tried))), noise)
+        for name in interventions
+    }
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Peaks of somebody's step, on any batch.
+
+    ``let_go``: the step lets go of its gradients before it makes others. The profiler of a CPU does not see that blocks
+    from before it began are freed, so they go before.
+    """
+
+    step: Step
+    model: torch.nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    let_go: bool
+
+    def of(self, batch: Any, intervention: Intervention = without_intervening) -> int:
+        """What is in memory at the most [bytes], what is there all through the step included."""
+        with intervention(self.model):
+            self.step(batch)  # the state of a steady step
+            gc.collect()
+            there = sum(map(size_bytes, residents(self.model, self.optimizers, batch).values()))
+            if self.let_go or intervention is gradients_to_none:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+            held = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            peak, _ = peak_memory(lambda: self.step(batch), resident_bytes=there + size_bytes(held))
+        return peak
+
+    def at_full(self, tried: Sequence[Any], full: Any, intervention: Intervention) -> tuple[int, int]:
+        """Peak of a whole batch with an intervention, from two parts of it; and half the width of its band [bytes].
+
+        A step's memory is a constant and so much per row. The two parts without the intervention, against the whole
+        batch, tell how far that holds.
+        """
+        sizes = [rows_of(one) or 1 for one in tried]
+        whole = rows_of(full) or sizes[-1]
+        guess = _line(sizes, [self.of(one, intervention) for one in tried], whole)
+        plain = _line(sizes, [self.of(one) for one in tried], whole)
+        return round(guess), round(abs(plain - self.of(full)) + 0.01 * guess)
+
+
+def _line(sizes: Sequence[int], peaks: Sequence[int], at: int) -> float:
+    if sizes[0] == sizes[1]:
+        return float(max(peaks))
+    slope = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    return peaks[0] + slope * (at - sizes[0])

@@ -1,0 +1,118 @@
+"""Study: what one was told about a model, what it costs now, and what would help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from effkit.advice.levers import GOALS, Advice
+from effkit.advice.overviews import Overview, changes
+from effkit.receipt import Receipt
+
+
+class Study:
+    """One model, or one run, looked at as a whole; made by :func:`effkit.study`.
+
+    Attributes
+    ----------
+    what
+        What was studied, in words.
+    receipts
+        Of every lever that was measured, oldest first.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.receipts: list[Receipt] = []
+        self._overview: Overview | None = None
+
+    def overview(self) -> Overview:
+        """Time and memory on one page, how near they are to this device's ceilings, and what could not be seen."""
+        if self._overview is None:
+            self._overview = self._look()
+        return self._overview
+
+    def advise(
+        self,
+        goal: str = "time",
+        *,
+        budget_bytes: int | None = None,
+        price_per_hour: float | None = None,
+        num_steps: int | None = None,
+        num_devices: int = 1,
+    ) -> Advice:
+        """What would help, ranked by predicted gain; nothing whose band includes "no gain".
+
+        Parameters
+        ----------
+        goal
+            ``"time"`` of the same examples (of one generation: its latency), ``"memory"`` at the peak, or ``"cost"``:
+            time as money, where throughput counts and latency does not.
+        budget_bytes
+            What the peak may take; the device's capacity unless given. With goal ``"memory"`` levers that cost time are
+            suggested only where the peak exceeds it.
+        price_per_hour, num_steps, num_devices
+            Of one device, in your currency; steps of the whole run; devices that run it: for GPU-hours and money. What
+            leaks is counted over ``num_steps``, 1,000 unless given.
+
+        Raises
+        ------
+        ValueError
+            For another goal, or a price or count that is not positive.
+        """
+        if goal not in GOALS:
+            raise ValueError(f"goal is one of {', '.join(GOALS)}; given: {goal!r}")
+        positive = {"budget_bytes": budget_bytes, "price_per_hour": price_per_hour, "num_steps": num_steps,
+                    "num_devices": num_devices}  # fmt: skip
+        for name, value in positive.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is more than 0; given: {value}")
+        if goal == "cost" and (price_per_hour is None or num_steps is None):
+            raise ValueError("goal='cost' takes price_per_hour= and num_steps=, to count hours and money with")
+        return self._advise(
+            goal, budget_bytes, price_per_hour=price_per_hour, num_steps=num_steps, num_devices=num_devices
+        )
+
+    def compare(self, other: Study) -> pd.DataFrame:
+        """This study before, the other after: the rows of their accounts, side by side.
+
+        Columns ``before, after, difference`` and ``ratio`` (after / before); indexed by account and item.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When the other is no study, or one of another kind of run.
+        """
+        if not isinstance(other, Study):
+            raise TypeError(f"compare() takes another study; given: {type(other).__name__}")
+        return changes(self.overview().accounts, other.overview().accounts)
+
+    def report(self, path: str | Path, advice: Advice | None = None) -> Path:
+        """Write one HTML page that needs nothing beside it: overview, advice, receipts of what was measured.
+
+        Parameters
+        ----------
+        path
+            Where to; it is written whole or not at all.
+        advice
+            To show; :meth:`advise` for time unless given.
+        """
+        from effkit.advice import reporting
+
+        return reporting.write(self, Path(path), self.advise() if advice is None else advice)
+
+    def _look(self) -> Overview:
+        raise NotImplementedError
+
+    def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
+        raise NotImplementedError
+
+    def _noted(self, receipt: Receipt) -> None:
+        self.receipts.append(receipt)
+
+    def __repr__(self) -> str:
+        return f"Study of {self.what}: overview(), advise(), compare(other), report(path)"
+
+

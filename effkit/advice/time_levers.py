@@ -1,0 +1,169 @@
+"""Levers on the time of a training step: what the batches, the loader and the step itself leave on the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from effkit.account import Account, readable
+from effkit.advice import batch_levers, expert_levers, families, interventions, probing
+from effkit.advice.interventions import Intervention
+from effkit.advice.levers import Advice, Lever, banded, ranked
+from effkit.device import Device
+from effkit.side_by_side import interleaved_ns
+
+if TYPE_CHECKING:
+    from effkit.advice.training_study import TrainingStudy
+
+_MANY_NUMBERS = 32  # asked for in a step, on a CPU, where nothing is waited for
+_WORTH_CASTING_FRAC = 0.15  # of the time in products
+_FASTER = 1.2  # bfloat16 products than float32 ones
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class _Idea:
+    """An intervention that what was seen speaks for."""
+
+    kind: str
+    name: str
+    found: str
+    code: str
+    intervention: Intervention
+    side_effects: tuple[str, ...] = ()
+    raises_memory: bool = False
+    use: Callable[[], Any] | None = None
+
+
+def advise(study: TrainingStudy, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
+    """Everything that saves time, ranked."""
+    found = [*batch_levers.levers(study, budget_bytes), *_interventions(study, budget_bytes)]
+    found += expert_levers.levers(study)
+    return ranked(goal, found, **more)
+
+
+def _ideas(study: TrainingStudy) -> list[_Idea]:
+    heard, model = study.heard, study.model
+    ideas = []
+    on_gpu = next(model.parameters()).is_cuda
+    if heard.num_asked >= (1 if on_gpu else _MANY_NUMBERS):
+        place, times = heard.asked.most_common(1)[0]
+        ideas.append(_Idea(
+            "synchronisation", "ask for fewer numbers",
+            f"a step asks for {heard.num_asked:,} numbers with item(), float() or tolist(), {times:,} of them in {place}: "
+            "each waits for the device",
+            "total = total + loss.detach()   # and total.item() once, when it is shown",
+            interventions.numbers_not_waited_for,
+        ))  # fmt: skip
+    if heard.cleared_to_none is False:
+        ideas.append(_Idea(
+            "gradients", "let go of gradients", "zero_grad(set_to_none=False) writes zeros, and backward adds to them",
+            "optimizer.zero_grad(set_to_none=True)", interventions.gradients_to_none,
+            use=lambda: _applied(study, interventions.gradients_to_none),
+        ))  # fmt: skip
+    if heard.num_recomputed:
+        ideas.append(_Idea(
+            "recomputation", "keep activations", f"{heard.num_recomputed} modules are computed again in backward",
+            "model.gradient_checkpointing_disable()   # or call the block, not checkpoint(block)",
+            interventions.nothing_recomputed, raises_memory=True,
+            use=lambda: _applied(study, interventions.nothing_recomputed),
+        ))  # fmt: skip
+    if not heard.autocast and _casting_may_pay(study):
+        rates = Device.here().rate_flops_per_s
+        ideas.append(_Idea(
+            "precision", "bfloat16 products",
+            f"products take {families.share_of_products(study.rows_ns):.0%} of the step, in float32; this device "
+            f"multiplies {rates['bfloat16'] / rates['float32']:.1f} times as fast in bfloat16",
+            f"with torch.autocast('{next(model.parameters()).device.type}', torch.bfloat16): ...   # around the forward",
+            interventions.in_bfloat16, ("values are rounded to 8 bits: watch the loss",),
+            use=lambda: _applied(study, interventions.in_bfloat16),
+        ))  # fmt: skip
+    return ideas
+
+
+def _applied(study: TrainingStudy, intervention: Intervention) -> AbstractContextManager[None]:
+    return intervention(study.model)
+
+
+def _casting_may_pay(study: TrainingStudy) -> bool:
+    rates = Device.here().rate_flops_per_s
+    single = next(study.model.parameters()).dtype == torch.float32
+    share = families.share_of_products(study.rows_ns)
+    return single and share >= _WORTH_CASTING_FRAC and rates["bfloat16"] >= _FASTER * rates["float32"]
+
+
+def _interventions(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
+    ideas = _ideas(study)
+    if not ideas:
+        return []
+    with study.held():
+        tried = probing.probes(study.batches, study.steps_ns)
+        study.step(tried[0])
+        found = probing.savings(study.step, study.model, tried, {idea.kind: idea.intervention for idea in ideas})
+        return [lever for idea in ideas if (lever := _lever(study, idea, found[idea.kind], tried, budget_bytes))]
+
+
+def _lever(
+    study: TrainingStudy, idea: _Idea, saving: probing.Saving, tried: list[Any], budget_bytes: int | None
+) -> Lever | None:
+    saved, doubt = (amount / len(study.steps_ns) for amount in saving.over(study.steps_ns))
+    effects = list(idea.side_effects)
+    if idea.raises_memory:
+        with study.held():
+            peak, margin = study.peaks.at_full(
+                probing.parts(study.largest) or tried, study.largest, idea.intervention
+            )
+        if peak + margin > limit_bytes(budget_bytes):
+            return None
+        effects.append(f"the peak rises to {readable(peak, 'bytes')}, predicted")
+    base = study.account
+    predicted = predicted_step(base, saved, doubt, f"steps of {len(tried)} small batches with it and without it, in turn")
+    return Lever(
+        idea.kind, idea.name, idea.found, base, predicted, idea.code, tuple(effects),
+        run=lambda: measured_beside(study, idea.intervention), use=idea.use, keep=study._noted,
+    )  # fmt: skip
+
+
+def limit_bytes(budget_bytes: int | None) -> float:
+    """What the peak may take."""
+    return budget_bytes if budget_bytes is not None else 0.9 * Device.here().memory_bytes
+
+
+def predicted_step(base: Account, saved_ns: float, doubt_ns: float, source: str) -> Account:
+    """The base with so much less."""
+    rows = {"what is left": round(base.total - saved_ns)}
+    return banded(base, rows, base.total - saved_ns, doubt_ns, source)
+
+
+def measured_beside(study: TrainingStudy, intervention: Intervention) -> Account:
+    """Every batch with the intervention and without it, in turn."""
+
+    def call(one: Intervention, batch: Any) -> Callable[[], None]:
+        def run() -> None:
+            with one(study.model):
+                study.step(batch)
+
+        return run
+
+    ways = (interventions.without_intervening, intervention)
+    with study.held():
+        study.step(study.batches[0])
+        calls = {(way, number): call(one, batch)
+                 for number, batch in enumerate(study.batches) for way, one in enumerate(ways)}  # fmt: skip
+        times = interleaved_ns(calls, _REPEATS, min)
+    totals = [sum(taken for (way, _), taken in times.items() if way == which) for which in (0, 1)]
+    return relative(study, totals[1] / totals[0])
+
+
+def relative(study: TrainingStudy, computing_ratio: float, waiting_ns: float | None = None) -> Account:
+    """What was measured beside the base, on the base's scale."""
+    waiting = study.waiting_ns if waiting_ns is None else waiting_ns
+    total = round(study.computing_ns * computing_ratio + waiting)
+    return Account.of(
+        study.account.title, "ns", {"what is left": total}, total=total, setting=dict(study.account.setting),
+        source="the wall clock, relative to the step as it is, run in turn",
+    )  # fmt: skip

@@ -1,0 +1,292 @@
+"""TrainingStudy: a training step of somebody's own, run as it is on a few batches, watched, and given back unchanged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import torch
+
+from effkit import padding
+from effkit.account import Account, readable
+from effkit.activations import counting
+from effkit.activations.observing import Observation, observe
+from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
+from effkit.activations.timeline import PEAK
+from effkit.advice import families
+from effkit.advice.examples import Examples, drawn, why_not_drawn
+from effkit.advice.kept import Kept, kept
+from effkit.advice.levers import Advice
+from effkit.advice.listening import listening
+from effkit.advice.overviews import Overview, ceilings
+from effkit.advice.parts import parts_of
+from effkit.advice.probing import Peaks, Step
+from effkit.advice.restoring import restored
+from effkit.advice.studies import Study
+from effkit.device import Device, synchronize
+from effkit.recording import capture
+from effkit.side_by_side import interleaved_ns
+from effkit.training import Loss, residents
+
+TIME = "Time of one step"
+WARM_UP = 4  # batches, of a loader with processes
+_FEWEST, _MOST = 4, 16  # batches, unless their number is given
+_BUDGET_NS = 600_000_000  # of them, run once
+_REPEATS, _SLOW_NS = 3, 100_000_000  # runs of each batch; one fewer where a step takes longer
+_PADDED = (families.PRODUCTS, families.ATTENTION, families.NORMS, families.OTHER, families.RECOMPUTATION)
+
+
+class TrainingStudy(Study):
+    """A training loop: ``step(batch)`` over a loader.
+
+    Attributes
+    ----------
+    model, step, loss
+        As given; ``step`` takes a batch, and is run many times.
+    batches
+        Those that are studied.
+    examples
+        What they were made of; None where the loader does not say.
+    heard
+        What one step did.
+    steps_ns
+        The fastest time of each batch.
+    waiting_ns
+        For the loader, per step.
+    """
+
+    def __init__(
+        self, step: Callable[..., object], model: torch.nn.Module, loader: Any = None, *, loss: Loss | None = None,
+        num_batches: int | None = None, num_ranks: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(f"{type(model).__name__}, a training step")
+        self.model, self.loader, self.loss, self.num_ranks = model, loader, loss, num_ranks
+        self.step: Step = step if loader is not None else lambda _: step()
+        self.unseen: list[str] = []
+        self.examples: Examples | None = None
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        with self.held():
+            self.batches = self._draw(num_batches)
+            with listening(model) as self.heard:
+                self.step(self.batches[-1])
+            self._say_what_is_unseen()
+            self.epoch = self._epoch()
+            self.steps_ns = self._times()
+            self.waiting_ns = self._wait()
+            self.rows_ns = self._rows()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Steps may be run inside; afterwards the model is as it was."""
+        with restored(self.model) as seen:
+            yield
+            self.optimizers = tuple(seen)
+
+    @property
+    def computing_ns(self) -> float:
+        """Of one step, the mean of the batches' fastest."""
+        return sum(self.steps_ns) / len(self.steps_ns)
+
+    @property
+    def largest(self) -> Any:
+        """The batch that takes longest."""
+        return self.batches[max(range(len(self.batches)), key=self.steps_ns.__getitem__)]
+
+    def wait(self, loader: Any, num_batches: int) -> tuple[float, float]:
+        """Run over a loader: what a step waits for it, and the whole loop per step [ns].
+
+        The first batches are not counted where processes prepare them: these have to start, and memory that was shared
+        when they did is copied page by page.
+        """
+        aside = WARM_UP if getattr(loader, "num_workers", 0) else 0
+        waits: list[int] = []
+        iterator = iter(loader)
+        begun = now = time.perf_counter_ns()
+        for number in range(num_batches + aside):
+            now = time.perf_counter_ns()
+            if number == aside:
+                begun = now
+            batch = next(iterator, None)
+            if batch is None:
+                break
+            if number >= aside:
+                waits.append(time.perf_counter_ns() - now)
+            self.step(batch)
+            synchronize()
+        whole = time.perf_counter_ns() - begun
+        return sum(waits) / max(1, len(waits)), whole / max(1, len(waits))
+
+    def _draw(self, num_batches: int | None) -> list[Any]:
+        if self.loader is None:
+            self.unseen.append("padding and the input pipeline: step() draws its own batches; give loader= and step(batch)")
+            self.step(None)
+            self.repeats = _REPEATS
+            return [None] * (num_batches or _FEWEST)
+        why = why_not_drawn(self.loader)
+        first = drawn(self.loader, 1).batches if why is None else list(islice(self.loader, 1))
+        if not first:
+            raise ValueError("the loader is empty: there is no batch to study")
+        self.step(first[0])  # the optimizer makes its state, libraries choose their ways
+        begun = time.perf_counter_ns()
+        self.step(first[0])
+        synchronize()
+        taken = time.perf_counter_ns() - begun
+        self.repeats = _REPEATS if taken < _SLOW_NS else _REPEATS - 1
+        num = num_batches or max(_FEWEST, min(_MOST, _BUDGET_NS // taken))
+        if why is not None:
+            self.unseen.append(why)
+            return list(islice(self.loader, num))
+        self.examples = drawn(self.loader, num)
+        return self.examples.batches
+
+    def _say_what_is_unseen(self) -> None:
+        if self.examples is not None and self.examples.watched is None:
+            self.unseen.append(self.examples.why_unseen)
+        if any(hasattr(module, "_orig_mod") for module in self.model.modules()):
+            self.unseen.append("what is inside compiled modules: their operators are fused, and have no modules left")
+        if self.heard.forwards == 0:
+            self.unseen.append("the model's own forward: the step does not call it (a wrapper does?), so that levers on "
+                               "it may do nothing")  # fmt: skip
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.unseen.append("waiting for other ranks told from moving bytes: this is one rank; record all of them")
+
+    def _epoch(self) -> Account | None:
+        """The padding lab's account of these batches, which predicts other ones."""
+        if self.examples is None or self.examples.watched is None:
+            return None
+        return self.measured_plan(None)
+
+    def measured_plan(self, also: padding.Plan | None) -> Account:
+        """The batches as they were delivered, by the padding lab; with larger ones in the calibration, if given."""
+        assert self.examples is not None
+        return padding.measure(
+            self.examples.plan, self.model, make_batch=self.examples.make_batch, step=self.step, repeats=self.repeats,
+            also=also,
+        )  # fmt: skip
+
+    def _times(self) -> list[int]:
+        if self.epoch is not None:
+            steps = self.epoch.calibration.steps
+            return [int(value) for value in steps.loc[steps["whole"], "dur_ns"]]
+        calls = {number: (lambda batch=batch: self.step(batch)) for number, batch in enumerate(self.batches)}
+        return list(interleaved_ns(calls, self.repeats, min).values())  # type: ignore[arg-type]
+
+    def _wait(self) -> float:
+        return 0.0 if self.loader is None else self.wait(self.loader, len(self.batches))[0]
+
+    def _rows(self) -> dict[str, float]:
+        """By what operators do, per step [ns]; on the clock of the plain steps, for the machine's speed drifts."""
+        num, taken = len(self.batches), list[int]()
+
+        def step() -> None:
+            batch = self.batches[len(taken) % num]
+            begun = time.perf_counter_ns()
+            self.step(batch)
+            synchronize()
+            taken.append(time.perf_counter_ns() - begun)
+
+        with listening(self.model) if self.heard.num_recomputed else nullcontext():
+            recorded = capture(step, warmup=0, steps=num)
+        self.num_operators = int((recorded.events["category"] == "cpu_op").sum()) // num
+        before, after = taken[:num], [taken[call] for call in sorted(range(2 * num + 1, 3 * num + 1), key=lambda c: c % num)]
+        plain_ns = sum(map(min, before, after))
+        rows = families.rows_ns(recorded, plain_ns)
+        return {name: value * sum(self.steps_ns) / plain_ns / num for name, value in rows.items()}
+
+    @cached_property
+    def account(self) -> Account:
+        """Time of one step, the mean of the batches."""
+        rows = dict(self.rows_ns)
+        if self.epoch is not None:
+            of_padding = self.epoch.frame["value"]["padding"] / len(self.steps_ns)
+            padded = sum(rows.get(name, 0.0) for name in _PADDED)
+            left = max(0.0, 1 - of_padding / padded) if padded else 1.0
+            rows = {name: value * left if name in _PADDED else value for name, value in rows.items()}
+            rows[families.PADDING] = padded * (1 - left)
+        if self.waiting_ns:
+            rows[families.DATA] = self.waiting_ns
+        rows = {name: rows[name] for name in families.ROWS if rows.get(name, 0) >= 1}
+        basis = {name: "derived" if name == families.PADDING else "measured" for name in rows}
+        return Account.of(
+            TIME, "ns", {name: round(value) for name, value in rows.items()}, basis=basis,
+            total=round(self.computing_ns + self.waiting_ns),
+            source=f"the wall clock: fastest of {self.repeats} runs or more of each of {len(self.steps_ns)} batches, and the "
+                   "loader's time between them",
+            setting={"num_steps": len(self.steps_ns), "num_examples": len(self.examples.items) if self.examples else None},
+        )  # fmt: skip
+
+    @cached_property
+    def observed(self) -> Observation:
+        """The step of the largest batch, every operator followed and every allocation recorded."""
+        with self.held():
+            self.step(self.largest)
+            there = residents(self.model, self.optimizers, self.largest)
+            held = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+            if self.heard.cleared_to_none:
+                for parameter in held:
+                    parameter.grad = None
+            elif held:
+                there["gradient"] = [parameter.grad for parameter in held]  # type: ignore[misc]
+
+            def run(enter: Callable[[str], None]) -> None:
+                enter(FORWARD)
+                phases = {"backward": BACKWARD, "optimizer": OPTIMIZER}
+                with listening(self.model, lambda phase: enter(phases[phase])):
+                    self.step(self.largest)
+
+            return observe(run, self.model, there)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What stays from step to step."""
+        with self.held():
+            self.step(self.largest)
+            return kept(self.step, self.largest)
+
+    @property
+    def peaks(self) -> Peaks:
+        """Peaks of this step on other batches; ask while it is :meth:`held`."""
+        return Peaks(self.step, self.model, self.optimizers, let_go=self.heard.cleared_to_none is True)
+
+    @cached_property
+    def memory(self) -> Account:
+        """Peak of the step that takes longest, by what fills it."""
+        seen = self.observed
+        return Account.of(PEAK, "bytes", seen.rows, total=seen.peak_bytes, source=seen.source)
+
+    def _look(self) -> Overview:
+        device = Device.here()
+        work = self.observed.timeline.work
+        backward = next(part.first for part in self.observed.timeline.segments if part.phase == BACKWARD)
+        flops, half = (int(work[:backward, column].sum()) for column in (counting.FLOPS, counting.HALF_FLOPS))
+        longest_ns = max(self.steps_ns)
+        real = None if self.epoch is None else float(self.epoch.companions[0].share["real"])
+        frame = ceilings(
+            device, step_ns=longest_ns, forward_flops=flops + half, half=half > flops, real_frac=real,
+            num_operators=self.num_operators, peak_bytes=self.memory.total,
+        )  # fmt: skip
+        return Overview((self.account, self.memory), frame, tuple(self._found()), tuple(self.unseen))
+
+    def _found(self) -> list[str]:
+        named = parts_of(self.model)
+        found = [f"{type(self.model).__name__}: " + ", ".join(f"{num} {what}" for what, num in named.items())]
+        if self.epoch is not None:
+            found.append(f"{self.epoch.companions[0].share['padding']:.0%} of the input cells are padding")
+        if self.heard.num_recomputed:
+            found.append(f"{self.heard.num_recomputed} modules are computed a second time in backward")
+        if self.kept.growth_bytes > 1024:
+            found.append(f"{readable(self.kept.growth_bytes, 'bytes')} stay in memory after every step")
+        return found
+
+    def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
+        from effkit.advice import memory_levers, time_levers
+
+        if goal == "memory":
+            return memory_levers.advise(self, budget_bytes, **more)
+        return time_levers.advise(self, goal, budget_bytes, **more)
+
+

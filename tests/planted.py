@@ -1,0 +1,170 @@
+"""Training loops and generations with one thing wrong with them, and what ought to be said of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Sampler
+
+import effkit as ek
+
+
+class Texts(Dataset):
+    """Random tokens of given lengths; each takes ``seconds`` to fetch."""
+
+    def __init__(self, lengths: Any, vocabulary: int = 1000, seconds: float = 0.0) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.items = [torch.randint(4, vocabulary, (int(n),), generator=draw) for n in lengths]
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if self.seconds:
+            time.sleep(self.seconds)
+        return self.items[i]
+
+
+def padded(items: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tokens padded to the longest, their mask, and labels."""
+    ids = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(item) for item in items], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+class GroupedByNothing(Sampler):
+    """Sorts by a length that is not the example's: grouping without effect."""
+
+    def __init__(self, num: int, batch_size: int) -> None:
+        self.order = torch.randperm(num, generator=torch.Generator().manual_seed(1)).tolist()
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        for first in range(0, len(self.order), self.batch_size):
+            yield self.order[first : first + self.batch_size]
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_size
+
+
+@dataclass
+class Planted:
+    """What :func:`effkit.study` is given, what to ask for, and the kind of lever that has to come first."""
+
+    kind: str | None
+    study: dict[str, Any]
+    advise: dict[str, Any] = field(default_factory=dict)
+
+
+def uneven(num: int = 96) -> Any:
+    """Lengths as people write."""
+    return np.clip(np.random.default_rng(0).lognormal(3.9, 0.7, num).astype(int), 8, 256)
+
+
+def training(
+    model: torch.nn.Module, loader: Any, *, none: bool = True, after: Callable[[Any], object] | None = None,
+    cast: bool = False, optimizer: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of a study of a plain loop."""
+    update = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step(batch: Any) -> None:
+        update.zero_grad(set_to_none=none)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            output = model(**batch)
+        output.loss.backward()
+        if after is not None:
+            after(output)
+        update.step()
+
+    return {"step": step, "model": model, "loader": loader}
+
+
+def loader(lengths: Any, batch_size: int = 8, **more: Any) -> DataLoader:
+    """Shuffled batches of them."""
+    seconds = more.pop("seconds", 0.0)
+    torch.manual_seed(0)
+    more = {"shuffle": "batch_sampler" not in more, **({} if "batch_sampler" in more else {"batch_size": batch_size}), **more}
+    if "batch_sampler" in more:
+        more.pop("shuffle")
+    return DataLoader(Texts(lengths, seconds=seconds), collate_fn=padded, **more)
+
+
+EVEN = [64] * 128
+
+
+def random_padding() -> Planted:
+    return Planted("padding", training(ek.models.text(), loader(uneven())))
+
+
+def no_op_grouping() -> Planted:
+    return Planted("padding", training(ek.models.text(), loader(uneven(), batch_sampler=GroupedByNothing(96, 8))))
+
+
+def many_numbers() -> Planted:
+    total = [0.0]
+
+    def log(output: Any) -> None:
+        for value in output.logits.detach()[..., :16].flatten():
+            total[0] += value.item()
+
+    model = ek.models.text(layers=2, hidden=64, ffn=128)
+    return Planted("synchronisation", training(model, loader([64] * 128), after=log))
+
+
+def tiny_batches() -> Planted:
+    return Planted("batch size", training(ek.models.text(hidden=64), loader([16] * 64, batch_size=1)))
+
+
+def zeroed_gradients() -> Planted:
+    model = ek.models.text(layers=2, hidden=256, ffn=1024, vocabulary=8000)
+    update = torch.optim.SGD(model.parameters(), lr=1e-4)
+    return Planted("gradients", training(model, loader([16] * 64, batch_size=4), none=False, optimizer=update),
+                   {"goal": "memory"})
+
+
+def single_precision() -> Planted:
+    model = ek.models.gpt(layers=2, hidden=512, vocabulary=1000)
+    return Planted("precision", training(model, loader([128] * 64, batch_size=8)))
+
+
+def checkpoint_everywhere() -> Planted:
+    model = ek.models.text()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Planted("recomputation", training(model, loader(EVEN)))
+
+
+def starved() -> Planted:
+    return Planted("data loading", training(ek.models.text(), loader(EVEN, seconds=0.01)))
+
+
+def leaking() -> Planted:
+    history: list[Any] = []
+    model = ek.models.text(layers=2)
+
+    def log(output: Any) -> None:
+        history.append(model(**output_batch[0]).loss)
+
+    given = training(model, loader([32] * 64, batch_size=4), after=log)
+    inner, output_batch = given["step"], [None]
+
+    def step(batch: Any) -> None:
+        output_batch[0] = batch
+        inner(batch)
+
+    return Planted("leak", {**given, "step": step}, {"goal": "memory"})
+
+
+def clean() -> Planted:
+    return Planted(None, training(ek.models.text(hidden=256), loader([96] * 128, batch_size=16), cast=True))
+
+
+TRAINING = (random_padding, no_op_grouping, many_numbers, tiny_batches, zeroed_gradients, single_precision,
+            checkpoint_everywhere, starved, leaking, clean)
