@@ -112,7 +112,7 @@ def many_numbers() -> Planted:
     total = [0.0]
 
     def log(output: Any) -> None:
-        for value in output.logits.detach()[..., :16].flatten():
+        for value in output.logits.detach()[..., :32].flatten():
             total[0] += value.item()
 
     model = ek.models.text(layers=2, hidden=64, ffn=128)
@@ -168,3 +168,36 @@ def clean() -> Planted:
 
 TRAINING = (random_padding, no_op_grouping, many_numbers, tiny_batches, zeroed_gradients, single_precision,
             checkpoint_everywhere, starved, leaking, clean)
+
+
+def deep_decoder() -> Planted:
+    model = ek.models.speech(encoder_layers=24, decoder_layers=24, hidden=64)
+    frames = torch.randn(1, 320, 80, generator=torch.Generator().manual_seed(0))
+    call = {"max_new_tokens": 24, "min_new_tokens": 24, "use_cache": True}
+    return Planted("decoder depth", {"generate": call, "model": model, "inputs": {"input_features": frames}})
+
+
+def cache_off() -> Planted:
+    model = ek.models.text(layers=4)
+    prompt = torch.randint(4, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
+    call = {"max_new_tokens": 32, "min_new_tokens": 32, "use_cache": False, "do_sample": False}
+    return Planted("cache", {"generate": call, "model": model, "inputs": {"input_ids": prompt}})
+
+
+def hot_expert() -> Planted:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=1000, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, use_cache=False,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).train()
+    with torch.no_grad():  # tokens share a direction, and some experts answer to it more than others
+        model.model.embed_tokens.weight[:, :8] += 0.02
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[:, :8] += torch.linspace(0.06, -0.06, 8)[:, None]
+    return Planted("hot expert", {**training(model, loader([64] * 128, batch_size=16)), "num_ranks": 2})
+
+
+GENERATING = (deep_decoder, cache_off)

@@ -1,14 +1,88 @@
-"""Levers on a mixture of experts, as it would be on several ranks: the MoE lab, asked about the user's layer."""
+"""Levers on a mixture of experts as it would be on several ranks: the MoE lab, asked about the user's own layer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from effkit import moe
+from effkit.account import Account
+from effkit.advice.experts import Experts
 from effkit.advice.levers import Lever
+from effkit.moe.setting import Setting
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy
 
+EXPERTS, OUTSIDE = "expert layers", "outside of the expert layers"
+_TRAINING = 3  # forward passes that a forward and a backward pass take
+_CHUNKS = (2, 4)
+_CAPACITY = 1.25
+
 
 def levers(study: TrainingStudy) -> list[Lever]:
-    return []
+    """What evens out experts, and what hides their exchange; none where all experts are on one rank."""
+    experts = study.experts
+    if experts is None or study.num_ranks < 2:
+        return []
+    layer = study.expert_layer
+    base = _step(study, experts, layer)
+    busiest = int(experts.popularity.argmax())
+    found = (
+        f"expert {busiest} of {experts.num_experts} gets {experts.popularity[busiest]:.0%} of the tokens, and all ranks wait "
+        "for the one that holds it"
+    )
+    replicas = max(1, study.num_ranks // 2)
+    ideas: list[tuple[str, str, str, dict[str, Any], str, tuple[str, ...], Any]] = [
+        ("hot expert", "experts placed by load", found, {"placement": "balanced"},
+         "owner = moe.balanced_placement(loads, num_ranks)   # models.expert_parallel(owner=owner, ...)",
+         ("goes by lasting popularity: watch that it lasts",),
+         lambda: moe.balanced_placement(experts.loads, study.num_ranks)),
+        ("hot expert", f"{replicas} expert{'s' * (replicas > 1)} on every rank", found, {"num_replicas": replicas},
+         "owner[busiest] = -1   # models.expert_parallel(owner=owner, ...)",
+         ("its gradients are summed over the ranks", "its weights are on every rank"), None),
+        ("hot expert", f"a capacity of {_CAPACITY}", found, {"capacity_factor": _CAPACITY},
+         f"models.expert_parallel(capacity_factor={_CAPACITY}, ...)", ("tokens beyond it are dropped",), None),
+    ]  # fmt: skip
+    ideas += [
+        ("overlap", f"the exchange in {num} pieces", "experts wait for whole messages", {"num_chunks": num},
+         f"models.expert_parallel(num_chunks={num}, ...)", (), None) for num in _CHUNKS
+    ]  # fmt: skip
+    return [
+        Lever(kind, name, seen, base, _step(study, experts, moe.predict(layer, **changes)), code, effects,
+              group="experts" if kind == "hot expert" else kind, use=use, keep=study._noted,
+              run=lambda changes=changes: _step(study, experts, moe.measure(base=layer, **changes)))
+        for kind, name, seen, changes, code, effects, use in ideas
+    ]  # fmt: skip
+
+
+def measured_layer(experts: Experts, num_ranks: int, **more: Any) -> Account:
+    """One expert layer of this shape under this load, on ranks of its own."""
+    return moe.measure(setting_of(experts, num_ranks), num_ranks=num_ranks, **more)
+
+
+def setting_of(experts: Experts, num_ranks: int) -> Setting:
+    """The user's layer as the MoE lab knows layers: its popularity as the nearest Zipf law, each expert where it is."""
+    return Setting(
+        num_tokens=experts.num_tokens, hidden=experts.hidden, ffn=experts.ffn, num_experts=experts.num_experts,
+        top_k=experts.top_k, skew=experts.skew, placement=experts.placement(num_ranks),
+    )  # fmt: skip
+
+
+def _step(study: TrainingStudy, experts: Experts, layer: Account) -> Account:
+    """A step on several ranks: what this process takes outside of the expert layers, and these as the lab runs them."""
+    inside = min(0.95 * study.computing_ns, _TRAINING * experts.forward_ns)
+    outside = study.computing_ns - inside + study.waiting_ns
+    num = experts.num_layers
+
+    def whole(value: float) -> int:
+        return round(outside + num * value)
+
+    band: Mapping[str, Any] = {}
+    if layer.low is not None and layer.high is not None:
+        band = {"low": whole(layer.low), "high": whole(layer.high), "in_range": layer.in_range}
+    return Account.of(
+        f"Time of one step on {study.num_ranks} ranks", "ns",
+        {OUTSIDE: round(outside), EXPERTS: round(num * layer.total)}, total=whole(layer.total), basis="derived",
+        source=f"one process outside of {num} expert layers, and {layer.source} for each of them", **band,
+    )  # fmt: skip

@@ -2,11 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from effkit.advice.studies import Study
 
 
-def study(step=None, model=None, loader=None, **options: Any) -> Study:
+def study(
+    step: Callable[..., object] | None = None,
+    model: Any = None,
+    loader: Any = None,
+    *,
+    generate: Any = None,
+    inputs: Any = None,
+    trace: str | Path | None = None,
+    snapshot: str | Path | None = None,
+    **options: Any,
+) -> Study:
+    """Look at one's own model as a whole: where its time and memory go, what would help, and by how much.
+
+    Whatever is run, the model and its optimizers come out as they went in.
+
+    ::
+
+        study = ek.study(step=step, model=model, loader=loader)          # a training loop: step(batch)
+        study = ek.study(generate=generate, model=model, inputs=inputs)  # a generation
+        study = ek.study(trace="traces/", snapshot="memory.pickle")      # files alone
+
+    Parameters
+    ----------
+    step, model, loader
+        A training step ``step(batch)``, its module, and what yields batches; without a loader ``step()`` makes its own.
+    generate, model, inputs
+        A call ``generate(inputs)`` that comes to ``model.generate``, or keyword arguments of it.
+    trace, snapshot
+        A profiler trace or a folder with one per rank; a memory snapshot.
+    options
+        For a training loop: ``loss`` (model output -> scalar), where the output does not hold one and memory is asked
+        about; ``num_batches`` to study, as many as fit into a few seconds unless given; ``num_ranks`` that experts will
+        be on, and ``link_bytes_per_s`` between them. For a generation: ``repeats``.
+
+    Returns
+    -------
+    Study
+        With ``overview()``, ``advise()``, ``compare(other)``, ``report(path)``.
+
+    Raises
+    ------
+    TypeError
+        When what was given is none of the three.
+    """
+    files = trace is not None or snapshot is not None
+    given = [name for name, there in (("step", step is not None), ("generate", generate is not None),
+                                      ("trace or snapshot", files)) if there]  # fmt: skip
+    if len(given) != 1:
+        raise TypeError(
+            "study() takes one of: step= with model= and loader=; generate= with model= and inputs=; trace= and snapshot=; "
+            f"given: {' and '.join(given) or 'none of them'}"
+        )
+    if files:
+        from effkit.advice.recorded_study import RecordedStudy
+
+        return RecordedStudy(trace, snapshot, **options)
+    if model is None:
+        raise TypeError(f"study({given[0]}=...) takes model= as well: the module that is run")
+    if generate is not None:
+        from effkit.advice.generation_study import GenerationStudy
+
+        return GenerationStudy(generate, model, inputs, **options)
+    if not callable(step):
+        raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")
     from effkit.advice.training_study import TrainingStudy
+
     return TrainingStudy(step, model, loader, **options)

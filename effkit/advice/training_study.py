@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,8 @@ from effkit.activations import counting
 from effkit.activations.observing import Observation, observe
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import PEAK
-from effkit.advice import families
+from effkit.advice import expert_levers, experts, families
+from effkit.advice.experts import Experts
 from effkit.advice.examples import Examples, drawn, why_not_drawn
 from effkit.advice.kept import Kept, kept
 from effkit.advice.levers import Advice
@@ -61,10 +62,11 @@ class TrainingStudy(Study):
 
     def __init__(
         self, step: Callable[..., object], model: torch.nn.Module, loader: Any = None, *, loss: Loss | None = None,
-        num_batches: int | None = None, num_ranks: int = 1,
+        num_batches: int | None = None, num_ranks: int = 1, link_bytes_per_s: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__(f"{type(model).__name__}, a training step")
-        self.model, self.loader, self.loss, self.num_ranks = model, loader, loss, num_ranks
+        self.model, self.loader, self.loss = model, loader, loss
+        self.num_ranks, self.link_bytes_per_s = num_ranks, link_bytes_per_s
         self.step: Step = step if loader is not None else lambda _: step()
         self.unseen: list[str] = []
         self.examples: Examples | None = None
@@ -151,6 +153,8 @@ class TrainingStudy(Study):
         if self.heard.forwards == 0:
             self.unseen.append("the model's own forward: the step does not call it (a wrapper does?), so that levers on "
                                "it may do nothing")  # fmt: skip
+        if self.num_ranks < 2 and experts.layers_of(self.model):
+            self.unseen.append("what uneven experts cost: on one rank they cost nothing; give num_ranks=")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.unseen.append("waiting for other ranks told from moving bytes: this is one rank; record all of them")
 
@@ -258,6 +262,20 @@ class TrainingStudy(Study):
         seen = self.observed
         return Account.of(PEAK, "bytes", seen.rows, total=seen.peak_bytes, source=seen.source)
 
+    @cached_property
+    def experts(self) -> Experts | None:
+        """Its mixture-of-experts layers and their loads; None where there are none."""
+        if not experts.layers_of(self.model):
+            return None
+        with self.held():
+            return experts.watched(self.model, [partial(self.step, batch) for batch in self.batches])
+
+    @cached_property
+    def expert_layer(self) -> Account:
+        """One of them, by the MoE lab, on ``num_ranks`` ranks."""
+        assert self.experts is not None
+        return expert_levers.measured_layer(self.experts, self.num_ranks, link_bytes_per_s=self.link_bytes_per_s)
+
     def _look(self) -> Overview:
         device = Device.here()
         work = self.observed.timeline.work
@@ -278,6 +296,9 @@ class TrainingStudy(Study):
             found.append(f"{self.epoch.companions[0].share['padding']:.0%} of the input cells are padding")
         if self.heard.num_recomputed:
             found.append(f"{self.heard.num_recomputed} modules are computed a second time in backward")
+        if self.experts is not None:
+            share = self.experts.popularity
+            found.append(f"expert {share.argmax()} of {len(share)} gets {share.max():.0%} of the tokens")
         if self.kept.growth_bytes > 1024:
             found.append(f"{readable(self.kept.growth_bytes, 'bytes')} stay in memory after every step")
         return found

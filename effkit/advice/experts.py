@@ -1,0 +1,136 @@
+"""Mixture-of-experts layers of a model, and how its tokens fall on their experts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from effkit.models.moe import ExpertParallel
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_SKEWS = np.arange(0.0, 4.001, 0.05)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The expert layers of a model, all of one shape.
+
+    Attributes
+    ----------
+    num_layers, num_experts, top_k, hidden, ffn
+        How many layers, experts in each, choices per token; widths of the model and of an expert's inside.
+    num_tokens
+        Of a step.
+    loads
+        Tokens on each expert of the most uneven layer, shape [num_steps, num_experts].
+    forward_ns
+        All layers' forward, per step.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    ffn: int
+    num_tokens: int
+    loads: Array
+    forward_ns: float
+
+    @property
+    def popularity(self) -> Array:
+        """Share of each expert, over all steps; they sum to 1."""
+        total: Array = self.loads.sum(axis=0) / self.loads.sum()
+        return total
+
+    @property
+    def skew(self) -> float:
+        """The Zipf exponent that comes nearest to the popularity, in the order of popularity."""
+        share = np.sort(self.popularity)[::-1]
+        ranks = np.arange(1, self.num_experts + 1, dtype="float64")
+        errors = [np.square(ranks**-s / (ranks**-s).sum() - share).sum() for s in _SKEWS]
+        return float(np.round(_SKEWS[int(np.argmin(errors))], 2))
+
+    def placement(self, num_ranks: int) -> tuple[int, ...]:
+        """The rank that holds each expert, the most popular first, when neighbours share a rank."""
+        order = np.argsort(-self.popularity, kind="stable")
+        return tuple(int(expert * num_ranks // self.num_experts) for expert in order)
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that route tokens to experts: ``models.expert_parallel``, and transformers' blocks with gate and experts."""
+    return [module for module in model.modules()
+            if isinstance(module, ExpertParallel) or (_gate(module) is not None and hasattr(module, "experts"))]  # fmt: skip
+
+
+def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Experts | None:
+    """Run steps and note where tokens go; None for a model without such layers, or where that does not show."""
+    layers = layers_of(model)
+    if not layers:
+        return None
+    counts: list[list[Array]] = [[] for _ in layers]
+    chosen: dict[int, int] = {}
+    begun: dict[int, int] = {}
+    spent = [0]
+    hooks = []
+
+    def before(module: torch.nn.Module, _: Any) -> None:
+        begun[id(module)] = time.perf_counter_ns()
+
+    def after(number: int) -> Callable[..., None]:
+        def note(module: Any, _: Any, output: Any) -> None:
+            spent[0] += time.perf_counter_ns() - begun[id(module)]
+            if isinstance(module, ExpertParallel):
+                counts[number].append(module.kept_counts.numpy().copy())
+                chosen[number] = module.top_k
+
+        return note
+
+    def routed(number: int) -> Callable[..., None]:
+        def note(_: Any, __: Any, output: Any) -> None:
+            index = next((one for one in output if not one.is_floating_point()), None) if isinstance(output, tuple) else None
+            if index is not None:
+                num = _sizes(layers[number])[0]
+                counts[number].append(torch.bincount(index.reshape(-1).cpu(), minlength=num).numpy())
+                chosen[number] = index.shape[-1]
+
+        return note
+
+    for number, layer in enumerate(layers):
+        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after(number))]
+        if (gate := _gate(layer)) is not None and not isinstance(layer, ExpertParallel):
+            hooks.append(gate.register_forward_hook(routed(number)))
+    try:
+        for step in steps:
+            step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen = [number for number, of_layer in enumerate(counts) if of_layer]
+    if not seen:
+        return None
+    worst = max(seen, key=lambda number: float(np.mean([one.max() / one.mean() for one in counts[number]])))
+    loads = np.stack(counts[worst])
+    num, hidden, ffn = _sizes(layers[worst])
+    top_k = chosen[worst]
+    tokens = round(loads.sum(axis=1).mean() / top_k)
+    return Experts(len(layers), num, top_k, hidden, ffn, tokens, loads, spent[0] / len(steps))
+
+
+def _gate(module: torch.nn.Module) -> torch.nn.Module | None:
+    return next((child for name, child in module.named_children() if name in ("gate", "router")), None)
+
+
+def _sizes(layer: Any) -> tuple[int, int, int]:
+    """Experts, hidden width, inner width."""
+    if isinstance(layer, ExpertParallel):
+        return layer.num_experts, layer.hidden, int(next(iter(layer.inner.values())).shape[1])
+    experts = layer.experts
+    num = getattr(experts, "num_experts", None) or len(experts)
+    hidden = getattr(experts, "hidden_dim", None) or max(p.shape[-1] for p in experts.parameters())
+    ffn = getattr(experts, "intermediate_dim", None) or min(p.shape[-1] for p in experts.parameters())
+    return int(num), int(hidden), int(ffn)

@@ -1,0 +1,229 @@
+"""GenerationStudy: somebody's own call of ``generate``, run once to see how it is meant, then by the decoder lab."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from effkit import decoder
+from effkit.account import Account, readable
+from effkit.advice.levers import Advice, Lever, ranked
+from effkit.advice.listening import replaced
+from effkit.advice.overviews import Overview
+from effkit.advice.parts import parts_of
+from effkit.advice.studies import Study
+from effkit.decoder.accounting import CACHE, WEIGHTS
+from effkit.device import synchronize
+from effkit.training import evaluating
+
+SAME_TOKENS = "Time of the same tokens"
+_FEWEST_STEPS = 8
+_GROWTHS = (2, 4, 8)
+_SHALLOW = 4  # decoder layers that a rebalanced model keeps (Canary, arXiv 2503.05931, section 3)
+_APART_FRAC = 0.1
+
+
+@dataclass
+class Call:
+    """How ``generate`` was called."""
+
+    batch: int = 1
+    num_steps: int = 0
+    cache: str = "on"
+    num_beams: int = 1
+    wall_ns: int = 0
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+class GenerationStudy(Study):
+    """A generation: ``generate(inputs)``, or keyword arguments of ``model.generate``.
+
+    Attributes
+    ----------
+    call
+        What was asked for.
+    base
+        It, measured part by part.
+    known
+        The calibration that predictions rest on: the base where it is greedy and cached, else such a one.
+    """
+
+    def __init__(self, generate: Any, model: Any, inputs: Any = None, *, repeats: int = 5) -> None:
+        super().__init__(f"{type(model).__name__}, a generation")
+        self.model, self.repeats = model, repeats
+        self.unseen = ["what the tokens say: times do not tell whether a lever changes the text"]
+        self.call = observed(generate, model, inputs)
+        self.inputs = self.call.inputs or inputs
+        sizes = {"num_steps": self.call.num_steps, "batch": self.call.batch}
+        plain = self.call.cache == "on" and self.call.num_beams == 1
+        more = {} if plain else {"cache": self.call.cache, "num_beams": self.call.num_beams}
+        self.base = decoder.measure(model, self.inputs, repeats=repeats, **sizes, **more)
+        self.known = self.base
+        if not plain:  # what costs are fitted to: greedy steps with a cache, half as many
+            sizes["num_steps"] = max(_FEWEST_STEPS, self.call.num_steps // 2)
+            self.known = decoder.measure(model, self.inputs, repeats=repeats, **sizes)
+        if abs(self.call.wall_ns / self.base.total - 1) > _APART_FRAC:
+            self.unseen.append(
+                f"what else your call does: it took {readable(self.call.wall_ns, 'ns')} once, and "
+                f"{readable(self.base.total, 'ns')} as the lab runs it (greedy, so many steps, warmed up)"
+            )
+
+    def _look(self) -> Overview:
+        beside = {one.title: one for one in self.base.companions}
+        held = {title: beside[title].total for title in (WEIGHTS, CACHE) if title in beside}
+        memory = Account.of("Memory of one generation", "bytes", held, total=sum(held.values()),
+                            source="the parameters and the cache that the generation left")  # fmt: skip
+        others = tuple(one for one in self.base.companions if one.title not in held)
+        config = self.model.config
+        found = [f"{type(self.model).__name__}: " + ", ".join(f"{num} {what}" for what, num in parts_of(self.model).items()),
+                 f"{self.call.batch} sequences, {self.call.num_steps} steps, cache {self.call.cache}, "
+                 + ("greedy" if self.call.num_beams == 1 else f"{self.call.num_beams} beams")]  # fmt: skip
+        if getattr(config, "is_encoder_decoder", False):
+            found.append("an encoder that runs once, and a decoder that runs at every step")
+        return Overview((self.base, memory, *others[:2]), self._ceilings(), tuple(found), tuple(self.unseen))
+
+    def _ceilings(self) -> pd.DataFrame:
+        """How far a step is from its floor, part by part."""
+        floors = decoder.roofline(self.known)
+        frame = pd.DataFrame({
+            "reached": floors["floor_ns"], "ceiling": floors["time_ns"], "reached_frac": floors["reached_frac"],
+            "ceiling_text": [f"{readable(round(row.time_ns), 'ns')}, bound by {row.binds}" for row in floors.itertuples()],
+            "definition": "the largest of: launches x their overhead, bytes over the rate of reading, FLOPs over the "
+                          "matrix rate; over the time of the part in one step",
+        })  # fmt: skip
+        return frame.rename_axis("of")
+
+    def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
+        if goal == "memory":
+            note = "a generation's memory is its weights and its cache: see decoder.kv_cache_bytes and dtype"
+            return Advice(goal, (), notes=(note,), **more)
+        return ranked(goal, [*self._cached(), *self._rebalanced(), *(self._batched() if goal == "cost" else ())], **more)
+
+    @property
+    def _now(self) -> dict[str, Any]:
+        return {"num_steps": self.call.num_steps, "batch": self.call.batch}
+
+    def _cached(self) -> list[Lever]:
+        if self.call.cache == "on" or self.call.num_beams > 1:
+            return []
+        found = f"use_cache=False: each of {self.call.num_steps} steps computes all tokens before it anew"
+        return [self._lever("cache", "keep keys and values", found, {"cache": "on"},
+                            "model.generate(**inputs, use_cache=True)", (), lambda: {"use_cache": True})]  # fmt: skip
+
+    def _rebalanced(self) -> list[Lever]:
+        setting = self.known.calibration.setting
+        if not setting.encoder_layers or setting.decoder_layers <= _SHALLOW or self.call.num_beams > 1:
+            return []
+        share = next((one.total for one in self.base.companions if one.title == "Decoder's share of the time"), None)
+        found = f"{setting.decoder_layers} decoder layers run at each of {self.call.num_steps} steps, and "
+        found += f"take {share / 1e6:.0%} of the time" if share is not None else "take most of the time"
+        changes = {"decoder_layers": _SHALLOW, "hold_parameters": "on", "cache": self.call.cache}
+        code = f"config = decoder.rebalance(model.config, decoder_layers={_SHALLOW})   # and train it"
+        return [self._lever("decoder depth", f"{_SHALLOW} decoder layers, the rest to the encoder", found, changes, code,
+                            ("another model: it has to be trained, and its quality compared",),
+                            partial(decoder.rebalance, self.model.config, decoder_layers=_SHALLOW))]  # fmt: skip
+
+    def _batched(self) -> list[Lever]:
+        found = []
+        for growth in _GROWTHS:
+            batch = self.call.batch * growth
+            changes = {"batch": batch, "cache": self.call.cache}
+            predicted = decoder.predict(self.known, **(self._now | changes))
+            if not predicted.in_range:
+                break
+            found.append(self._lever(
+                "batch size", f"{batch} sequences at a time", "a step reads all weights, for however many sequences",
+                changes, "generate for several requests together", ("a request waits for others, and each step takes longer",),
+                None, scale=1 / growth,
+            ))  # fmt: skip
+        return found
+
+    def _lever(
+        self, kind: str, name: str, found: str, changes: Mapping[str, Any], code: str, effects: tuple[str, ...],
+        use: Callable[[], Any] | None, scale: float = 1.0,
+    ) -> Lever:  # fmt: skip
+        wanted = self._now | changes
+
+        def measured(**setting: Any) -> Account:
+            return decoder.measure(self.model, self.inputs, base=self.known, repeats=self.repeats, **setting)
+
+        def run() -> Account:
+            then = measured(**wanted)
+            if self.known is self.base:
+                return _scaled(then, scale)
+            now = measured(**self._now, cache=self.call.cache, num_beams=self.call.num_beams)
+            return _scaled(then, scale * self.base.total / now.total)
+
+        predicted = _scaled(decoder.predict(self.known, **wanted), scale)
+        if not predicted.predicted:  # the calibration's own rest: what it measured is known as well as its repetitions
+            half = self.known.calibration.band_frac * predicted.total
+            predicted = replace(predicted, low=round(predicted.total - half), high=round(predicted.total + half))
+        return Lever(kind, name, found, _scaled(self.base, 1.0), predicted, code, effects, group=kind, run=run, use=use,
+                     keep=self._noted)  # fmt: skip
+
+
+def observed(generate: Any, model: Any, inputs: Any) -> Call:
+    """Run the call once, and note what it asks of the model.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it cannot be called, or never comes to the model's ``generate``.
+    """
+    if not hasattr(model, "generate"):
+        raise TypeError(f"model is a transformers model with generate(); given: {type(model).__name__}. For a step of your "
+                        "own use decoder.measure(step)")  # fmt: skip
+    call = Call()
+    native = model.generate
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or model.generation_config
+        begun = time.perf_counter_ns()
+        output = native(*args, **kwargs)
+        synchronize()
+        call.wall_ns = time.perf_counter_ns() - begun
+        tokens = getattr(output, "sequences", output)
+        prompt = kwargs.get("input_ids", args[0] if args else None)
+        coded = getattr(model.config, "is_encoder_decoder", False)
+        call.num_steps = int(tokens.shape[1]) - (1 if coded or prompt is None else int(prompt.shape[1]))
+        returned = kwargs.get("num_return_sequences", config.num_return_sequences) or 1
+        call.batch = int(tokens.shape[0]) // returned
+        cached = kwargs.get("use_cache", config.use_cache)
+        call.cache = "off" if cached is False else "on"
+        call.num_beams = kwargs.get("num_beams", config.num_beams) or 1
+        main = model.main_input_name
+        value = kwargs.get(main, args[0] if args else None)
+        call.inputs = {main: value} if value is not None else {}
+        if (mask := kwargs.get("attention_mask")) is not None:
+            call.inputs["attention_mask"] = mask
+        return output
+
+    with evaluating(model), replaced(model, "generate", noting):
+        if isinstance(generate, Mapping):
+            model.generate(**(inputs or {}), **generate)
+        elif getattr(generate, "__self__", None) is model:
+            model.generate(**(inputs or {}))
+        elif callable(generate):
+            _ = generate(inputs) if inputs is not None else generate()
+        else:
+            raise TypeError(f"generate is a call, generate(inputs), or keyword arguments; given: {type(generate).__name__}")
+    if call.num_steps < 1:
+        raise ValueError("generate() made no token, or never came to model.generate: there is nothing to study")
+    return call
+
+
+def _scaled(account: Account, scale: float) -> Account:
+    """A generation as time of the tokens that the base makes."""
+    rows = {str(item): round(scale * value) for item, value in account.frame["value"].items()}
+    band = {} if account.low is None or account.high is None else {
+        "low": int(scale * account.low), "high": -int(-scale * account.high // 1)}  # fmt: skip
+    return Account.of(SAME_TOKENS, "ns", rows, total=round(scale * account.total), source=account.source,
+                      basis=dict(account.frame["basis"]), in_range=account.in_range, setting=dict(account.setting),
+                      **band)  # fmt: skip
+
+
