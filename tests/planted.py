@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 import effkit as ek
 
@@ -197,7 +196,8 @@ def hot_expert() -> Planted:
         model.model.embed_tokens.weight[:, :8] += 0.02
         for layer in model.model.layers:
             layer.mlp.gate.weight[:, :8] += torch.linspace(0.06, -0.06, 8)[:, None]
-    return Planted("hot expert", {**training(model, loader([64] * 128, batch_size=16)), "num_ranks": 2})
+    return Planted("hot expert", {**training(model, loader([64] * 128, batch_size=16)), "num_ranks": 2,
+                                  "link_bytes_per_s": 50e6})  # fmt: skip
 
 
 GENERATING = (deep_decoder, cache_off)

@@ -19,6 +19,7 @@ from effkit.advice.parts import parts_of
 from effkit.advice.studies import Study
 from effkit.decoder.accounting import CACHE, WEIGHTS
 from effkit.device import synchronize
+from effkit.side_by_side import interleaved_ns
 from effkit.training import evaluating
 
 SAME_TOKENS = "Time of the same tokens"
@@ -56,17 +57,19 @@ class GenerationStudy(Study):
     def __init__(self, generate: Any, model: Any, inputs: Any = None, *, repeats: int = 5) -> None:
         super().__init__(f"{type(model).__name__}, a generation")
         self.model, self.repeats = model, repeats
+        self._again = partial(called, generate, model, inputs)
         self.unseen = ["what the tokens say: times do not tell whether a lever changes the text"]
         self.call = observed(generate, model, inputs)
         self.inputs = self.call.inputs or inputs
         sizes = {"num_steps": self.call.num_steps, "batch": self.call.batch}
         plain = self.call.cache == "on" and self.call.num_beams == 1
-        more = {} if plain else {"cache": self.call.cache, "num_beams": self.call.num_beams}
-        self.base = decoder.measure(model, self.inputs, repeats=repeats, **sizes, **more)
-        self.known = self.base
-        if not plain:  # what costs are fitted to: greedy steps with a cache, half as many
-            sizes["num_steps"] = max(_FEWEST_STEPS, self.call.num_steps // 2)
-            self.known = decoder.measure(model, self.inputs, repeats=repeats, **sizes)
+        if plain:
+            self.base = self.known = decoder.measure(model, self.inputs, repeats=repeats, **sizes)
+        else:  # costs are fitted to greedy steps with a cache, half as many; and the call is told relative to these
+            few = sizes | {"num_steps": max(_FEWEST_STEPS, self.call.num_steps // 2)}
+            self.known = decoder.measure(model, self.inputs, repeats=repeats, **few)
+            self.base = decoder.measure(model, self.inputs, base=self.known, repeats=repeats, cache=self.call.cache,
+                                        num_beams=self.call.num_beams, **sizes)  # fmt: skip
         if abs(self.call.wall_ns / self.base.total - 1) > _APART_FRAC:
             self.unseen.append(
                 f"what else your call does: it took {readable(self.call.wall_ns, 'ns')} once, and "
@@ -112,8 +115,17 @@ class GenerationStudy(Study):
         if self.call.cache == "on" or self.call.num_beams > 1:
             return []
         found = f"use_cache=False: each of {self.call.num_steps} steps computes all tokens before it anew"
-        return [self._lever("cache", "keep keys and values", found, {"cache": "on"},
-                            "model.generate(**inputs, use_cache=True)", (), lambda: {"use_cache": True})]  # fmt: skip
+        lever = self._lever("cache", "keep keys and values", found, {"cache": "on"},
+                            "model.generate(**inputs, use_cache=True)", (), lambda: {"use_cache": True})  # fmt: skip
+        return [replace(lever, run=self._with_cache)]
+
+    def _with_cache(self) -> Account:
+        """The call as it was made, and with a cache, in turn."""
+        calls = {"now": self._again, "then": partial(self._again, use_cache=True)}
+        times = interleaved_ns(calls, self.repeats, min)
+        total = round(self.base.total * times["then"] / times["now"])
+        return Account.of(SAME_TOKENS, "ns", {"generation": total}, total=total,
+                          source="the wall clock, relative to the call as it is, run in turn")  # fmt: skip
 
     def _rebalanced(self) -> list[Lever]:
         setting = self.known.calibration.setting
@@ -149,15 +161,9 @@ class GenerationStudy(Study):
     ) -> Lever:  # fmt: skip
         wanted = self._now | changes
 
-        def measured(**setting: Any) -> Account:
-            return decoder.measure(self.model, self.inputs, base=self.known, repeats=self.repeats, **setting)
-
         def run() -> Account:
-            then = measured(**wanted)
-            if self.known is self.base:
-                return _scaled(then, scale)
-            now = measured(**self._now, cache=self.call.cache, num_beams=self.call.num_beams)
-            return _scaled(then, scale * self.base.total / now.total)
+            then = decoder.measure(self.model, self.inputs, base=self.known, repeats=self.repeats, **wanted)
+            return _scaled(then, scale)
 
         predicted = _scaled(decoder.predict(self.known, **wanted), scale)
         if not predicted.predicted:  # the calibration's own rest: what it measured is known as well as its repetitions
@@ -165,6 +171,20 @@ class GenerationStudy(Study):
             predicted = replace(predicted, low=round(predicted.total - half), high=round(predicted.total + half))
         return Lever(kind, name, found, _scaled(self.base, 1.0), predicted, code, effects, group=kind, run=run, use=use,
                      keep=self._noted)  # fmt: skip
+
+
+def called(generate: Any, model: Any, inputs: Any, **forced: Any) -> None:
+    """Make somebody's call, with some of the keyword arguments of ``model.generate`` put in another's place."""
+    native = model.generate
+    with evaluating(model), replaced(model, "generate", lambda *args, **kwargs: native(*args, **(kwargs | forced))):
+        if isinstance(generate, Mapping):
+            model.generate(**(inputs or {}), **generate)
+        elif getattr(generate, "__self__", None) is model:
+            model.generate(**(inputs or {}))
+        elif callable(generate):
+            _ = generate(inputs) if inputs is not None else generate()
+        else:
+            raise TypeError(f"generate is a call, generate(inputs), or keyword arguments; given: {type(generate).__name__}")
 
 
 def observed(generate: Any, model: Any, inputs: Any) -> Call:
@@ -203,15 +223,8 @@ def observed(generate: Any, model: Any, inputs: Any) -> Call:
             call.inputs["attention_mask"] = mask
         return output
 
-    with evaluating(model), replaced(model, "generate", noting):
-        if isinstance(generate, Mapping):
-            model.generate(**(inputs or {}), **generate)
-        elif getattr(generate, "__self__", None) is model:
-            model.generate(**(inputs or {}))
-        elif callable(generate):
-            _ = generate(inputs) if inputs is not None else generate()
-        else:
-            raise TypeError(f"generate is a call, generate(inputs), or keyword arguments; given: {type(generate).__name__}")
+    with replaced(model, "generate", noting):
+        called(generate, model, inputs)
     if call.num_steps < 1:
         raise ValueError("generate() made no token, or never came to model.generate: there is nothing to study")
     return call

@@ -18,8 +18,8 @@ from effkit.activations.observing import Observation, observe
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import PEAK
 from effkit.advice import expert_levers, experts, families
-from effkit.advice.experts import Experts
 from effkit.advice.examples import Examples, drawn, why_not_drawn
+from effkit.advice.experts import Experts
 from effkit.advice.kept import Kept, kept
 from effkit.advice.levers import Advice
 from effkit.advice.listening import listening

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 
 from effkit import models
-from effkit.side_by_side import interleaved_ns
 from effkit.models.parallel_heads import cache_bytes
+from effkit.side_by_side import interleaved_ns
 
 
 def hybrid_cache_bytes(
