@@ -90,9 +90,8 @@ def loader(lengths: Any, batch_size: int = 8, **more: Any) -> DataLoader:
     """Shuffled batches of them."""
     seconds = more.pop("seconds", 0.0)
     torch.manual_seed(0)
-    more = {"shuffle": "batch_sampler" not in more, **({} if "batch_sampler" in more else {"batch_size": batch_size}), **more}
-    if "batch_sampler" in more:
-        more.pop("shuffle")
+    if "batch_sampler" not in more:
+        more |= {"shuffle": True, "batch_size": batch_size}
     return DataLoader(Texts(lengths, seconds=seconds), collate_fn=padded, **more)
 
 
@@ -125,8 +124,9 @@ def tiny_batches() -> Planted:
 def zeroed_gradients() -> Planted:
     model = ek.models.text(layers=2, hidden=256, ffn=1024, vocabulary=8000)
     update = torch.optim.SGD(model.parameters(), lr=1e-4)
-    return Planted("gradients", training(model, loader([16] * 64, batch_size=4), none=False, optimizer=update),
-                   {"goal": "memory"})
+    return Planted(
+        "gradients", training(model, loader([16] * 64, batch_size=4), none=False, optimizer=update), {"goal": "memory"}
+    )
 
 
 def single_precision() -> Planted:
@@ -165,8 +165,18 @@ def clean() -> Planted:
     return Planted(None, training(ek.models.text(hidden=256), loader([96] * 128, batch_size=16), cast=True))
 
 
-TRAINING = (random_padding, no_op_grouping, many_numbers, tiny_batches, zeroed_gradients, single_precision,
-            checkpoint_everywhere, starved, leaking, clean)
+TRAINING = (
+    random_padding,
+    no_op_grouping,
+    many_numbers,
+    tiny_batches,
+    zeroed_gradients,
+    single_precision,
+    checkpoint_everywhere,
+    starved,
+    leaking,
+    clean,
+)
 
 
 def deep_decoder() -> Planted:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from effkit import padding
 from effkit.account import Account, readable
 from effkit.advice.examples import rebuilt
 from effkit.advice.levers import Lever, banded
+from effkit.advice.looping import WARM_UP, wait_ns
+from effkit.advice.scales import limit_bytes, relative
 from effkit.padding.auditing import input_lengths
 from effkit.padding.prediction import plan_at
 from effkit.padding.totals import EPOCH_TIME
@@ -45,7 +48,9 @@ def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
 
 def _bucketed(study: TrainingStudy) -> Lever | None:
     epoch, examples = study.epoch, study.examples
-    assert epoch is not None and examples is not None and examples.watched is not None
+    assert epoch is not None
+    assert examples is not None
+    assert examples.watched is not None
     if not epoch.companions[0].frame["value"]["padding"]:
         return None
     size = epoch.setting["batch_size"]
@@ -74,17 +79,17 @@ def _bucketed(study: TrainingStudy) -> Lever | None:
 
 
 def _larger(study: TrainingStudy, budget_bytes: int | None) -> Lever | None:
-    from effkit.advice.time_levers import limit_bytes
-
     epoch, examples = study.epoch, study.examples
-    assert epoch is not None and examples is not None
+    assert epoch is not None
+    assert examples is not None
+    assert examples.watched is not None
     overhead = epoch.frame["value"]["step overhead"] / max(1, epoch.total)
     size = epoch.setting["batch_size"]
     sizes = [size * growth for growth in _GROWTHS if 2 * size * growth <= len(examples.items)]
     if overhead < _SMALL_FRAC or not sizes:
         return None
-    strategy = {"strategy": "random"}
-    if _groups(examples.loader) and not any("grouping" in one for one in examples.watched.findings):  # type: ignore[union-attr]
+    strategy: dict[str, Any] = {"strategy": "random"}
+    if _groups(examples.loader) and not any("grouping" in one for one in examples.watched.findings):
         strategy = {"strategy": "bucket", "num_buckets": 4}
     limit = limit_bytes(budget_bytes) - study.memory.total
     fitting = [one for one in sizes
@@ -140,7 +145,8 @@ def _workers(study: TrainingStudy) -> Lever | None:
 
 def _of_epoch(study: TrainingStudy, epoch: Account, predicted: Account) -> Account:
     """The padding lab's prediction of these examples, as time per step as it was."""
-    assert predicted.low is not None and predicted.high is not None
+    assert predicted.low is not None
+    assert predicted.high is not None
     scale = study.computing_ns / epoch.total
     total = scale * predicted.total + study.waiting_ns
     half = scale * max(predicted.high - predicted.total, predicted.total - predicted.low)
@@ -150,8 +156,6 @@ def _of_epoch(study: TrainingStudy, epoch: Account, predicted: Account) -> Accou
 
 def _measured(study: TrainingStudy, epoch: Account, setting: Any) -> Account:
     """The batches of another plan and those that were delivered, in turn."""
-    from effkit.advice.time_levers import relative
-
     assert study.examples is not None
     planned = plan_at(epoch, dict(setting))
     ways = {"now": study.batches, "then": [study.examples.batch(batch) for batch in planned.batches]}
@@ -162,25 +166,24 @@ def _measured(study: TrainingStudy, epoch: Account, setting: Any) -> Account:
     return relative(study, totals["then"] / totals["now"])
 
 
-def _calls(study: TrainingStudy, ways: dict[str, Sequence[Any]]) -> dict[tuple[str, int], Callable[[], object]]:
-    return {(way, i): (lambda batch=batch: study.step(batch)) for way, batches in ways.items()
-            for i, batch in enumerate(batches)}  # fmt: skip
+def _calls(study: TrainingStudy, ways: Mapping[str, Sequence[Any]]) -> dict[tuple[str, int], Callable[[], object]]:
+    return {(way, i): partial(study.step, batch) for way, batches in ways.items() for i, batch in enumerate(batches)}
 
 
 def _with_workers(study: TrainingStudy, num: int) -> Account:
-    from effkit.advice.time_levers import relative
-    from effkit.advice.training_study import WARM_UP
-
+    """The loop over the same batches with other loaders, in turn."""
     assert study.examples is not None
-    groups = [list(group) for group in study.examples.groups]
-    found = {}
+    loader, groups = study.examples.loader, [list(group) for group in study.examples.groups]
+    warmed = [*(groups * WARM_UP)[:WARM_UP], *groups]
+    found: dict[int, float] = {}
     with study.held():
         study.step(study.batches[0])
-        for way, workers in (("now", study.examples.loader.num_workers), ("then", num)):
-            loader = rebuilt(study.examples.loader, batch_sampler=[*(groups * WARM_UP)[:WARM_UP], *groups] if workers else groups,
-                             num_workers=workers, persistent_workers=False)  # fmt: skip
-            found[way] = min(study.wait(loader, len(groups))[1] for _ in range(2))
-    whole = study.account.total * found["then"] / found["now"]
+        for workers in (loader.num_workers, num) * 2:
+            other = rebuilt(loader, batch_sampler=warmed if workers else groups, num_workers=workers,
+                            persistent_workers=False)  # fmt: skip
+            taken = wait_ns(study.step, other, len(groups))[1]
+            found[workers] = min(taken, found.get(workers, taken))
+    whole = study.account.total * found[num] / found[loader.num_workers]
     return relative(study, 1.0, waiting_ns=max(0.0, whole - study.computing_ns))
 
 
@@ -208,4 +211,3 @@ def _loader(study: TrainingStudy, **limits: Any) -> Any:
              for i in range(len(loader.dataset))]  # type: ignore[arg-type]  # fmt: skip
     planned = padding.plan(pd.DataFrame({"input_length": found}), **limits)
     return rebuilt(loader, batch_sampler=planned.batch_sampler())
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class Examples:
     def batches(self) -> list[Any]:
         """The batches as they were delivered."""
         starts = np.cumsum([0, *self.sizes])
-        return [self.batch(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [self.batch(range(a, b)) for a, b in pairwise(starts)]
 
     @property
     def plan(self) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from effkit import moe
@@ -29,8 +30,8 @@ def levers(study: TrainingStudy) -> list[Lever]:
     base = _step(study, experts, layer)
     busiest = int(experts.popularity.argmax())
     found = (
-        f"expert {busiest} of {experts.num_experts} gets {experts.popularity[busiest]:.0%} of the tokens, and all ranks wait "
-        "for the one that holds it"
+        f"expert {busiest} of {experts.num_experts} gets {experts.popularity[busiest]:.0%} of the tokens, and all "
+        "ranks wait for the one that holds it"
     )
     replicas = max(1, study.num_ranks // 2)
     ideas: list[tuple[str, str, str, dict[str, Any], str, tuple[str, ...], Any]] = [
@@ -48,10 +49,13 @@ def levers(study: TrainingStudy) -> list[Lever]:
         ("overlap", f"the exchange in {num} pieces", "experts wait for whole messages", {"num_chunks": num},
          f"models.expert_parallel(num_chunks={num}, ...)", (), None) for num in _CHUNKS
     ]  # fmt: skip
+
+    def run(changes: Mapping[str, Any]) -> Account:
+        return _step(study, experts, moe.measure(base=layer, **changes))
+
     return [
         Lever(kind, name, seen, base, _step(study, experts, moe.predict(layer, **changes)), code, effects,
-              group="experts" if kind == "hot expert" else kind, use=use, keep=study._noted,
-              run=lambda changes=changes: _step(study, experts, moe.measure(base=layer, **changes)))
+              group="experts" if kind == "hot expert" else kind, use=use, keep=study._noted, run=partial(run, changes))
         for kind, name, seen, changes, code, effects, use in ideas
     ]  # fmt: skip
 

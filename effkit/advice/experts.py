@@ -62,9 +62,9 @@ class Experts:
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Modules that route tokens to experts: ``models.expert_parallel``, and transformers' blocks with gate and experts."""
-    return [module for module in model.modules()
-            if isinstance(module, ExpertParallel) or (_gate(module) is not None and hasattr(module, "experts"))]  # fmt: skip
+    """Modules that route tokens to experts: ``models.expert_parallel``, and blocks with a gate and experts."""
+    return [module for module in model.modules() if isinstance(module, ExpertParallel)
+            or (_gate(module) is not None and hasattr(module, "experts"))]  # fmt: skip
 
 
 def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Experts | None:
@@ -92,7 +92,8 @@ def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Expert
 
     def routed(number: int) -> Callable[..., None]:
         def note(_: Any, __: Any, output: Any) -> None:
-            index = next((one for one in output if not one.is_floating_point()), None) if isinstance(output, tuple) else None
+            given = output if isinstance(output, tuple) else ()
+            index = next((one for one in given if not one.is_floating_point()), None)
             if index is not None:
                 num = _sizes(layers[number])[0]
                 counts[number].append(torch.bincount(index.reshape(-1).cpu(), minlength=num).numpy())

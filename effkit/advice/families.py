@@ -27,8 +27,8 @@ _NAMED = (
     (COMMUNICATION, COMMUNICATES),
     (ASKING, re.compile(r"^aten::(item|_local_scalar_dense|is_nonzero)$")),
     (ATTENTION, re.compile(r"scaled_dot_product|flash_attn|_flash_attention|_efficient_attention|cudnn_attention")),
-    (PRODUCTS, re.compile(r"(^|::)(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv|addmv|mkldnn_linear|_grouped_mm)(_|$)|conv|"
-                          r"lstm|gru|rnn|einsum")),
+    (PRODUCTS, re.compile(r"(^|::)(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv|addmv|mkldnn_linear|_grouped_mm)(_|$)|"
+                          r"conv|lstm|gru|rnn|einsum")),
     (NORMS, re.compile(r"norm|softmax|logsumexp|nll_loss|cross_entropy")),
 )  # fmt: skip
 
@@ -86,4 +86,3 @@ def _row_of(each: pd.DataFrame, parent: Any) -> Any:
 def share_of_products(rows: dict[str, float]) -> float:
     """Of the time of a step, what matrix products and attention take."""
     return (rows.get(PRODUCTS, 0.0) + rows.get(ATTENTION, 0.0)) / max(1.0, sum(rows.values()))
-

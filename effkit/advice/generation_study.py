@@ -61,7 +61,7 @@ class GenerationStudy(Study):
         self.unseen = ["what the tokens say: times do not tell whether a lever changes the text"]
         self.call = observed(generate, model, inputs)
         self.inputs = self.call.inputs or inputs
-        sizes = {"num_steps": self.call.num_steps, "batch": self.call.batch}
+        sizes: dict[str, Any] = {"num_steps": self.call.num_steps, "batch": self.call.batch}
         plain = self.call.cache == "on" and self.call.num_beams == 1
         if plain:
             self.base = self.known = decoder.measure(model, self.inputs, repeats=repeats, **sizes)
@@ -83,7 +83,8 @@ class GenerationStudy(Study):
                             source="the parameters and the cache that the generation left")  # fmt: skip
         others = tuple(one for one in self.base.companions if one.title not in held)
         config = self.model.config
-        found = [f"{type(self.model).__name__}: " + ", ".join(f"{num} {what}" for what, num in parts_of(self.model).items()),
+        named = ", ".join(f"{num} {what}" for what, num in parts_of(self.model).items())
+        found = [f"{type(self.model).__name__}: {named}",
                  f"{self.call.batch} sequences, {self.call.num_steps} steps, cache {self.call.cache}, "
                  + ("greedy" if self.call.num_beams == 1 else f"{self.call.num_beams} beams")]  # fmt: skip
         if getattr(config, "is_encoder_decoder", False):
@@ -95,7 +96,8 @@ class GenerationStudy(Study):
         floors = decoder.roofline(self.known)
         frame = pd.DataFrame({
             "reached": floors["floor_ns"], "ceiling": floors["time_ns"], "reached_frac": floors["reached_frac"],
-            "ceiling_text": [f"{readable(round(row.time_ns), 'ns')}, bound by {row.binds}" for row in floors.itertuples()],
+            "ceiling_text": [f"{readable(round(time_ns), 'ns')}, bound by {binds}"
+                             for time_ns, binds in zip(floors["time_ns"], floors["binds"], strict=True)],
             "definition": "the largest of: launches x their overhead, bytes over the rate of reading, FLOPs over the "
                           "matrix rate; over the time of the part in one step",
         })  # fmt: skip
@@ -105,7 +107,8 @@ class GenerationStudy(Study):
         if goal == "memory":
             note = "a generation's memory is its weights and its cache: see decoder.kv_cache_bytes and dtype"
             return Advice(goal, (), notes=(note,), **more)
-        return ranked(goal, [*self._cached(), *self._rebalanced(), *(self._batched() if goal == "cost" else ())], **more)
+        found = [*self._cached(), *self._rebalanced(), *(self._batched() if goal == "cost" else ())]
+        return ranked(goal, found, **more)
 
     @property
     def _now(self) -> dict[str, Any]:
@@ -136,7 +139,8 @@ class GenerationStudy(Study):
         found += f"take {share / 1e6:.0%} of the time" if share is not None else "take most of the time"
         changes = {"decoder_layers": _SHALLOW, "hold_parameters": "on", "cache": self.call.cache}
         code = f"config = decoder.rebalance(model.config, decoder_layers={_SHALLOW})   # and train it"
-        return [self._lever("decoder depth", f"{_SHALLOW} decoder layers, the rest to the encoder", found, changes, code,
+        name = f"{_SHALLOW} decoder layers, the rest to the encoder"
+        return [self._lever("decoder depth", name, found, changes, code,
                             ("another model: it has to be trained, and its quality compared",),
                             partial(decoder.rebalance, self.model.config, decoder_layers=_SHALLOW))]  # fmt: skip
 
@@ -150,8 +154,8 @@ class GenerationStudy(Study):
                 break
             found.append(self._lever(
                 "batch size", f"{batch} sequences at a time", "a step reads all weights, for however many sequences",
-                changes, "generate for several requests together", ("a request waits for others, and each step takes longer",),
-                None, scale=1 / growth,
+                changes, "generate for several requests together",
+                ("a request waits for others, and each step takes longer",), None, scale=1 / growth,
             ))  # fmt: skip
         return found
 
@@ -159,7 +163,7 @@ class GenerationStudy(Study):
         self, kind: str, name: str, found: str, changes: Mapping[str, Any], code: str, effects: tuple[str, ...],
         use: Callable[[], Any] | None, scale: float = 1.0,
     ) -> Lever:  # fmt: skip
-        wanted = self._now | changes
+        wanted: dict[str, Any] = self._now | dict(changes)
 
         def run() -> Account:
             then = decoder.measure(self.model, self.inputs, base=self.known, repeats=self.repeats, **wanted)
@@ -175,16 +179,17 @@ class GenerationStudy(Study):
 
 def called(generate: Any, model: Any, inputs: Any, **forced: Any) -> None:
     """Make somebody's call, with some of the keyword arguments of ``model.generate`` put in another's place."""
-    native = model.generate
+    native: Any = model.generate
     with evaluating(model), replaced(model, "generate", lambda *args, **kwargs: native(*args, **(kwargs | forced))):
         if isinstance(generate, Mapping):
             model.generate(**(inputs or {}), **generate)
-        elif getattr(generate, "__self__", None) is model:
+        elif id(getattr(generate, "__self__", None)) == id(model):
             model.generate(**(inputs or {}))
         elif callable(generate):
             _ = generate(inputs) if inputs is not None else generate()
         else:
-            raise TypeError(f"generate is a call, generate(inputs), or keyword arguments; given: {type(generate).__name__}")
+            given = type(generate).__name__
+            raise TypeError(f"generate is a call, generate(inputs), or keyword arguments; given: {given}")
 
 
 def observed(generate: Any, model: Any, inputs: Any) -> Call:
@@ -196,8 +201,8 @@ def observed(generate: Any, model: Any, inputs: Any) -> Call:
         When it cannot be called, or never comes to the model's ``generate``.
     """
     if not hasattr(model, "generate"):
-        raise TypeError(f"model is a transformers model with generate(); given: {type(model).__name__}. For a step of your "
-                        "own use decoder.measure(step)")  # fmt: skip
+        raise TypeError(f"model is a transformers model with generate(); given: {type(model).__name__}. For a step of "
+                        "your own use decoder.measure(step)")  # fmt: skip
     call = Call()
     native = model.generate
 
@@ -238,5 +243,3 @@ def _scaled(account: Account, scale: float) -> Account:
     return Account.of(SAME_TOKENS, "ns", rows, total=round(scale * account.total), source=account.source,
                       basis=dict(account.frame["basis"]), in_range=account.in_range, setting=dict(account.setting),
                       **band)  # fmt: skip
-
-

@@ -57,7 +57,8 @@ class Lever:
     def gain_band(self) -> tuple[float, float]:
         """The least and the most that it is predicted to save."""
         low, high = self.predicted.low, self.predicted.high
-        assert low is not None and high is not None, "a prediction has a band"
+        assert low is not None, "a prediction has a band"
+        assert high is not None
         return 1 - high / self.base.total, 1 - low / self.base.total
 
     @property
@@ -139,13 +140,16 @@ class Advice(Sequence[Lever]):
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row per lever: ``kind``; ``gain_frac`` with its band ``least_frac``, ``most_frac``; ``after_those_above``,
-        what it still saves [fraction of the base] when all above it are in force, so that these sum to the whole; side
-        effects. With a price or a number of steps also ``gpu_hours`` and ``money`` saved over the run, alone."""
+        """One row per lever.
+
+        Columns ``kind``; ``gain_frac`` with its band ``least_frac``, ``most_frac``; ``after_those_above``, what it
+        still saves [fraction of the base] when all above it are in force, so that these sum to the whole; ``but``, side
+        effects. With a number of steps, and with a price, also ``gpu_hours`` and ``money`` saved over the run, alone.
+        """
         rows = []
         for lever, more in zip(self.levers, self._increments(), strict=True):
             least, most = lever.gain_band
-            row = {
+            row: dict[str, Any] = {
                 "lever": lever.name, "kind": lever.kind, "gain_frac": lever.gain_frac, "least_frac": least,
                 "most_frac": most, "after_those_above": more, "but": "; ".join(lever.side_effects),
             }  # fmt: skip
@@ -194,16 +198,17 @@ class Advice(Sequence[Lever]):
             return f"<p>{html.escape(repr(self))}</p>"
         rows = "".join(
             f"<tr><td>{number}</td><td><b>{html.escape(lever.name)}</b><br>{html.escape(lever.found)}</td>"
-            f"<td>{readable(lever.base.total, lever.base.unit)} → {readable(lever.predicted.total, lever.base.unit)}</td>"
+            f"<td>{readable(lever.base.total, lever.base.unit)} → "
+            f"{readable(lever.predicted.total, lever.base.unit)}</td>"
             f"<td>{lever.gain_frac:.0%} ({lever.gain_band[0]:.0%} to {lever.gain_band[1]:.0%})</td><td>{more:.0%}</td>"
             f"<td>{html.escape('; '.join(lever.side_effects))}</td></tr>"
             for number, (lever, more) in enumerate(zip(self.levers, self._increments(), strict=True), 1)
         )
         notes = "".join(f"<br>{html.escape(note)}" for note in self.notes)
         return (
-            f"<table><caption>Advice for {self.goal}: together {self.together:.0%} less{notes}</caption><thead><tr><th></th>"
-            "<th>lever</th><th>predicted</th><th>saves (band)</th><th>after those above</th><th>but</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
+            f"<table><caption>Advice for {self.goal}: together {self.together:.0%} less{notes}</caption><thead><tr>"
+            "<th></th><th>lever</th><th>predicted</th><th>saves (band)</th><th>after those above</th><th>but</th></tr>"
+            f"</thead><tbody>{rows}</tbody></table>"
         )
 
 

@@ -14,7 +14,7 @@ from effkit.activations.live import TIME
 from effkit.advice import interventions, probing
 from effkit.advice.kept import detached_after, growth_bytes
 from effkit.advice.levers import Advice, Lever, banded
-from effkit.advice.time_levers import limit_bytes
+from effkit.advice.scales import limit_bytes
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy
@@ -149,7 +149,7 @@ def _lab_lever(study: TrainingStudy, base: Account, predicted: Account, changes:
 
 def _code(changes: Mapping[str, Any]) -> str:
     levers = Levers(**changes)
-    lines = [f"with Levers({', '.join(f'{k}={v!r}' for k, v in changes.items())}).applied(model):  # around the forward"]
+    lines = [f"with Levers({', '.join(f'{k}={v!r}' for k, v in changes.items())}).applied(model):  # forward"]
     if levers.micro_batches > 1:
         lines.append(f"# cut the batch into {levers.micro_batches}, one backward each, one optimizer step")
     if levers.optimizer_states != "float32":

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MFU_DEFINITION = (
-    "model FLOPs utilisation = 3 x (2 per multiply-add of every matrix product, convolution and attention of the forward "
-    "pass, as run) / (time of a step x measured matrix rate). Padding is included, attention counts in full where the "
-    "operator computes it in full, recomputation is left out (PaLM, arXiv 2204.02311, appendix B, counts attention in "
-    "full too)"
+    "model FLOPs utilisation = 3 x (2 per multiply-add of every matrix product, convolution and attention of the "
+    "forward pass, as run) / (time of a step x measured matrix rate). Padding is included, attention counts in full "
+    "where the operator computes it in full, recomputation is left out (PaLM, arXiv 2204.02311, appendix B, counts "
+    "attention in full too)"
 )
 
 
@@ -110,7 +110,8 @@ def ceilings(device: Device, *, step_ns: float, forward_flops: int, half: bool, 
             "as above, times the real share of the input cells")  # fmt: skip
     launches = num_operators * device.launch_overhead_ns
     add("launch floor", launches, step_ns, readable(round(step_ns), "ns") + " of the step",
-        f"{num_operators:,} operators x {device.launch_overhead_ns / 1e3:.1f} us from one tiny operator to the next")  # fmt: skip
+        f"{num_operators:,} operators x {device.launch_overhead_ns / 1e3:.1f} us, the time from one tiny operator to "
+        "the next")  # fmt: skip
     if peak_bytes is not None and device.memory_bytes:
         add("memory", peak_bytes, device.memory_bytes, readable(device.memory_bytes, "bytes"), "peak over capacity")
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["reached", "ceiling", "ceiling_text", "definition"])

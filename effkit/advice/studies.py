@@ -114,5 +114,3 @@ class Study:
 
     def __repr__(self) -> str:
         return f"Study of {self.what}: overview(), advise(), compare(other), report(path)"
-
-

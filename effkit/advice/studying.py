@@ -58,8 +58,8 @@ def study(
                                       ("trace or snapshot", files)) if there]  # fmt: skip
     if len(given) != 1:
         raise TypeError(
-            "study() takes one of: step= with model= and loader=; generate= with model= and inputs=; trace= and snapshot=; "
-            f"given: {' and '.join(given) or 'none of them'}"
+            "study() takes one of: step= with model= and loader=; generate= with model= and inputs=; trace= and "
+            f"snapshot=; given: {' and '.join(given) or 'none of them'}"
         )
     if files:
         from effkit.advice.recorded_study import RecordedStudy

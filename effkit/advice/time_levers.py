@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from effkit.account import Account, readable
 from effkit.advice import batch_levers, expert_levers, families, interventions, probing
 from effkit.advice.interventions import Intervention
 from effkit.advice.levers import Advice, Lever, banded, ranked
+from effkit.advice.scales import LEFT, limit_bytes, relative
 from effkit.device import Device
 from effkit.side_by_side import interleaved_ns
 
@@ -54,8 +55,8 @@ def _ideas(study: TrainingStudy) -> list[_Idea]:
         place, times = heard.asked.most_common(1)[0]
         ideas.append(_Idea(
             "synchronisation", "ask for fewer numbers",
-            f"a step asks for {heard.num_asked:,} numbers with item(), float() or tolist(), {times:,} of them in {place}: "
-            "each waits for the device",
+            f"a step asks for {heard.num_asked:,} numbers with item(), float() or tolist(), {times:,} of them in "
+            f"{place}: each waits for the device",
             "total = total + loss.detach()   # and total.item() once, when it is shown",
             interventions.numbers_not_waited_for,
         ))  # fmt: skip
@@ -63,14 +64,14 @@ def _ideas(study: TrainingStudy) -> list[_Idea]:
         ideas.append(_Idea(
             "gradients", "let go of gradients", "zero_grad(set_to_none=False) writes zeros, and backward adds to them",
             "optimizer.zero_grad(set_to_none=True)", interventions.gradients_to_none,
-            use=lambda: _applied(study, interventions.gradients_to_none),
+            use=partial(interventions.gradients_to_none, model),
         ))  # fmt: skip
     if heard.num_recomputed:
         ideas.append(_Idea(
             "recomputation", "keep activations", f"{heard.num_recomputed} modules are computed again in backward",
             "model.gradient_checkpointing_disable()   # or call the block, not checkpoint(block)",
             interventions.nothing_recomputed, raises_memory=True,
-            use=lambda: _applied(study, interventions.nothing_recomputed),
+            use=partial(interventions.nothing_recomputed, model),
         ))  # fmt: skip
     if not heard.autocast and _casting_may_pay(study):
         rates = Device.here().rate_flops_per_s
@@ -78,15 +79,11 @@ def _ideas(study: TrainingStudy) -> list[_Idea]:
             "precision", "bfloat16 products",
             f"products take {families.share_of_products(study.rows_ns):.0%} of the step, in float32; this device "
             f"multiplies {rates['bfloat16'] / rates['float32']:.1f} times as fast in bfloat16",
-            f"with torch.autocast('{next(model.parameters()).device.type}', torch.bfloat16): ...   # around the forward",
+            f"with torch.autocast('{next(model.parameters()).device.type}', torch.bfloat16): ...  # around the forward",
             interventions.in_bfloat16, ("values are rounded to 8 bits: watch the loss",),
-            use=lambda: _applied(study, interventions.in_bfloat16),
+            use=partial(interventions.in_bfloat16, model),
         ))  # fmt: skip
     return ideas
-
-
-def _applied(study: TrainingStudy, intervention: Intervention) -> AbstractContextManager[None]:
-    return intervention(study.model)
 
 
 def _casting_may_pay(study: TrainingStudy) -> bool:
@@ -114,29 +111,17 @@ def _lever(
     effects = list(idea.side_effects)
     if idea.raises_memory:
         with study.held():
-            peak, margin = study.peaks.at_full(
-                probing.parts(study.largest) or tried, study.largest, idea.intervention
-            )
+            peak, margin = study.peaks.at_full(probing.parts(study.largest) or tried, study.largest, idea.intervention)
         if peak + margin > limit_bytes(budget_bytes):
             return None
         effects.append(f"the peak rises to {readable(peak, 'bytes')}, predicted")
     base = study.account
-    predicted = predicted_step(base, saved, doubt, f"steps of {len(tried)} small batches with it and without it, in turn")
+    predicted = banded(base, {LEFT: round(base.total - saved)}, base.total - saved, doubt,
+                       f"steps of {len(tried)} small batches with it and without it, in turn")  # fmt: skip
     return Lever(
         idea.kind, idea.name, idea.found, base, predicted, idea.code, tuple(effects),
         run=lambda: measured_beside(study, idea.intervention), use=idea.use, keep=study._noted,
     )  # fmt: skip
-
-
-def limit_bytes(budget_bytes: int | None) -> float:
-    """What the peak may take."""
-    return budget_bytes if budget_bytes is not None else 0.9 * Device.here().memory_bytes
-
-
-def predicted_step(base: Account, saved_ns: float, doubt_ns: float, source: str) -> Account:
-    """The base with so much less."""
-    rows = {"what is left": round(base.total - saved_ns)}
-    return banded(base, rows, base.total - saved_ns, doubt_ns, source)
 
 
 def measured_beside(study: TrainingStudy, intervention: Intervention) -> Account:
@@ -157,13 +142,3 @@ def measured_beside(study: TrainingStudy, intervention: Intervention) -> Account
         times = interleaved_ns(calls, _REPEATS, min)
     totals = [sum(taken for (way, _), taken in times.items() if way == which) for which in (0, 1)]
     return relative(study, totals[1] / totals[0])
-
-
-def relative(study: TrainingStudy, computing_ratio: float, waiting_ns: float | None = None) -> Account:
-    """What was measured beside the base, on the base's scale."""
-    waiting = study.waiting_ns if waiting_ns is None else waiting_ns
-    total = round(study.computing_ns * computing_ratio + waiting)
-    return Account.of(
-        study.account.title, "ns", {"what is left": total}, total=total, setting=dict(study.account.setting),
-        source="the wall clock, relative to the step as it is, run in turn",
-    )  # fmt: skip

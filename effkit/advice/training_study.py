@@ -1,10 +1,10 @@
-"""TrainingStudy: a training step of somebody's own, run as it is on a few batches, watched, and given back unchanged."""
+"""TrainingStudy: somebody's own training step, run as it is on a few batches, watched, and given back unchanged."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from effkit.activations import counting
 from effkit.activations.observing import Observation, observe
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import PEAK
-from effkit.advice import expert_levers, experts, families
+from effkit.advice import expert_levers, experts, families, looping
 from effkit.advice.examples import Examples, drawn, why_not_drawn
 from effkit.advice.experts import Experts
 from effkit.advice.kept import Kept, kept
@@ -29,12 +29,10 @@ from effkit.advice.probing import Peaks, Step
 from effkit.advice.restoring import restored
 from effkit.advice.studies import Study
 from effkit.device import Device, synchronize
-from effkit.recording import capture
 from effkit.side_by_side import interleaved_ns
 from effkit.training import Loss, residents
 
 TIME = "Time of one step"
-WARM_UP = 4  # batches, of a loader with processes
 _FEWEST, _MOST = 4, 16  # batches, unless their number is given
 _BUDGET_NS = 600_000_000  # of them, run once
 _REPEATS, _SLOW_NS = 3, 100_000_000  # runs of each batch; one fewer where a step takes longer
@@ -79,7 +77,9 @@ class TrainingStudy(Study):
             self.epoch = self._epoch()
             self.steps_ns = self._times()
             self.waiting_ns = self._wait()
-            self.rows_ns = self._rows()
+            self.rows_ns, self.num_operators = looping.rows(
+                self.step, model, self.batches, recomputes=self.heard.num_recomputed > 0, steps_ns=self.steps_ns
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -98,33 +98,11 @@ class TrainingStudy(Study):
         """The batch that takes longest."""
         return self.batches[max(range(len(self.batches)), key=self.steps_ns.__getitem__)]
 
-    def wait(self, loader: Any, num_batches: int) -> tuple[float, float]:
-        """Run over a loader: what a step waits for it, and the whole loop per step [ns].
-
-        The first batches are not counted where processes prepare them: these have to start, and memory that was shared
-        when they did is copied page by page.
-        """
-        aside = WARM_UP if getattr(loader, "num_workers", 0) else 0
-        waits: list[int] = []
-        iterator = iter(loader)
-        begun = now = time.perf_counter_ns()
-        for number in range(num_batches + aside):
-            now = time.perf_counter_ns()
-            if number == aside:
-                begun = now
-            batch = next(iterator, None)
-            if batch is None:
-                break
-            if number >= aside:
-                waits.append(time.perf_counter_ns() - now)
-            self.step(batch)
-            synchronize()
-        whole = time.perf_counter_ns() - begun
-        return sum(waits) / max(1, len(waits)), whole / max(1, len(waits))
-
     def _draw(self, num_batches: int | None) -> list[Any]:
         if self.loader is None:
-            self.unseen.append("padding and the input pipeline: step() draws its own batches; give loader= and step(batch)")
+            self.unseen.append(
+                "padding and the input pipeline: step() draws its own batches; give loader=, step(batch)"
+            )
             self.step(None)
             self.repeats = _REPEATS
             return [None] * (num_batches or _FEWEST)
@@ -151,8 +129,9 @@ class TrainingStudy(Study):
         if any(hasattr(module, "_orig_mod") for module in self.model.modules()):
             self.unseen.append("what is inside compiled modules: their operators are fused, and have no modules left")
         if self.heard.forwards == 0:
-            self.unseen.append("the model's own forward: the step does not call it (a wrapper does?), so that levers on "
-                               "it may do nothing")  # fmt: skip
+            self.unseen.append(
+                "the model's own forward: the step does not call it, so that levers on it may do nothing"
+            )
         if self.num_ranks < 2 and experts.layers_of(self.model):
             self.unseen.append("what uneven experts cost: on one rank they cost nothing; give num_ranks=")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -175,31 +154,12 @@ class TrainingStudy(Study):
     def _times(self) -> list[int]:
         if self.epoch is not None:
             steps = self.epoch.calibration.steps
-            return [int(value) for value in steps.loc[steps["whole"], "dur_ns"]]
-        calls = {number: (lambda batch=batch: self.step(batch)) for number, batch in enumerate(self.batches)}
-        return list(interleaved_ns(calls, self.repeats, min).values())  # type: ignore[arg-type]
+            return [int(value) for value in steps[steps["whole"]].sort_values("batch")["dur_ns"]]
+        calls = {number: partial(self.step, batch) for number, batch in enumerate(self.batches)}
+        return list(interleaved_ns(calls, self.repeats, min).values())
 
     def _wait(self) -> float:
-        return 0.0 if self.loader is None else self.wait(self.loader, len(self.batches))[0]
-
-    def _rows(self) -> dict[str, float]:
-        """By what operators do, per step [ns]; on the clock of the plain steps, for the machine's speed drifts."""
-        num, taken = len(self.batches), list[int]()
-
-        def step() -> None:
-            batch = self.batches[len(taken) % num]
-            begun = time.perf_counter_ns()
-            self.step(batch)
-            synchronize()
-            taken.append(time.perf_counter_ns() - begun)
-
-        with listening(self.model) if self.heard.num_recomputed else nullcontext():
-            recorded = capture(step, warmup=0, steps=num)
-        self.num_operators = int((recorded.events["category"] == "cpu_op").sum()) // num
-        before, after = taken[:num], [taken[call] for call in sorted(range(2 * num + 1, 3 * num + 1), key=lambda c: c % num)]
-        plain_ns = sum(map(min, before, after))
-        rows = families.rows_ns(recorded, plain_ns)
-        return {name: value * sum(self.steps_ns) / plain_ns / num for name, value in rows.items()}
+        return 0.0 if self.loader is None else looping.wait_ns(self.step, self.loader, len(self.batches))[0]
 
     @cached_property
     def account(self) -> Account:
@@ -214,13 +174,14 @@ class TrainingStudy(Study):
         if self.waiting_ns:
             rows[families.DATA] = self.waiting_ns
         rows = {name: rows[name] for name in families.ROWS if rows.get(name, 0) >= 1}
+        num_examples = len(self.examples.items) if self.examples else None
         basis = {name: "derived" if name == families.PADDING else "measured" for name in rows}
         return Account.of(
             TIME, "ns", {name: round(value) for name, value in rows.items()}, basis=basis,
             total=round(self.computing_ns + self.waiting_ns),
-            source=f"the wall clock: fastest of {self.repeats} runs or more of each of {len(self.steps_ns)} batches, and the "
-                   "loader's time between them",
-            setting={"num_steps": len(self.steps_ns), "num_examples": len(self.examples.items) if self.examples else None},
+            source=f"the wall clock: fastest of {self.repeats} runs or more of each of {len(self.steps_ns)} batches, "
+                   "and the loader's time between them",
+            setting={"num_steps": len(self.steps_ns), "num_examples": num_examples},
         )  # fmt: skip
 
     @cached_property
@@ -229,12 +190,12 @@ class TrainingStudy(Study):
         with self.held():
             self.step(self.largest)
             there = residents(self.model, self.optimizers, self.largest)
-            held = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
             if self.heard.cleared_to_none:
-                for parameter in held:
+                for parameter in self.model.parameters():
                     parameter.grad = None
-            elif held:
-                there["gradient"] = [parameter.grad for parameter in held]  # type: ignore[misc]
+            held = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            if held:
+                there["gradient"] = held
 
             def run(enter: Callable[[str], None]) -> None:
                 enter(FORWARD)
@@ -309,5 +270,3 @@ class TrainingStudy(Study):
         if goal == "memory":
             return memory_levers.advise(self, budget_bytes, **more)
         return time_levers.advise(self, goal, budget_bytes, **more)
-
-

@@ -41,7 +41,7 @@ class Calibration:
         Time and peak memory of a step as functions of its shape.
     steps
         One row per measured batch: ``num_rows, input_length, output_length`` [cells], ``whole`` (False for one that
-        was cut down), ``dur_ns``, ``peak_bytes``.
+        was cut down) and its number ``batch`` in the plan (-1), ``dur_ns``, ``peak_bytes``.
     noise_frac
         How far the two fastest runs of the same batch lay apart (median of second / fastest - 1).
     anchor
@@ -128,7 +128,7 @@ def measure(
         )
     probes = choose(plan, num_batches, cut_down=own)
     if also is not None:
-        probes += [Probe(probe.rows, False) for probe in choose(also, 2, cut_down=False)]
+        probes += [Probe(probe.rows) for probe in choose(also, 2, cut_down=False)]
     num_runs = len(probes) * (repeats + 1)
     peaks: list[int] = []
     times: list[list[int]] = [[] for _ in probes]

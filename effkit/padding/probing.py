@@ -14,15 +14,26 @@ from effkit.padding.plans import Plan
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """One batch to run: the example indices of each row, and whether it is a batch of the plan as it stands."""
+    """One batch to run: the example indices of each row, and its number where it is one of the plan as it stands."""
 
     rows: list[Ints]
-    whole: bool
+    batch: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a batch of the plan as it stands."""
+        return self.batch is not None
 
     def shape(self, lengths: pd.DataFrame) -> dict[str, Any]:
-        """``num_rows``, padded ``input_length`` and, where known, ``output_length`` [cells]; ``whole``."""
+        """``num_rows``, padded ``input_length`` and, where known, ``output_length`` [cells]; ``whole``, and the
+        number of the ``batch``, -1 for none."""
         padded = {name: max(int(lengths[name].to_numpy()[row].sum()) for row in self.rows) for name in lengths}
-        return {"num_rows": len(self.rows), **padded, "whole": self.whole}
+        return {
+            "num_rows": len(self.rows),
+            **padded,
+            "whole": self.whole,
+            "batch": -1 if self.batch is None else self.batch,
+        }
 
 
 def choose(plan: Plan, num_batches: int | None, *, cut_down: bool) -> list[Probe]:
@@ -36,8 +47,8 @@ def choose(plan: Plan, num_batches: int | None, *, cut_down: bool) -> list[Probe
     num_cut = 0 if not cut_down else 4 if num_batches is None else num_batches // 2
     num_whole = len(order) if num_batches is None else min(len(order), num_batches - num_cut)
     chosen = order[np.rint(np.linspace(0, len(order) - 1, num_whole)).astype(int)]
-    probes = [Probe(plan.rows(int(batch)), True) for batch in chosen]
-    return probes + [Probe(rows, False) for rows in _cut_down(plan, order)[:num_cut]]
+    probes = [Probe(plan.rows(int(batch)), int(batch)) for batch in chosen]
+    return probes + [Probe(rows) for rows in _cut_down(plan, order)[:num_cut]]
 
 
 def _cut_down(plan: Plan, order: Ints) -> list[list[Ints]]:

@@ -1,0 +1,74 @@
+"""The clock on somebody's loop: what a step waits for its loader, and what its operators take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from effkit.advice import families
+from effkit.advice.listening import listening
+from effkit.advice.probing import Step
+from effkit.device import synchronize
+from effkit.recording import capture
+
+WARM_UP = 4  # batches, of a loader with processes
+
+
+class Rows(NamedTuple):
+    """Where a step's time goes, by what operators do [ns]; and how many operators it runs."""
+
+    rows_ns: dict[str, float]
+    num_operators: int
+
+
+def wait_ns(step: Step, loader: Any, num_batches: int) -> tuple[float, float]:
+    """Run over a loader: what a step waits for it, and the whole loop per step [ns].
+
+    The first batches are not counted where processes prepare them: these have to start, and memory that was shared when
+    they did is copied page by page.
+    """
+    aside = WARM_UP if getattr(loader, "num_workers", 0) else 0
+    waits: list[int] = []
+    iterator = iter(loader)
+    begun = now = time.perf_counter_ns()
+    for number in range(num_batches + aside):
+        now = time.perf_counter_ns()
+        if number == aside:
+            begun = now
+        batch = next(iterator, None)
+        if batch is None:
+            break
+        if number >= aside:
+            waits.append(time.perf_counter_ns() - now)
+        step(batch)
+        synchronize()
+    whole = time.perf_counter_ns() - begun
+    return sum(waits) / max(1, len(waits)), whole / max(1, len(waits))
+
+
+def rows(
+    step: Step, model: torch.nn.Module, batches: Sequence[Any], *, recomputes: bool, steps_ns: Sequence[int]
+) -> Rows:
+    """By what operators do, per step; on the clock of the plain steps ``steps_ns``, for the machine's speed drifts."""
+    num, taken = len(batches), list[int]()
+
+    def turn() -> None:
+        batch = batches[len(taken) % num]
+        begun = time.perf_counter_ns()
+        step(batch)
+        synchronize()
+        taken.append(time.perf_counter_ns() - begun)
+
+    with listening(model) if recomputes else nullcontext():
+        # plain steps, one for the profiler to warm up, recorded steps, plain ones again
+        recorded = capture(turn, warmup=0, steps=num)
+    before, after = taken[:num], taken[2 * num + 1 :]  # the later ones begin at the second batch
+    plain_ns = sum(map(min, before, [after[-1], *after[:-1]]))
+    scale = sum(steps_ns) / plain_ns / num
+    found = families.rows_ns(recorded, plain_ns)
+    operators = int((recorded.events["category"] == "cpu_op").sum()) // num
+    return Rows({name: value * scale for name, value in found.items()}, operators)
