@@ -16,7 +16,7 @@ from effkit.receipt import LEDGER_COLUMNS, Receipt
 
 DATA = Path(__file__).resolve().parent
 README = DATA.parent / "README.md"
-LABS = ("padding", "activations", "moe", "decoder")  # in this order in the file
+LABS = ("padding", "activations", "moe", "decoder", "advice")  # in this order in the file
 
 
 def device_name() -> str:

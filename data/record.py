@@ -25,6 +25,7 @@ import wave
 from pathlib import Path
 
 import ledger_activations
+import ledger_advice
 import ledger_decoder
 import ledger_moe
 import ledger_padding
@@ -51,6 +52,7 @@ LABS = {
     "activations": ledger_activations.record,
     "moe": ledger_moe.record,
     "decoder": ledger_decoder.record,
+    "advice": ledger_advice.record,
 }
 
 

@@ -11,13 +11,14 @@ from effkit.receipt import Receipt
 from effkit.recording import capture
 
 if TYPE_CHECKING:
-    from effkit import activations, decoder, models, moe, padding
+    from effkit import activations, advice, decoder, models, moe, padding
+    from effkit.advice import study
     from effkit.whatif import WhatIf
 
 __version__ = "0.1.0"
 __all__ = [
-    "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "decoder", "load", "models", "moe",
-    "padding",
+    "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "advice", "capture", "decoder", "load",
+    "models", "moe", "padding", "study",
 ]  # fmt: skip
 
 
@@ -25,7 +26,9 @@ def __getattr__(name: str) -> Any:
     """What brings widgets and pictures along is imported when first named: a file from a cluster needs neither."""
     if name == "WhatIf":
         return import_module("effkit.whatif").WhatIf
-    if name in ("activations", "decoder", "models", "moe", "padding"):
+    if name == "study":
+        return import_module("effkit.advice").study
+    if name in ("activations", "advice", "decoder", "models", "moe", "padding"):
         return import_module(f"effkit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

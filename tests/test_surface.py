@@ -18,8 +18,11 @@ MODULES = ["effkit", *(found.name for found in pkgutil.walk_packages(effkit.__pa
 
 PUBLIC = {
     "effkit": [
-        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "capture", "decoder", "load", "models",
-        "moe", "padding",
+        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "advice", "capture", "decoder", "load",
+        "models", "moe", "padding", "study",
+    ],
+    "effkit.advice": [
+        "Advice", "Lever", "Overview", "Study", "lightning_callback", "record", "study", "trainer_callback",
     ],
     "effkit.activations": [
         "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint",

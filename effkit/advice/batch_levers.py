@@ -31,6 +31,7 @@ _BUCKETS = (2, 3, 4, 6, 8, 12)
 _GROWTHS = (2, 4, 8)
 _WORKERS = (1, 2, 4, 8)
 _SMALL_FRAC = 0.1  # of a step's time that does not grow with the batch: below it, larger ones gain nothing
+_WORTH_TRYING_FRAC = 0.05  # that a first guess has to save
 _WAITING_FRAC = 0.03
 _LOADER_DOUBT_FRAC = 0.1  # handing batches from process to process, and what else the processors do
 _REPEATS = 3
@@ -94,8 +95,10 @@ def _larger(study: TrainingStudy, budget_bytes: int | None) -> Lever | None:
     limit = limit_bytes(budget_bytes) - study.memory.total
     fitting = [one for one in sizes
                if _peak(padding.predict(epoch, batch_size=one, **strategy)) - _peak(epoch) <= limit]  # fmt: skip
-    if not fitting:
+    hoped = min((padding.predict(epoch, batch_size=one, **strategy).total for one in fitting), default=epoch.total)
+    if hoped > (1 - _WORTH_TRYING_FRAC) * epoch.total:
         return None
+    # beyond what was run so far: a few batches of that size join the calibration
     with study.held():
         calibrated = study.measured_plan(padding.plan(epoch.calibration.plan.lengths, "random", batch_size=fitting[-1]))
     best = min((padding.predict(calibrated, batch_size=one, **strategy) for one in fitting), key=lambda one: one.total)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from effkit import activations
 from effkit.account import Account, readable
 from effkit.activations.levers import Levers
@@ -99,7 +97,7 @@ def _gradients(study: TrainingStudy) -> Lever | None:
 def _fitting(study: TrainingStudy, limit: float, notes: list[str]) -> list[Lever]:
     """Combinations of the activation lab's levers that fit, the quickest first."""
     try:
-        base = lab_base(study)
+        base = study.lab_base
     except ValueError as error:
         notes.append(f"levers on activations are not visible: {error}")
         return []
@@ -117,19 +115,6 @@ def _fitting(study: TrainingStudy, limit: float, notes: list[str]) -> list[Lever
         notes.append(f"nothing fits into {readable(round(limit), 'bytes')}: the nearest is shown; use a smaller batch")
         return [smallest]
     return found[:_SHOWN]
-
-
-def lab_base(study: TrainingStudy) -> Account:
-    """The activation lab's account of the largest batch, every lever timed."""
-    optimizer = study.optimizers[0] if study.optimizers else None
-    own = None
-    if optimizer is not None and type(optimizer) is not torch.optim.AdamW:
-        kind, defaults = type(optimizer), optimizer.defaults
-
-        def own(parameters: Any) -> torch.optim.Optimizer:
-            return kind(parameters, **defaults)
-
-    return activations.measure(study.model, study.largest, loss=study.loss, optimizer=own, time_levers=True)
 
 
 def _lab_lever(study: TrainingStudy, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:

@@ -52,6 +52,8 @@ def study(
     ------
     TypeError
         When what was given is none of the three.
+    ValueError
+        For a training loop on one of several ranks: see :func:`effkit.advice.record`.
     """
     files = trace is not None or snapshot is not None
     given = [name for name, there in (("step", step is not None), ("generate", generate is not None),
@@ -73,6 +75,18 @@ def study(
         return GenerationStudy(generate, model, inputs, **options)
     if not callable(step):
         raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")
+    if _one_of_several_ranks():
+        raise ValueError(
+            "this is one of several ranks, which have to take the same steps, and a study takes as many as it needs: "
+            "let each rank call effkit.advice.record(folder, step, loader), then study(trace=folder)"
+        )
     from effkit.advice.training_study import TrainingStudy
 
     return TrainingStudy(step, model, loader, **options)
+
+
+def _one_of_several_ranks() -> bool:
+    import torch
+
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1

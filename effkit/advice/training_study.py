@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from effkit import padding
+from effkit import activations, padding
 from effkit.account import Account, readable
 from effkit.activations import counting
 from effkit.activations.observing import Observation, observe
@@ -33,6 +33,7 @@ from effkit.side_by_side import interleaved_ns
 from effkit.training import Loss, residents
 
 TIME = "Time of one step"
+_FEW = 6  # batches of a second calibration
 _FEWEST, _MOST = 4, 16  # batches, unless their number is given
 _BUDGET_NS = 600_000_000  # of them, run once
 _REPEATS, _SLOW_NS = 3, 100_000_000  # runs of each batch; one fewer where a step takes longer
@@ -134,8 +135,6 @@ class TrainingStudy(Study):
             )
         if self.num_ranks < 2 and experts.layers_of(self.model):
             self.unseen.append("what uneven experts cost: on one rank they cost nothing; give num_ranks=")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.unseen.append("waiting for other ranks told from moving bytes: this is one rank; record all of them")
 
     def _epoch(self) -> Account | None:
         """The padding lab's account of these batches, which predicts other ones."""
@@ -148,7 +147,7 @@ class TrainingStudy(Study):
         assert self.examples is not None
         return padding.measure(
             self.examples.plan, self.model, make_batch=self.examples.make_batch, step=self.step, repeats=self.repeats,
-            also=also,
+            also=also, num_batches=None if also is None else min(_FEW, len(self.batches)),
         )  # fmt: skip
 
     def _times(self) -> list[int]:
@@ -211,6 +210,19 @@ class TrainingStudy(Study):
         with self.held():
             self.step(self.largest)
             return kept(self.step, self.largest)
+
+    @cached_property
+    def lab_base(self) -> Account:
+        """The activation lab's account of the batch that takes longest, every lever timed.
+
+        Raises
+        ------
+        ValueError
+            When the lab cannot run this model's step: the output has no loss, say.
+        """
+        own = [type(one) for one in self.optimizers if type(one) is not torch.optim.AdamW]
+        make = partial(own[0], **self.optimizers[0].defaults) if own else None
+        return activations.measure(self.model, self.largest, loss=self.loss, optimizer=make, time_levers=True)
 
     @property
     def peaks(self) -> Peaks:

@@ -112,9 +112,10 @@ def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
         **base.setting,
         **{name: value for name, value in changes.items() if value is not None},
     }
-    if setting["strategy"] not in STRATEGIES:
+    if setting["strategy"] not in (*STRATEGIES, base.setting.get("strategy")):
         raise ValueError(f"unknown strategy {setting['strategy']!r}; choose one of {', '.join(STRATEGIES)}")
-    used = {*LIMITS[setting["strategy"]], *_OF_THE_EPOCH}
+    # a loader's own batches have no limits of a plan
+    used = {*LIMITS.get(setting["strategy"], base.setting), *_OF_THE_EPOCH}
     used -= {"batch_size", "max_input_cells"} if setting.get("memory_bytes") else {"memory_bytes"}
     return {name: value for name, value in setting.items() if name in used}
 
@@ -180,7 +181,7 @@ def whatif(
           for name, (label, tooltip) in limits.items() if isinstance(rest.get(name), int)),
         Slider("memory_bytes", "Memory budget [MiB]", 0, 2 * peak_mib, max(1, peak_mib // 50),
                "What a step may take; decides the batch sizes, unless 0", rest=0, scale=_MIB),
-        Choice("strategy", "Strategy", [name for name in STRATEGIES if name != "pack" or name == rest["strategy"]],
+        Choice("strategy", "Strategy", _choices(rest["strategy"]),
                "How examples are assigned to batches"),
         Slider("num_buckets", "Input buckets [count]", 1, 40, 1, "Buckets by input length", rest=8),
         Slider("num_output_buckets", "Output buckets [count]", 1, 8, 1, "By output length, within each", rest=2),
@@ -201,6 +202,12 @@ def whatif(
         return replace(measured, setting=full)
 
     return WhatIf(base, predict, knobs, run if model is not None else None)
+
+
+def _choices(rest: str) -> list[str]:
+    """Strategies to choose from: packing only where it was measured; and what was measured, if it is none of them."""
+    usual = [name for name in STRATEGIES if name != "pack" or name == rest]
+    return usual if rest in usual else [rest, *usual]
 
 
 def _calibration(base: Account) -> Calibration:

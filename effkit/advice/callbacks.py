@@ -1,0 +1,230 @@
+"""A study from inside of a trainer: callbacks for Hugging Face's Trainer and for Lightning's."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+
+from effkit.advice.listening import replaced
+from effkit.advice.studies import Study
+from effkit.advice.studying import study
+from effkit.training import forward, own_loss
+
+_LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+_LOGS = ("log", "log_dict")  # of a LightningModule: they write into the trainer's own results
+_HOLDERS = ("", "sampler", "batch_sampler", "batch_sampler.sampler")  # of a loader: where its order comes from
+_KEPT = ("generator", "epoch")
+
+
+def trainer_callback(**options: Any) -> Any:
+    """A ``transformers.TrainerCallback`` that studies the training as it begins, and lets it go on unchanged.
+
+    ::
+
+        callback = ek.advice.trainer_callback()
+        Trainer(model, args, train_dataset=texts, callbacks=[callback]).train()
+        callback.study.advise()
+
+    A step is what the trainer does for one batch: the batch goes to the model's device, forward (under autocast where
+    ``args`` say bf16 or fp16), backward, the optimizer's own step. A loss of the trainer's own, clipping and
+    accumulation are left out.
+
+    Parameters
+    ----------
+    options
+        Of :func:`effkit.study`: ``num_batches``, say.
+
+    Returns
+    -------
+    TrainerCallback
+        ``.study`` is the Study once training has begun. Where it could not be made ``.study`` stays None, and a
+        warning says why: a training is not given up for it.
+
+    Raises
+    ------
+    ImportError
+        Without transformers.
+    """
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:
+        raise ImportError("trainer_callback() needs the package transformers: pip install transformers") from error
+
+    class StudyCallback(TrainerCallback):
+        study: Study | None = None
+
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
+            train_dataloader: Any = None, **_: Any,
+        ) -> None:  # fmt: skip
+            cast = torch.bfloat16 if getattr(args, "bf16", False) else None
+            cast = torch.float16 if cast is None and getattr(args, "fp16", False) else cast
+
+            def loss_of(batch: Any) -> torch.Tensor:
+                with _autocast(model, cast):
+                    return own_loss(forward(model, batch))
+
+            self.study = _studied(model, train_dataloader, optimizer, loss_of, options)
+
+    return StudyCallback()
+
+
+def lightning_callback(**options: Any) -> Any:
+    """A Lightning ``Callback`` that studies the training as it begins, and lets it go on unchanged.
+
+    ::
+
+        callback = ek.advice.lightning_callback()
+        Trainer(callbacks=[callback]).fit(module, loader)
+        callback.study.advise()
+
+    A step is the module's ``training_step`` in the trainer's precision, backward, and its optimizer's step; what the
+    module logs meanwhile is not kept. Clipping, accumulation and other hooks are left out.
+
+    Parameters
+    ----------
+    options
+        Of :func:`effkit.study`: ``num_batches``, say.
+
+    Returns
+    -------
+    Callback
+        Of ``lightning.pytorch`` or ``pytorch_lightning``, whichever is in use. ``.study`` is the Study once training
+        has begun; where it could not be made ``.study`` stays None, and a warning says why.
+
+    Raises
+    ------
+    ImportError
+        With neither package.
+    """
+
+    base: Any = _lightning().Callback
+
+    class StudyCallback(base):
+        study: Study | None = None
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            def loss_of(batch: Any) -> torch.Tensor:
+                with ExitStack() as stack:
+                    stack.enter_context(_precision(trainer))
+                    for name in _LOGS:
+                        stack.enter_context(replaced(pl_module, name, _nothing))
+                    output = pl_module.training_step(batch, 0)
+                return own_loss(output["loss"] if isinstance(output, Mapping) else output)
+
+            loader, optimizers = trainer.train_dataloader, trainer.optimizers
+            if len(optimizers) != 1 or not getattr(pl_module, "automatic_optimization", True):
+                _excuse(f"the module takes its steps itself, or with {len(optimizers)} optimizers: give "
+                        "effkit.study() a step of your own")  # fmt: skip
+                return
+            self.study = _studied(pl_module, loader, optimizers[0], loss_of, options)
+
+    return StudyCallback()
+
+
+def _lightning() -> Any:
+    """The package that is in use, else the one that is there: a Trainer of one knows no Callback of the other."""
+    for name in (*(name for name in _LIGHTNING if name in sys.modules), *_LIGHTNING):
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    raise ImportError("lightning_callback() needs the package lightning or pytorch_lightning: pip install lightning")
+
+
+def _studied(
+    model: torch.nn.Module, loader: Any, optimizer: Any, loss_of: Callable[[Any], torch.Tensor], options: dict[str, Any]
+) -> Study | None:
+    """The study of a trainer's step; None, and a warning, where it cannot be made."""
+    update = unwrapped(optimizer)
+
+    def step(batch: Any) -> None:
+        model.train()
+        update.zero_grad()
+        loss_of(_moved(batch, model)).backward()
+        update.step()
+
+    try:
+        with _order_kept(loader):
+            return study(step=step, model=model, loader=own_loader(loader), **options)
+    except Exception as error:  # whatever it is: a training that was planned for days goes on
+        _excuse(f"{type(error).__name__}: {error}")
+        return None
+
+
+def _excuse(reason: str) -> None:
+    warnings.warn(f"effkit did not study this training, which goes on: {reason}", stacklevel=3)
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer itself, not the one that accelerate or Lightning put around it."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def own_loader(loader: Any) -> Any:
+    """A copy of the DataLoader itself: accelerate's counts iterations, and workers that persist are the training's."""
+    loader = getattr(loader, "base_dataloader", loader)
+    if not isinstance(loader, DataLoader):
+        return loader
+    copied = copy.copy(loader)
+    copied._iterator = None
+    return copied
+
+
+@contextmanager
+def _order_kept(loader: Any) -> Iterator[None]:
+    """Batches drawn inside are drawn again afterwards: generators and epochs of samplers are put back."""
+    before: list[tuple[Any, str, Any, Any]] = []
+    loader = getattr(loader, "base_dataloader", loader)
+    for path in _HOLDERS:
+        holder = loader
+        for name in filter(None, path.split(".")):
+            holder = getattr(holder, name, None)
+        for name in _KEPT:
+            if holder is not None and name in getattr(holder, "__dict__", {}):
+                value = vars(holder)[name]
+                before.append((holder, name, value, value.get_state() if isinstance(value, torch.Generator) else None))
+    try:
+        yield
+    finally:
+        for holder, name, value, state in before:
+            if vars(holder)[name] is not value:
+                setattr(holder, name, value)
+            if state is not None:
+                value.set_state(state)
+
+
+def _moved(batch: Any, model: torch.nn.Module) -> Any:
+    device = next(model.parameters()).device
+    return tree_map(lambda one: one.to(device) if isinstance(one, torch.Tensor) else one, _plain(batch))
+
+
+def _plain(batch: Any) -> Any:
+    """transformers' BatchEncoding and its like are mappings that torch does not look into."""
+    return dict(batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else batch
+
+
+def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype)
+
+
+def _precision(trainer: Any) -> AbstractContextManager[Any]:
+    plugin = getattr(trainer, "precision_plugin", None)
+    return nullcontext() if plugin is None else plugin.train_step_context()
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of a module's log(): the study is nothing that the training did."""
