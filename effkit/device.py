@@ -74,7 +74,10 @@ class Device:
                     return cls(**stored)
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 pass  # no cache, or one of another version: measure
-        device = _measure()
+        import torch
+
+        with torch.random.fork_rng():  # somebody may be in the middle of a training
+            device = _measure()
         with suppress(OSError):  # a cache that cannot be written only costs the next call its seconds
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

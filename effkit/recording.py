@@ -146,6 +146,34 @@ def memory_events(step: Callable[[], object]) -> trace.Trace:
     return trace.read(_exported(profiler))
 
 
+def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4) -> bytes:
+    """Call ``step()`` ``warmup`` times, then ``steps`` times under the profiler, and return its trace (JSON).
+
+    The device is waited for before the first recorded step and after the last, not between them: a loop's host runs
+    ahead, and so does this one. The last of the ``warmup`` calls (at least 1) is the profiler's own.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with _alone("trace_of()"):
+        for _ in range(warmup - 1):
+            step()
+        profiler = profile(
+            activities=[ProfilerActivity.CPU, *cuda], schedule=schedule(wait=0, warmup=1, active=steps, repeat=1)
+        )
+        with profiler:
+            step()
+            synchronize()
+            profiler.step()
+            for number in range(steps):
+                step()
+                if number == steps - 1:
+                    synchronize()
+                profiler.step()
+    return _exported(profiler)
+
+
 def _peak(memory: pd.DataFrame) -> int:
     """The profiler's highest running total above where it stood when this recording began [bytes].
 

@@ -228,3 +228,25 @@ def test_a_generation_on_the_gpu_is_told_by_its_own_clock_and_predicted():
     assert guess.in_range
     assert abs(receipt["error"].iloc[0]) < 0.3, receipt
     assert (receipt.loc[receipt["unit"] == "bytes", "error"] == 0).all(), receipt
+
+
+def test_a_study_on_the_gpu_gives_the_model_back_and_explains_its_peak():
+    model = ek.models.gpt(layers=4, hidden=512, heads=8)
+    update = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    before = [parameter.clone() for parameter in model.parameters()]
+
+    def step():
+        update.zero_grad()
+        model(**batch).loss.backward()
+        update.step()
+
+    batch = model.random_batch(8, 256)
+    study = ek.study(step=step, model=model, num_batches=4)
+    page = study.overview()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not update.state
+    assert abs(page.time.residual) < 0.05 * page.time.total, page
+    assert abs(page.memory.residual) < 0.02 * page.memory.total, page
+    assert page.ceilings["reached_frac"].between(0, 1.05).all(), page.ceilings
+    for lever in study.advise():
+        assert lever.measure().measured.total < 1.05 * lever.base.total, lever

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from effkit.advice.callbacks import lightning_callback, trainer_callback
 from effkit.advice.levers import Advice, Lever
+from effkit.advice.overviews import Overview
 from effkit.advice.recording_ranks import record
 from effkit.advice.studies import Study
 from effkit.advice.studying import study
 
-__all__ = ["Advice", "Lever", "Study", "lightning_callback", "record", "study", "trainer_callback"]
+__all__ = ["Advice", "Lever", "Overview", "Study", "lightning_callback", "record", "study", "trainer_callback"]

@@ -129,7 +129,8 @@ def _picture(overview: Overview) -> str:
         drawn = svg(figure, label=label)
     finally:
         pyplot.close(figure)
-    return f'<div class="picture">{_NAMES.sub("", drawn).replace("xlink:href", "href")}</div>'
+    drawn = _NAMES.sub("", drawn).replace("xlink:href", "href")
+    return f'<div class="picture">{drawn.replace("stroke: #000000", "stroke: currentColor")}</div>'
 
 
 def _in_words(one: Account) -> str:

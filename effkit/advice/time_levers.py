@@ -12,7 +12,7 @@ import torch
 from effkit.account import Account, readable
 from effkit.advice import batch_levers, expert_levers, families, interventions, probing
 from effkit.advice.interventions import Intervention
-from effkit.advice.levers import Advice, Lever, banded, ranked
+from effkit.advice.levers import Lever, banded
 from effkit.advice.scales import LEFT, limit_bytes, relative
 from effkit.device import Device
 from effkit.side_by_side import interleaved_ns
@@ -40,11 +40,11 @@ class _Idea:
     use: Callable[[], Any] | None = None
 
 
-def advise(study: TrainingStudy, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
-    """Everything that saves time, ranked."""
-    found = [*batch_levers.levers(study, budget_bytes), *_interventions(study, budget_bytes)]
-    found += expert_levers.levers(study)
-    return ranked(goal, found, **more)
+def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
+    """Everything that what was seen speaks for, whether it saves time or not."""
+    return [
+        *batch_levers.levers(study, budget_bytes), *_interventions(study, budget_bytes), *expert_levers.levers(study),
+    ]  # fmt: skip
 
 
 def _ideas(study: TrainingStudy) -> list[_Idea]:

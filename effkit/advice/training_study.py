@@ -21,7 +21,7 @@ from effkit.advice import expert_levers, experts, families, looping
 from effkit.advice.examples import Examples, drawn, why_not_drawn
 from effkit.advice.experts import Experts
 from effkit.advice.kept import Kept, kept
-from effkit.advice.levers import Advice
+from effkit.advice.levers import Advice, Lever, ranked
 from effkit.advice.listening import listening
 from effkit.advice.overviews import Overview, ceilings
 from effkit.advice.parts import parts_of
@@ -68,6 +68,7 @@ class TrainingStudy(Study):
         self.num_ranks, self.link_bytes_per_s = num_ranks, link_bytes_per_s
         self.step: Step = step if loader is not None else lambda _: step()
         self.unseen: list[str] = []
+        self._candidates: dict[int | None, list[Lever]] = {}  # by budget: trying them takes seconds
         self.examples: Examples | None = None
         self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
         with self.held():
@@ -281,4 +282,6 @@ class TrainingStudy(Study):
 
         if goal == "memory":
             return memory_levers.advise(self, budget_bytes, **more)
-        return time_levers.advise(self, goal, budget_bytes, **more)
+        if budget_bytes not in self._candidates:
+            self._candidates[budget_bytes] = time_levers.levers(self, budget_bytes)
+        return ranked(goal, self._candidates[budget_bytes], **more)

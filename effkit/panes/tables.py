@@ -25,8 +25,8 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """What ran on the host of one rank, one row per event; and kernel time that belongs to none of them [ns].
 
     Columns of the events; ``parent`` (a row, -1 for none); ``folded`` (an only child that bears its parent's name,
-    which torch counts as its parent); ``host_total_ns, host_self_ns``; and of the kernels that the row launched, with and
-    without its children, ``device_total_ns, device_self_ns``.
+    which torch counts as its parent); ``host_total_ns, host_self_ns``; and of the kernels that the row launched, with
+    and without its children, ``device_total_ns, device_self_ns``.
     """
     tree = nesting.host(events)
     parent = nesting.parents(tree)

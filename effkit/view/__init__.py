@@ -3,6 +3,7 @@
 from effkit.view.accounts import account, plan
 from effkit.view.comparison import Comparison
 from effkit.view.generations import curves, roofline
+from effkit.view.pages import page
 from effkit.view.panes import PANES, MemoryPicture
 from effkit.view.ranks import delays, policies, timeline
 from effkit.view.steps import front, live_bytes
@@ -20,6 +21,7 @@ __all__ = [
     "delays",
     "front",
     "live_bytes",
+    "page",
     "plan",
     "policies",
     "roofline",

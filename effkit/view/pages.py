@@ -1,0 +1,149 @@
+"""A page of accounts: what an overview saw, under one another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib.colors import to_rgb
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.transforms import ScaledTranslation
+
+from effkit.account import Account
+from effkit.view.accounts import account
+from effkit.view.style import NAMED, OKABE_ITO
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_UNITS = ("ns", "bytes")
+_COLUMNS = 3  # of a legend, at most
+_LETTER_INCHES, _BESIDE_INCHES = 0.071, 0.42  # of a legend's column: each letter, and what is not letters
+_BAR_INCHES, _AROUND_INCHES, _LINE_INCHES, _WIDTH_INCHES = 0.5, 0.66, 0.175, 7.6
+_BELOW_POINTS = 24  # from the axis to its legend: room for the numbers at the ticks
+_ROOM_FRAC = 0.06  # of a bar, which its share can be written on
+# An overview has more rows than the palette has colours, and neighbours must not look alike
+_COLOURS: Mapping[str, str] = {
+    "waiting for data": "#CC79A7",
+    "data loading": "#CC79A7",
+    "matrix products": "#0072B2",
+    "computing": "#0072B2",
+    "attention": "#56B4E9",
+    "norms and softmax": "#009E73",
+    "elementwise and other": "#A6DCCB",
+    "kernels without an operator": "#8CC4E6",
+    "recomputation": "#F3C7A6",
+    "optimizer": "#7A5195",
+    "clearing gradients": "#D3C2DE",
+    "asking for numbers": "#F0E442",
+    "copies": "#E69F00",
+    "host busy, device idle": "#999999",
+    "host between operators": "#CFCFCF",
+    "host and idle": "#CFCFCF",
+    "all-to-all moving": "#D55E00",
+    "all-to-all waiting": "#F3C7A6",
+    "other collectives moving": "#7A5195",
+    "other collectives waiting": "#D3C2DE",
+    "step not begun or over": "#F0A3C8",
+}
+
+
+def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """Several accounts under one another, a bar and a legend each.
+
+    Parameters
+    ----------
+    accounts
+        Those in ns and bytes are drawn, those of a single row only where there are no others.
+    axes
+        To draw on, one for each of them; those of a new figure unless given.
+
+    Returns
+    -------
+    Sequence of Axes
+        One per account that was drawn.
+
+    Raises
+    ------
+    ValueError
+        When there is nothing to draw, or too few axes are given.
+    """
+    fitting = [one for one in accounts if one.unit in _UNITS]
+    shown = [one for one in fitting if len(one.frame) > 1] or fitting
+    if not shown:
+        raise ValueError("page() draws accounts in ns or bytes; given: none of these")
+    if axes is None:
+        axes = _places(shown)
+    if len(axes) < len(shown):
+        raise ValueError(f"page() takes an axes for each of the {len(shown)} accounts; given: {len(axes)}")
+    for one, ax in zip(shown, axes, strict=False):
+        _drawn(one, ax)
+    return list(axes[: len(shown)])
+
+
+def _places(shown: Sequence[Account]) -> Sequence[Axes]:
+    from matplotlib import pyplot  # only to make the figure that a notebook shows
+
+    height = sum(_BAR_INCHES + _AROUND_INCHES + _LINE_INCHES * _num_lines(one) for one in shown)
+    layout = ConstrainedLayoutEngine(h_pad=0.09, hspace=0.04)
+    _, places = pyplot.subplots(len(shown), 1, figsize=(_WIDTH_INCHES, height), layout=layout, squeeze=False)
+    return list(places[:, 0])
+
+
+def _names(one: Account) -> list[str]:
+    return [f"{item} {share:.1%}" for item, share in one.share.items()]
+
+
+def _columns(one: Account) -> int:
+    """Of its legend: as many as fit into the width."""
+    longest = max(map(len, _names(one)), default=1)
+    return max(1, min(_COLUMNS, int(_WIDTH_INCHES / (_LETTER_INCHES * longest + _BESIDE_INCHES))))
+
+
+def _num_lines(one: Account) -> int:
+    """Of its legend."""
+    return math.ceil((len(one.frame) + bool(one.residual) + one.predicted) / _columns(one))
+
+
+def _drawn(one: Account, ax: Axes) -> None:
+    """The usual picture of an account, with rows told apart and the legend at a fixed distance.
+
+    The usual legend hangs a share of the axes' height below them: under one another, where the height is found by
+    making room for legends, they would lie on each other.
+    """
+    account(one, ax)
+    items = [str(item) for item in one.frame.index]
+    for position, (item, share) in enumerate(one.share.items()):
+        bar = ax.containers[position][0]
+        face = _face(str(item), items)
+        bar.set(facecolor=face, edgecolor="white", linewidth=0.6)
+        if share >= _ROOM_FRAC:
+            ax.annotate(f"{share:.0%}", (bar.get_x() + bar.get_width() / 2, 0), ha="center", va="center", fontsize=9,
+                        color="#FFFFFF" if _dark(face) else "#111111")  # fmt: skip
+    ax.set_ylim(-0.31, 0.31)
+    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
+    ax.set_title(ax.get_title(loc="left"), loc="left", fontsize=10, fontweight="bold")
+    ax.tick_params(axis="x", labelsize=9)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    below = ax.transAxes + ScaledTranslation(0, -_BELOW_POINTS / 72, figure.dpi_scale_trans)
+    ax.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0,
+              ncols=_columns(one), frameon=False, fontsize=8.5, handlelength=1.2, handleheight=0.9, columnspacing=1.4,
+              labelspacing=0.35)  # fmt: skip
+
+
+def _face(item: str, items: Sequence[str]) -> str:
+    """The word's own colour; else one of the palette that no other row has."""
+    own = {**NAMED, **_COLOURS}
+    if item in own:
+        return own[item]
+    taken = {own[other] for other in items if other in own}
+    free = [one for one in OKABE_ITO if one not in taken] or list(OKABE_ITO)
+    nameless = [other for other in items if other not in own]
+    return free[nameless.index(item) % len(free)]
+
+
+def _dark(face: str) -> bool:
+    red, green, blue = to_rgb(face)
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
