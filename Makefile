@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab test lint notebooks bench ledger record clean help
+.PHONY: lab app test lint notebooks bench ledger record clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -13,6 +13,10 @@ help:  ## list the targets
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(INSTALL) torch
 	$(INSTALL) -e .
+	@touch $@
+
+.venv/.app: .venv/.lab
+	$(INSTALL) -e '.[app]'
 	@touch $@
 
 .venv/.test: .venv/.lab
@@ -35,6 +39,9 @@ help:  ## list the targets
 lab: .venv/.lab  ## open JupyterLab on the first notebook
 	$(BIN)/python -m jupyterlab --config=notebooks/jupyter_server_config.py notebooks/00_start_here.ipynb
 
+app: .venv/.app  ## open the what-if page as an app without code, for a class
+	$(BIN)/python notebooks/app
+
 test: .venv/.test .venv/.browser .venv/.peers lint  ## everything that CI runs
 	$(BIN)/python -m pytest
 
@@ -44,7 +51,7 @@ lint: .venv/.test  ## ruff, ruff format, mypy --strict
 	$(BIN)/mypy
 
 notebooks: .venv/.test  ## execute every notebook and write its canonical form
-	$(BIN)/python notebooks/canonical.py $(FRESH) notebooks/*.ipynb
+	$(BIN)/python notebooks/canonical.py $(FRESH) notebooks/*.ipynb notebooks/app/*.ipynb
 
 bench: .venv/.test .venv/.browser .venv/.peers  ## the timed bars, peers side by side
 	$(BIN)/python -m pytest tests/bench_*.py -s -p no:cacheprovider

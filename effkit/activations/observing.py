@@ -79,9 +79,10 @@ def observe(
     else:
         source = "torch.cuda.max_memory_allocated"
     rows = {name: rows[name] for name in CATEGORIES if rows.get(name)}
-    backward = next(segment.first for segment in timeline.segments if segment.phase == BACKWARD)
+    backward = next((segment.first for segment in timeline.segments if segment.phase == BACKWARD), len(starts))
     levels = np.append(before, totals)
-    kept = int(levels[np.searchsorted(times, starts[backward], "left")]) - before
+    # nothing is kept for a backward pass that never comes
+    kept = int(levels[np.searchsorted(times, starts[backward], "left")]) - before if backward < len(starts) else 0
     return Observation(replace(timeline, inside_bytes=inside), ends - starts, rows, counted, source, kept)
 
 

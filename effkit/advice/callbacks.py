@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -21,8 +21,6 @@ from effkit.training import forward, own_loss
 
 _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 _LOGS = ("log", "log_dict")  # of a LightningModule: they write into the trainer's own results
-_HOLDERS = ("", "sampler", "batch_sampler", "batch_sampler.sampler")  # of a loader: where its order comes from
-_KEPT = ("generator", "epoch")
 
 
 def trainer_callback(**options: Any) -> Any:
@@ -154,8 +152,7 @@ def _studied(
         update.step()
 
     try:
-        with _order_kept(loader):
-            return study(step=step, model=model, loader=own_loader(loader), **options)
+        return study(step=step, model=model, loader=own_loader(loader), **options)
     except Exception as error:  # whatever it is: a training that was planned for days goes on
         _excuse(f"{type(error).__name__}: {error}")
         return None
@@ -180,29 +177,6 @@ def own_loader(loader: Any) -> Any:
     copied = copy.copy(loader)
     copied._iterator = None
     return copied
-
-
-@contextmanager
-def _order_kept(loader: Any) -> Iterator[None]:
-    """Batches drawn inside are drawn again afterwards: generators and epochs of samplers are put back."""
-    before: list[tuple[Any, str, Any, Any]] = []
-    loader = getattr(loader, "base_dataloader", loader)
-    for path in _HOLDERS:
-        holder = loader
-        for name in filter(None, path.split(".")):
-            holder = getattr(holder, name, None)
-        for name in _KEPT:
-            if holder is not None and name in getattr(holder, "__dict__", {}):
-                value = vars(holder)[name]
-                before.append((holder, name, value, value.get_state() if isinstance(value, torch.Generator) else None))
-    try:
-        yield
-    finally:
-        for holder, name, value, state in before:
-            if vars(holder)[name] is not value:
-                setattr(holder, name, value)
-            if state is not None:
-                value.set_state(state)
 
 
 def _moved(batch: Any, model: torch.nn.Module) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -17,6 +18,8 @@ from effkit.padding.auditing import Watch, watch
 from effkit.padding.plans import Plan
 
 DELIVERED = "as delivered"
+_HOLDERS = ("", "sampler", "batch_sampler", "batch_sampler.sampler")  # of a loader: where its order comes from
+_KEPT = ("generator", "epoch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,7 @@ def why_not_drawn(loader: Any) -> str | None:
 
 def drawn(loader: DataLoader[Any], num_batches: int) -> Examples:
     """The first batches that the loader's sampler names, made in this process."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), order_kept(loader):
         groups = [list(group) for group in islice(iter(loader.batch_sampler), num_batches)]  # type: ignore[arg-type]
     if not groups:
         raise ValueError("the loader is empty: there is no batch to study")
@@ -123,7 +126,32 @@ def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
         "batch_sampler": loader.batch_sampler, "num_workers": loader.num_workers, "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory, "timeout": loader.timeout, "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context, "generator": loader.generator,
+        "drop_last": loader.drop_last if changes.get("batch_size") else False,
     } | changes  # fmt: skip
+    if arguments["num_workers"] and loader.prefetch_factor is not None:
+        arguments.setdefault("prefetch_factor", loader.prefetch_factor)
     if arguments["num_workers"]:
         arguments.setdefault("persistent_workers", True)
     return DataLoader(loader.dataset, **arguments)
+
+
+@contextmanager
+def order_kept(loader: Any) -> Iterator[None]:
+    """Batches drawn inside are drawn again afterwards: generators and epochs of samplers are put back."""
+    before: list[tuple[Any, str, Any, Any]] = []
+    for path in _HOLDERS:
+        holder = loader
+        for name in filter(None, path.split(".")):
+            holder = getattr(holder, name, None)
+        for name in _KEPT:
+            if holder is not None and name in getattr(holder, "__dict__", {}):
+                value = vars(holder)[name]
+                before.append((holder, name, value, value.get_state() if isinstance(value, torch.Generator) else None))
+    try:
+        yield
+    finally:
+        for holder, name, value, state in before:
+            if vars(holder)[name] is not value:
+                setattr(holder, name, value)
+            if state is not None:
+                value.set_state(state)

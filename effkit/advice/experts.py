@@ -107,7 +107,11 @@ def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Expert
             hooks.append(gate.register_forward_hook(routed(number)))
     try:
         for step in steps:
+            before_step = [len(of_layer) for of_layer in counts]
             step()
+            for of_layer, first in zip(counts, before_step, strict=True):
+                if of_layer[first:]:  # micro-batches belong to one step
+                    of_layer[first:] = [np.sum(of_layer[first:], axis=0)]
     finally:
         for hook in hooks:
             hook.remove()
@@ -132,6 +136,17 @@ def _sizes(layer: Any) -> tuple[int, int, int]:
         return layer.num_experts, layer.hidden, int(next(iter(layer.inner.values())).shape[1])
     experts = layer.experts
     num = getattr(experts, "num_experts", None) or len(experts)
-    hidden = getattr(experts, "hidden_dim", None) or max(p.shape[-1] for p in experts.parameters())
-    ffn = getattr(experts, "intermediate_dim", None) or min(p.shape[-1] for p in experts.parameters())
+    first = next(
+        (parameter for parameter in experts.parameters() if parameter.dim() == 2), None
+    )  # [out, in] of a Linear
+    hidden, ffn = (
+        next((size for name in names if (size := getattr(experts, name, None))), None)
+        for names in (("hidden_dim", "hidden_size"), ("intermediate_dim", "intermediate_size"))
+    )
+    if first is not None:
+        hidden, ffn = hidden or first.shape[1], ffn or first.shape[0]
+    if not hidden or not ffn:
+        raise ValueError(
+            f"the widths of {type(experts).__name__} are not visible: neither attributes nor weights say them"
+        )
     return int(num), int(hidden), int(ffn)

@@ -27,9 +27,9 @@ _NAMED = (
     (COMMUNICATION, COMMUNICATES),
     (ASKING, re.compile(r"^aten::(item|_local_scalar_dense|is_nonzero)$")),
     (ATTENTION, re.compile(r"scaled_dot_product|flash_attn|_flash_attention|_efficient_attention|cudnn_attention")),
-    (PRODUCTS, re.compile(r"(^|::)(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv|addmv|mkldnn_linear|_grouped_mm)(_|$)|"
-                          r"conv|lstm|gru|rnn|einsum")),
-    (NORMS, re.compile(r"norm|softmax|logsumexp|nll_loss|cross_entropy")),
+    (PRODUCTS, re.compile(r"(^|::|_)(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv|addmv)(_|$)|conv(?!ert)|lstm|gru|rnn|"
+                          r"einsum")),
+    (NORMS, re.compile(r"norm(?!al)|softmax|logsumexp|nll_loss|cross_entropy")),
 )  # fmt: skip
 
 

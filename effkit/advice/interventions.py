@@ -42,7 +42,7 @@ def numbers_not_waited_for(model: torch.nn.Module) -> Iterator[None]:
     def tolist(self: torch.Tensor) -> Any:
         if not own(sys._getframe(1).f_code):
             return native["tolist"](self)
-        return torch.zeros(self.shape, dtype=self.dtype).tolist() if self.dim() else 0.0
+        return native["tolist"](torch.zeros(self.shape, dtype=self.dtype))
 
     def elements(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.dim() != 1 or not len(self) or self.requires_grad or not own(sys._getframe(1).f_code):
@@ -64,14 +64,15 @@ def numbers_not_waited_for(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def gradients_to_none(model: torch.nn.Module) -> Iterator[None]:
     """``zero_grad()`` lets go of gradients, whatever it was told."""
-    clear = torch.optim.Optimizer.zero_grad
 
-    def clearing(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
-        clear(self, True)
+    def clearing(clear: Callable[..., None]) -> Callable[..., None]:
+        return lambda self, set_to_none=True: clear(self, True)
 
     for parameter in model.parameters():
         parameter.grad = None
-    with replaced(torch.optim.Optimizer, "zero_grad", clearing):
+    with ExitStack() as stack:
+        for owner in (torch.optim.Optimizer, torch.nn.Module):
+            stack.enter_context(replaced(owner, "zero_grad", clearing(owner.zero_grad)))
         yield
 
 

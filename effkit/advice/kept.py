@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import CellType, FunctionType
+from types import CellType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def kept(step: Step, batch: Any) -> Kept:
         held = [tensor for tensor, _ in named] or left  # the others are held by the graphs of these
         distinct = {tensor.untyped_storage()._cdata: tensor for tensor in held}
         own = size_bytes(distinct.values()) // _STEPS
-        return Kept(growth, len(held) // _STEPS, own, tuple(dict.fromkeys(name for _, name in named)))
+        return Kept(growth, -(-len(held) // _STEPS), own, tuple(dict.fromkeys(name for _, name in named)))
 
 
 def growth_bytes(step: Callable[[], object]) -> int:
@@ -122,32 +122,35 @@ def _with_graph() -> list[torch.Tensor]:
 def _holder(tensor: torch.Tensor, found: list[torch.Tensor]) -> str | None:
     """The name of what holds it in Python; None where only a graph does."""
     for holder in gc.get_referrers(tensor):
-        if holder is found:
+        if holder is found or isinstance(holder, FrameType):
             continue
-        if isinstance(holder, dict):
-            return _key(holder, tensor) or "a dictionary"
-        if isinstance(holder, CellType) and (name := _variable(holder)):
+        if name := _name_in(holder, tensor):
             return name
-        if isinstance(holder, list | tuple | deque):
+        if isinstance(holder, list | tuple | deque | dict):
             return _name_of(holder) or f"a {type(holder).__name__}"
-    return None
-
-
-def _key(holder: dict[Any, Any], wanted: Any) -> str | None:
-    for name, value in list(holder.items()):
-        if value is wanted:
-            return str(name)
     return None
 
 
 def _name_of(container: Any) -> str | None:
     """The name under which a module, an object or a function knows a container."""
     for outer in gc.get_referrers(container):
-        name = _key(outer, container) if isinstance(outer, dict) else None
-        if name is None and isinstance(outer, CellType):
-            name = _variable(outer)
-        if name is not None:
+        if not isinstance(outer, FrameType) and (name := _name_in(outer, container)):
             return name
+    return None
+
+
+def _name_in(holder: Any, wanted: Any) -> str | None:
+    """The key, the attribute or the variable by which something holds what is wanted."""
+    if isinstance(holder, CellType):
+        return _variable(holder)
+    # an object refers to its attributes itself, not by way of a dictionary; contexts of autograd are no holders
+    graph = isinstance(holder, torch.autograd.graph.Node | torch.Tensor | type)
+    names = holder if isinstance(holder, dict) else None if graph else getattr(holder, "__dict__", None)
+    if not isinstance(names, dict):
+        return None
+    for name, value in list(names.items()):
+        if value is wanted:
+            return str(name)
     return None
 
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 RECOMPUTED = "effkit::recomputation"
 ASKS = ("item", "tolist", "__float__")  # what waits until the device has computed a number
-_LIBRARIES = (str(Path(torch.__file__).parent), "site-packages", "dist-packages")
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "site-packages", "dist-packages")
 
 
 @dataclass
@@ -31,8 +31,11 @@ class Heard:
         Place in the user's code -> how often it asked for a number.
     num_recomputed, recomputing_ns
         Modules whose forward ran in backward, and how long that took.
-    cleared_to_none
-        How gradients were cleared: True (None), False (zeros), None where zero_grad() was not called.
+    let_go
+        Whether no parameter had a gradient when backward began: True also where the step before had left some. False
+        where gradients stay, and backward adds to them; None where there was no backward.
+    zeroed
+        Whether ``zero_grad`` was told to write zeros.
     autocast
         Whether a module ran under autocast.
     forwards
@@ -44,7 +47,8 @@ class Heard:
     asked: Counter[str] = field(default_factory=Counter)
     num_recomputed: int = 0
     recomputing_ns: int = 0
-    cleared_to_none: bool | None = None
+    let_go: bool | None = None
+    zeroed: bool = False
     autocast: bool = False
     forwards: int = 0
     phases: list[str] = field(default_factory=list)
@@ -93,6 +97,8 @@ def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = No
 
     def going_back(*args: Any, **kwargs: Any) -> None:
         nonlocal in_backward
+        if heard.let_go is None:
+            heard.let_go = all(parameter.grad is None for parameter in model.parameters())
         begins("backward")
         in_backward += 1
         try:
@@ -100,11 +106,12 @@ def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = No
         finally:
             in_backward -= 1
 
-    clear = torch.optim.Optimizer.zero_grad
+    def clearing(clear: Callable[..., None]) -> Callable[..., None]:
+        def call(self: Any, set_to_none: bool = True) -> None:
+            heard.zeroed |= not set_to_none
+            clear(self, set_to_none)
 
-    def clearing(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
-        heard.cleared_to_none = set_to_none
-        clear(self, set_to_none)
+        return call
 
     with ExitStack() as stack:
         for hook in (
@@ -114,7 +121,8 @@ def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = No
         ):
             stack.callback(hook.remove)
         stack.enter_context(replaced(torch.autograd, "backward", going_back))
-        stack.enter_context(replaced(torch.optim.Optimizer, "zero_grad", clearing))
+        for owner in (torch.optim.Optimizer, torch.nn.Module):
+            stack.enter_context(replaced(owner, "zero_grad", clearing(owner.zero_grad)))
         for name in ASKS:
             stack.enter_context(replaced(torch.Tensor, name, _noting(name, heard.asked)))
         yield heard

@@ -72,7 +72,7 @@ def _leak(study: TrainingStudy, num_steps: int) -> Lever | None:
 
 
 def _gradients(study: TrainingStudy) -> Lever | None:
-    if study.heard.cleared_to_none is not False:
+    if not study.heard.zeroed:
         return None
     tried = probing.probes([study.largest], [0])
     intervention = interventions.gradients_to_none

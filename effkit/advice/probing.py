@@ -13,13 +13,13 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from effkit.advice.interventions import Intervention, gradients_to_none, without_intervening
-from effkit.least_squares import nonnegative
 from effkit.recording import peak_memory
 from effkit.side_by_side import interleaved_ns
 from effkit.training import residents, size_bytes
 
 Step = Callable[[Any], object]
 _FEWEST, _MOST, _BUDGET_NS = 5, 15, 1_500_000_000  # runs of each small step; of a middling batch, together
+_APART = 1.2  # times of small steps
 _LEAST_NOISE_FRAC = 0.015  # two fastest runs may agree by chance
 PLAIN = ""
 
@@ -41,12 +41,12 @@ class Saving:
         plain, saved = np.array(self.plain_ns), np.array(self.saved_ns)
         steps = np.array(steps_ns, dtype="float64")
         proportional = saved.sum() / plain.sum() * steps.sum()
-        sign = 1.0 if saved.sum() > 0 else -1.0
-        design = np.column_stack([np.ones(len(plain)), plain])
-        fixed, rate = nonnegative(design / plain[:, None], sign * saved / plain)
-        affine = sign * float(fixed * len(steps) + rate * steps.sum())
-        middle = (proportional + affine) / 2
-        doubt = abs(proportional - affine) / 2
+        line = proportional
+        if plain.max() > _APART * plain.min():  # else nobody can tell a fixed part from one in proportion
+            rate, fixed = np.polyfit(plain, saved, 1)
+            line = fixed * len(steps) + rate * steps.sum()
+        middle = (proportional + line) / 2
+        doubt = abs(proportional - line) / 2
         return middle, doubt + max(self.noise_frac, _LEAST_NOISE_FRAC) * steps.sum()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_map
 
 from effkit.training import unchanged
 
@@ -26,12 +27,19 @@ def restored(model: torch.nn.Module) -> Iterator[dict[torch.optim.Optimizer, Any
     dict
         The optimizers that have taken a step so far, and the states that they had before.
     """
-    parameters = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in model.parameters()]
+    before: dict[torch.Tensor, torch.Tensor] = {}
     seen: dict[torch.optim.Optimizer, Any] = {}
+
+    def keep(parameters: Iterable[torch.Tensor]) -> None:
+        before.update({one: one.detach().to("cpu", copy=True) for one in parameters if one not in before})
 
     def noted(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if optimizer not in seen:
-            seen[optimizer] = copy.deepcopy(optimizer.state_dict())
+            seen[optimizer] = _on_host(optimizer.state_dict())
+            for group in optimizer.param_groups:  # some may belong to no module: those of a loss, say
+                keep(group["params"])
+
+    keep(model.parameters())
 
     hook = register_optimizer_step_pre_hook(noted)
     drawn = random.getstate(), np.random.get_state()  # noqa: NPY002  (the generators that other people's code uses)
@@ -45,5 +53,11 @@ def restored(model: torch.nn.Module) -> Iterator[dict[torch.optim.Optimizer, Any
             for optimizer, state in seen.items():
                 optimizer.load_state_dict(state)
             with torch.no_grad():
-                for parameter, before in parameters:
-                    parameter.copy_(before)
+                for parameter, value in before.items():
+                    parameter.copy_(value)
+
+
+def _on_host(state: Any) -> Any:
+    """A copy of an optimizer's state, its tensors in host memory: the device may have no room for a second one."""
+    return tree_map(lambda one: one.detach().to("cpu", copy=True) if isinstance(one, torch.Tensor) else copy.copy(one),
+                    state)  # fmt: skip

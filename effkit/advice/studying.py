@@ -73,6 +73,10 @@ def study(
         from effkit.advice.generation_study import GenerationStudy
 
         return GenerationStudy(generate, model, inputs, **options)
+    if not any(True for _ in getattr(model, "parameters", tuple)()):
+        raise TypeError(f"model is a module with parameters, the one that step() trains; given: {type(model).__name__}")
+    if (num := options.get("num_batches")) is not None and num < 1:
+        raise ValueError(f"num_batches is 1 or more; given: {num}")
     if not callable(step):
         raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")
     if _one_of_several_ranks():

@@ -60,7 +60,7 @@ def _ideas(study: TrainingStudy) -> list[_Idea]:
             "total = total + loss.detach()   # and total.item() once, when it is shown",
             interventions.numbers_not_waited_for,
         ))  # fmt: skip
-    if heard.cleared_to_none is False:
+    if heard.zeroed:
         ideas.append(_Idea(
             "gradients", "let go of gradients", "zero_grad(set_to_none=False) writes zeros, and backward adds to them",
             "optimizer.zero_grad(set_to_none=True)", interventions.gradients_to_none,

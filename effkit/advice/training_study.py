@@ -18,7 +18,7 @@ from effkit.activations.observing import Observation, observe
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import PEAK
 from effkit.advice import expert_levers, experts, families, looping
-from effkit.advice.examples import Examples, drawn, why_not_drawn
+from effkit.advice.examples import Examples, drawn, order_kept, why_not_drawn
 from effkit.advice.experts import Experts
 from effkit.advice.kept import Kept, kept
 from effkit.advice.levers import Advice, Lever, ranked
@@ -86,7 +86,7 @@ class TrainingStudy(Study):
     @contextmanager
     def held(self) -> Iterator[None]:
         """Steps may be run inside; afterwards the model is as it was."""
-        with restored(self.model) as seen:
+        with restored(self.model) as seen, order_kept(self.loader):
             yield
             self.optimizers = tuple(seen)
 
@@ -130,6 +130,10 @@ class TrainingStudy(Study):
             self.unseen.append(self.examples.why_unseen)
         if any(hasattr(module, "_orig_mod") for module in self.model.modules()):
             self.unseen.append("what is inside compiled modules: their operators are fused, and have no modules left")
+        if "backward" not in self.heard.phases:
+            self.unseen.append(
+                "the backward pass: no loss.backward() was heard, so that all of a step counts as forward"
+            )
         if self.heard.forwards == 0:
             self.unseen.append(
                 "the model's own forward: the step does not call it, so that levers on it may do nothing"
@@ -190,7 +194,7 @@ class TrainingStudy(Study):
         with self.held():
             self.step(self.largest)
             there = residents(self.model, self.optimizers, self.largest)
-            if self.heard.cleared_to_none:
+            if self.heard.let_go:
                 for parameter in self.model.parameters():
                     parameter.grad = None
             held = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -228,7 +232,7 @@ class TrainingStudy(Study):
     @property
     def peaks(self) -> Peaks:
         """Peaks of this step on other batches; ask while it is :meth:`held`."""
-        return Peaks(self.step, self.model, self.optimizers, let_go=self.heard.cleared_to_none is True)
+        return Peaks(self.step, self.model, self.optimizers, let_go=self.heard.let_go is True)
 
     @cached_property
     def memory(self) -> Account:
@@ -253,7 +257,8 @@ class TrainingStudy(Study):
     def _look(self) -> Overview:
         device = Device.here()
         work = self.observed.timeline.work
-        backward = next(part.first for part in self.observed.timeline.segments if part.phase == BACKWARD)
+        segments = self.observed.timeline.segments
+        backward = next((part.first for part in segments if part.phase == BACKWARD), len(work))
         flops, half = (int(work[:backward, column].sum()) for column in (counting.FLOPS, counting.HALF_FLOPS))
         longest_ns = max(self.steps_ns)
         real = None if self.epoch is None else float(self.epoch.companions[0].share["real"])
