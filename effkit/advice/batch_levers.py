@@ -18,10 +18,10 @@ from effkit.account import Account, readable
 from effkit.advice.examples import rebuilt
 from effkit.advice.levers import Lever, banded
 from effkit.advice.looping import WARM_UP, wait_ns
-from effkit.advice.scales import limit_bytes, relative
+from effkit.advice.scales import LEFT, limit_bytes, relative
 from effkit.padding.auditing import input_lengths
 from effkit.padding.prediction import plan_at
-from effkit.padding.totals import EPOCH_TIME
+from effkit.padding.totals import EPOCH_TIME, epoch_rows
 from effkit.side_by_side import interleaved_ns
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _SMALL_FRAC = 0.1  # of a step's time that does not grow with the batch: below i
 _WORTH_TRYING_FRAC = 0.05  # that a first guess has to save
 _WAITING_FRAC = 0.03
 _LOADER_DOUBT_FRAC = 0.1  # handing batches from process to process, and what else the processors do
+_SPREAD, _LEAST_DOUBT_FRAC = 2.0, 0.02  # bands are two standard errors wide on each side, and never less than that
 _REPEATS = 3
 
 
@@ -133,7 +134,7 @@ def _workers(study: TrainingStudy) -> Lever | None:
         return None
     num = next(num for num, taken in times.items() if taken <= 1.02 * min(times.values()))
     base = study.account
-    account = banded(base, {"what is left": round(times[num])}, times[num], _LOADER_DOUBT_FRAC * times[num],
+    account = banded(base, {LEFT: round(times[num])}, times[num], _LOADER_DOUBT_FRAC * times[num],
                      "the longest of a step, a share of loading, and all processors' work")  # fmt: skip
     who = f"{there} processes" if there else "the training process itself"
     return Lever(
@@ -147,14 +148,30 @@ def _workers(study: TrainingStudy) -> Lever | None:
 
 
 def _of_epoch(study: TrainingStudy, epoch: Account, predicted: Account) -> Account:
-    """The padding lab's prediction of these examples, as time per step as it was."""
-    assert predicted.low is not None
-    assert predicted.high is not None
-    scale = study.computing_ns / epoch.total
-    total = scale * predicted.total + study.waiting_ns
-    half = scale * max(predicted.high - predicted.total, predicted.total - predicted.low)
-    account = banded(study.account, {"what is left": round(total)}, total, half, predicted.source)
+    """The padding lab's prediction of these examples, as time per step as it was.
+
+    The lab's band is for the time of an epoch. Here two epochs are compared, by one cost model: what is wrong with the
+    scale of both does not matter, and what is wrong with their ratio shows when measured steps are left out in turn.
+    """
+    total = study.computing_ns * predicted.total / epoch.total + study.waiting_ns
+    noise = max(_LEAST_DOUBT_FRAC, epoch.calibration.noise_frac)
+    half = study.computing_ns * (_SPREAD * ratio_error(epoch, predicted.setting) + noise)
+    account = banded(study.account, {LEFT: round(total)}, total, half, predicted.source)
     return replace(account, in_range=predicted.in_range)
+
+
+def ratio_error(epoch: Account, setting: Mapping[str, Any]) -> float:
+    """Standard error of the time at another setting over the time as it is: the jackknife (Efron 1979), each measured
+    step left out of the cost model in turn."""
+    known = epoch.calibration
+    now, then = known.plan, plan_at(epoch, dict(setting))
+
+    def ratio(steps: pd.DataFrame) -> float:
+        cost = padding.fit_cost(steps, attention=known.cost.attention)
+        return epoch_rows(then, cost)[1] / epoch_rows(now, cost)[1]
+
+    ratios = np.array([ratio(known.steps.drop(index=one)) for one in known.steps.index])
+    return float(np.sqrt((len(ratios) - 1) * np.var(ratios)))
 
 
 def _measured(study: TrainingStudy, epoch: Account, setting: Any) -> Account:

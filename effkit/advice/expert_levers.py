@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ EXPERTS, OUTSIDE = "expert layers", "outside of the expert layers"
 _TRAINING = 3  # forward passes that a forward and a backward pass take
 _CHUNKS = (2, 4)
 _CAPACITY = 1.25
+_ROUNDS = 4  # of a layer's measurement
+_SPREAD, _MEDIAN_ERROR, _LEAST_NOISE = 2.0, 1.25, 0.03  # standard errors; of a median, over that of a mean; of two runs
 
 
 def levers(study: TrainingStudy) -> list[Lever]:
@@ -54,15 +58,27 @@ def levers(study: TrainingStudy) -> list[Lever]:
         return _step(study, experts, moe.measure(base=layer, **changes))
 
     return [
-        Lever(kind, name, seen, base, _step(study, experts, moe.predict(layer, **changes)), code, effects,
+        Lever(kind, name, seen, base, _step(study, experts, _predicted(layer, changes)), code, effects,
               group="experts" if kind == "hot expert" else kind, use=use, keep=study._noted, run=partial(run, changes))
         for kind, name, seen, changes, code, effects, use in ideas
     ]  # fmt: skip
 
 
+def _predicted(layer: Account, changes: Mapping[str, Any]) -> Account:
+    """The lab's prediction, with a band for the change.
+
+    At the measured setting the prediction is the measurement: what the cost model is wrong by acts on the change, and
+    only the noise of both runs on the whole.
+    """
+    predicted, known = moe.predict(layer, **changes), layer.calibration
+    noise = _SPREAD * _MEDIAN_ERROR * known.noise_frac / math.sqrt(_ROUNDS)
+    half = math.ceil(known.band_frac * abs(layer.total - predicted.total) + max(_LEAST_NOISE, noise) * layer.total)
+    return replace(predicted, low=max(0, predicted.total - half), high=predicted.total + half)
+
+
 def measured_layer(experts: Experts, num_ranks: int, **more: Any) -> Account:
     """One expert layer of this shape under this load, on ranks of its own."""
-    return moe.measure(setting_of(experts, num_ranks), num_ranks=num_ranks, **more)
+    return moe.measure(setting_of(experts, num_ranks), num_ranks=num_ranks, num_rounds=_ROUNDS, **more)
 
 
 def setting_of(experts: Experts, num_ranks: int) -> Setting:

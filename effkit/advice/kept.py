@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import CellType, FrameType, FunctionType
@@ -42,9 +42,9 @@ class Kept:
     holders: tuple[str, ...] = ()
 
 
-def kept(step: Step, batch: Any) -> Kept:
-    """Run a few steps of one batch and see what stays."""
-    growth = growth_bytes(lambda: step(batch))
+def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = ()) -> Kept:
+    """Run a few steps of one batch and see what stays; the gradients of ``parameters`` are let go of in between."""
+    growth = growth_bytes(lambda: step(batch), parameters)
     if growth < _LEAST_BYTES:
         return Kept(max(0, growth))
     with new_graphs() as found:
@@ -58,15 +58,18 @@ def kept(step: Step, batch: Any) -> Kept:
         return Kept(growth, -(-len(held) // _STEPS), own, tuple(dict.fromkeys(name for _, name in named)))
 
 
-def growth_bytes(step: Callable[[], object]) -> int:
+def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Parameter] = ()) -> int:
     """What one step adds to the memory that is in use, the mean of a few [bytes].
 
     On a CPU the profiler does not see that blocks from before it began are freed: a first step lets go of them, and
     counting begins after it.
     """
     step()
+    for parameter in parameters:
+        parameter.grad = None
     gc.collect()
     if torch.cuda.is_available():
+        step()
         before = torch.cuda.memory_allocated()
         for _ in range(_STEPS):
             step()

@@ -58,7 +58,7 @@ def _leak(study: TrainingStudy, num_steps: int) -> Lever | None:
 
     def run() -> Account:
         with study.held():
-            growth = growth_bytes(lambda: detached(study.largest))
+            growth = growth_bytes(lambda: detached(study.largest), study.model.parameters())
         return after(max(0, growth), source="the allocator, over three steps, each cut from its graph")
 
     detached = detached_after(study.step)
@@ -101,16 +101,20 @@ def _fitting(study: TrainingStudy, limit: float, notes: list[str]) -> list[Lever
     except ValueError as error:
         notes.append(f"levers on activations are not visible: {error}")
         return []
-    table = activations.front(base)
-    table = table[table["on_front"] & (table["setting"] != "plain")]
-    found, smallest = [], None
-    for name in table["setting"]:
-        changes = table.attrs["settings"][name]
-        predicted = activations.predict(base, **changes)
-        lever = _lab_lever(study, base, predicted, changes)
-        smallest = lever if smallest is None or predicted.total < smallest.predicted.total else smallest
-        if (predicted.high or predicted.total) <= limit:
-            found.append(lever)
+    found: list[Lever] = []
+    smallest: Lever | None = None
+    for lossless in (True, False):  # what changes gradients only where nothing else fits
+        table = activations.front(base, lossless=lossless)
+        table = table[table["on_front"] & (table["setting"] != "plain")]
+        for name in table["setting"]:
+            changes = table.attrs["settings"][name]
+            predicted = activations.predict(base, **changes)
+            lever = _lab_lever(study, base, predicted, changes)
+            smallest = lever if smallest is None or predicted.total < smallest.predicted.total else smallest
+            if (predicted.high or predicted.total) <= limit:
+                found.append(lever)
+        if found:
+            break
     if not found and smallest is not None:
         notes.append(f"nothing fits into {readable(round(limit), 'bytes')}: the nearest is shown; use a smaller batch")
         return [smallest]

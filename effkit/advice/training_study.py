@@ -214,7 +214,7 @@ class TrainingStudy(Study):
         """What stays from step to step."""
         with self.held():
             self.step(self.largest)
-            return kept(self.step, self.largest)
+            return kept(self.step, self.largest, self.model.parameters())
 
     @cached_property
     def lab_base(self) -> Account:

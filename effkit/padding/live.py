@@ -139,6 +139,8 @@ def measure(
             batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
             _check(batch, probe, plan.lengths)
             _tell(progress, i, num_runs)
+            for parameter in model.parameters():  # gradients from before would be freed unseen
+                parameter.grad = None
             peak, peak_source = peak_memory(
                 lambda batch=batch: train(batch),  # type: ignore[misc]
                 resident_bytes=sum(map(size_bytes, residents(model, update, batch).values())),
