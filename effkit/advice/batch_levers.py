@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -151,11 +152,14 @@ def _of_epoch(study: TrainingStudy, epoch: Account, predicted: Account) -> Accou
     """The padding lab's prediction of these examples, as time per step as it was.
 
     The lab's band is for the time of an epoch. Here two epochs are compared, by one cost model: what is wrong with the
-    scale of both does not matter, and what is wrong with their ratio shows when measured steps are left out in turn.
+    scale of both does not matter. How wrong their ratio may be shows when measured steps are left out in turn; and by
+    what the model is off at a step that it has not seen, it may be off at the change.
     """
+    known = epoch.calibration
     total = study.computing_ns * predicted.total / epoch.total + study.waiting_ns
-    noise = max(_LEAST_DOUBT_FRAC, epoch.calibration.noise_frac)
-    half = study.computing_ns * (_SPREAD * ratio_error(epoch, predicted.setting) + noise)
+    change = abs(1 - predicted.total / epoch.total)
+    doubt = _SPREAD * math.hypot(ratio_error(epoch, predicted.setting), known.cost.error_frac * change)
+    half = study.computing_ns * (doubt + max(_LEAST_DOUBT_FRAC, known.noise_frac))
     account = banded(study.account, {LEFT: round(total)}, total, half, predicted.source)
     return replace(account, in_range=predicted.in_range)
 
