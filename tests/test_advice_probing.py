@@ -34,7 +34,7 @@ def encloses(saving, truth, steps_ns=STEPS_NS):
 def test_in_proportion_is_in_proportion(rate):
     middle, half = made(lambda ns: rate * ns).over(STEPS_NS)
     assert middle == pytest.approx(rate * sum(STEPS_NS))
-    assert half == pytest.approx(probing._LEAST_NOISE_FRAC * sum(STEPS_NS))
+    assert half == pytest.approx(2 * probing._LEAST_NOISE_FRAC * sum(STEPS_NS))
 
 
 @pytest.mark.parametrize("fixed", [50_000, -50_000])
@@ -73,7 +73,7 @@ def test_losses_are_savings_turned_round(steps_ns, first, second):
 
 def test_noise_widens_the_band_and_there_is_always_some():
     halves = [made(lambda ns: 0.1 * ns, noise).over(STEPS_NS)[1] for noise in (0.0, 0.001, 0.1)]
-    assert halves == pytest.approx([0.015 * sum(STEPS_NS), 0.015 * sum(STEPS_NS), 0.1 * sum(STEPS_NS)])
+    assert halves == pytest.approx([0.03 * sum(STEPS_NS), 0.03 * sum(STEPS_NS), 0.2 * sum(STEPS_NS)])
 
 
 # Parts of batches

@@ -34,9 +34,9 @@ _WORKERS = (1, 2, 4, 8)
 _SMALL_FRAC = 0.1  # of a step's time that does not grow with the batch: below it, larger ones gain nothing
 _WORTH_TRYING_FRAC = 0.05  # that a first guess has to save
 _WAITING_FRAC = 0.03
-_LOADER_DOUBT_FRAC = 0.1  # handing batches from process to process, and what else the processors do
-_SPREAD, _LEAST_DOUBT_FRAC = 2.0, 0.02  # bands are two standard errors wide on each side, and never less than that
-_REPEATS = 3
+_LOADER_DOUBT_FRAC = 0.2  # handing batches from process to process, and what else the processors do
+_SPREAD, _LEAST_DOUBT_FRAC = 2.0, 0.02  # bands are two standard errors wide on each side; of a step, at least
+_REPEATS = 5
 
 
 def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
@@ -159,7 +159,7 @@ def _of_epoch(study: TrainingStudy, epoch: Account, predicted: Account) -> Accou
     total = study.computing_ns * predicted.total / epoch.total + study.waiting_ns
     change = abs(1 - predicted.total / epoch.total)
     doubt = _SPREAD * math.hypot(ratio_error(epoch, predicted.setting), known.cost.error_frac * change)
-    half = study.computing_ns * (doubt + max(_LEAST_DOUBT_FRAC, known.noise_frac))
+    half = study.computing_ns * (doubt + _SPREAD * max(_LEAST_DOUBT_FRAC, known.noise_frac))
     account = banded(study.account, {LEFT: round(total)}, total, half, predicted.source)
     return replace(account, in_range=predicted.in_range)
 

@@ -36,7 +36,7 @@ class Saving:
         """What it would save in all of these steps, and half the width of its band [ns].
 
         In proportion to their time, or a fixed part and one in proportion: the middle of both, and the band holds
-        both, and the noise of each step.
+        both, and twice the noise of each step.
         """
         plain, saved = np.array(self.plain_ns), np.array(self.saved_ns)
         steps = np.array(steps_ns, dtype="float64")
@@ -47,7 +47,7 @@ class Saving:
             line = fixed * len(steps) + rate * steps.sum()
         middle = (proportional + line) / 2
         doubt = abs(proportional - line) / 2
-        return middle, doubt + max(self.noise_frac, _LEAST_NOISE_FRAC) * steps.sum()
+        return middle, doubt + 2 * max(self.noise_frac, _LEAST_NOISE_FRAC) * steps.sum()
 
 
 def rows_of(batch: Any) -> int | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MANY_NUMBERS = 32  # asked for in a step, on a CPU, where nothing is waited for
 _WORTH_CASTING_FRAC = 0.15  # of the time in products
 _FASTER = 1.2  # bfloat16 products than float32 ones
-_REPEATS = 3
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
