@@ -122,13 +122,15 @@ def _larger(study: TrainingStudy, budget_bytes: int | None) -> Lever | None:
 def _workers(study: TrainingStudy) -> Lever | None:
     examples = study.examples
     assert examples is not None
-    step, load, cpu = study.computing_ns, examples.loading_ns, examples.loading_cpu_ns
+    # of the loop, which is run once and does not wait for a quiet moment
+    step, load, cpu = study.loop_ns - study.waiting_ns, examples.loading_ns, examples.loading_cpu_ns
+    scale = study.account.total / study.loop_ns
     cores = os.cpu_count() or 1
     there = examples.loader.num_workers
 
     def predicted(num: int) -> float:
         busy = (step * min(cores, torch.get_num_threads()) + cpu) / cores
-        return max(step, load / num, busy)
+        return scale * max(step, load / num, busy)
 
     times = {num: predicted(num) for num in _WORKERS if num > there}
     if not times:

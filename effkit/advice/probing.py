@@ -18,7 +18,7 @@ from effkit.side_by_side import interleaved_ns
 from effkit.training import residents, size_bytes
 
 Step = Callable[[Any], object]
-_FEWEST, _MOST, _BUDGET_NS = 5, 15, 1_500_000_000  # runs of each small step; of a middling batch, together
+_FEWEST, _MOST, _BUDGET_NS = 8, 25, 2_500_000_000  # runs of each small step; of a middling batch, together
 _APART = 1.2  # times of small steps
 _LEAST_NOISE_FRAC = 0.015  # two fastest runs may agree by chance
 PLAIN = ""
