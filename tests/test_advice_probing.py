@@ -174,7 +174,7 @@ def test_savings_in_a_fake_world(monkeypatch):
     assert probing._FEWEST <= seen["repeats"] <= probing._MOST
     middle, half = found["half"].over([1_000_000])
     assert middle == pytest.approx(500_000)
-    assert half == pytest.approx(40_000)
+    assert half == pytest.approx(80_000)
 
 
 def test_each_step_runs_inside_of_its_intervention(monkeypatch):
