@@ -61,6 +61,12 @@ def residents(
     return found
 
 
+def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Let go of all gradients, whoever may have taken over ``zero_grad``."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
 def size_bytes(tensors: Any) -> int:
     """Bytes of the storages of these tensors, which share none."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -74,8 +80,7 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng():
         try:
-            for parameter, _ in gradients:
-                parameter.grad = None
+            drop_gradients(model.parameters())
             yield
         finally:
             for module, mode in training:

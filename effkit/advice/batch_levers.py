@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,13 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from effkit import padding
 from effkit.account import Account, readable
-from effkit.advice.examples import rebuilt
+from effkit.advice.examples import Examples, rebuilt
 from effkit.advice.levers import Lever, banded
 from effkit.advice.looping import WARM_UP, wait_ns
-from effkit.advice.scales import LEFT, limit_bytes, relative
+from effkit.advice.scales import LEFT, in_turn, limit_bytes, relative
 from effkit.padding.auditing import input_lengths
 from effkit.padding.prediction import plan_at
 from effkit.padding.totals import EPOCH_TIME, epoch_rows
-from effkit.side_by_side import interleaved_ns
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy
@@ -36,32 +35,32 @@ _WORTH_TRYING_FRAC = 0.05  # that a first guess has to save
 _WAITING_FRAC = 0.03
 _LOADER_DOUBT_FRAC = 0.2  # handing batches from process to process, and what else the processors do
 _SPREAD, _LEAST_DOUBT_FRAC = 2.0, 0.02  # bands are two standard errors wide on each side; of a step, at least
-_REPEATS = 5
 
 
 def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
     """All that the loader and what it shows admit."""
+    examples = study.examples
+    if examples is None:
+        return []
     found = []
-    if study.epoch is not None:
-        found += [_bucketed(study), _larger(study, budget_bytes)]
-    if study.examples is not None and study.waiting_ns >= _WAITING_FRAC * study.account.total:
-        found.append(_workers(study))
+    if study.epoch is not None and examples.watched is not None:
+        findings = examples.watched.findings
+        grouping = next((sentence for sentence in findings if "grouping" in sentence), None)
+        found += [_bucketed(study, examples, study.epoch, grouping),
+                  _larger(study, examples, study.epoch, grouping, budget_bytes)]  # fmt: skip
+    if study.waiting_ns >= _WAITING_FRAC * study.account.total:
+        found.append(_workers(study, examples))
     return [lever for lever in found if lever is not None]
 
 
-def _bucketed(study: TrainingStudy) -> Lever | None:
-    epoch, examples = study.epoch, study.examples
-    assert epoch is not None
-    assert examples is not None
-    assert examples.watched is not None
-    if not epoch.companions[0].frame["value"]["padding"]:
+def _bucketed(study: TrainingStudy, examples: Examples, epoch: Account, grouping: str | None) -> Lever | None:
+    share = _left(epoch)
+    if not share:
         return None
     size = epoch.setting["batch_size"]
     counts = [num for num in _BUCKETS if num * size <= len(examples.items)] or [1]
     best = min((padding.predict(epoch, strategy="bucket", batch_size=size, num_buckets=num) for num in counts),
                key=lambda one: one.total)  # fmt: skip
-    share = epoch.companions[0].share["padding"]
-    grouping = next((sentence for sentence in examples.watched.findings if "grouping" in sentence), None)
     found = f"{share:.0%} of the input cells are padding, and {_left(best):.0%} would be"
     if _groups(examples.loader) and grouping is not None:
         found = f"{grouping}; in buckets {_left(best):.0%} would be"
@@ -76,28 +75,26 @@ def _bucketed(study: TrainingStudy) -> Lever | None:
     )
     return Lever(
         "padding", "batches of like length", found, study.account, _of_epoch(study, epoch, best), code, tuple(effects),
-        group="batches", run=lambda: _measured(study, epoch, best.setting), keep=study._noted,
-        use=lambda: _loader(study, strategy="bucket", batch_size=size, num_buckets=num),
+        group="batches", run=lambda: _measured(study, examples, epoch, best.setting), keep=study._noted,
+        use=lambda: _loader(examples.loader, strategy="bucket", batch_size=size, num_buckets=num),
     )  # fmt: skip
 
 
-def _larger(study: TrainingStudy, budget_bytes: int | None) -> Lever | None:
-    epoch, examples = study.epoch, study.examples
-    assert epoch is not None
-    assert examples is not None
-    assert examples.watched is not None
+def _larger(
+    study: TrainingStudy, examples: Examples, epoch: Account, grouping: str | None, budget_bytes: int | None
+) -> Lever | None:
     overhead = epoch.frame["value"]["step overhead"] / max(1, epoch.total)
     size = epoch.setting["batch_size"]
     sizes = [size * growth for growth in _GROWTHS if 2 * size * growth <= len(examples.items)]
     if overhead < _SMALL_FRAC or not sizes:
         return None
     strategy: dict[str, Any] = {"strategy": "random"}
-    if _groups(examples.loader) and not any("grouping" in one for one in examples.watched.findings):
+    if _groups(examples.loader) and grouping is None:
         strategy = {"strategy": "bucket", "num_buckets": 4}
     limit = limit_bytes(budget_bytes) - study.memory.total
-    fitting = [one for one in sizes
-               if _peak(padding.predict(epoch, batch_size=one, **strategy)) - _peak(epoch) <= limit]  # fmt: skip
-    hoped = min((padding.predict(epoch, batch_size=one, **strategy).total for one in fitting), default=epoch.total)
+    guesses = {one: padding.predict(epoch, batch_size=one, **strategy) for one in sizes}
+    fitting = [one for one, guess in guesses.items() if _peak(guess) - _peak(epoch) <= limit]
+    hoped = min((guesses[one].total for one in fitting), default=epoch.total)
     if hoped > (1 - _WORTH_TRYING_FRAC) * epoch.total:
         return None
     # beyond what was run so far: a few batches of that size join the calibration
@@ -113,15 +110,13 @@ def _larger(study: TrainingStudy, budget_bytes: int | None) -> Lever | None:
         "batch size", f"batches of {largest}",
         f"{overhead:.0%} of a step of {size} examples does not grow with them", study.account,
         _of_epoch(study, calibrated, best), f"loader = DataLoader(dataset, batch_size={largest}, ...)", tuple(effects),
-        group="batches", run=lambda: _measured(study, calibrated, best.setting), keep=study._noted,
+        group="batches", run=lambda: _measured(study, examples, calibrated, best.setting), keep=study._noted,
         use=lambda: rebuilt(examples.loader, batch_sampler=None, batch_size=largest,
                             sampler=examples.loader.sampler),
     )  # fmt: skip
 
 
-def _workers(study: TrainingStudy) -> Lever | None:
-    examples = study.examples
-    assert examples is not None
+def _workers(study: TrainingStudy, examples: Examples) -> Lever | None:
     # of the loop, which is run once and does not wait for a quiet moment
     step, load, cpu = study.loop_ns - study.waiting_ns, examples.loading_ns, examples.loading_cpu_ns
     scale = study.account.total / study.loop_ns
@@ -146,7 +141,8 @@ def _workers(study: TrainingStudy) -> Lever | None:
         f"{readable(load, 'ns')}",
         base, account, f"loader = DataLoader(dataset, num_workers={num}, persistent_workers=True, ...)",
         (f"{num} more processes, each with its copy of what the dataset holds",),
-        run=lambda: _with_workers(study, num), use=lambda: rebuilt(examples.loader, num_workers=num), keep=study._noted,
+        run=lambda: _with_workers(study, examples, num), keep=study._noted,
+        use=lambda: rebuilt(examples.loader, num_workers=num),
     )  # fmt: skip
 
 
@@ -180,26 +176,16 @@ def ratio_error(epoch: Account, setting: Mapping[str, Any]) -> float:
     return float(np.sqrt((len(ratios) - 1) * np.var(ratios)))
 
 
-def _measured(study: TrainingStudy, epoch: Account, setting: Any) -> Account:
+def _measured(study: TrainingStudy, examples: Examples, epoch: Account, setting: Any) -> Account:
     """The batches of another plan and those that were delivered, in turn."""
-    assert study.examples is not None
-    planned = plan_at(epoch, dict(setting))
-    ways = {"now": study.batches, "then": [study.examples.batch(batch) for batch in planned.batches]}
-    with study.held():
-        study.step(study.batches[0])
-        times = interleaved_ns(_calls(study, ways), _REPEATS, min)
-    totals = {way: sum(taken for (which, _), taken in times.items() if which == way) for way in ways}
-    return relative(study, totals["then"] / totals["now"])
+    planned = [examples.batch(batch) for batch in plan_at(epoch, dict(setting)).batches]
+    now, then = ([partial(study.step, batch) for batch in batches] for batches in (study.batches, planned))
+    return in_turn(study, now, then)
 
 
-def _calls(study: TrainingStudy, ways: Mapping[str, Sequence[Any]]) -> dict[tuple[str, int], Callable[[], object]]:
-    return {(way, i): partial(study.step, batch) for way, batches in ways.items() for i, batch in enumerate(batches)}
-
-
-def _with_workers(study: TrainingStudy, num: int) -> Account:
+def _with_workers(study: TrainingStudy, examples: Examples, num: int) -> Account:
     """The loop over the same batches with other loaders, in turn."""
-    assert study.examples is not None
-    loader, groups = study.examples.loader, [list(group) for group in study.examples.groups]
+    loader, groups = examples.loader, [list(group) for group in examples.groups]
     warmed = [*(groups * WARM_UP)[:WARM_UP], *groups]
     found: dict[int, float] = {}
     with study.held():
@@ -229,11 +215,9 @@ def _groups(loader: Any) -> bool:
     )  # fmt: skip
 
 
-def _loader(study: TrainingStudy, **limits: Any) -> Any:
+def _loader(loader: Any, **limits: Any) -> Any:
     """A DataLoader over the whole dataset in batches of like length: every example is read once for its length."""
-    assert study.examples is not None
-    loader = study.examples.loader
     found = [int(np.asarray(input_lengths(loader.collate_fn([loader.dataset[i]]))[0])[0])
-             for i in range(len(loader.dataset))]  # type: ignore[arg-type]  # fmt: skip
+             for i in range(len(loader.dataset))]  # fmt: skip
     planned = padding.plan(pd.DataFrame({"input_length": found}), **limits)
     return rebuilt(loader, batch_sampler=planned.batch_sampler())

@@ -52,12 +52,12 @@ def rows_ns(capture: Capture, plain_ns: float) -> dict[str, float]:
     plain_ns
         The time of the same steps when they were not recorded.
     """
-    each, _ = each_operator(capture.events)
-    each = each[~each["name"].str.startswith(STEP)].reset_index(drop=True)
-    parent = nesting.parents(each)
+    events = capture.events
+    each, _ = each_operator(events[~events["name"].str.startswith(STEP)])
+    parent = each["parent"].to_numpy()
     spent = each["device_self_ns"].to_numpy(dtype="float64")
     host = plain_ns - spent.sum()
-    if not capture.events["category"].isin(DEVICE).any():
+    if not events["category"].isin(DEVICE).any():
         recorded_ns = float(capture.steps["dur_ns"].sum())
         inside = parent >= 0
         dur = each["dur_ns"].to_numpy(dtype="float64")

@@ -15,7 +15,7 @@ from effkit.account import Account, readable
 from effkit.advice.levers import Advice, Lever, ranked
 from effkit.advice.listening import replaced
 from effkit.advice.overviews import Overview
-from effkit.advice.parts import parts_of
+from effkit.advice.parts import described
 from effkit.advice.studies import Study
 from effkit.decoder.accounting import CACHE, WEIGHTS
 from effkit.device import synchronize
@@ -83,8 +83,7 @@ class GenerationStudy(Study):
                             source="the parameters and the cache that the generation left")  # fmt: skip
         others = tuple(one for one in self.base.companions if one.title not in held)
         config = self.model.config
-        named = ", ".join(f"{num} {what}" for what, num in parts_of(self.model).items())
-        found = [f"{type(self.model).__name__}: {named}",
+        found = [described(self.model),
                  f"{self.call.batch} sequences, {self.call.num_steps} steps, cache {self.call.cache}, "
                  + ("greedy" if self.call.num_beams == 1 else f"{self.call.num_beams} beams")]  # fmt: skip
         if getattr(config, "is_encoder_decoder", False):
@@ -148,15 +147,14 @@ class GenerationStudy(Study):
         found = []
         for growth in _GROWTHS:
             batch = self.call.batch * growth
-            changes = {"batch": batch, "cache": self.call.cache}
-            predicted = decoder.predict(self.known, **(self._now | changes))
-            if not predicted.in_range:
-                break
-            found.append(self._lever(
+            lever = self._lever(
                 "batch size", f"{batch} sequences at a time", "a step reads all weights, for however many sequences",
-                changes, "generate for several requests together",
+                {"batch": batch, "cache": self.call.cache}, "generate for several requests together",
                 ("a request waits for others, and each step takes longer",), None, scale=1 / growth,
-            ))  # fmt: skip
+            )  # fmt: skip
+            if not lever.predicted.in_range:
+                break
+            found.append(lever)
         return found
 
     def _lever(

@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint as checkpointing
 
 from effkit.advice.listening import ASKS, own_code, replaced
+from effkit.training import drop_gradients
 
 Intervention = Callable[[torch.nn.Module], AbstractContextManager[None]]
 
@@ -68,8 +69,7 @@ def gradients_to_none(model: torch.nn.Module) -> Iterator[None]:
     def clearing(clear: Callable[..., None]) -> Callable[..., None]:
         return lambda self, set_to_none=True: clear(self, True)
 
-    for parameter in model.parameters():
-        parameter.grad = None
+    drop_gradients(model.parameters())
     with ExitStack() as stack:
         for owner in (torch.optim.Optimizer, torch.nn.Module):
             stack.enter_context(replaced(owner, "zero_grad", clearing(owner.zero_grad)))
@@ -115,7 +115,13 @@ def without_intervening(model: torch.nn.Module) -> Iterator[None]:
     yield
 
 
-__all__ = [
-    "Intervention", "gradients_to_none", "in_bfloat16", "nothing_recomputed", "numbers_not_waited_for",
-    "without_intervening",
-]  # fmt: skip
+def under(
+    intervention: Intervention, model: torch.nn.Module, step: Callable[[Any], object], batch: Any
+) -> Callable[[], None]:
+    """One call of the step with an intervention in force, to be made later."""
+
+    def run() -> None:
+        with intervention(model):
+            step(batch)
+
+    return run

@@ -15,7 +15,7 @@ from torch._C._profiler import _RecordFunctionFast
 
 from effkit.advice.probing import Step
 from effkit.recording import memory_events
-from effkit.training import size_bytes
+from effkit.training import drop_gradients, size_bytes
 
 _STEPS = 3
 _MARK = "effkit::counting begins"
@@ -65,8 +65,7 @@ def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Param
     counting begins after it.
     """
     step()
-    for parameter in parameters:
-        parameter.grad = None
+    drop_gradients(parameters)
     gc.collect()
     if torch.cuda.is_available():
         step()

@@ -14,6 +14,11 @@ _KINDS = (
 )
 
 
+def described(model: torch.nn.Module) -> str:
+    """The model's class and its parts, in words."""
+    return f"{type(model).__name__}: " + ", ".join(f"{num} {what}" for what, num in parts_of(model).items())
+
+
 def parts_of(model: torch.nn.Module) -> dict[str, int]:
     """What there is, and how often: the outermost modules whose class name says so.
 

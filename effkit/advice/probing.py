@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from effkit.advice.interventions import Intervention, gradients_to_none, without_intervening
+from effkit.activations import stepping
+from effkit.advice.interventions import Intervention, gradients_to_none, under, without_intervening
 from effkit.recording import peak_memory
 from effkit.side_by_side import interleaved_ns
-from effkit.training import residents, size_bytes
+from effkit.training import drop_gradients, residents, size_bytes
 
 Step = Callable[[Any], object]
 _FEWEST, _MOST, _BUDGET_NS = 8, 25, 2_500_000_000  # runs of each small step; of a middling batch, together
@@ -52,8 +53,10 @@ class Saving:
 
 def rows_of(batch: Any) -> int | None:
     """Size of dimension 0, if all tensors of the batch share it."""
-    sizes = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()}
-    return sizes.pop() if len(sizes) == 1 else None
+    try:
+        return stepping.rows(batch)
+    except ValueError:
+        return None
 
 
 def cut(batch: Any, num_rows: int) -> Any:
@@ -81,27 +84,20 @@ def savings(
     step: Step, model: torch.nn.Module, tried: Sequence[Any], interventions: Mapping[str, Intervention]
 ) -> dict[str, Saving]:
     """Run small steps with each intervention and without any, in turn; the fastest of each counts."""
-    times: dict[tuple[str, int], list[int]] = {}
-
-    def call(intervention: Intervention, batch: Any) -> Callable[[], None]:
-        def run() -> None:
-            with intervention(model):
-                step(batch)
-
-        return run
-
     everything = {PLAIN: without_intervening, **interventions}
-    calls = {(name, i): call(one, batch) for name, one in everything.items() for i, batch in enumerate(tried)}
+    calls = {(name, i): under(one, model, step, batch)
+             for name, one in everything.items() for i, batch in enumerate(tried)}  # fmt: skip
+    spread: list[float] = []
 
-    def fastest(taken: list[int]) -> float:
-        times[len(times), 0] = sorted(taken)  # type: ignore[index]
-        return min(taken)
+    def fastest(times: list[int]) -> float:
+        first, second, *_ = sorted(times)
+        spread.append(second / first - 1)
+        return first
 
     begun = time.perf_counter_ns()
     step(tried[-1])
     taken = time.perf_counter_ns() - begun
     found = interleaved_ns(calls, max(_FEWEST, min(_MOST, _BUDGET_NS // taken)), fastest)
-    spread = [second / first - 1 for first, second, *_ in times.values()]
     noise = float(np.median(spread))
     plain = tuple(float(found[PLAIN, i]) for i in range(len(tried)))
     return {
@@ -128,13 +124,17 @@ class Peaks:
         with intervention(self.model):
             self.step(batch)  # the state of a steady step
             gc.collect()
-            there = sum(map(size_bytes, residents(self.model, self.optimizers, batch).values()))
-            if self.let_go or intervention is gradients_to_none:
-                for parameter in self.model.parameters():
-                    parameter.grad = None
-            held = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            peak, _ = peak_memory(lambda: self.step(batch), resident_bytes=there + size_bytes(held))
+            there = self.there(batch, let_go=self.let_go or intervention is gradients_to_none)
+            peak, _ = peak_memory(lambda: self.step(batch), resident_bytes=sum(map(size_bytes, there.values())))
         return peak
+
+    def there(self, batch: Any, *, let_go: bool) -> dict[str, list[torch.Tensor]]:
+        """What is in memory all through a steady step, by category: gradients too, unless they are let go of, now."""
+        if let_go:
+            drop_gradients(self.model.parameters())
+        found = residents(self.model, self.optimizers, batch)
+        held = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return found | {"gradient": held} if held else found
 
     def at_full(self, tried: Sequence[Any], full: Any, intervention: Intervention) -> tuple[int, int]:
         """Peak of a whole batch with an intervention, from two parts of it; and half the width of its band [bytes].

@@ -11,6 +11,7 @@ import pandas as pd
 from effkit.account import Account, readable
 from effkit.advice import families
 from effkit.advice.levers import Advice, Lever, banded, ranked
+from effkit.advice.scales import LEFT
 from effkit.captured import Capture
 from effkit.loading import load
 from effkit.loading.fleet import Fleet
@@ -96,7 +97,7 @@ def _lever(base: Account, bound: _Bound) -> Lever:
     """Half of the row is predicted to go, all of it at most, a tenth of it at least."""
     amount = min(bound.amount_ns, float(base.total))
     total = base.total - _HALF * amount
-    half = banded(base, {"what is left": round(total)}, total, _HALF * amount, "a bound: half of what was recorded")
+    half = banded(base, {LEFT: round(total)}, total, _HALF * amount, "a bound: half of what was recorded")
     predicted = replace(half, low=max(0, round(base.total - amount)), high=round(base.total - _TENTH * amount))
     return Lever(bound.kind, bound.name, bound.found, base, predicted, bound.code, bound.side_effects, bound.group)
 

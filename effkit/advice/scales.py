@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from effkit.account import Account
 from effkit.device import Device
+from effkit.side_by_side import interleaved_ns
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy
 
+Call = Callable[[], object]
 LEFT = "what is left"
+_REPEATS = 5
 _USABLE_FRAC = 0.9  # of a device's memory
 
 
 def limit_bytes(budget_bytes: int | None) -> float:
     """What the peak may take."""
     return budget_bytes if budget_bytes is not None else _USABLE_FRAC * Device.here().memory_bytes
+
+
+def in_turn(study: TrainingStudy, now: Sequence[Call], then: Sequence[Call]) -> Account:
+    """What all of the one calls take beside all of the others, each the fastest of several."""
+    with study.held():
+        study.step(study.batches[0])
+        times = interleaved_ns(dict(enumerate([*now, *then])), _REPEATS, min)
+    taken = list(times.values())
+    return relative(study, sum(taken[len(now) :]) / sum(taken[: len(now)]))
 
 
 def relative(study: TrainingStudy, computing_ratio: float, waiting_ns: float | None = None) -> Account:

@@ -13,9 +13,8 @@ from effkit.account import Account, readable
 from effkit.advice import batch_levers, expert_levers, families, interventions, probing
 from effkit.advice.interventions import Intervention
 from effkit.advice.levers import Lever, banded
-from effkit.advice.scales import LEFT, limit_bytes, relative
+from effkit.advice.scales import LEFT, in_turn, limit_bytes
 from effkit.device import Device
-from effkit.side_by_side import interleaved_ns
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _MANY_NUMBERS = 32  # asked for in a step, on a CPU, where nothing is waited for
 _WORTH_CASTING_FRAC = 0.15  # of the time in products
 _FASTER = 1.2  # bfloat16 products than float32 ones
-_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -126,19 +124,6 @@ def _lever(
 
 def measured_beside(study: TrainingStudy, intervention: Intervention) -> Account:
     """Every batch with the intervention and without it, in turn."""
-
-    def call(one: Intervention, batch: Any) -> Callable[[], None]:
-        def run() -> None:
-            with one(study.model):
-                study.step(batch)
-
-        return run
-
-    ways = (interventions.without_intervening, intervention)
-    with study.held():
-        study.step(study.batches[0])
-        calls = {(way, number): call(one, batch)
-                 for number, batch in enumerate(study.batches) for way, one in enumerate(ways)}  # fmt: skip
-        times = interleaved_ns(calls, _REPEATS, min)
-    totals = [sum(taken for (way, _), taken in times.items() if way == which) for which in (0, 1)]
-    return relative(study, totals[1] / totals[0])
+    now, then = ([interventions.under(one, study.model, study.step, batch) for batch in study.batches]
+                 for one in (interventions.without_intervening, intervention))  # fmt: skip
+    return in_turn(study, now, then)

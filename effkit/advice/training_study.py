@@ -24,13 +24,13 @@ from effkit.advice.kept import Kept, kept
 from effkit.advice.levers import Advice, Lever, ranked
 from effkit.advice.listening import listening
 from effkit.advice.overviews import Overview, ceilings
-from effkit.advice.parts import parts_of
+from effkit.advice.parts import described
 from effkit.advice.probing import Peaks, Step
 from effkit.advice.restoring import restored
 from effkit.advice.studies import Study
 from effkit.device import Device, synchronize
 from effkit.side_by_side import interleaved_ns
-from effkit.training import Loss, residents
+from effkit.training import Loss
 
 TIME = "Time of one step"
 _FEW = 6  # batches of a second calibration
@@ -195,13 +195,7 @@ class TrainingStudy(Study):
         """The step of the largest batch, every operator followed and every allocation recorded."""
         with self.held():
             self.step(self.largest)
-            there = residents(self.model, self.optimizers, self.largest)
-            if self.heard.let_go:
-                for parameter in self.model.parameters():
-                    parameter.grad = None
-            held = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            if held:
-                there["gradient"] = held
+            there = self.peaks.there(self.largest, let_go=self.peaks.let_go)
 
             def run(enter: Callable[[str], None]) -> None:
                 enter(FORWARD)
@@ -271,8 +265,7 @@ class TrainingStudy(Study):
         return Overview((self.account, self.memory), frame, tuple(self._found()), tuple(self.unseen))
 
     def _found(self) -> list[str]:
-        named = parts_of(self.model)
-        found = [f"{type(self.model).__name__}: " + ", ".join(f"{num} {what}" for what, num in named.items())]
+        found = [described(self.model)]
         if self.epoch is not None:
             found.append(f"{self.epoch.companions[0].share['padding']:.0%} of the input cells are padding")
         if self.heard.num_recomputed:

@@ -21,7 +21,17 @@ from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
 from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
 from effkit.recording import peak_memory
-from effkit.training import Loss, MakeOptimizer, forward, own_loss, residents, size_bytes, still, unchanged
+from effkit.training import (
+    Loss,
+    MakeOptimizer,
+    drop_gradients,
+    forward,
+    own_loss,
+    residents,
+    size_bytes,
+    still,
+    unchanged,
+)
 
 Progress = Callable[[int, int], None]
 
@@ -139,8 +149,7 @@ def measure(
             batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
             _check(batch, probe, plan.lengths)
             _tell(progress, i, num_runs)
-            for parameter in model.parameters():  # gradients from before would be freed unseen
-                parameter.grad = None
+            drop_gradients(model.parameters())  # those from before would be freed unseen
             peak, peak_source = peak_memory(
                 lambda batch=batch: train(batch),  # type: ignore[misc]
                 resident_bytes=sum(map(size_bytes, residents(model, update, batch).values())),
