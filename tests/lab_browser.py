@@ -10,12 +10,9 @@ browser end: a kernel left behind by a killed test would keep a core busy and ma
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from lab_processes import serving
 from playwright.sync_api import Locator, Page, sync_playwright
 
 REPO = Path(__file__).resolve().parents[1]
@@ -36,9 +34,6 @@ FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sy
     --disable-background-networking --disable-component-update"""
 NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # no other host is even found
 OUTSIDE = re.compile(r"^(https?|wss?)://(?!127\.0\.0\.1[:/])")
-# Every cell is in the page, on the screen or not. The rest is JupyterLab as it comes.
-TRACKER = ("@jupyterlab/notebook-extension/tracker.jupyterlab-settings", '{"windowingMode": "none"}')
-PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 
 def why_no_browser() -> str | None:
@@ -68,41 +63,9 @@ def jupyterlab(notebooks: Path, config: Path = CONFIG) -> Iterator[Lab]:
             (folder.parent / "data").symlink_to(REPO / "data")
         command = [sys.executable, "-m", "jupyterlab", f"--config={config}", f"--ServerApp.root_dir={folder}"]
         log = home / "lab.log"
-        with log.open("wb") as said:
-            server = subprocess.Popen(
-                [*command, "--no-browser", "--port=0", "--expose-app-in-browser"],
-                cwd=folder,
-                env=_own_environment(home),
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_ended_with_its_parent(),
-            )
-        try:
+        with serving([*command, "--no-browser", "--port=0", "--expose-app-in-browser"], folder, home, log) as server:
             address = _address(server, home / "JUPYTER_RUNTIME" / f"jpserver-{server.pid}.json", log)
             yield Lab(address["url"], address["token"], psutil.Process(server.pid), log)
-        finally:
-            _end(server)
-
-
-def _own_environment(home: Path) -> dict[str, str]:
-    """The environment in which Jupyter and IPython read and write in `home` and nowhere else."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
-    folders = ["JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES"]
-    env |= {f"{name}_DIR": str(home / name) for name in folders} | {"IPYTHONDIR": str(home / "ipython")}
-    setting = home / "JUPYTERLAB_SETTINGS" / TRACKER[0]
-    setting.parent.mkdir(parents=True)
-    setting.write_text(TRACKER[1])
-    return env
-
-
-def _ended_with_its_parent() -> Callable[[], None] | None:
-    """What a child does first so that the system stops it when the test is killed outright."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM) and None
 
 
 def _address(server: subprocess.Popen[bytes], path: Path, log: Path, timeout_s: float = 60) -> dict[str, str]:
@@ -113,23 +76,6 @@ def _address(server: subprocess.Popen[bytes], path: Path, log: Path, timeout_s: 
             return json.loads(text)
         time.sleep(0.1)
     raise RuntimeError(f"JupyterLab did not start in {timeout_s:.0f} s; it said:\n{log.read_text()[-3000:]}")
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
-    """Ask the server to stop, which stops its kernels, then end by id what is still there."""
-    try:
-        family = psutil.Process(server.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    server.terminate()
-    try:
-        server.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)  # the server leads a group of its own
-        server.wait()
-    for process in psutil.wait_procs(family, timeout=5)[1]:
-        process.kill()  # psutil knows a process by its start time too: never a stranger with a reused id
-    psutil.wait_procs(family, timeout=5)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext, suppress
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,33 +269,3 @@ def test_a_listened_step_learns_the_same():
     losses = [first().item() for _ in range(3)]
     with listening(listened):
         assert [second().item() for _ in range(3)] == losses
-
-
-# replaced()
-
-
-class Base:
-    word = "inherited"
-
-
-class Derived(Base):
-    own = "own"
-
-
-@pytest.mark.parametrize("owner", [Derived, Derived()])
-@pytest.mark.parametrize("fails", [False, True])
-def test_inherited_attributes_are_uncovered_again(owner, fails):
-    with suppress(KeyError), replaced(owner, "word", "other"):
-        assert owner.word == "other"
-        assert Base.word == "inherited"
-        if fails:
-            raise KeyError
-    assert owner.word == "inherited"
-    assert "word" not in vars(owner)
-
-
-@pytest.mark.parametrize("owner", [Derived, SimpleNamespace(own="own")])
-def test_own_attributes_come_back(owner):
-    with replaced(owner, "own", None):
-        assert owner.own is None
-    assert vars(owner)["own"] == "own"

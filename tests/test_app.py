@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -29,9 +28,6 @@ from lab_browser import (
     NO_NAMES,
     OUTSIDE,
     REPO,
-    _end,
-    _ended_with_its_parent,
-    _own_environment,
     click_measure,
     first_slider,
     press_key,
@@ -42,8 +38,9 @@ from lab_browser import (
     whatif,
     why_no_browser,
 )
+from lab_processes import left_by_a_killed_test, serving, started_by, still_there
 from playwright.sync_api import Page, sync_playwright
-from test_browser import SCREENSHOTS, started_by, still_there
+from test_browser import SCREENSHOTS
 
 sys.path.insert(0, str(REPO / "notebooks"))
 
@@ -78,22 +75,10 @@ def served(app: Path = APP) -> Iterator[Served]:
         with socket.socket() as free:  # should another take it meanwhile, Voilà goes on to the next
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        with log.open("wb") as said:
-            server = subprocess.Popen(
-                [sys.executable, str(app), f"--port={port}", "--no-browser"],
-                cwd=home,
-                env=_own_environment(home),
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_ended_with_its_parent(),
-            )
-        try:
+        command = [sys.executable, str(app), f"--port={port}", "--no-browser"]
+        with serving(command, home, home, log) as server:
             url, token = printed_address(server, log)
             yield Served(url, token, psutil.Process(server.pid), log)
-        finally:
-            _end(server)
 
 
 def printed_address(server: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> tuple[str, str]:
@@ -256,16 +241,4 @@ with served() as app, app_page(app):
 @pytest.mark.slow
 @in_a_browser
 def test_nothing_is_left_running_when_the_test_itself_is_killed():
-    # a killed test cannot remove its files; the folder's name is short because chromium puts a socket in it
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temp:
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": temp}
-        command = [sys.executable, "-c", KILLED]
-        with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as test:
-            try:
-                server = int(test.stdout.readline())
-                family = started_by(test.pid)
-                assert psutil.Process(server) in family
-                assert started_by(server), "no kernel was seen, so its end would prove nothing"
-            finally:
-                test.send_signal(signal.SIGKILL)
-        assert still_there(family) == []
+    assert left_by_a_killed_test(KILLED) == []

@@ -6,14 +6,9 @@ Pictures of what the reader saw are left in tests/screenshots/.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
 from lab_browser import (
     REPO,
@@ -31,6 +26,7 @@ from lab_browser import (
     whatif,
     why_no_browser,
 )
+from lab_processes import left_by_a_killed_test, started_by, still_there
 
 NOTEBOOKS = REPO / "notebooks"
 FIRST = NOTEBOOKS / "00_start_here.ipynb"
@@ -41,22 +37,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser())),
 ]
-
-
-def started_by(pid: int) -> set[psutil.Process]:
-    return set(psutil.Process(pid).children(recursive=True))
-
-
-def still_there(processes: set[psutil.Process]) -> list[str]:
-    """The commands of those that have not ended ten seconds from now; they are ended then, for the next test's sake.
-
-    One that has ended but that its new parent has not yet buried has ended.
-    """
-    left = [p for p in psutil.wait_procs(processes, timeout=10)[1] if p.status() != psutil.STATUS_ZOMBIE]
-    commands = [" ".join(process.cmdline()) for process in left]
-    for process in left:
-        process.kill()
-    return commands
 
 
 @pytest.mark.parametrize("name", ["01_padding", "04_decoder_bottleneck"])
@@ -128,16 +108,4 @@ def test_nothing_is_left_running_when_the_test_itself_is_killed(tmp_path):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     one = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")], metadata=kernel)
     nbformat.write(one, tmp_path / "one.ipynb")
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    # a killed test cannot remove its files; the folder's name is short because chromium puts a socket in it
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temp:
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": temp}
-        with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as test:
-            try:
-                server = int(test.stdout.readline())
-                family = started_by(test.pid)
-                assert psutil.Process(server) in family
-                assert started_by(server), "no kernel was seen, so its end would prove nothing"
-            finally:
-                test.send_signal(signal.SIGKILL)
-        assert still_there(family) == []
+    assert left_by_a_killed_test(KILLED, str(tmp_path)) == []
