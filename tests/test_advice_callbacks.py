@@ -10,6 +10,7 @@ import torch
 
 import effkit as ek
 from effkit.advice import callbacks
+from effkit.advice.examples import order_kept
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = {"num_batches": 2}
@@ -260,7 +261,7 @@ def test_lightning_goes_on_as_if_nothing_had_happened(tmp_path):
 
 def test_an_order_that_was_drawn_is_drawn_again():
     loader = torch.utils.data.DataLoader(range(32), shuffle=True, generator=torch.Generator().manual_seed(5))
-    with callbacks._order_kept(loader):
+    with order_kept(loader):
         inside = list(callbacks.own_loader(loader))
     assert inside == list(loader)
     assert inside != list(loader), "a generator that goes on gives another order"
