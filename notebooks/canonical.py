@@ -28,6 +28,7 @@ from nbval.plugin import get_sanitize_patterns
 # The first pattern that fits the file name: (pattern, fewest and most cells, fewest and most words).
 LIMITS = (
     ("00_*.ipynb", (12, 45), (250, 1300)),
+    ("06[a-z]_*.ipynb", (8, 26), (200, 900)),
     ("[0-9][0-9]_*.ipynb", (30, 45), (700, 1300)),
 )
 MOST_BYTES, MOST_LINES, MOST_IGNORED_FRAC = 500_000, 15, 0.25
