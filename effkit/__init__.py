@@ -13,12 +13,13 @@ from effkit.recording import capture
 if TYPE_CHECKING:
     from effkit import activations, advice, decoder, models, moe, padding
     from effkit.advice import study
+    from effkit.published import claims
     from effkit.whatif import WhatIf
 
 __version__ = "0.1.0"
 __all__ = [
-    "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "advice", "capture", "decoder", "load",
-    "models", "moe", "padding", "study",
+    "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "advice", "capture", "claims", "decoder",
+    "load", "models", "moe", "padding", "study",
 ]  # fmt: skip
 
 
@@ -28,6 +29,8 @@ def __getattr__(name: str) -> Any:
         return import_module("effkit.whatif").WhatIf
     if name == "study":
         return import_module("effkit.advice").study
+    if name == "claims":
+        return import_module("effkit.published").claims
     if name in ("activations", "advice", "decoder", "models", "moe", "padding"):
         return import_module(f"effkit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

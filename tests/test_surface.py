@@ -18,12 +18,13 @@ MODULES = ["effkit", *(found.name for found in pkgutil.walk_packages(effkit.__pa
 
 PUBLIC = {
     "effkit": [
-        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "advice", "capture", "decoder", "load",
-        "models", "moe", "padding", "study",
+        "Account", "Capture", "Device", "Receipt", "WhatIf", "activations", "advice", "capture", "claims", "decoder",
+        "load", "models", "moe", "padding", "study",
     ],
     "effkit.advice": [
         "Advice", "Lever", "Overview", "Study", "lightning_callback", "record", "study", "trainer_callback",
     ],
+    "effkit.published": ["Finding", "browse", "check", "claims"],
     "effkit.activations": [
         "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint",
         "compressed", "forecast", "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure",

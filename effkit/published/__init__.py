@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from effkit.published.browser import browse
 from effkit.published.claims_table import claims
 from effkit.published.findings import Finding, check
 
-__all__ = ["Finding", "check", "claims"]
+__all__ = ["Finding", "browse", "check", "claims"]

@@ -18,6 +18,7 @@ from effkit.account import Account
 PATH = Path(__file__).parents[2] / "data" / "claims.csv"
 LIVE, RECOMPUTED, WHAT_IF = "measured live", "recomputed from published figures", "what-if only"
 STATUSES = (LIVE, RECOMPUTED, WHAT_IF)
+NOT_TESTABLE = "not testable here: "  # and why
 # How a figure is read, and the whole numbers that an Account counts it in: (in words, unit of the Account, per one)
 UNITS: Mapping[str, tuple[str, str, int]] = {
     "times": ("{:.3g} times", "thousandths", 1_000),
@@ -46,11 +47,12 @@ class Claim:
     resource, theme
         What is saved and which analysis it belongs to; several are separated by semicolons.
     status
-        One of ``STATUSES``, or ``not testable here:`` and why.
+        One of ``STATUSES``, or ``NOT_TESTABLE`` and why.
     figure, unit
         What is compared, in words; ``times``, ``frac`` (of 1, read as percent) or ``correlation``.
     theirs
-        ``2.5``, ``2 to 2.5``, ``over 17.5``, ``under 0.005``, ``up to 0.5``, ``about 0.34``, or empty: no number given.
+        ``2.5``, ``2 to 2.5``, ``over 17.5``, ``under 0.005``, ``up to 0.5``, ``about 0.34``; empty where no number is
+        given, and words where their number is of another kind: then there is no gap.
     ours, ours_low, ours_high
         What the cell computes; what runs of it may lie between, where it is measured.
     scale
@@ -110,7 +112,7 @@ class Claim:
         """Their figure with its unit, or that there is none."""
         match = _FIGURE.fullmatch(self.theirs)
         if match is None:
-            return "no number"
+            return self.theirs or "no number"
         words, first, second = match.groups()
         value = figure(float(second or first), self.unit)
         return " ".join(filter(None, (words, f"{_bare(float(first), self.unit)} to" if second else "", value)))
@@ -171,7 +173,7 @@ def claims(*, theme: str | None = None, resource: str | None = None, status: str
     Raises
     ------
     ValueError
-        For a theme, a resource or a status that no row has.
+        For a theme or a resource that no row has, or an unknown status.
     """
     frame = pd.DataFrame(
         {
@@ -191,16 +193,18 @@ def claims(*, theme: str | None = None, resource: str | None = None, status: str
         for row in table().values()
     ).set_index("paper")
     frame["gap"] = frame["gap"].astype("Float64")
+    fitting = pd.Series(True, index=frame.index)
     for name, wanted in (("theme", theme), ("resource", resource)):
         if wanted is not None:
             known = words(frame[name])
             if wanted not in known:
                 raise ValueError(f"{name} is {wanted!r}, expected one of {', '.join(known)}")
-            frame = frame[frame[name].str.split("; ").map(lambda given, wanted=wanted: wanted in given)]
+            fitting &= frame[name].str.split("; ").map(lambda given, wanted=wanted: wanted in given)
+    frame = frame[fitting]
     if status is not None:
+        if not any(known.startswith(status) for known in (*STATUSES, NOT_TESTABLE)):
+            raise ValueError(f"status is {status!r}, expected the beginning of {', '.join((*STATUSES, NOT_TESTABLE))}")
         frame = frame[frame["status"].str.startswith(status)]
-        if frame.empty:
-            raise ValueError(f"no row has the status {status!r}, expected the beginning of {', '.join(STATUSES)}")
     return frame
 
 
