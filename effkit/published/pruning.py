@@ -1,0 +1,109 @@
+"""Two of four: the pattern of zeros that GPUs have kernels for, reached at once or by a decay of what will go."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from effkit.models.decoder_only import Text
+from effkit.published.small_language import adamw, matrices, train
+from effkit.published.sparse_layers import apply_masks, train_masked
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """Which weights are kept: the two of largest magnitude in each four neighbours of a row.
+
+    Raises
+    ------
+    ValueError
+        When rows do not divide into fours.
+    """
+    if weight.shape[-1] % 4:
+        raise ValueError(f"rows have {weight.shape[-1]} weights, expected a multiple of 4")
+    fours = weight.detach().abs().reshape(-1, 4)
+    kept = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.topk(2, dim=1).indices, True)
+    return kept.view(weight.shape)
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The two-of-four mask of each linear layer of the blocks, by name."""
+    return {name: two_of_four(layer.weight) for name, layer in matrices(model).items()}
+
+
+def tail_share(model: nn.Module) -> float:
+    """What pruning to two of four would take away now: the share of the squared weights that is not kept, of 1."""
+    gone, total = 0.0, 0.0
+    for layer in matrices(model).values():
+        squares = layer.weight.detach().square()
+        gone += float(squares[~two_of_four(layer.weight)].sum())
+        total += float(squares.sum())
+    return gone / total
+
+
+class Decay:
+    """Shrinks the two smallest of each four a little every step, more as training goes on, and scales up what stays.
+
+    After the decoupled form of L1 regularisation, w - lr decay sign(w), which is what CAST adds to Adam (arXiv
+    2509.25996, section III), adaptive here in that the strength is relative to the layer's mean magnitude. Which two
+    are smallest is looked up every ``refresh`` steps, so that a weight may come back. What is kept is then scaled so
+    that each row keeps its norm (their weight scaling, without its learnt part). Their distillation from the dense
+    model is not here.
+
+    Parameters
+    ----------
+    model
+        Its linear layers of the blocks are driven.
+    num_steps
+        After which the pattern is exact: the last step sets what is left to zero.
+    strength
+        What decays in all by the end, in mean magnitudes of the layer, if nothing pushed back.
+    """
+
+    def __init__(self, model: nn.Module, num_steps: int, strength: float = 4.0, refresh: int = 5) -> None:
+        if num_steps < 1 or strength <= 0 or refresh < 1:
+            raise ValueError(f"num_steps {num_steps}, strength {strength}, refresh {refresh}: expected all above 0")
+        self.model, self.num_steps, self.strength, self.refresh = model, num_steps, strength, refresh
+        self.kept = masks(model)
+        self.norms = {name: _row_norms(layer.weight) for name, layer in matrices(model).items()}
+        self.magnitudes = {name: float(layer.weight.detach().abs().mean()) for name, layer in matrices(model).items()}
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> None:
+        """After the optimizer's step of this number, from 0."""
+        if step % self.refresh == 0:
+            self.kept = masks(self.model)
+        last = step == self.num_steps - 1
+        share = 2 * (step + 1) / (self.num_steps * (self.num_steps + 1))  # grows linearly, 1 in all
+        for name, layer in matrices(self.model).items():
+            weight, going = layer.weight, ~self.kept[name]
+            less = weight.abs() if last else weight.abs().clamp(max=self.strength * share * self.magnitudes[name])
+            weight.sub_(weight.sign() * less * going)
+            scale = (self.norms[name] / _row_norms(weight).clamp(min=1e-12)).clamp(max=1.0 + 2.0 / self.num_steps)
+            weight.mul_(scale.clamp(min=1.0))
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    return weight.detach().norm(dim=1, keepdim=True)
+
+
+def ways_to_two_of_four(
+    model: Text, text: Tensor, num_steps: int, *, lr: float = 4e-3, strength: float = 8.0, seed: int = 0
+) -> dict[str, Text]:
+    """Copies of a trained model, all but the second trained for as many more steps on the same pieces.
+
+    Returns
+    -------
+    dict
+        ``"dense, trained on"``, ``"one shot"`` (pruned by magnitude and nothing else), ``"one shot, trained on"`` (that
+        pattern held), ``"decayed"`` (:class:`Decay`).
+    """
+    dense, one_shot, decayed = (copy.deepcopy(model) for _ in range(3))
+    kept = masks(one_shot)
+    apply_masks(one_shot, kept)
+    held = copy.deepcopy(one_shot)
+    train(dense, text, num_steps, adamw(dense, lr), seed=seed)
+    train_masked(held, kept, text, num_steps, lr, seed)
+    train(decayed, text, num_steps, adamw(decayed, lr), seed=seed, after_update=Decay(decayed, num_steps, strength))
+    return {"dense, trained on": dense, "one shot": one_shot, "one shot, trained on": held, "decayed": decayed}

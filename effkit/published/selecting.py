@@ -1,0 +1,151 @@
+"""Choosing documents by a weighted sum of quality scores, the weights learnt from proxy trainings (Meta-rater)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from effkit.published import corpora, meter
+from effkit.published.next_letter import NextLetter, bits, draw, optimizer_of, step, train
+
+_LENGTH = 400
+_COMMON = (
+    " the ",
+    " of ",
+    " and ",
+    " to ",
+    " is ",
+    " in ",
+    " for ",
+    " that ",
+    " it ",
+    " be ",
+    " with ",
+    " as ",
+    " if ",
+    " not ",
+)
+
+
+def pool(kinds: Mapping[str, torch.Tensor], *, num_each: int = 300, seed: int = 0) -> pd.DataFrame:
+    """Documents of 400 letters from texts of several kinds, shuffled: columns ``kind`` and ``text``."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        (kind, bytes(piece.tolist()).decode("ascii"))
+        for kind, ids in kinds.items()
+        for piece in draw([ids], [1.0], num_each, _LENGTH, generator)
+    ]
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    return pd.DataFrame([rows[place] for place in order], columns=["kind", "text"])
+
+
+def scores(texts: Sequence[str]) -> pd.DataFrame:
+    """Four scores that need no model, each with mean 0 and deviation 1 over the documents.
+
+    ``letters`` (share of letters and blanks), ``common_words`` (of English, per letter), ``variety`` (share of
+    bytes that zlib leaves), ``long_lines`` (letters per line).
+    """
+    raw = pd.DataFrame(
+        {
+            "letters": [sum(one.isalpha() or one == " " for one in text) / len(text) for text in texts],
+            "common_words": [sum(text.count(word) for word in _COMMON) / len(text) for text in texts],
+            "variety": [len(zlib.compress(text.encode())) / len(text) for text in texts],
+            "long_lines": [len(text) / (1 + text.count("\n")) for text in texts],
+        }
+    )
+    return (raw - raw.mean()) / raw.std(ddof=0)
+
+
+def selected(score_table: pd.DataFrame, weights: Sequence[float], keep_frac: float = 0.25) -> np.ndarray:
+    """Places of the documents whose weighted sum of scores is among the highest.
+
+    Raises
+    ------
+    ValueError
+        When there are not as many weights as scores, or the share is not above 0 and at most 1.
+    """
+    if len(weights) != score_table.shape[1]:
+        raise ValueError(f"{len(weights)} weights for {score_table.shape[1]} scores, expected one for each")
+    if not 0 < keep_frac <= 1:
+        raise ValueError(f"keep_frac is {keep_frac}, expected above 0 and at most 1")
+    total = score_table.to_numpy() @ np.asarray(weights, float)
+    return np.argsort(-total, kind="stable")[: max(1, round(keep_frac * len(total)))]
+
+
+def joined(texts: Sequence[str]) -> torch.Tensor:
+    """Documents end to end, as letters."""
+    return corpora.encode("\n".join(texts))
+
+
+def proxies(
+    documents: pd.DataFrame,
+    score_table: pd.DataFrame,
+    target: Sequence[torch.Tensor],
+    *,
+    num: int = 24,
+    num_steps: int = 60,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Small trainings on what random weightings select.
+
+    Returns
+    -------
+    DataFrame
+        A row per proxy: the weight of each score (they sum to 1), and ``bits`` per letter, the mean of the targets.
+    """
+    random = np.random.default_rng(seed)
+    rows = []
+    for number in range(num):
+        weights = random.dirichlet(np.ones(score_table.shape[1]))
+        text = joined(documents["text"].iloc[selected(score_table, weights.tolist())].tolist())
+        torch.manual_seed(seed)
+        model = train(NextLetter(), [text], num_steps=num_steps, seed=seed + number)
+        rows.append([*weights, np.mean([bits(model, held_out) for held_out in target])])
+    return pd.DataFrame(rows, columns=[*score_table.columns, "bits"])
+
+
+def best_weights(proxy_table: pd.DataFrame, *, num_tried: int = 4000, ridge: float = 1e-3, seed: int = 0) -> pd.Series:
+    """The weighting with the lowest loss by a regression on the proxies: squares and products of weights, ridge.
+
+    The paper fits boosted trees to 256 proxies (arXiv 2504.14194); for a few dozen a polynomial has to do.
+    As there, the mean of the best hundredth of many random weightings is taken.
+    """
+    weights = proxy_table.drop(columns="bits")
+    tried = np.random.default_rng(seed).dirichlet(np.ones(weights.shape[1]), num_tried)
+    design = _squares(weights.to_numpy())
+    loss = proxy_table["bits"].to_numpy()
+    solution = np.linalg.solve(design.T @ design + ridge * np.eye(design.shape[1]), design.T @ (loss - loss.mean()))
+    order = np.argsort(_squares(tried) @ solution)[: max(1, num_tried // 100)]
+    return pd.Series(tried[order].mean(axis=0), index=weights.columns, name="weight")
+
+
+def _squares(weights: np.ndarray) -> np.ndarray:
+    """Weights that sum to 1 and all their products; no column of ones, which their sum already is."""
+    first, second = np.triu_indices(weights.shape[1])
+    return np.concatenate([weights, weights[:, first] * weights[:, second]], axis=1)
+
+
+class OnDocuments:
+    """A training on chosen documents, for the meter."""
+
+    def __init__(
+        self, text: torch.Tensor, target: Sequence[torch.Tensor], seed: int, learning_rate: float = 1e-2
+    ) -> None:
+        self.phase, self.num_tokens = "training", 128
+        self._generator = meter.reproducible(seed)
+        self._text, self._target = text, target
+        self._model = NextLetter()
+        self._optimizer = optimizer_of(self._model, learning_rate)
+
+    def step(self) -> None:
+        """One update of 128 next letters."""
+        step(self._model, self._optimizer,
+             draw([self._text], [1.0], self.num_tokens, self._model.context + 1, self._generator))  # fmt: skip
+
+    def loss(self) -> float:
+        """Bits per letter of the target texts, their mean."""
+        return float(np.mean([bits(self._model, held_out) for held_out in self._target]))
