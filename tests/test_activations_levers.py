@@ -25,7 +25,9 @@ FAMILIES = {
     "states": [{"optimizer_states": "int8"}, {"optimizer_states": "fp8_e4m3"}],
 }
 SINGLES = [one for family in FAMILIES.values() for one in family]
-AMX = pytest.mark.xfail(torch.cpu._is_amx_tile_supported(), strict=False, reason="AMX kernels take workspace of their own")
+AMX = pytest.mark.xfail(
+    torch.cpu._is_amx_tile_supported(), strict=False, reason="AMX kernels take workspace of their own"
+)
 PAIRS = [a | b for one, two in combinations(FAMILIES.values(), 2) for a in one for b in two]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from effkit.published import budgets, knots
+from effkit.published.cluster import budgets, knots
 
 
 def test_an_answer_reads_weights_and_cache_for_every_token():

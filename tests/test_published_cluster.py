@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from effkit.published import hybrid_parallel as hp
-from effkit.published import workers
+from effkit.published.cluster import hybrid_parallel as hp
+from effkit.published.cluster import workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COST = hp.SequenceCost(quadratic_ns=10.0, linear_ns=1000.0, fixed_ns=500.0, spread_frac=0.1, longest=1000)

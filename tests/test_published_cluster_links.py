@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from effkit.published import goodput, placement
+from effkit.published.cluster import goodput, placement
 
 
 def test_downtime_is_failures_times_the_four_parts():

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from effkit.published import corpora, densities, library_text, mixtures, next_letter, selecting, vocabularies
+from effkit.published import corpora
+from effkit.published.tokens import densities, library_text, mixtures, next_letter, selecting, vocabularies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

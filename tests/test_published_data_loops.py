@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from effkit.published import angles, filtering, sampling_loops
+from effkit.published.tokens import angles, filtering, sampling_loops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

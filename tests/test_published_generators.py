@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.published import expert_denoisers, sampling_windows
-from effkit.published.alignment import AlignedTraining
-from effkit.published.flows import FlowModel, FlowTraining, noised, pictures
-from effkit.published.sampling_windows import NOISE, WindowedTraining, iteration_flops, plane_model, windows
-from effkit.published.transformer_flops import added_token, epochs_saved, forward_flops
+from effkit.published.generators import expert_denoisers, sampling_windows
+from effkit.published.generators.alignment import AlignedTraining
+from effkit.published.generators.flows import FlowModel, FlowTraining, noised, pictures
+from effkit.published.generators.sampling_windows import NOISE, WindowedTraining, iteration_flops, plane_model, windows
+from effkit.published.generators.transformer_flops import added_token, epochs_saved, forward_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

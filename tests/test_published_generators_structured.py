@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from effkit.published import detecting, supernets
-from effkit.published.flow_networks import FlowNetworkTraining, hypergrid, sets
-from effkit.published.matching import one_to_many, one_to_one
+from effkit.published.generators import detecting, supernets
+from effkit.published.generators.flow_networks import FlowNetworkTraining, hypergrid, sets
+from effkit.published.generators.matching import one_to_many, one_to_one
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from effkit.activations import gradient_error
-from effkit.published import corpora, formats, outliers, rotary, small_language
+from effkit.published import corpora
+from effkit.published.precision import formats, outliers, rotary, small_language
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

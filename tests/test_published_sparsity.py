@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from effkit.published import continual, corpora, pruning, small_language, sparse_layers
+from effkit.published import corpora
+from effkit.published.precision import continual, pruning, small_language, sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"layers": 1, "hidden": 16, "ffn": 32, "heads": 2}

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from effkit.published import distilling, growing, lamb_table, language, meter, modalities, pretext
-from effkit.published.optimizers import Conda, Lamb, matrices_and_rest
+from effkit.published import meter
+from effkit.published.steps import distilling, growing, lamb_table, language, modalities, pretext
+from effkit.published.steps.optimizers import Conda, Lamb, matrices_and_rest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

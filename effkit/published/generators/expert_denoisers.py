@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.published.flows import FlowModel, FlowTraining, noised
+from effkit.published.generators.flows import FlowModel, FlowTraining, noised
 
 
 class IntervalTraining(FlowTraining):

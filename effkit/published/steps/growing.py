@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from effkit.published import meter
-from effkit.published.distilling import adamw
-from effkit.published.language import Learning, english_ids, language_model, pieces
+from effkit.published.steps.distilling import adamw
+from effkit.published.steps.language import Learning, english_ids, language_model, pieces
 
 
 def _doubled_inputs(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.published.matching import one_to_many, one_to_one
+from effkit.published.generators.matching import one_to_many, one_to_one
 from effkit.published.meter import reproducible
 
 SIDE, PATCH, NUM_KINDS, NUM_OBJECTS, NUM_QUERIES = 12, 2, 2, 3, 8

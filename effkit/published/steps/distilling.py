@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from effkit.published import corpora, meter
-from effkit.published.language import LENGTH, Learning, english_ids, language_model, own_loss, pieces
+from effkit.published.steps.language import LENGTH, Learning, english_ids, language_model, own_loss, pieces
 
 TEACHER, REFERENCE = (2, 64, 150), (1, 32, 75)  # MiniPLM's: layers, width, steps of training
 NOISE_FRAC = 0.5  # of the pool that they were trained on
@@ -107,7 +107,7 @@ def salt(num_teacher_steps: int = 150, num_helped_steps: int = 60) -> Callable[[
 
 
 @dataclass(frozen=True, eq=False)
-class Helper:
+class Teacher:
     """A model that was trained beforehand, and the FLOPs of the products that it took."""
 
     model: Any
@@ -138,7 +138,7 @@ def from_pieces(chosen: torch.Tensor, batch_size: int, generator: torch.Generato
 
 
 @cache
-def helper(layers: int, hidden: int, num_steps: int) -> Helper:
+def helper(layers: int, hidden: int, num_steps: int) -> Teacher:
     """A model trained on a pool of which half is noise, so that it was told of neither which is which."""
     generator = meter.reproducible(99)
     model = language_model(layers=layers, hidden=hidden, seed=99)
@@ -147,7 +147,7 @@ def helper(layers: int, hidden: int, num_steps: int) -> Helper:
         training.step()
     for _ in range(num_steps - 1):
         training.step()
-    return Helper(model, counter.get_total_flops() * num_steps)
+    return Teacher(model, counter.get_total_flops() * num_steps)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.published.flows import FlowModel, FlowTraining
+from effkit.published.generators.flows import FlowModel, FlowTraining
 from effkit.published.meter import reproducible
 from effkit.side_by_side import saved_bytes
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from effkit.published.next_letter import NextLetter, bits, train
+from effkit.published.tokens.next_letter import NextLetter, bits, train
 
 CONTEXT, EMBEDDING, HIDDEN = 4, 32, 64
 _ENDINGS = ("ing", "ed", "ly", "tion", "s", "er")

@@ -10,7 +10,7 @@ import torch
 
 from effkit import models
 from effkit.published import corpora, meter
-from effkit.published.optimizers import Conda, Lamb, matrices_and_rest
+from effkit.published.steps.optimizers import Conda, Lamb, matrices_and_rest
 
 LENGTH = 32  # letters of one piece
 Draw = Callable[[], torch.Tensor]

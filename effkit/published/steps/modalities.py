@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from effkit import models
 from effkit.published import corpora, meter
-from effkit.published.distilling import adamw
-from effkit.published.language import Learning
+from effkit.published.steps.distilling import adamw
+from effkit.published.steps.language import Learning
 
 LENGTH, BATCH = 64, 8  # letters of one row, half of each stream; rows
 DESIGNS = ("dense", "mixed experts", "grouped experts")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from effkit.account import Account
-from effkit.published.next_letter import NextLetter, bits, train
+from effkit.published.tokens.next_letter import NextLetter, bits, train
 
 _RATE = 2e-3  # of continued training: where the seed model's own rate ended
 _EXPONENTS = np.linspace(0.1, 4.0, 40)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effkit.published.small_language import matrices
+from effkit.published.precision.small_language import matrices
 
 # How many bits, and the torch type of a float; integers are symmetric around 0
 _BITS = {"float32": 32, "bfloat16": 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from effkit.models.decoder_only import Text
-from effkit.published.small_language import adamw, matrices, train
-from effkit.published.sparse_layers import apply_masks, train_masked
+from effkit.published.precision.small_language import adamw, matrices, train
+from effkit.published.precision.sparse_layers import apply_masks, train_masked
 
 
 def two_of_four(weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effkit.published.flows import FlowTraining, noised, pictures
+from effkit.published.generators.flows import FlowTraining, noised, pictures
 
 NUM_FEATURES = 32
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from effkit import training
 from effkit.models.decoder_only import Text
 from effkit.published.corpora import windows
-from effkit.published.formats import low_precision
-from effkit.published.small_language import held_out_loss, matrices
+from effkit.published.precision.formats import low_precision
+from effkit.published.precision.small_language import held_out_loss, matrices
 
 
 def excess_kurtosis(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from effkit.account import Account
 from effkit.models.decoder_only import Text
-from effkit.published.small_language import adamw, matrices, train, untrained
+from effkit.published.precision.small_language import adamw, matrices, train, untrained
 from effkit.receipt import Receipt
 
 Masks = Mapping[str, Tensor]

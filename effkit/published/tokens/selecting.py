@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from effkit.published import corpora, meter
-from effkit.published.next_letter import NextLetter, bits, draw, optimizer_of, step, train
+from effkit.published.tokens.next_letter import NextLetter, bits, draw, optimizer_of, step, train
 
 _LENGTH = 400
 _COMMON = (

@@ -1,0 +1,1 @@
+"""What can be said of clusters without one: schedules, placement, goodput, budgets."""

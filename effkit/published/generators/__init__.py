@@ -1,0 +1,1 @@
+"""Steps to quality of generative and structured models: flows, detection, supernets."""

@@ -1,0 +1,1 @@
+"""Steps to quality of language models: optimizers, teachers, growth, experts."""

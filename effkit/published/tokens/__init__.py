@@ -1,0 +1,1 @@
+"""What a token of data buys: densities, mixtures, filters, sampling."""
