@@ -17,9 +17,16 @@ BASES = ("measured", "derived", "assumed")
 _READABLE: Mapping[str, tuple[tuple[float, float, str, int], ...]] = {
     "ns": ((6e10, 1e9, "s", 1), (1e9, 1e9, "s", 2), (1e6, 1e6, "ms", 1), (1e3, 1e3, "us", 1), (0, 1, "ns", 0)),
     "bytes": ((2**30, 2**30, "GiB", 2), (2**20, 2**20, "MiB", 1), (2**10, 2**10, "KiB", 1), (0, 1, "B", 0)),
+    "FLOPs": ((1e15, 1e15, "PFLOPs", 2), (1e12, 1e12, "TFLOPs", 2), (1e9, 1e9, "GFLOPs", 2), (1e6, 1e6, "MFLOPs", 1),
+              (0, 1, "FLOPs", 0)),
     "ppm": ((0, 1e4, "%", 2),),
     "thousandths": ((0, 1e3, "times", 1),),
 }  # fmt: skip
+
+
+def has_own_steps(unit: str) -> bool:
+    """Whether :func:`readable` says the unit itself in steps of its own (``ms``, ``MiB``), so that no label need."""
+    return unit in _READABLE
 
 
 def readable(value: float, unit: str) -> str:

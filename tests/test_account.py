@@ -28,6 +28,8 @@ def receipt(predicted=110, measured=100, **more) -> Receipt:
     ("value", "unit", "text"),
     [
         (0, "ns", "0 ns"),
+        (1_062_891_159_552, "FLOPs", "1.06 TFLOPs"),
+        (320, "FLOPs", "320 FLOPs"),
         (-61_300_000, "ns", "-61.3 ms"),
         (1_500_000_000, "ns", "1.50 s"),
         (1023, "bytes", "1,023 B"),

@@ -6,6 +6,7 @@ Pictures of what the reader saw are left in tests/screenshots/.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -90,6 +91,34 @@ def test_a_reader_of_the_first_notebook_picks_a_moment_of_the_memory():
             page, lambda: picture.get_attribute("aria-label") == sentence.inner_text(), "the picture followed", 10
         )
         browser.screenshot(path=SCREENSHOTS / "memory_moment.png")
+        assert errors(page) == []
+        assert blocked == [], "nothing may be asked of the network"
+
+
+def test_a_reader_of_the_claims_chooses_a_theme_and_follows_a_row_to_its_cell(tmp_path):
+    """Without running all that the page runs: its first cells, beside the notebooks that its rows lead to."""
+    SCREENSHOTS.mkdir(exist_ok=True)
+    for notebook in NOTEBOOKS.glob("06*.ipynb"):
+        shutil.copy(notebook, tmp_path)
+    whole = nbformat.read(tmp_path / "06_claims.ipynb", as_version=4)
+    last = next(place for place, cell in enumerate(whole.cells) if "browse()" in cell.source)
+    whole.cells = whole.cells[: last + 1]
+    nbformat.write(whole, tmp_path / "06_claims.ipynb")
+    blocked: list[str] = []
+    with jupyterlab(tmp_path) as lab, notebook_page(lab, "06_claims.ipynb", blocked) as page:
+        run_all_cells(page, timeout_s=120)
+        claims = page.locator(".effkit-claims").first
+        sentence = claims.locator("[role=status]")
+        assert sentence.inner_text().startswith("60 of 60 papers")
+        claims.screenshot(path=SCREENSHOTS / "claims_all.png")
+        claims.locator("select").first.select_option("moe-comm")
+        wait_until(page, lambda: not sentence.inner_text().startswith("60"), "the sentence followed the choice", 10)
+        claims.screenshot(path=SCREENSHOTS / "claims_moe.png")
+        assert claims.locator("tbody tr").count() == int(sentence.inner_text().split()[0])
+        with page.context.expect_page() as opened:
+            claims.locator("tr", has_text="MoMa").locator("a").click()
+        heading = opened.value.locator(".jp-RenderedMarkdown h2", has_text="MoMa: do experts of their own")
+        heading.wait_for(state="attached", timeout=60_000)
         assert errors(page) == []
         assert blocked == [], "nothing may be asked of the network"
 

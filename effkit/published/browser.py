@@ -72,14 +72,16 @@ class ClaimsBrowser(Screen):
         rows = "".join(
             f"<tr><th>{html.escape(str(paper))}</th>"
             + "".join(f"<td>{html.escape(str(row[name]))}</td>" for name in _SHOWN)
-            + f'<td><a href="{html.escape(row["link"])}">{html.escape(row["link"].partition("#")[0])}</a></td></tr>'
+            + f'<td><a target="_blank" href="{html.escape(row["link"])}">{row["link"].partition("_")[0]}</a></td></tr>'
             for paper, row in frame.iterrows()
         )
-        head = "".join(f"<th>{name}</th>" for name in ("paper", *_SHOWN, "shown in"))
+        head = "".join(f"<th>{name}</th>" for name in ("paper", *_SHOWN, "notebook"))
         self.screen.value = (
-            f'<p role="status" aria-live="polite">{html.escape(sentence)}</p>{picture}'
-            '<table style="text-align:left;font-size:smaller">'
-            f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f'<p role="status" aria-live="polite">{html.escape(sentence)}</p>'
+            + picture.replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
+            + '<div style="max-height:420px;overflow:auto">'
+            '<table style="text-align:left;font-size:smaller;line-height:1.3">'
+            f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
 
     def __repr__(self) -> str:

@@ -33,7 +33,8 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     ax.set_yticks([])
     unit_axis(ax.xaxis, account.unit)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=columns, frameon=False, fontsize=9)
+    below = -0.62 if ax.get_xlabel() else -0.35
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=columns, frameon=False, fontsize=9)
     return ax
 
 

@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from effkit.account import readable
+from effkit.account import has_own_steps, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,4 +128,4 @@ def unit_axis(axis: Axis, unit: str) -> None:
         axis.set_major_locator(MultipleLocator(2.0 ** math.ceil(math.log2(reach / 6))))
     else:
         axis.set_major_locator(MaxNLocator(6))
-    axis.set_label_text(unit if unit not in ("ns", "bytes") else "")
+    axis.set_label_text("" if has_own_steps(unit) else unit)
