@@ -107,6 +107,8 @@ def test_the_table_of_schedules_compares_with_the_shortest():
     table = hp.compare([hp.naive(lengths, 4, 100), hp.balanced(lengths, 4, 100, COST)], COST, 0.0)
     assert table["times_shortest"].min() == 1
     assert list(table.index) == [hp.NAIVE, hp.BALANCED]
+    assert table["in_range"].all()
+    assert not hp.compare([hp.naive([1500], 4, 2000)], COST, 0.0)["in_range"].any()
 
 
 def test_what_moving_takes_is_bytes_over_flops():

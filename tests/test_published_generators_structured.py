@@ -140,17 +140,15 @@ def test_one_expert_is_plain_sharing_and_a_subnetwork_is_a_corner():
         supernets.Supernet(0)
 
 
-@pytest.mark.parametrize("neuron_wise", [False, True])
-def test_the_architecture_mixes_the_experts(neuron_wise):
+def test_the_architecture_mixes_the_experts():
     torch.manual_seed(0)
-    layer = supernets.MixedLinear(6, 4, 2, neuron_wise)
+    layer = supernets.MixedLinear(6, 4, 2)
     narrow, wide = torch.eye(len(supernets.WIDTHS))[[0, -1]]
     weight, bias = layer.corner(narrow, 6, 4)
-    mixture = layer.router(narrow).view(2, -1).softmax(0)
+    mixture = layer.router(narrow).view(2, 4).softmax(0)  # of each expert in each output neuron
     by_hand = mixture[0][:, None] * layer.weight[0] + mixture[1][:, None] * layer.weight[1]
     torch.testing.assert_close(weight, by_hand)
-    assert mixture.shape == (2, 4 if neuron_wise else 1)
-    assert bias.shape == (4,)
+    torch.testing.assert_close(bias, (mixture * layer.bias).sum(0))
     assert not torch.equal(weight, layer.corner(wide, 6, 4)[0])
 
 

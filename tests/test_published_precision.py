@@ -28,13 +28,6 @@ def test_integers_are_rounded_to_the_nearest_step_of_the_largest():
     assert formats.cast(torch.zeros(3), "int8").tolist() == [0, 0, 0]
 
 
-def test_a_scale_per_row_spares_small_rows_what_a_large_one_costs():
-    x = torch.tensor([[0.01, 0.02], [70.0, 7.0]])
-    assert formats.cast(x, "int4")[0].tolist() == [0, 0]
-    by_row = formats.cast(x, "int4", "row")
-    assert by_row[0].tolist() == pytest.approx([0.02 * 4 / 7, 0.02], rel=1e-5)  # 3.5 steps: to the even one
-
-
 @pytest.mark.parametrize(("name", "half_step"), [("bfloat16", 2**-8), ("fp8_e4m3", 2**-4), ("fp8_e5m2", 2**-3)])
 def test_floats_err_by_at_most_half_a_step_of_their_mantissa(name, half_step):
     x = torch.linspace(0.5, 1.0, 1001)
@@ -42,10 +35,9 @@ def test_floats_err_by_at_most_half_a_step_of_their_mantissa(name, half_step):
     assert half_step / 3 < error <= half_step
 
 
-def test_bytes_count_codes_and_scales():
+def test_bytes_count_codes_and_a_scale():
     x = torch.zeros(6, 5)
     assert [formats.size_bytes(x, name) for name in formats.FORMATS] == [120, 60, 34, 34, 34, 19]
-    assert formats.size_bytes(x, "int8", "row") == 30 + 6 * 4
 
 
 def test_a_model_computes_with_cast_weights_and_has_its_own_again(model, batch):
@@ -79,8 +71,6 @@ def test_formats_and_roles_are_named_in_errors(model):
         formats.cast(torch.ones(2), "int3")
     with pytest.raises(ValueError, match="given: moods"), formats.low_precision(model, "int8", ["moods"]):
         pass
-    with pytest.raises(ValueError, match="expected 'tensor' or 'row'"):
-        formats.cast(torch.ones(2), "int8", "column")
 
 
 def test_kurtosis_of_known_distributions():

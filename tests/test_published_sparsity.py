@@ -108,7 +108,7 @@ def test_decay_ends_in_the_exact_pattern_and_keeps_the_norms():
     model = small_language.untrained(**SMALL)
     layers = small_language.matrices(model)
     norms = {name: layer.weight.detach().norm(dim=1) for name, layer in layers.items()}
-    decay = pruning.Decay(model, num_steps=20)
+    decay = pruning.Decay(model, num_steps=20, strength=4.0)
     shares = []
     for step in range(20):
         decay(step)
@@ -120,13 +120,13 @@ def test_decay_ends_in_the_exact_pattern_and_keeps_the_norms():
         assert ((layer.weight != 0).view(-1, 4).sum(1) <= 2).all()
         torch.testing.assert_close(layer.weight.detach().norm(dim=1), norms[name], rtol=0.02, atol=0)
     with pytest.raises(ValueError, match="num_steps 0"):
-        pruning.Decay(model, 0)
+        pruning.Decay(model, 0, 4.0)
 
 
 def test_ways_to_two_of_four_leave_the_model_alone():
     model = small_language.untrained(**SMALL)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    ways = pruning.ways_to_two_of_four(model, corpora.encode(corpora.english()), 6)
+    ways = pruning.ways_to_two_of_four(model, corpora.encode(corpora.english()), 6, lr=4e-3, strength=8.0)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert [pruning.tail_share(one) == 0 for one in ways.values()] == [False, True, True, True]
     first = "model.layers.0.mlp.up_proj"
@@ -165,15 +165,20 @@ def test_less_is_read_and_learnt_under_a_saving():
     assert math.isclose(rows["forward"] / dense["forward"], 0.25 * 0.75, rel_tol=0.02)
 
 
+def test_fewer_gradients_alone_are_a_saving_too():
+    rows = continual.learn(continual.Saving(1.0, 0.5), num_epochs=1).work.frame["value"]
+    assert rows["gradients of weights"] * 2 == rows["forward"]
+
+
 def test_at_once_is_the_tasks_in_one():
     x, y, test_x, test_y = continual.at_once(1)
     assert x.shape == test_x.shape == (continual.NUM_TASKS * continual.PER_TASK, continual.CHANNELS)
     assert sorted(y.unique().tolist()) == sorted(test_y.unique().tolist()) == list(range(8))
-    first = continual.tasks(1, 2 * continual.PER_TASK)[0][0]
+    first = continual.tasks(1)[0][0]
     assert torch.equal(torch.cat([x[: continual.PER_TASK], test_x[: continual.PER_TASK]]), first)
 
 
 def test_tasks_are_reproducible_and_have_two_classes_each():
-    one, two = continual.tasks(1, 50), continual.tasks(1, 50)
+    one, two = continual.tasks(1), continual.tasks(1)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(one, two, strict=True))
     assert [sorted(y.unique().tolist()) for _, y in one] == [[0, 1], [2, 3], [4, 5], [6, 7]]

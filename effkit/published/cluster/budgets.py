@@ -9,7 +9,8 @@ import pandas as pd
 
 from effkit.account import Account
 
-# MegaScience (arXiv 2507.16812): mean tokens of an answer in its two data sets, by a blog; the third is assumed
+# MegaScience (arXiv 2507.16812): mean tokens of an answer in its two data sets, by a blog about it, not looked up in
+# the paper; the third is assumed
 ANSWER_TOKENS: Mapping[str, int] = {"TextbookReasoning": 410, "MegaScience": 721, "long chains (assumed)": 4000}
 INSTANCES = 1_250_000  # of MegaScience
 QUESTION_TOKENS = 100  # assumed
@@ -77,7 +78,7 @@ BEFORE = Recipe(1.7 * 17e9, 15e9, 5.5 * 20e9)
 
 
 def training_flops(recipe: Recipe, count: str = "all") -> Account:
-    """6 N D [10^15 FLOPs]: 2 per parameter and token forward, 4 backward (Kaplan et al., 2001.08361, section 2.1).
+    """6 N D [10^15 FLOPs]: 2 per parameter and token forward, 4 backward (Kaplan et al., arXiv 2001.08361).
 
     Parameters
     ----------
@@ -116,9 +117,10 @@ def preference_ledger(*, sampling_steps: int = 50, used_steps: int = 50) -> pd.D
     """What one preference pair takes to train a diffusion model, by three ways. A backward counts as two forwards.
 
     Reward model: both pictures are sampled and scored, then policy and frozen reference pass over ``used_steps`` of
-    each trajectory (policy gradients with a KL term; Black et al., arXiv 2305.13301). Diffusion-DPO (Wallace et al.,
-    arXiv 2311.12908, equation 14): one random noise level per picture, nothing is sampled. Inversion-DPO (arXiv
-    2507.11554): the reference inverts both pictures step by step, then as with the first on ``used_steps``.
+    each trajectory (policy gradients with a KL term; after arXiv 2305.13301). Diffusion-DPO (arXiv 2311.12908): one
+    random noise level per picture, nothing is sampled. Inversion-DPO (arXiv 2507.11554), by our reading of its
+    abstract: the reference inverts both pictures step by step, then as with the first on ``used_steps``. A reward model
+    counts as one more copy, whatever its size.
 
     Returns
     -------

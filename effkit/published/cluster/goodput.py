@@ -13,9 +13,9 @@ from effkit.account import Account
 
 DAY_S = 86_400
 _PARTS = ("detecting", "isolating", "restarting", "lost work")
-# Error-induced downtime of a job, of all its time, before C4D and with it. The parts are remembered from the paper's
-# table and not looked up; the totals, 31.19% and 1.16%, stand on a page about it, and the parts sum to them.
-PUBLISHED_FRAC: Mapping[str, tuple[float, float]] = {
+# Error-induced downtime of a job, of all its time, before C4D and with it. Only the totals, 31.19% and 1.16%, have a
+# source: pages about the paper. How they divide into parts is assumed; it was not found in any source.
+DOWNTIME_FRAC: Mapping[str, tuple[float, float]] = {
     "detecting": (0.0341, 0.0005),
     "isolating": (0.1965, 0.0073),
     "restarting": (0.0060, 0.0015),
@@ -52,8 +52,8 @@ class Failures:
             raise ValueError(f"rates and times are at least 0; given: {asdict(self)}")
 
 
-# All assumed, so that the parts come near those of the table: 40 failures a month, a watchdog of half an hour, hours of
-# searching by hand.
+# All assumed, and chosen so that the parts come near those above: 40 failures a month, a watchdog of half an hour,
+# hours of searching by hand.
 BEFORE = Failures(per_day=4 / 3, detect_s=1800, isolate_s=10_800, restart_s=600, checkpoint_s=9000)
 AFTER = Failures(per_day=4 / 3, detect_s=30, isolate_s=300, restart_s=180, checkpoint_s=600)
 
@@ -100,19 +100,12 @@ def levers(before: Failures = BEFORE, after: Failures = AFTER) -> pd.DataFrame:
     return table
 
 
-def sensitivity(rates: Sequence[float], before: Failures = BEFORE, after: Failures = AFTER) -> pd.DataFrame:
-    """Goodput over failures per day: columns ``before`` and ``after``, indexed by ``failures per day``."""
-    rows = {rate: {"before": goodput(replace(before, per_day=rate)), "after": goodput(replace(after, per_day=rate))}
-            for rate in rates}  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("failures per day")
-
-
 def published() -> pd.DataFrame:
-    """The paper's breakdown of downtime, second-hand, as fractions of all time, with their total.
+    """Downtime before and after as fractions of all time: the total is published (second-hand), its parts are assumed.
 
-    Indexed by ``part``: ``before_frac``, ``after_frac``. The parts were not looked up in the paper, see the source.
+    Indexed by ``part``: ``before_frac``, ``after_frac``.
     """
-    table = pd.DataFrame.from_dict(PUBLISHED_FRAC, orient="index", columns=["before_frac", "after_frac"])
+    table = pd.DataFrame.from_dict(DOWNTIME_FRAC, orient="index", columns=["before_frac", "after_frac"])
     table.loc["total"] = table.sum()
     return table.rename_axis("part")
 
@@ -122,6 +115,8 @@ def most_loaded(num_flows: int, num_links: int) -> float:
 
     P(no link has more than k) is n! / mⁿ times the coefficient of xⁿ in (1 + x + ... + xᵏ / k!)ᵐ: the ways to deal n
     flows to m links with at most k each. The expectation is the sum over k of the chance that some link has more.
+    It is computed with Poisson's chances of mean n / m in place of 1 / k!, since factorials would overflow: Poisson
+    numbers, given their sum, are dealt alike.
 
     Raises
     ------
@@ -130,16 +125,21 @@ def most_loaded(num_flows: int, num_links: int) -> float:
     """
     if num_flows < 1 or num_links < 1:
         raise ValueError(f"{num_flows} flows on {num_links} links, expected at least 1 of each")
+    chances = _poisson(num_flows, num_flows / num_links)
+    all_of_them = _poisson(num_flows, num_flows)[num_flows]
     expected = 0.0
     for most in range(num_flows):
-        # in units of n! / mⁿ spread over the factors, so that nothing overflows
-        factor = np.array([(1 / num_links) ** j / math.factorial(j) for j in range(most + 1)])
         ways = np.ones(1)
         for _ in range(num_links):
-            ways = np.convolve(ways, factor)[: num_flows + 1]
-        within = ways[num_flows] * math.factorial(num_flows) if len(ways) > num_flows else 0.0
+            ways = np.convolve(ways, chances[: most + 1])[: num_flows + 1]
+        within = ways[num_flows] / all_of_them if len(ways) > num_flows else 0.0
         expected += 1 - min(1.0, float(within))
     return expected
+
+
+def _poisson(most: int, mean: float) -> np.ndarray:
+    """Chances of 0, 1, ..., most events."""
+    return np.array([math.exp(j * math.log(mean) - mean - math.lgamma(j + 1)) for j in range(most + 1)])
 
 
 def hashed(num_flows: int, num_links: int, *, num_trials: int = 2000, seed: int = 0) -> float:

@@ -267,13 +267,12 @@ def _account(
 
 
 def compare(schedules: Sequence[Schedule], cost: SequenceCost, moving_frac: float) -> pd.DataFrame:
-    """One row per schedule: ``makespan_ns``, ``waiting_frac`` (of all ranks), ``moved_tokens``, ``times_shortest``."""
+    """Per schedule ``makespan_ns, waiting_frac`` (of all ranks)``, moved_tokens, in_range, times_shortest``."""
     rows = {}
     for one in schedules:
         step = predict(one, cost, moving_frac)
-        rows[one.name] = {
-            "makespan_ns": step.total, "waiting_frac": step.share["waiting"], "moved_tokens": one.moved_tokens
-        }  # fmt: skip
+        rows[one.name] = {"makespan_ns": step.total, "waiting_frac": step.share["waiting"],
+                          "moved_tokens": one.moved_tokens, "in_range": step.in_range}  # fmt: skip
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("schedule")
     table["times_shortest"] = table["makespan_ns"] / table["makespan_ns"].min()
     return table

@@ -33,7 +33,7 @@ class Job:
 
 
 def slower(first: str, second: str) -> str:
-    """The card class that two ends agree on: RDMA only with their own kind, else Ethernet (Holmes's premise)."""
+    """The card class that two ends agree on: RDMA only with their own kind, else Ethernet, as Holmes has it."""
     for one in (first, second):
         if one not in CARDS_BYTES_PER_S:
             raise ValueError(f"{one!r} is no class of cards, expected one of {', '.join(CARDS_BYTES_PER_S)}")
@@ -92,8 +92,9 @@ def holmes(job: Job | None = None, clusters: tuple[str, str] = ("InfiniBand", "R
 class Links:
     """Bandwidth [bytes/s] of Frontier's three levels, per die (GCD) and direction; of the node, all its cards together.
 
-    From OLCF's Frontier User Guide: 200 GB/s between the two dies of an MI250X; 50 to 100 GB/s between MI250Xs of a
-    node, of which a ring gets the least; four Slingshot cards of 25 GB/s per node of 8 dies.
+    From OLCF's Frontier User Guide: 200 GB/s between the two dies of an MI250X, and 50 to 100 GB/s between those of
+    different MI250Xs of a node, all at peak. That a ring gets the least of these is assumed. A node has 8 dies and four
+    Slingshot cards of 25 GB/s (by a paper of others who ran there).
     """
 
     pair: float = 200e9
@@ -140,7 +141,8 @@ def partitioned(
     way
         ``"ZeRO-3"``: weights and gradients cut over all dies. ``"ZeRO++"``: weights for backward from a second copy cut
         over the node (hpZ of arXiv 2306.10209). ``"three levels"``: weights cut over a pair of dies, gradients over the
-        node, optimizer states over all; what then travels is worked out here: between nodes once per step.
+        node, optimizer states over all (after arXiv 2501.04266); what then travels is worked out here, not taken from
+        there: between nodes once per step.
     num_params, num_dies, micro_batches
         20 billion and 384 are the paper's; micro-batches per step are assumed.
 
@@ -183,7 +185,7 @@ def frontier(micro_batches: Sequence[int] = (1, 2, 4, 8, 16), links: Links | Non
 def video_tokens(frames: int, height: int, width: int, *, vae: tuple[int, int, int] = (8, 8, 8), patch: int = 2) -> int:
     """Tokens of a video: frames x height x width over the strides of the VAE (time, height, width) and of the patch.
 
-    MUG-V's VAE has 8 x 8 x 8; the patch of 2 x 2 latents is assumed. A picture is a video of one frame.
+    MUG-V's VAE has 8 x 8 x 8 (second-hand); the patch of 2 x 2 latents is assumed. A picture is a video of one frame.
     """
     if min(frames, height, width, patch, *vae) < 1:
         raise ValueError(f"{frames} frames of {height} x {width}, strides {vae} and {patch}: expected at least 1 each")

@@ -31,7 +31,7 @@ class PictureEncoder(nn.Module):
 class AlignedTraining(FlowTraining):
     """Flow matching whose early layers are also pulled towards an encoder's features of the *clean* picture (REPA).
 
-    The loss is ``flow + weight * (1 - cosine(head(early), encoder))``: Yu et al., arXiv 2410.06940, section 3. The
+    The loss is ``flow + weight * (1 - cosine(head(early), encoder))``: Yu et al., arXiv 2410.06940. The
     encoder comes from nowhere here, so its training is the first phase, and its forward pass is part of every step.
 
     Parameters
@@ -44,7 +44,8 @@ class AlignedTraining(FlowTraining):
         How long the encoder is trained first.
     warm_up_steps
         After that, how long the early layers alone learn to give the features, before anything is generated; then the
-        weight of the alignment falls to 0 over ``decay_steps`` (ERW: Liu et al., arXiv 2504.10188). 0: plain REPA.
+        weight of the alignment falls to 0 over ``decay_steps`` (after ERW: Liu et al., arXiv 2504.10188; the straight
+        fall is ours). 0: plain REPA.
     rate
         Learning rate of AdamW, in all phases.
     """

@@ -11,6 +11,7 @@ from effkit.published.generators.matching import one_to_many, one_to_one
 from effkit.published.meter import reproducible
 
 SIDE, PATCH, NUM_KINDS, NUM_OBJECTS, NUM_QUERIES = 12, 2, 2, 3, 8
+BATCH = 16
 NUM_PLACES = (SIDE // PATCH) ** 2
 NOTHING_WEIGHT, BOX_WEIGHT = 0.2, 5.0
 
@@ -85,7 +86,18 @@ class Detector(nn.Module):
 
 
 def set_loss(predicted: tuple[torch.Tensor, torch.Tensor], true: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """DETR's loss: match one-to-one, then cross-entropy of all queries and L1 of the matched boxes."""
+    """DETR's loss in small: match one-to-one, then cross-entropy of all queries and L1 of the matched boxes, a scalar.
+
+    Without DETR's overlap of boxes; distances are summed over a box's four numbers where boxes are matched, and
+    averaged in the loss.
+
+    Parameters
+    ----------
+    predicted
+        Logits, shape (batch, queries, 3), and boxes, shape (batch, queries, 4).
+    true, kinds
+        Boxes, shape (batch, 3, 4), and kinds, shape (batch, 3).
+    """
     logits, boxes = predicted
     with torch.no_grad():
         probability = logits.softmax(-1).gather(2, kinds[:, None].expand(-1, NUM_QUERIES, -1))
@@ -105,27 +117,23 @@ class DetectorTraining:
     seed
         Of everything.
     with_heads
-        Also train a head on every place of the encoder, one-to-many (Co-DETR: Zong et al., arXiv 2211.12860,
-        section 3.2). It is thrown away afterwards. The paper's second half, extra queries made from those
-        positives, is left out.
+        Also train a head on every place of the encoder, one-to-many (Co-DETR: Zong et al., arXiv 2211.12860), its loss
+        added to the detector's. It is thrown away afterwards. The paper's second half, extra queries made from
+        those positives, is left out.
     rate
         Learning rate of AdamW.
-    head_weight
-        Of the head's loss.
     """
 
     phase = "training"
 
-    def __init__(
-        self, seed: int, *, with_heads: bool, rate: float = 6e-3, batch_size: int = 16, head_weight: float = 1.0
-    ) -> None:
+    def __init__(self, seed: int, *, with_heads: bool, rate: float = 6e-3) -> None:
         self.generator = reproducible(seed)
         self.model = Detector()
         hidden = self.model.kinds.in_features
         self.head = nn.Linear(hidden, NUM_KINDS + 1 + 4) if with_heads else None
         parameters = [*self.model.parameters(), *(self.head.parameters() if self.head is not None else ())]
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
-        self.num_tokens, self.head_weight = batch_size, head_weight
+        self.num_tokens = BATCH  # an image is a token here
         self.held_out = scenes(256, torch.Generator().manual_seed(4321))
         place = (torch.arange(SIDE // PATCH) + 0.5) * PATCH / SIDE
         y, x = torch.meshgrid(place, place, indexing="ij")
@@ -149,7 +157,7 @@ class DetectorTraining:
         memory = self.model.encode(images)
         loss = set_loss(self.model.decode(memory), true, kinds)
         if self.head is not None:
-            loss = loss + self.head_weight * self.head_loss(memory, true, kinds)
+            loss = loss + self.head_loss(memory, true, kinds)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -52,13 +52,11 @@ class IntervalTraining(FlowTraining):
         return F.mse_loss(self.model(x, time), velocity)
 
 
-def branched(
-    *, seeds: Sequence[int] = (0, 1, 2), shared_steps: int = 300, more_steps: int = 300, border: float = 0.5
-) -> pd.DataFrame:
+def branched(*, seeds: Sequence[int] = (0, 1, 2), shared_steps: int = 300, more_steps: int = 300) -> pd.DataFrame:
     """One denoiser trained on for all times, against two experts that share the same further steps.
 
     Both begin as the same denoiser after ``shared_steps``. Then one goes on for ``more_steps``; or each of two experts,
-    one for the times below the border (noisy) and one above, takes half of them: the same FLOPs in training.
+    one for the earlier (noisy) half of the times and one for the later, takes half of them: the same FLOPs in training.
 
     Returns
     -------
@@ -72,11 +70,11 @@ def branched(
         for _ in range(shared_steps):
             trained.step()
         shared = IntervalTraining(trained, 0, 1)
-        experts = IntervalTraining(trained, 0, border), IntervalTraining(trained, border, 1)
+        experts = IntervalTraining(trained, 0, 0.5), IntervalTraining(trained, 0.5, 1)
         for training, steps in ((shared, more_steps), *((one, more_steps // 2) for one in experts)):
             for _ in range(steps):
                 training.step()
-        noisy = shared._times < border
+        noisy = shared.times < 0.5
         alone = shared.losses()
         together = torch.where(noisy, experts[0].losses(), experts[1].losses())
         for name, chosen in (("noisy half", noisy), ("clean half", ~noisy), ("all times", noisy | ~noisy)):

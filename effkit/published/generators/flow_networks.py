@@ -59,11 +59,11 @@ class World:
         return torch.from_numpy(arriving * probability[:, -1])
 
 
-def hypergrid(height: int = 12, base: float = 0.01) -> World:
+def hypergrid(height: int = 12) -> World:
     """A square of states: go down or right from the corner, stop anywhere.
 
-    Rewards as in Bengio et al. (arXiv 2106.04399, section 4.1): ``base`` everywhere, 0.5 more in the four corners, 2
-    more in a band within each. A way into a corner leads through states that say nothing of it.
+    Rewards as in Bengio et al. (arXiv 2106.04399): little (0.01) everywhere, 0.5 more in the four corners, 2 more in a
+    band within each. A way into a corner leads through states that say nothing of it.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def hypergrid(height: int = 12, base: float = 0.01) -> World:
         raise ValueError(f"height is {height}, expected at least 2 states along an edge")
     coordinate = (torch.arange(height) / (height - 1) * 2 - 1).abs()
     corner, band = coordinate > 0.5, (coordinate > 0.6) & (coordinate < 0.8)
-    reward = base + 0.5 * (corner[:, None] & corner[None]) + 2.0 * (band[:, None] & band[None])
+    reward = 0.01 + 0.5 * (corner[:, None] & corner[None]) + 2.0 * (band[:, None] & band[None])
     row, column = (one.flatten() for one in torch.meshgrid(torch.arange(height), torch.arange(height), indexing="ij"))
     state = torch.arange(height * height)
     after = torch.stack(
@@ -88,11 +88,11 @@ def hypergrid(height: int = 12, base: float = 0.01) -> World:
     return World(inputs, after, torch.ones_like(row, dtype=torch.bool), reward.log().flatten())
 
 
-def sets(num_items: int = 10, size: int = 7, spread: float = 1.5, seed: int = 0) -> World:
+def sets(num_items: int = 10, size: int = 7) -> World:
     """Sets of ``size`` of ``num_items`` items, taken one by one; an item has an energy, and energies add up.
 
-    The forward-looking paper's own first task (arXiv 2302.01687, section 5.1), made small enough to sum: half a set
-    already says half of the reward.
+    After the forward-looking paper's own first task (arXiv 2302.01687), made small enough to sum: half a set already
+    says half of the energy.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def sets(num_items: int = 10, size: int = 7, spread: float = 1.5, seed: int = 0)
     """
     if not 1 <= size <= num_items:
         raise ValueError(f"a set has {size} of {num_items} items, expected 1 to {num_items}")
-    energy = torch.randn(num_items, generator=torch.Generator().manual_seed(seed)) * spread
+    energy = torch.randn(num_items, generator=torch.Generator().manual_seed(0)) * 1.5
     members = (torch.arange(2**num_items)[:, None] >> torch.arange(num_items)) & 1
     kept = members[members.sum(1) <= size]
     number = {tuple(row): position for position, row in enumerate(kept.tolist())}
@@ -124,7 +124,7 @@ class FlowNetworkTraining:
         Where to walk.
     forward_looking
         Detailed balance is ``log F(s) + log P(s'|s) = log F(s') + log P_back(s|s')``, and ``F = R`` where one stops:
-        only there does a reward come in. Forward-looking (Pan et al., arXiv 2302.01687, section 4), the network gives
+        only there does a reward come in. Forward-looking (Pan et al., arXiv 2302.01687), the network gives
         what is still to come, and ``F(s) = R(s) * network(s)``: every transition knows the reward of both its ends.
     rate
         Learning rate of Adam.

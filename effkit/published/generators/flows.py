@@ -17,12 +17,12 @@ NUM_TIMES = 16  # numbers that the time is given in
 
 
 @cache
-def pictures(num: int = 4096, seed: int = 0) -> torch.Tensor:
-    """Small pictures of one shape each, shape (num, 64): a disc, ring, cross or bar, anywhere, of any size.
+def pictures() -> torch.Tensor:
+    """Small pictures of one shape each, shape (4096, 64): a disc, ring, cross or bar, anywhere, of any size.
 
-    Pixels are scaled to mean 0 and variance 1 over the whole set, as flow matching wants them.
+    Pixels are scaled to mean 0 and variance 1 over the whole set, held-out pictures included, as large as the noise.
     """
-    generator = torch.Generator().manual_seed(seed)
+    num, generator = 4096, torch.Generator().manual_seed(0)
     kind = torch.randint(0, 4, (num, 1, 1), generator=generator)
     row, column = (torch.rand(2, num, 1, 1, generator=generator) * 4 + 1.5).unbind()
     size = torch.rand(num, 1, 1, generator=generator) * 1.2 + 1.2
@@ -139,7 +139,7 @@ class FlowTraining:
         self.num_tokens = batch_size  # a picture is one token here
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, fused=True)
         fixed = torch.Generator().manual_seed(12345)  # the same noise whenever the loss is looked at
-        self._times = (torch.arange(512) + 0.5) / 512
+        self.times = (torch.arange(512) + 0.5) / 512
         self._noise = torch.randn(self.held_out.shape, generator=fixed)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -167,6 +167,6 @@ class FlowTraining:
 
     @torch.no_grad()
     def losses(self) -> torch.Tensor:
-        """The same, picture by picture, shape (512,), ordered by time."""
-        x, velocity = noised(self.held_out, self._noise, self._times)
-        return ((self.model(x, self._times) - velocity) ** 2).mean(1)
+        """The same, picture by picture, shape (512,), each at its own one of ``times``."""
+        x, velocity = noised(self.held_out, self._noise, self.times)
+        return ((self.model(x, self.times) - velocity) ** 2).mean(1)

@@ -18,7 +18,7 @@ def _ways(num_queries: int, num_objects: int) -> torch.Tensor:
 def one_to_one(cost: torch.Tensor) -> torch.Tensor:
     """The cheapest way to give each object a query of its own, found by trying all of them.
 
-    DETR uses the Hungarian algorithm (Carion et al., arXiv 2005.12872, section 3.1). With a handful of objects the same
+    DETR uses the Hungarian algorithm (Carion et al., arXiv 2005.12872). With a handful of objects the same
     optimum comes from looking at every way at once, for a whole batch.
 
     Parameters
@@ -56,7 +56,7 @@ def one_to_one(cost: torch.Tensor) -> torch.Tensor:
 
 
 def one_to_many(centres: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Every place inside a box answers for it; inside several, for the smallest (FCOS: Tian et al., arXiv 1904.01355).
+    """Every place inside a box answers for it; inside several, for the smallest (as in FCOS, arXiv 1904.01355).
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 
 import pandas as pd
@@ -17,15 +17,15 @@ from effkit.published.meter import reproducible
 from effkit.side_by_side import saved_bytes
 
 NOISE = 0.7  # eta of the published settings
-Reward = Callable[[torch.Tensor], torch.Tensor]
+NUM_GROUPS, GROUP_SIZE = 6, 12  # rollouts of an iteration
 
 
-def ring(num: int = 2048, num_spots: int = 8, seed: int = 0) -> torch.Tensor:
-    """Points in a plane, shape (num, 2): spots of deviation 0.1 evenly on a circle of radius 2."""
-    generator = torch.Generator().manual_seed(seed)
-    angle = torch.randint(0, num_spots, (num,), generator=generator) * (2 * math.pi / num_spots)
+def ring() -> torch.Tensor:
+    """Points in a plane, shape (2048, 2): eight spots of deviation 0.1 evenly on a circle of radius 2."""
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.randint(0, 8, (2048,), generator=generator) * (2 * math.pi / 8)
     centre = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
-    return centre + 0.1 * torch.randn(num, 2, generator=generator)
+    return centre + 0.1 * torch.randn(2048, 2, generator=generator)
 
 
 def to_the_right(points: torch.Tensor) -> torch.Tensor:
@@ -39,16 +39,16 @@ def plane_model() -> FlowModel:
 
 
 @cache
-def _pretrained(num_steps: int) -> FlowModel:
+def _pretrained() -> FlowModel:
     training = FlowTraining(0, rate=4e-3, batch_size=128, data=ring(), model=plane_model)
-    for _ in range(num_steps):
+    for _ in range(300):
         training.step()
     return training.model
 
 
-def pretrained(num_steps: int = 300) -> FlowModel:
-    """A flow model that draws the ring after so many steps of training; a new copy each time."""
-    return copy.deepcopy(_pretrained(num_steps))
+def pretrained() -> FlowModel:
+    """A flow model that draws the ring after 300 steps of training; a new copy each time."""
+    return copy.deepcopy(_pretrained())
 
 
 class WindowedTraining:
@@ -57,8 +57,11 @@ class WindowedTraining:
     Outside the window a step follows the ordinary differential equation; inside, the stochastic one with the same
     marginals, ``dx = [v - s^2/2 (x - t v)/(1 - t)] dt + s dw``, whose ``s^2 = eta^2 (1 - t)``. A step inside has a
     likelihood, and the loss is GRPO's with one update per rollout: ``-advantage * ratio``, averaged over the window
-    (MixGRPO: Li et al., arXiv 2507.21802). The window of W slides on by one step an
-    iteration and begins anew at the end. DanceGRPO's published scripts train 0.6 of 25 steps but the last: W = 14.
+    (MixGRPO: Li et al., arXiv 2507.21802). The window of W slides on by one step an iteration here, and begins anew at
+    the end; in the published script it stays for 25 iterations.
+
+    DanceGRPO as the same script runs it trains 0.6 of 25 steps but the last: W = 14. Its cost is that of such a window.
+    What it learns need not be: there, the steps are drawn at random and every step of a rollout is noisy.
 
     Parameters
     ----------
@@ -70,8 +73,8 @@ class WindowedTraining:
         T.
     seed
         Of the noise.
-    groups, group_size
-        Rollouts an iteration: each group starts from one noise, and advantages are relative to its mean.
+    rate
+        Learning rate of AdamW.
     recompute
         Gradient checkpointing, as the published scripts have it: a forward pass more for every trained step.
 
@@ -88,17 +91,14 @@ class WindowedTraining:
         *,
         num_steps: int = 25,
         seed: int = 0,
-        groups: int = 6,
-        group_size: int = 12,
         rate: float = 1e-3,
         recompute: bool = True,
-        reward: Reward = to_the_right,
     ) -> None:
         if not 1 <= window <= num_steps:
             raise ValueError(f"the window is {window} of {num_steps} sampling steps, expected 1 to {num_steps}")
         self.generator = reproducible(seed)
         self.model, self.window, self.num_steps = model, window, num_steps
-        self.groups, self.group_size, self.recompute, self.reward = groups, group_size, recompute, reward
+        self.recompute = recompute
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
         self.iteration = 0
 
@@ -117,8 +117,8 @@ class WindowedTraining:
 
     @torch.no_grad()
     def rollout(self) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor]]]:
-        """Samples, shape (groups * group_size, 2), and the (step, before, after) of every step in the window."""
-        x = torch.randn(self.groups, 2, generator=self.generator).repeat_interleave(self.group_size, 0)
+        """Samples, shape (72, 2), a dozen from one noise, and (step, before, after) of every step in the window."""
+        x = torch.randn(NUM_GROUPS, 2, generator=self.generator).repeat_interleave(GROUP_SIZE, 0)
         kept = []
         for step in range(self.num_steps):
             if self.first <= step < self.first + self.window:
@@ -141,8 +141,8 @@ class WindowedTraining:
         return -((after - expected) ** 2).sum(1) / (2 * deviation**2)
 
     def objective(self, samples: torch.Tensor, kept: list[tuple[int, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """GRPO's loss over the steps of the window."""
-        rewards = self.reward(samples).view(self.groups, self.group_size)
+        """GRPO's loss over the steps of the window; advantages are relative to those from the same noise."""
+        rewards = to_the_right(samples).view(NUM_GROUPS, GROUP_SIZE)
         spread = rewards.std(1, keepdim=True) + 1e-4
         advantage = ((rewards - rewards.mean(1, keepdim=True)) / spread).flatten()
         total = torch.zeros(())
@@ -164,16 +164,16 @@ class WindowedTraining:
         x = torch.randn(256, 2, generator=torch.Generator().manual_seed(1))
         for step in range(self.num_steps):
             x = x + self.model(x, torch.full((len(x),), step / self.num_steps)) / self.num_steps
-        return float(self.reward(x).mean())
+        return float(to_the_right(x).mean())
 
 
-def iteration_flops(num_steps: int, num_trained: int, *, recompute: bool = True) -> float:
+def iteration_flops(num_steps: int, num_trained: int) -> int:
     """FLOPs of one iteration, in forward passes of the whole batch.
 
-    A rollout is ``num_steps`` of them; a trained step is a forward and a backward pass (3), and one more where the
-    forward is run again for the backward.
+    A rollout is ``num_steps`` of them; a trained step is a forward and a backward pass (3), and one more since the
+    forward is run again for the backward (gradient checkpointing).
     """
-    return num_steps + num_trained * (4 if recompute else 3)
+    return num_steps + 4 * num_trained
 
 
 def windows(sizes: tuple[int, ...] = (1, 4, 14, 25), *, num_steps: int = 25) -> pd.DataFrame:
@@ -189,7 +189,7 @@ def windows(sizes: tuple[int, ...] = (1, 4, 14, 25), *, num_steps: int = 25) -> 
     rows = {}
     for size in sizes:
         training = WindowedTraining(plane_model(), size, num_steps=num_steps)
-        batch = torch.zeros(training.groups * training.group_size, 2)
+        batch = torch.zeros(NUM_GROUPS * GROUP_SIZE, 2)
         with torch.no_grad(), FlopCounterMode(display=False) as forward:
             training.model(batch, torch.zeros(len(batch)))
         with FlopCounterMode(display=False) as counter:

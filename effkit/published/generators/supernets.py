@@ -27,20 +27,19 @@ def task(num: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tens
 class MixedLinear(nn.Module):
     """A linear layer of which a subnetwork uses the upper left corner, from experts mixed for that subnetwork.
 
-    ``weight(a) = sum_e router(a)_e weight_e``, with the router a softmax of a small network of the architecture:
-    layer-wise one number per expert, neuron-wise one per expert and output neuron (Jawahar et al.,
-    Mixture-of-Supernets, arXiv 2306.04845, section 3). One expert is the plain weight-sharing supernet.
+    ``weight(a) = sum_e router(a)_e weight_e``, with the router a softmax of a small network of the architecture, one
+    number per expert and output neuron: the neuron-wise form of Mixture-of-Supernets (Jawahar et al., arXiv
+    2306.04845). One expert is the plain weight-sharing supernet.
     Experts begin wider by the root of their number, so that an even mixture begins as wide as the plain layer does.
     """
 
-    def __init__(self, num_in: int, num_out: int, num_experts: int, neuron_wise: bool) -> None:
+    def __init__(self, num_in: int, num_out: int, num_experts: int) -> None:
         super().__init__()
         bound = (num_experts / num_in) ** 0.5
         self.weight = nn.Parameter(torch.empty(num_experts, num_out, num_in).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(num_experts, num_out).uniform_(-bound, bound))
-        self.num_experts, self.num_routed = num_experts, num_out if neuron_wise else 1
         self.router = (
-            nn.Sequential(nn.Linear(len(WIDTHS), 16), nn.ReLU(), nn.Linear(16, num_experts * self.num_routed))
+            nn.Sequential(nn.Linear(len(WIDTHS), 16), nn.ReLU(), nn.Linear(16, num_experts * num_out))
             if num_experts > 1
             else None
         )
@@ -50,8 +49,7 @@ class MixedLinear(nn.Module):
         weight, bias = self.weight[:, :num_out, :num_in], self.bias[:, :num_out]
         if self.router is None:
             return weight[0], bias[0]
-        mixture = self.router(architecture).view(self.num_experts, self.num_routed).softmax(0)
-        mixture = mixture[:, :num_out].expand(-1, num_out)
+        mixture = self.router(architecture).view(self.bias.shape).softmax(0)[:, :num_out]
         return (mixture[:, :, None] * weight).sum(0), (mixture * bias).sum(0)
 
 
@@ -62,17 +60,20 @@ class Supernet(nn.Module):
     ----------
     num_experts
         1: weights are shared. 2 and more: mixed by the architecture.
-    neuron_wise
-        A mixture per output neuron rather than per layer.
+
+    Raises
+    ------
+    ValueError
+        For fewer than 1 expert.
     """
 
-    def __init__(self, num_experts: int = 1, *, neuron_wise: bool = True) -> None:
+    def __init__(self, num_experts: int = 1) -> None:
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}, expected at least 1")
         most = WIDTHS[-1]
         sizes = ((NUM_INPUTS, most), (most, most), (most, NUM_CLASSES))
-        self.layers = nn.ModuleList(MixedLinear(*size, num_experts, neuron_wise) for size in sizes)
+        self.layers = nn.ModuleList(MixedLinear(*size, num_experts) for size in sizes)
 
     def forward(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """Logits, shape (batch, 8), of the subnetwork of this width."""
@@ -90,15 +91,14 @@ class Supernet(nn.Module):
 
 
 def trained(
-    seed: int, widths: Sequence[int] = WIDTHS, *, num_experts: int = 1, steps: int = 400, rate: float = 4e-2,
-    neuron_wise: bool = True,
-) -> pd.Series[float]:  # fmt: skip
+    seed: int, widths: Sequence[int] = WIDTHS, *, num_experts: int = 1, steps: int = 400, rate: float = 4e-2
+) -> pd.Series[float]:
     """Train on widths drawn at random, one a step; the held-out loss of each of them.
 
     With a single width this is training from scratch: the same network, batches and number of steps.
     """
     generator = reproducible(seed)
-    model = Supernet(num_experts, neuron_wise=neuron_wise)
+    model = Supernet(num_experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
     for _ in range(steps):
@@ -113,20 +113,20 @@ def trained(
         return pd.Series({width: float(F.cross_entropy(model(x, width), y)) for width in widths}, name=seed)
 
 
-def gaps(*, seeds: Sequence[int] = (0, 1, 2), steps: int = 400, num_experts: int = 2) -> pd.DataFrame:
+def gaps(*, seeds: Sequence[int] = (0, 1, 2)) -> pd.DataFrame:
     """How much worse a subnetwork is than the same network trained alone for as many steps.
 
     Returns
     -------
     DataFrame
-        Indexed by ``seed`` and ``width``: held-out loss ``alone``, ``shared`` (one set of weights), ``mixed``.
+        Indexed by ``seed`` and ``width``: held-out loss ``alone``, ``shared`` (one set of weights), ``mixed`` (two).
     """
     rows = {}
     for seed in seeds:
-        shared = trained(seed, steps=steps)
-        mixed = trained(seed, steps=steps, num_experts=num_experts)
+        shared = trained(seed)
+        mixed = trained(seed, num_experts=2)
         for width in WIDTHS:
-            alone = trained(seed, (width,), steps=steps)
+            alone = trained(seed, (width,))
             rows[seed, width] = {"alone": alone[width], "shared": shared[width], "mixed": mixed[width]}
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(list(rows), names=["seed", "width"])

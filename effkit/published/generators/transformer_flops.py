@@ -10,8 +10,7 @@ def forward_flops(num_tokens: int, hidden: int, num_layers: int, *, conditioned:
 
     A block multiplies each token by ``12 hidden^2`` weights (4 for attention's projections, 8 for a feed-forward
     network of four times the width), and each pair of tokens twice over the width. A diffusion transformer's block also
-    makes six vectors of the time and class, once per image (adaLN-Zero: Peebles and Xie, arXiv 2212.09748, section
-    3.2).
+    makes six vectors of the time and class, once per image (adaLN-Zero: Peebles and Xie, arXiv 2212.09748).
 
     Raises
     ------
@@ -52,15 +51,15 @@ def epochs_saved(
 ) -> pd.Series[float]:
     """What fewer epochs of pre-training save of the whole way to a fine-tuned model, as a fraction of its FLOPs.
 
-    A masked image model whose encoder sees all tokens (SimMIM: Xie et al., arXiv 2111.09886) does in an epoch of
-    pre-training what it does in one of fine-tuning, so that epochs add up.
+    An epoch of pre-training is taken to cost what one of fine-tuning does, so that epochs add up. That is near the
+    truth where the encoder sees all tokens (SimMIM: Xie et al., arXiv 2111.09886) and the images are of one size.
 
     Parameters
     ----------
     saved_frac
         Of the epochs of pre-training; a claim, not a measurement.
     pretraining_epochs, fine_tuning_epochs
-        Before.
+        Before; a common setting, not MTO's own.
     added_frac
         What the method adds to a step's FLOPs. Unknown for MTO: its abstract gives none.
 

@@ -69,11 +69,12 @@ class Learnt:
     dur_ns: int
 
 
-def tasks(seed: int = 0, num: int = PER_TASK) -> list[tuple[Tensor, Tensor]]:
-    """Synthetic tasks of two classes each, shapes (num, 64) and (num,): a class is two clouds, and no line parts them.
+def tasks(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Synthetic tasks of two classes each: a class is two clouds, and no line parts them.
 
-    In what follows the first half of ``2 x PER_TASK`` is learnt from and the second is for testing.
+    Shapes (1280, 64) and (1280,): the first half of each is learnt from and the second is for testing.
     """
+    num = 2 * PER_TASK
     generator = torch.Generator().manual_seed(seed)
     centres = 0.6 * torch.randn(NUM_TASKS, 2, 2, CHANNELS, generator=generator)
     made = []
@@ -87,7 +88,7 @@ def tasks(seed: int = 0, num: int = PER_TASK) -> list[tuple[Tensor, Tensor]]:
 
 def at_once(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same eight classes as one task: points and classes to learn from, and others to be tested on."""
-    made = tasks(seed, 2 * PER_TASK)
+    made = tasks(seed)
     x, y = (torch.stack(parts) for parts in zip(*made, strict=True))
     return (
         x[:, :PER_TASK].flatten(0, 1), y[:, :PER_TASK].flatten(),
@@ -98,14 +99,15 @@ def at_once(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def learn(saving: Saving, seed: int = 0, *, num_epochs: int = _EPOCHS, lr: float = 0.05) -> Learnt:
     """Learn the tasks in turn with a small memory of earlier ones (experience replay), under a saving.
 
-    As SparCL (arXiv 2209.09476, section 3) does, with less machinery: at each epoch some of the kept weights with the
-    least |weight| + |gradient| make place for as many with the largest gradient (one dense gradient pays for it, and
-    is counted); of the kept weights those with the largest gradient learn; and after each epoch the examples that
-    were classified with the most confidence are left out.
+    After SparCL (arXiv 2209.09476), with less machinery: at each epoch some of the kept weights with the least
+    |weight| + |gradient|, each over its largest in the layer, make place for as many with the largest gradient; of the
+    kept weights those with the largest gradient learn; and after each epoch the examples that were classified with the
+    most confidence are left out. Choosing takes the gradient of one batch, which is counted as if its forward pass and
+    all of its backward pass were dense: more than it has to be, for the weights are sparse already. A weight that no
+    longer learns still moves by its momentum for a few steps; biases are dense, learn, and are not counted.
     """
-    reproducible(seed)
-    generator = torch.Generator().manual_seed(seed)
-    made = tasks(seed, 2 * PER_TASK)
+    generator = reproducible(seed)
+    made = tasks(seed)
     network = nn.Sequential(nn.Linear(CHANNELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
                             nn.Linear(HIDDEN, 2 * NUM_TASKS))  # fmt: skip
     layers = [layer for layer in network if isinstance(layer, nn.Linear)]
@@ -115,12 +117,13 @@ def learn(saving: Saving, seed: int = 0, *, num_epochs: int = _EPOCHS, lr: float
     memory = torch.zeros(0, CHANNELS), torch.zeros(0, dtype=torch.long)
     work = {"forward": 0, "backward to activations": 0, "gradients of weights": 0, "choosing the masks": 0}
     dur_ns = 0
+    sparse = saving.gradients_frac < 1  # never more than weights
     for x, y in ((x[:PER_TASK], y[:PER_TASK]) for x, y in made):
         left = torch.arange(PER_TASK)
         for epoch in range(num_epochs):
             begin = time.perf_counter_ns()
             learning = kept
-            if saving.weights_frac < 1:
+            if sparse:
                 probe = _mixed(x, y, memory, left[torch.randperm(len(left), generator=generator)[:_BATCH]], generator)
                 kept, learning = _chosen(network, layers, kept, probe, saving)
                 work["choosing the masks"] += 6 * len(probe[1]) * sum(layer.weight.numel() for layer in layers)
@@ -131,10 +134,10 @@ def learn(saving: Saving, seed: int = 0, *, num_epochs: int = _EPOCHS, lr: float
                 update.zero_grad()
                 cross_entropy(output, ys).backward()
                 for layer, mask in zip(layers, learning, strict=True):
-                    if saving.weights_frac < 1 and layer.weight.grad is not None:
+                    if sparse and layer.weight.grad is not None:
                         layer.weight.grad.mul_(mask)
                 update.step()
-                if saving.weights_frac < 1:
+                if sparse:
                     _mask(layers, kept)
                 own = output.detach()[: len(part)]
                 confidence[part] = own.softmax(-1)[torch.arange(len(part)), y[part]]

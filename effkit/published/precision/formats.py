@@ -19,12 +19,12 @@ ROLES = ("weights", "activations", "gradients")
 _SCALE_BYTES = 4
 
 
-def cast(x: Tensor, number_format: str, scale_per: str = "tensor") -> Tensor:
+def cast(x: Tensor, number_format: str) -> Tensor:
     """The tensor rounded to a format, back in its own dtype: what a computation in that format would see.
 
-    Eight and four bits are scaled so that the largest magnitude is the largest number of the format (127 and 7 for
-    integers, 448 for e4m3, 57344 for e5m2) and rounded to the nearest; float32 and bfloat16 need no scale. The formats
-    are those of Micikevicius et al., arXiv 2209.05433, section 3.
+    Eight and four bits have one scale per tensor, by which the largest magnitude is the largest number of the format
+    (127 and 7 for integers, 448 for e4m3, 57344 for e5m2), and are rounded to the nearest; float32 and bfloat16 need no
+    scale. The 8-bit floats are those of arXiv 2209.05433, as torch has them.
 
     Parameters
     ----------
@@ -32,20 +32,18 @@ def cast(x: Tensor, number_format: str, scale_per: str = "tensor") -> Tensor:
         Any shape.
     number_format
         One of ``FORMATS``.
-    scale_per
-        ``"tensor"``: one scale for all; ``"row"``: one for each row of the last dimension.
 
     Raises
     ------
     ValueError
-        For another format or another way to share scales.
+        For another format.
     """
-    _check(number_format, scale_per)
+    _check(number_format)
     if number_format == "float32":
         return x.clone()
     if number_format == "bfloat16":
         return x.to(torch.bfloat16).to(x.dtype)
-    largest = x.abs().amax(-1, keepdim=True) if scale_per == "row" else x.abs().amax()
+    largest = x.abs().amax()
     most = torch.finfo(_FLOATS[number_format]).max if number_format in _FLOATS else 2 ** (_BITS[number_format] - 1) - 1
     scale = torch.where(largest > 0, largest / most, torch.ones_like(largest))
     scaled = x / scale
@@ -53,17 +51,14 @@ def cast(x: Tensor, number_format: str, scale_per: str = "tensor") -> Tensor:
     return rounded * scale
 
 
-def size_bytes(x: Tensor, number_format: str, scale_per: str = "tensor") -> int:
-    """Bytes of the tensor in a format, its float32 scales included; two of four bits share a byte."""
-    _check(number_format, scale_per)
-    num_scales = 0 if _BITS[number_format] > 8 else x[..., 0].numel() if scale_per == "row" else 1
-    return -(-x.numel() * _BITS[number_format] // 8) + num_scales * _SCALE_BYTES
+def size_bytes(x: Tensor, number_format: str) -> int:
+    """Bytes of the tensor in a format, its float32 scale included; two of four bits share a byte."""
+    _check(number_format)
+    return -(-x.numel() * _BITS[number_format] // 8) + (_SCALE_BYTES if _BITS[number_format] <= 8 else 0)
 
 
 @contextmanager
-def low_precision(
-    model: nn.Module, number_format: str, roles: Collection[str], scale_per: str = "tensor"
-) -> Iterator[None]:
+def low_precision(model: nn.Module, number_format: str, roles: Collection[str]) -> Iterator[None]:
     """Within it, the linear layers of the blocks compute with tensors that are cast.
 
     Weights are cast once, when it is entered, and are their exact selves again afterwards: an optimizer that steps
@@ -80,7 +75,7 @@ def low_precision(
     ValueError
         For another format or role.
     """
-    _check(number_format, scale_per)
+    _check(number_format)
     unknown = set(roles) - set(ROLES)
     if unknown:
         raise ValueError(f"roles are some of {', '.join(ROLES)}; given: {', '.join(sorted(unknown))}")
@@ -89,17 +84,17 @@ def low_precision(
 
     def read(_: nn.Module, given: Any) -> Any:
         x = given[0]
-        return (x + (cast(x.detach(), number_format, scale_per) - x.detach()), *given[1:])
+        return (x + (cast(x.detach(), number_format) - x.detach()), *given[1:])
 
     def listen(_: nn.Module, __: Any, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda gradient: cast(gradient, number_format, scale_per))
+            output.register_hook(lambda gradient: cast(gradient, number_format))
 
     handles = []
     try:
         for layer, weight in zip(layers, exact, strict=True):
             if "weights" in roles:
-                layer.weight.data.copy_(cast(weight, number_format, scale_per))
+                layer.weight.data.copy_(cast(weight, number_format))
             if "activations" in roles:
                 handles.append(layer.register_forward_pre_hook(read))
             if "gradients" in roles:
@@ -112,13 +107,11 @@ def low_precision(
             layer.weight.data.copy_(weight)
 
 
-def weight_bytes(model: nn.Module, number_format: str, scale_per: str = "tensor") -> int:
+def weight_bytes(model: nn.Module, number_format: str) -> int:
     """Bytes of the weights that :func:`low_precision` casts."""
-    return sum(size_bytes(layer.weight, number_format, scale_per) for layer in matrices(model).values())
+    return sum(size_bytes(layer.weight, number_format) for layer in matrices(model).values())
 
 
-def _check(number_format: str, scale_per: str) -> None:
+def _check(number_format: str) -> None:
     if number_format not in _BITS:
         raise ValueError(f"the format is {number_format!r}, expected one of {', '.join(FORMATS)}")
-    if scale_per not in ("tensor", "row"):
-        raise ValueError(f"scale_per is {scale_per!r}, expected 'tensor' or 'row'")

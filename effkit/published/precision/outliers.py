@@ -54,8 +54,8 @@ def channel_kurtosis(model: nn.Module, batch: Any) -> dict[str, float]:
 def muon(model: nn.Module, lr: float = 3e-3) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embedding, output layer and norms.
 
-    Its update is orthogonalised, so that no direction of a matrix is preferred (arXiv 2506.19697, section 3); the
-    learning rate is adjusted to that of AdamW, so that one number serves both.
+    Its update is orthogonalised, so that no direction of a matrix is preferred: the part of arXiv 2506.19697 that is
+    tried here, with torch's Muon. The learning rate is adjusted to that of AdamW, so that one number serves both.
     """
     hidden = [layer.weight for layer in matrices(model).values()]
     known = {id(weight) for weight in hidden}

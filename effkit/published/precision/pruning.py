@@ -11,6 +11,8 @@ from effkit.models.decoder_only import Text
 from effkit.published.precision.small_language import adamw, matrices, train
 from effkit.published.precision.sparse_layers import apply_masks, train_masked
 
+_REFRESH_STEPS = 5
+
 
 def two_of_four(weight: Tensor) -> Tensor:
     """Which weights are kept: the two of largest magnitude in each four neighbours of a row.
@@ -43,13 +45,16 @@ def tail_share(model: nn.Module) -> float:
 
 
 class Decay:
-    """Shrinks the two smallest of each four a little every step, more as training goes on, and scales up what stays.
+    """Shrinks the two smallest of each four a little every step, more as training goes on, and scales the rows up.
 
-    After the decoupled form of L1 regularisation, w - lr decay sign(w), which is what CAST adds to Adam (arXiv
-    2509.25996, section III), adaptive here in that the strength is relative to the layer's mean magnitude. Which two
-    are smallest is looked up every ``refresh`` steps, so that a weight may come back. What is kept is then scaled so
-    that each row keeps its norm (their weight scaling, without its learnt part). Their distillation from the dense
-    model is not here.
+    The idea of CAST (arXiv 2509.25996), not its optimizer. Here, after each step of AdamW, the two smallest lose a
+    number: w - less sign(w), a decoupled L1 decay that Adam's moments do not see. Their AdamS, as others have written
+    it down again (the paper itself was not checked), mixes sign(w) into Adam's first moment with a weight that grows
+    from 0 to 1, so that the decay is divided by the root of the second moment like any gradient, and the loss's own
+    pull on those weights fades out; here it does not. Which two are smallest is looked up every few steps, so that a
+    weight may come back. A row that has become shorter than it was at first is then scaled up, by 2 / ``num_steps`` a
+    step at most: a stand-in for their weight scaling, of which no more than the purpose was looked up. Their
+    distillation from the dense model is not here.
 
     Parameters
     ----------
@@ -58,13 +63,18 @@ class Decay:
     num_steps
         After which the pattern is exact: the last step sets what is left to zero.
     strength
-        What decays in all by the end, in mean magnitudes of the layer, if nothing pushed back.
+        What decays in all by the end, in mean magnitudes of the layer at first, if nothing pushed back.
+
+    Raises
+    ------
+    ValueError
+        When a number is not positive.
     """
 
-    def __init__(self, model: nn.Module, num_steps: int, strength: float = 4.0, refresh: int = 5) -> None:
-        if num_steps < 1 or strength <= 0 or refresh < 1:
-            raise ValueError(f"num_steps {num_steps}, strength {strength}, refresh {refresh}: expected all above 0")
-        self.model, self.num_steps, self.strength, self.refresh = model, num_steps, strength, refresh
+    def __init__(self, model: nn.Module, num_steps: int, strength: float) -> None:
+        if num_steps < 1 or strength <= 0:
+            raise ValueError(f"num_steps {num_steps}, strength {strength}: expected both above 0")
+        self.model, self.num_steps, self.strength = model, num_steps, strength
         self.kept = masks(model)
         self.norms = {name: _row_norms(layer.weight) for name, layer in matrices(model).items()}
         self.magnitudes = {name: float(layer.weight.detach().abs().mean()) for name, layer in matrices(model).items()}
@@ -72,7 +82,7 @@ class Decay:
     @torch.no_grad()
     def __call__(self, step: int) -> None:
         """After the optimizer's step of this number, from 0."""
-        if step % self.refresh == 0:
+        if step % _REFRESH_STEPS == 0:
             self.kept = masks(self.model)
         last = step == self.num_steps - 1
         share = 2 * (step + 1) / (self.num_steps * (self.num_steps + 1))  # grows linearly, 1 in all
@@ -89,7 +99,7 @@ def _row_norms(weight: Tensor) -> Tensor:
 
 
 def ways_to_two_of_four(
-    model: Text, text: Tensor, num_steps: int, *, lr: float = 4e-3, strength: float = 8.0, seed: int = 0
+    model: Text, text: Tensor, num_steps: int, *, lr: float, strength: float, seed: int = 0
 ) -> dict[str, Text]:
     """Copies of a trained model, all but the second trained for as many more steps on the same pieces.
 

@@ -14,8 +14,8 @@ from effkit.account import Account
 WAYS = ("float64", "float32", "bfloat16 rotation", "bfloat16 positions too")
 
 
-def rotated(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotate each pair of channels by its position times its frequency (Su et al., arXiv 2104.09864, section 3.2).
+def rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotate each pair of channels by its position times its frequency (arXiv 2104.09864), of base 10,000.
 
     Everything is computed in the dtype of ``positions``; channel i goes with channel i + channels / 2, as in Llama.
 
@@ -40,7 +40,7 @@ def rotated(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
     if channels % 2:
         raise ValueError(f"x has {channels} channels, expected an even number: they are rotated in pairs")
     dtype = positions.dtype
-    frequencies = (base ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)).to(dtype)
+    frequencies = (10_000 ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)).to(dtype)
     angles = positions[:, None] * frequencies
     return _turned(x.to(dtype), angles.cos(), angles.sin())
 
@@ -49,7 +49,8 @@ def shift_errors(shifts: Sequence[int], *, num_tokens: int = 64, channels: int =
     """How far attention logits move when all positions move together: not at all, in exact arithmetic.
 
     Queries and keys are random, representable in bfloat16; products of rotated vectors are taken in float64, so that
-    only the rotation is at fault.
+    only the rotation is at fault. AnchorAttention (arXiv 2411.13476) reports that in trained models the error grows
+    with the context, and that the first token has a large part in it: random vectors cannot show either.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def attended_pairs(lengths: Sequence[int], *, within: bool = True, anchor: bool 
     within
         Documents do not see each other; otherwise the row is one text.
     anchor
-        Every document sees one shared first token as well (AnchorAttention, arXiv 2411.13476, section 4).
+        Every document sees the first token of the row as well (AnchorAttention, arXiv 2411.13476).
     """
     if not within:
         return attended_pairs([sum(lengths)])

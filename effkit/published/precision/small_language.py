@@ -17,6 +17,7 @@ from effkit.published import corpora
 from effkit.published.meter import reproducible
 
 WARM_UP_STEPS = 10
+_BATCH, _LENGTH = 16, 32  # pieces per step, and letters of a piece
 
 
 def untrained(seed: int = 0, *, layers: int = 2, hidden: int = 64, ffn: int = 128, heads: int = 4) -> Text:
@@ -66,13 +67,10 @@ def train(
     updates: Sequence[torch.optim.Optimizer],
     *,
     seed: int = 0,
-    batch_size: int = 16,
-    length: int = 32,
-    around: Callable[[], AbstractContextManager[object]] = nullcontext,
     before_update: Callable[[int], None] | None = None,
     after_update: Callable[[int], None] | None = None,
 ) -> int:
-    """Train in place on random pieces of a text; the learning rate warms up, then falls linearly to a tenth.
+    """Train in place on 16 pieces of 32 letters a step; the learning rate warms up, then falls linearly to a tenth.
 
     Parameters
     ----------
@@ -82,10 +80,6 @@ def train(
         Optimizers that share the parameters among them, at their highest learning rate.
     seed
         Decides which pieces are read: two trainings of one seed read the same ones.
-    batch_size, length
-        Pieces per step and their letters.
-    around
-        A context in which forward and backward of each step run.
     before_update, after_update
         Called with the number of the step before and after the optimizers move: for masks and decays.
 
@@ -111,10 +105,9 @@ def train(
         for update, rates in zip(updates, highest, strict=True):
             for group, rate in zip(update.param_groups, rates, strict=True):
                 group["lr"] = rate * share
-        piece = corpora.windows(text, batch_size, length, generator)
+        piece = corpora.windows(text, _BATCH, _LENGTH, generator)
         training.drop_gradients(model.parameters())
-        with around():
-            training.own_loss(model(input_ids=piece, labels=piece)).backward()
+        training.own_loss(model(input_ids=piece, labels=piece)).backward()
         if before_update is not None:
             before_update(step)
         for update in updates:
@@ -126,14 +119,9 @@ def train(
 
 
 def held_out_loss(
-    model: Text,
-    text: torch.Tensor,
-    *,
-    num: int = 96,
-    length: int = 32,
-    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    model: Text, text: torch.Tensor, *, around: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> float:
-    """Mean loss per letter [nats] over pieces that are spread evenly over a text, within a context."""
-    piece = corpora.windows(text, num, length)
+    """Mean loss per letter [nats] over 96 pieces that are spread evenly over a text, within a context."""
+    piece = corpora.windows(text, 96, _LENGTH)
     with training.evaluating(model), around():
         return float(training.own_loss(model(input_ids=piece, labels=piece)))

@@ -13,11 +13,13 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from effkit.published import corpora, meter
-from effkit.published.steps.language import LENGTH, Learning, english_ids, language_model, own_loss, pieces
+from effkit.published.steps.language import LENGTH, RATES, Learning, english_ids, language_model, own_loss, pieces
 
-TEACHER, REFERENCE = (2, 64, 150), (1, 32, 75)  # MiniPLM's: layers, width, steps of training
+TEACHER, REFERENCE = (2, 64, 150), (1, 32, 75)  # for MiniPLM: layers, width, steps of training
+NUM_PIECES, SCORED_AT_ONCE = 2048, 128  # of MiniPLM's pool
 NOISE_FRAC = 0.5  # of the pool that they were trained on
-_RATE = 2e-3  # of AdamW, for all models: the best one of language.RATES
+KEPT_FRAC = 0.5  # of the pool, the better half
+_RATE = RATES["AdamW"]
 
 
 def adamw(model: torch.nn.Module, rate: float = _RATE) -> torch.optim.Optimizer:
@@ -115,8 +117,8 @@ class Teacher:
 
 
 @cache
-def pool(noise_frac: float = 0.0, num_pieces: int = 2048) -> torch.Tensor:
-    """Pieces of English to choose from, shape (pieces, 32), of which the first ``noise_frac`` have shuffled letters.
+def pool(noise_frac: float = 0.0) -> torch.Tensor:
+    """Pieces of English to choose from, shape (2048, 32), of which the first ``noise_frac`` have shuffled letters.
 
     Raises
     ------
@@ -126,8 +128,8 @@ def pool(noise_frac: float = 0.0, num_pieces: int = 2048) -> torch.Tensor:
     if not 0 <= noise_frac < 1:
         raise ValueError(f"noise_frac is {noise_frac}, expected a fraction in [0, 1)")
     generator = torch.Generator().manual_seed(7)
-    chosen = corpora.windows(english_ids()[0], num_pieces, LENGTH, generator)
-    for row in chosen[: round(noise_frac * num_pieces)]:
+    chosen = corpora.windows(english_ids()[0], NUM_PIECES, LENGTH, generator)
+    for row in chosen[: round(noise_frac * NUM_PIECES)]:
         row.copy_(row[torch.randperm(LENGTH, generator=generator)])
     return chosen
 
@@ -162,8 +164,8 @@ def log_likelihood(model: Any, chosen: torch.Tensor) -> torch.Tensor:
 class Selected(Learning):
     """MiniPLM: the pool is scored once, the better half kept, and a student learns from that.
 
-    The score of a piece is its log-probability by the larger model less that by the smaller (arXiv 2410.17215, section
-    2.3: difference sampling). Phases: ``"scoring"`` (128 pieces a step) and ``"training"``.
+    The score of a piece is its log-probability by the larger model less that by the smaller (arXiv 2410.17215:
+    difference sampling). Phases: ``"scoring"`` (128 pieces a step) and ``"training"``.
 
     Parameters
     ----------
@@ -173,16 +175,12 @@ class Selected(Learning):
         The larger model and the smaller; None for both: no selection, all of the pool is learned from.
     noise_frac
         Which pool.
-    kept_frac
-        Share of the pool that is kept.
     """
 
-    def __init__(
-        self, seed: int, teacher: Any = None, reference: Any = None, *, noise_frac: float = 0.0, kept_frac: float = 0.5
-    ) -> None:
+    def __init__(self, seed: int, teacher: Any = None, reference: Any = None, *, noise_frac: float = 0.0) -> None:
         self.generator = meter.reproducible(seed)
         student = language_model(layers=1, hidden=48, seed=seed)
-        self.pool, self.kept_frac = pool(noise_frac), kept_frac
+        self.pool = pool(noise_frac)
         super().__init__(
             student, [adamw(student, 2 * _RATE)], from_pieces(self.pool, 16, self.generator), english_ids()[1]
         )
@@ -191,20 +189,21 @@ class Selected(Learning):
         self._scores: list[torch.Tensor] = []
         self._untaught = super().loss()
         if teacher is not None:
-            self.phase, self.num_tokens = "scoring", 128 * LENGTH
+            self.phase, self.num_tokens = "scoring", SCORED_AT_ONCE * LENGTH
 
     def step(self) -> None:
         """Score the next 128 pieces, or learn."""
         if self.phase != "scoring":
-            return super().step()
-        at = 128 * len(self._scores)
-        large, small = (log_likelihood(model, self.pool[at : at + 128]) for model in self.scorers)
+            super().step()
+            return
+        first = SCORED_AT_ONCE * len(self._scores)
+        chosen = self.pool[first : first + SCORED_AT_ONCE]
+        large, small = (log_likelihood(model, chosen) for model in self.scorers)
         self._scores.append(large - small)
-        if at + 128 >= len(self.pool):
-            self.kept = torch.cat(self._scores).topk(round(self.kept_frac * len(self.pool))).indices
+        if first + SCORED_AT_ONCE >= len(self.pool):
+            self.kept = torch.cat(self._scores).topk(round(KEPT_FRAC * len(self.pool))).indices
             self.draw = from_pieces(self.pool[self.kept], 16, self.generator)
             self.phase, self.num_tokens = "training", 16 * LENGTH
-        return None
 
     def loss(self) -> float:
         """The student's held-out loss on English."""
@@ -241,9 +240,9 @@ def miniplm_costs(num_steps: int = 100) -> pd.DataFrame:
     ).rename_axis("item")
 
 
-def noise_left(noise_frac: float, *, seed: int = 0) -> float:
+def noise_left(noise_frac: float) -> float:
     """Share of shuffled pieces among those that are kept from a pool of which so much is shuffled."""
-    training = miniplm(noise_frac=noise_frac)(seed)
+    training = miniplm(noise_frac=noise_frac)(0)  # the scores are the same for every seed
     while training.phase == "scoring":
         training.step()
     assert training.kept is not None  # it has been scored

@@ -13,6 +13,8 @@ from effkit.published import meter
 from effkit.published.steps.distilling import adamw
 from effkit.published.steps.language import Learning, english_ids, language_model, pieces
 
+NUM_EXPERTS, TOP_K = 4, 2
+
 
 def _doubled_inputs(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(out, in) -> (out, 2 in): each column split in two unequal parts, so that equal inputs give the same output."""
@@ -29,7 +31,8 @@ def widened(model: Any, *, seed: int = 0) -> Any:
     """A Llama of twice the width, heads and feed-forward, which computes what the given one does.
 
     Every unit stands twice, and what reads it is split between the two, unequally, so that they part when they learn:
-    the function-preserving initialisation of bert2BERT (arXiv 2110.07143, section 3.2), from which AquilaMoE starts.
+    a function-preserving initialisation in the manner of Net2Net (arXiv 1511.05641) and bert2BERT (arXiv 2110.07143).
+    AquilaMoE compares several initialisations; which of them it settled on we did not check.
 
     Raises
     ------
@@ -62,7 +65,7 @@ def widened(model: Any, *, seed: int = 0) -> Any:
 
 @torch.no_grad()
 def deepened(model: Any) -> Any:
-    """A Llama of twice the depth: each layer stands twice in a row (AquilaMoE, section 3.1: interpolation)."""
+    """A Llama of twice the depth: each layer stands twice in a row. This does change what it computes."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = 2 * len(model.model.layers)
     grown = type(model)(config).to(model.device)
@@ -98,20 +101,15 @@ class Experts(nn.Module):
         return torch.zeros_like(tokens).index_add(0, order // self.top_k, weights[order, None] * made).view_as(x)
 
 
-def upcycled(model: Any, *, num_experts: int = 4, top_k: int = 2, seed: int = 0) -> Any:
-    """A copy of the model whose feed-forwards have become experts, all of them alike: it computes what it did.
+def upcycled(model: Any, *, seed: int = 0) -> Any:
+    """A copy of the model whose feed-forwards have become four experts, all of them alike: it computes what it did.
 
-    Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055), AquilaMoE's "scale-out", section 3.2.
-
-    Raises
-    ------
-    ValueError
-        When ``top_k`` is not from 1 to ``num_experts``.
+    Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055), AquilaMoE's "scale-out".
     """
     torch.manual_seed(seed)
     grown = copy.deepcopy(model)
     for layer in grown.model.layers:
-        layer.mlp = Experts(layer.mlp, grown.config.hidden_size, num_experts, top_k).to(grown.device)
+        layer.mlp = Experts(layer.mlp, grown.config.hidden_size, NUM_EXPERTS, TOP_K).to(grown.device)
     return grown
 
 

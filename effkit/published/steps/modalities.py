@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -16,58 +16,49 @@ from effkit.published.steps.distilling import adamw
 from effkit.published.steps.language import Learning
 
 LENGTH, BATCH = 64, 8  # letters of one row, half of each stream; rows
-DESIGNS = ("dense", "mixed experts", "grouped experts")
+DESIGNS = ("dense", "grouped experts")
+NUM_EXPERTS, HIDDEN = 4, 64  # of each stream; width of a token
 
 
 class ChoosingExperts(nn.Module):
-    """Experts that choose tokens, not tokens experts; each takes 1 / (experts of its group) of its group's tokens.
+    """Experts that choose tokens, not tokens experts; each of the four of a stream takes a quarter of its tokens.
 
     So each token is computed once on average and a step costs what one dense feed-forward of that width costs, beside
-    the router. Gates are sigmoids (MoMa, section 2.2). What an expert takes depends on the whole batch, later letters
+    the router. Gates are sigmoids, as in MoMa. What an expert takes depends on the whole batch, later letters
     included; held-out data are routed by the score that was just enough in training, which looks at no other token (the
-    paper trains auxiliary routers for that, section 2.4).
+    paper trains auxiliary routers for that).
 
     Parameters
     ----------
     hidden, ffn
         Widths of the tokens and within an expert.
-    groups
-        Experts per group: ``(8,)`` for mixed ones, ``(4, 4)`` for one group per modality.
     """
 
-    def __init__(self, hidden: int, ffn: int, groups: tuple[int, ...]) -> None:
+    def __init__(self, hidden: int, ffn: int) -> None:
         super().__init__()
-        if not groups or min(groups) < 1 or len(groups) > 2:
-            raise ValueError(f"groups is {groups}, expected experts of one or of two groups, at least 1 each")
-        self.groups, num_experts = groups, sum(groups)
+        num_experts = 2 * NUM_EXPERTS
         self.gate, self.up = (nn.Parameter(0.02 * torch.randn(num_experts, hidden, ffn)) for _ in range(2))
         self.down = nn.Parameter(0.02 * torch.randn(num_experts, ffn, hidden))
         self.router = nn.Linear(hidden, num_experts, bias=False)
         nn.init.normal_(self.router.weight, std=0.02)
         self.register_buffer("enough", torch.zeros(num_experts))
         self.enough: torch.Tensor  # score of the last token that each expert took, a moving average
-        self.is_second: torch.Tensor | None = None  # which tokens are of the second modality, shape (rows, letters)
-
-    def _members(self, group: int, num_tokens: int) -> torch.Tensor:
-        if len(self.groups) == 1:
-            return torch.arange(num_tokens)
-        assert self.is_second is not None  # set by the model before its layers run
-        return (self.is_second.flatten() == bool(group)).nonzero()[:, 0]
+        self.is_second: torch.Tensor | None = None  # which tokens are of the second stream, shape (rows, letters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, letters, hidden) -> the same; a token that no expert takes gets 0."""
         tokens = x.flatten(0, -2)
         scores = self.router(tokens).sigmoid()
         output = torch.zeros_like(tokens)
-        first = 0
-        for group, number in enumerate(self.groups):
-            members = self._members(group, len(tokens)).to(x.device)
-            of_group = scores[members, first : first + number].T  # (experts, tokens of the group)
-            chosen = range(first, first + number)
+        assert self.is_second is not None  # set by the model before its layers run
+        for stream in (0, 1):
+            members = (self.is_second.flatten() == bool(stream)).nonzero()[:, 0].to(x.device)
+            chosen = range(stream * NUM_EXPERTS, (stream + 1) * NUM_EXPERTS)
+            of_group = scores[members][:, chosen].T  # (experts, tokens of the stream)
             if self.training:
-                best, places = of_group.topk(-(-len(members) // number), dim=-1)
+                best, places = of_group.topk(-(-len(members) // NUM_EXPERTS), dim=-1)
                 with torch.no_grad():
-                    self.enough[first : first + number].lerp_(best[:, -1], 0.1)
+                    self.enough[chosen.start : chosen.stop].lerp_(best[:, -1], 0.1)
                 taken = members[places]
                 output = output.index_add(
                     0, taken.flatten(), (best[..., None] * self._compute(taken, tokens, chosen)).flatten(0, 1)
@@ -77,34 +68,30 @@ class ChoosingExperts(nn.Module):
                     taken = members[of_group[row] >= self.enough[expert]]
                     gates = scores[taken, expert, None]
                     output = output.index_add(0, taken, gates * self._compute(taken[None], tokens, [expert])[0])
-            first += number
         return output.view_as(x)
 
-    def _compute(self, taken: torch.Tensor, tokens: torch.Tensor, chosen: Any) -> torch.Tensor:
+    def _compute(self, taken: torch.Tensor, tokens: torch.Tensor, chosen: Iterable[int]) -> torch.Tensor:
         """(experts, capacity) positions of tokens -> (experts, capacity, hidden)."""
         at, which = tokens[taken], list(chosen)
         inner = functional.silu(torch.bmm(at, self.gate[which])) * torch.bmm(at, self.up[which])
         return torch.bmm(inner, self.down[which])
 
 
-def model_of(design: str, *, num_experts: int = 8, hidden: int = 64, seed: int = 0) -> Any:
+def model_of(design: str, *, seed: int = 0) -> Any:
     """A Llama (transformers) over both alphabets; 2 layers, feed-forward (of each expert too) of twice the width.
 
     Raises
     ------
     ValueError
-        For another design than those of ``DESIGNS``, or an odd number of experts.
+        For another design than those of ``DESIGNS``.
     """
-    if design not in DESIGNS or num_experts < 2 or num_experts % 2:
-        raise ValueError(
-            f"{design!r} with {num_experts} experts; expected one of {', '.join(DESIGNS)} and an even number"
-        )
-    model: Any = models.text(layers=2, hidden=hidden, ffn=2 * hidden, heads=2, vocabulary=2 * corpora.VOCABULARY,
+    if design not in DESIGNS:
+        raise ValueError(f"the design is {design!r}, expected one of {', '.join(DESIGNS)}")
+    model: Any = models.text(layers=2, hidden=HIDDEN, ffn=2 * HIDDEN, heads=2, vocabulary=2 * corpora.VOCABULARY,
                              max_input_cells=LENGTH, seed=seed)  # fmt: skip
     if design == "dense":
         return model
-    groups = (num_experts,) if design == "mixed experts" else (num_experts // 2, num_experts // 2)
-    layers = [ChoosingExperts(hidden, 2 * hidden, groups).to(model.device) for _ in model.model.layers]
+    layers = [ChoosingExperts(HIDDEN, 2 * HIDDEN).to(model.device) for _ in model.model.layers]
     for layer, experts in zip(model.model.layers, layers, strict=True):
         layer.mlp = experts
 
@@ -138,13 +125,13 @@ class TwoStreams(Learning):
         return value
 
 
-def learning_both(design: str, *, num_experts: int = 8, rate: float = 4e-3) -> Callable[[int], TwoStreams]:
+def learning_both(design: str, *, rate: float = 4e-3) -> Callable[[int], TwoStreams]:
     """A start for the meter: one design of feed-forward; 4e-3 was the best of {1, 2, 4} times 1e-3 for each of them."""
 
     def start(seed: int) -> TwoStreams:
         generator = meter.reproducible(seed)
         learn, held = streams()
-        model = model_of(design, num_experts=num_experts, seed=seed)
+        model = model_of(design, seed=seed)
 
         def draw() -> torch.Tensor:
             return torch.cat([corpora.windows(ids, BATCH, LENGTH // 2, generator) for ids in learn], 1)

@@ -9,27 +9,8 @@ import torch
 from torch import nn
 
 
-def moments(state: dict[str, Any], gradient: torch.Tensor, betas: tuple[float, float]) -> torch.Tensor:
-    """Adam's direction for one parameter, bias corrected, and its moments moved on by one step.
-
-    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g²``, ``m̂ / (√v̂ + 1e-8)`` (Kingma and Ba, arXiv 1412.6980,
-    algorithm 1).
-
-    Parameters
-    ----------
-    state
-        ``step`` (already of this step), ``first`` and ``second``.
-    gradient
-        Of the parameter, any shape.
-    betas
-        Decay of the two moments.
-    """
-    state["first"].lerp_(gradient, 1 - betas[0])
-    state["second"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    return _direction(state["first"], state["second"], betas, state["step"])
-
-
 def _direction(first: torch.Tensor, second: torch.Tensor, betas: tuple[float, float], step: int) -> torch.Tensor:
+    """Adam's ``m̂ / (√v̂ + 1e-8)``, bias corrected (Kingma and Ba, arXiv 1412.6980, algorithm 1)."""
     return (first / (1 - betas[0] ** step)) / ((second / (1 - betas[1] ** step)).sqrt() + 1e-8)
 
 
@@ -97,7 +78,11 @@ class Lamb(_Adaptive):
         super().__init__(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
 
     def _move(self, parameter: nn.Parameter, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
-        update = moments(state, gradient, group["betas"]).add_(parameter, alpha=group["weight_decay"])
+        betas = group["betas"]
+        state["first"].lerp_(gradient, 1 - betas[0])
+        state["second"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        update = _direction(state["first"], state["second"], betas, state["step"])
+        update.add_(parameter, alpha=group["weight_decay"])
         weights, length = parameter.norm(), update.norm()
         trust = torch.where((weights > 0) & (length > 0), weights / length, torch.ones_like(length))
         parameter.sub_(group["lr"] * trust * update)
@@ -107,8 +92,8 @@ class Conda(_Adaptive):
     """Adam in the basis of its momentum's singular vectors (column-normalised Adam), for matrices.
 
     With ``U`` the singular vectors on the shorter side of the momentum ``m``, found anew every ``num_steps_kept``
-    steps, ``v = b2 v + (1 - b2) (Uᵀ g)²`` and ``w -= lr U (Uᵀ m̂) / (√v̂ + ε)`` (arXiv 2509.24218, algorithm 1; its
-    factor on the step is part of the rate here). Weight decay is decoupled, as in AdamW.
+    steps, ``v = b2 v + (1 - b2) (Uᵀ g)²`` and ``w -= lr U ((Uᵀ m̂) / (√v̂ + ε))`` (arXiv 2509.24218; a constant factor
+    on the step, as public implementations have it, is part of the rate here). Weight decay is decoupled, as in AdamW.
 
     Parameters
     ----------
@@ -117,7 +102,7 @@ class Conda(_Adaptive):
     lr
         Learning rate.
     num_steps_kept
-        Steps that one basis serves: T in the paper, 2,000 there.
+        Steps that one basis serves.
     betas, weight_decay
         As in AdamW.
 

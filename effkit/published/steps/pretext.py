@@ -16,12 +16,14 @@ from torch import nn
 from torch.nn import functional
 
 from effkit.published import corpora, meter
+from effkit.published.steps.language import LENGTH, Learning
 from effkit.published.steps.optimizers import matrices_and_rest
 
 MASK = corpora.VOCABULARY  # the letter that stands for a hidden one
 CLASSES = ("blank", "comment", "keyword", "name", "number", "operator", "string")
-HIDDEN, LENGTH, BATCH = 48, 32, 16
+HIDDEN, BATCH = 48, 16
 MASKED_FRAC = 0.15
+DETECTOR_WEIGHT = 50.0  # of its loss, as in ELECTRA and DeBERTaV3
 _KINDS = {tokenize.COMMENT: "comment", tokenize.NUMBER: "number", tokenize.OP: "operator", tokenize.STRING: "string"}
 _RATE = 2e-2  # of Muon, for both pretexts: 4e-2 is quicker at first and worse later, 1e-2 slower
 
@@ -63,10 +65,11 @@ def _probed() -> tuple[torch.Tensor, torch.Tensor]:
     return corpora.windows(corpora.encode(source), 160, LENGTH), corpora.windows(classes, 160, LENGTH)
 
 
-def unexplained(features: torch.Tensor, classes: torch.Tensor, *, ridge: float = 1e-2) -> float:
+def unexplained(features: torch.Tensor, classes: torch.Tensor) -> float:
     """Share of the variance of the classes that no linear probe on the features explains, on the held-out half.
 
-    Ridge regression of one-hot classes, in closed form, fitted to every second piece and tested on the others.
+    Ridge regression of one-hot classes, in closed form, fitted to every second piece and tested on the others; the
+    penalty is a hundredth of the features' mean square.
 
     Parameters
     ----------
@@ -74,8 +77,6 @@ def unexplained(features: torch.Tensor, classes: torch.Tensor, *, ridge: float =
         Shape (pieces, letters, width).
     classes
         Shape (pieces, letters).
-    ridge
-        Penalty, relative to the mean square of the features.
     """
     wanted = functional.one_hot(classes, len(CLASSES)).double()
     inputs = functional.pad(features.double(), (0, 1), value=1.0)
@@ -83,7 +84,7 @@ def unexplained(features: torch.Tensor, classes: torch.Tensor, *, ridge: float =
         (inputs[start::2].flatten(0, 1), wanted[start::2].flatten(0, 1)) for start in (0, 1)
     )
     square = fit_x.T @ fit_x
-    penalty = ridge * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
+    penalty = 1e-2 * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
     weights = torch.linalg.solve(square + penalty, fit_x.T @ fit_y)
     left = (test_x @ weights - test_y).square().sum()
     return float(left / (test_y - fit_y.mean(0)).square().sum())
@@ -109,43 +110,31 @@ def mask(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, t
     return ids.masked_fill(hidden, MASK), hidden
 
 
-class Masked:
-    """Masked modelling: the encoder says which letters were hidden. A :class:`effkit.published.meter.Training`."""
-
-    phase = "training"
-    num_tokens = BATCH * LENGTH
+class Masked(Learning):
+    """Masked modelling: the encoder says which letters were hidden."""
 
     def __init__(self, seed: int) -> None:
         self.generator = meter.reproducible(seed)
-        self.ids = corpora.encode(corpora.code())[len(_first_module()) :]
-        self.probed, self.classes = _probed()
-        self.encoder = encoder(2, seed)
+        ids = corpora.encode(corpora.code())[len(_first_module()) :]
+        held, self.classes = _probed()
+        super().__init__(encoder(2, seed), [], lambda: corpora.windows(ids, BATCH, LENGTH, self.generator), held)
         self.out = nn.Linear(HIDDEN, HIDDEN)
-        self._optimize(self.encoder, self.out)
+        self._optimize(self.model, self.out)
 
     def _optimize(self, *modules: nn.Module) -> None:
-        both = nn.ModuleList(modules)
-        inner, rest = matrices_and_rest(both)
+        # Among the matrices are also the difference of Shifted, which is no nn.Embedding, and the detector's one row
+        inner, rest = matrices_and_rest(nn.ModuleList(modules))
         self.updates = [torch.optim.Muon(inner, lr=_RATE), torch.optim.AdamW(rest, lr=2e-3)]
 
-    def objective(self) -> torch.Tensor:
+    def objective(self, batch: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the hidden letters [nats], a scalar."""
-        ids = corpora.windows(self.ids, BATCH, LENGTH, self.generator)
-        seen, hidden = mask(ids, self.generator)
-        return functional.cross_entropy(letters(self.encoder, self.out, seen, hidden), ids[hidden])
-
-    def step(self) -> None:
-        """Forward, backward, update."""
-        for update in self.updates:
-            update.zero_grad()
-        self.objective().backward()
-        for update in self.updates:
-            update.step()
+        seen, hidden = mask(batch, self.generator)
+        return functional.cross_entropy(letters(self.model, self.out, seen, hidden), batch[hidden])
 
     @torch.no_grad()
     def loss(self) -> float:
         """What a linear probe on the encoder leaves unexplained of the classes of letters."""
-        states = self.encoder(input_ids=self.probed, output_hidden_states=True).hidden_states
+        states = self.model(input_ids=self.held, output_hidden_states=True).hidden_states
         return unexplained(torch.cat(states, -1), self.classes)
 
 
@@ -156,7 +145,7 @@ def letters(model: Any, out: nn.Module, seen: torch.Tensor, hidden: torch.Tensor
 
 
 class Shifted(nn.Module):
-    """An embedding that reads another's weights without moving them, and adds its own (DeBERTaV3, section 3.3)."""
+    """An embedding that reads another's weights without moving them, and adds its own (DeBERTaV3)."""
 
     def __init__(self, other: nn.Embedding) -> None:
         super().__init__()
@@ -177,43 +166,32 @@ class Replaced(Masked):
         Of weights and batches.
     disentangled
         Whether the detector's gradient stays out of the generator's embedding (DeBERTaV3), or both pull at one
-        (ELECTRA).
-    weight
-        Of the detector's loss: 50 in ELECTRA and DeBERTaV3.
+        (ELECTRA, arXiv 2003.10555).
     """
 
-    def __init__(self, seed: int, *, disentangled: bool = True, weight: float = 50.0) -> None:
+    def __init__(self, seed: int, *, disentangled: bool = True) -> None:
         super().__init__(seed)
-        self.weight = weight
         self.generating = encoder(1, seed + 1000)
         self.detect = nn.Linear(HIDDEN, 1)
         shared = self.generating.get_input_embeddings()
-        self.encoder.set_input_embeddings(Shifted(shared) if disentangled else shared)
-        self._optimize(self.encoder, self.generating, self.out, self.detect)
+        self.model.set_input_embeddings(Shifted(shared) if disentangled else shared)
+        self._optimize(self.model, self.generating, self.out, self.detect)
 
-    def losses(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the generator and of the detector [nats], scalars."""
-        ids = corpora.windows(self.ids, BATCH, LENGTH, self.generator)
-        seen, hidden = mask(ids, self.generator)
+    def losses(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the generator and of the detector [nats], scalars, on letters of shape (pieces, letters)."""
+        seen, hidden = mask(batch, self.generator)
         logits = letters(self.generating, self.out, seen, hidden)
-        filled = ids.clone()
+        filled = batch.clone()
         chances = logits.detach().softmax(-1)
         filled[hidden] = torch.multinomial(chances, 1, generator=self.generator).flatten()
-        found = self.detect(self.encoder(input_ids=filled).last_hidden_state)[..., 0]
-        detecting = functional.binary_cross_entropy_with_logits(found, (filled != ids).float())
-        return functional.cross_entropy(logits, ids[hidden]), detecting
+        found = self.detect(self.model(input_ids=filled).last_hidden_state)[..., 0]
+        detecting = functional.binary_cross_entropy_with_logits(found, (filled != batch).float())
+        return functional.cross_entropy(logits, batch[hidden]), detecting
 
-    def objective(self) -> torch.Tensor:
+    def objective(self, batch: torch.Tensor) -> torch.Tensor:
         """Both losses, weighted."""
-        generating, detecting = self.losses()
-        return generating + self.weight * detecting
-
-
-class Shared(Replaced):
-    """Replaced-token detection with one embedding for both (ELECTRA, arXiv 2003.10555)."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed, disentangled=False)
+        generating, detecting = self.losses(batch)
+        return generating + DETECTOR_WEIGHT * detecting
 
 
 def signal() -> pd.DataFrame:
@@ -226,14 +204,15 @@ def signal() -> pd.DataFrame:
     ).set_index(pd.Index(counts, name="pretext"))
 
 
-def tug_of_war(num_steps: int = 60, *, seed: int = 0, every: int = 5) -> pd.Series[float]:
-    """Cosine of what the two losses want of one shared embedding, indexed by ``step``: below 0 they pull apart."""
-    training = Replaced(seed, disentangled=False)
+def tug_of_war(num_steps: int) -> pd.Series[float]:
+    """Cosine of what the two losses want of one shared embedding, every fifth ``step``: below 0 they pull apart."""
+    training = Replaced(0, disentangled=False)
     weight = training.generating.get_input_embeddings().weight
     found = {}
     for number in range(1, num_steps + 1):
-        if number % every == 0:
-            first, second = (torch.autograd.grad(one, weight, retain_graph=True)[0] for one in training.losses())
+        if number % 5 == 0:
+            losses = training.losses(training.draw())
+            first, second = (torch.autograd.grad(one, weight, retain_graph=True)[0] for one in losses)
             found[number] = float(functional.cosine_similarity(first.flatten(), second.flatten(), dim=0))
         training.step()
     return pd.Series(found, name="cosine").rename_axis("step")

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
-from torch import nn
 from torch.nn import functional
 
+from effkit.published.tokens.linear import Loss, fitted
+
 Words = list[str]
+_TRAIN_FRAC = 0.6
+_LOSSES: Mapping[str, Loss] = {"logistic": functional.cross_entropy, "hinge": functional.multi_margin_loss}
 _STOP = frozenset((
     "a", "an", "and", "are", "as", "at", "be", "been", "but", "by", "can", "do", "does", "for", "from", "has",
     "have", "if", "in", "into", "is", "it", "its", "may", "no", "not", "of", "on", "one", "or", "so", "such",
@@ -102,16 +105,13 @@ def density(documents: Sequence[Sequence[str]]) -> float:
     return len({feature for document in documents for feature in document}) / total if total else 0.0
 
 
-def linear_score(
-    documents: Sequence[Sequence[str]], labels: Sequence[int], *, train_frac: float = 0.6, num_steps: int = 40,
-    decay: float = 1e-3, kind: str = "logistic",
-) -> float:  # fmt: skip
+def linear_score(documents: Sequence[Sequence[str]], labels: Sequence[int], *, kind: str = "logistic") -> float:
     """Macro F1 on held-out documents of a linear classifier on counts of features, in [0, 1].
 
     Parameters
     ----------
     documents, labels
-        Features and class of each; the first ``train_frac`` of them are trained on, and only their features are known.
+        Features and class of each; the first 60% of them are trained on, and only their features are known.
     kind
         ``"logistic"`` (cross-entropy) or ``"hinge"`` (as a support vector machine).
 
@@ -120,9 +120,9 @@ def linear_score(
     ValueError
         For another kind.
     """
-    if kind not in ("logistic", "hinge"):
+    if kind not in _LOSSES:
         raise ValueError(f"kind is {kind!r}, expected 'logistic' or 'hinge'")
-    border = round(train_frac * len(documents))
+    border = round(_TRAIN_FRAC * len(documents))
     known = {feature: place for place, feature in enumerate(sorted({f for one in documents[:border] for f in one}))}
     counts = torch.zeros(len(documents), max(len(known), 1))
     for row, document in enumerate(documents):
@@ -130,16 +130,8 @@ def linear_score(
         counts[row] = torch.bincount(torch.tensor(places, dtype=torch.long), minlength=counts.shape[1]).float()
     counts = functional.normalize(counts.sqrt(), dim=1)
     truth = torch.tensor(labels)
-    torch.manual_seed(0)
-    model = nn.Linear(counts.shape[1], int(truth.max()) + 1)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=decay)
-    loss_of = functional.cross_entropy if kind == "logistic" else functional.multi_margin_loss
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        loss_of(model(counts[:border]), truth[:border]).backward()
-        optimizer.step()
+    model = fitted(counts[:border], truth[:border], int(truth.max()) + 1, num_steps=40, learning_rate=0.1, decay=1e-3,
+                   loss=_LOSSES[kind])  # fmt: skip
     with torch.no_grad():
         guess = model(counts[border:]).argmax(dim=1)
     return macro_f1(guess, truth[border:])
@@ -167,7 +159,7 @@ def variants(texts: Sequence[str], labels: Sequence[int]) -> pd.DataFrame:
     for name in PREPROCESSINGS:
         documents = [features(text, name) for text in texts]
         rows[name] = {
-            "density": density(documents[: round(0.6 * len(documents))]),
+            "density": density(documents[: round(_TRAIN_FRAC * len(documents))]),
             **{kind: linear_score(documents, labels, kind=kind) for kind in ("logistic", "hinge")},
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("preprocessing")

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from effkit.account import Account
 from effkit.published import corpora
 
 BUCKETS = 2**15
@@ -30,10 +29,10 @@ def hashed(text: str) -> list[int]:
 class HashedClassifier(nn.Module):
     """The mean of a document's feature vectors, and a linear layer: good or not."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bag = nn.EmbeddingBag(BUCKETS, width, mode="mean")
-        self.output = nn.Linear(width, 1)
+        self.bag = nn.EmbeddingBag(BUCKETS, 16, mode="mean")
+        self.output = nn.Linear(16, 1)
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
         """Documents -> scores (documents,); above 0 is good."""
@@ -43,13 +42,13 @@ class HashedClassifier(nn.Module):
         return self.output(self.bag(flat, torch.from_numpy(starts))).squeeze(-1)
 
 
-def classifier(texts: Sequence[str], good: Sequence[bool], *, num_epochs: int = 30, seed: int = 0) -> HashedClassifier:
-    """Train it on documents that somebody else has judged."""
+def classifier(texts: Sequence[str], good: Sequence[bool], *, seed: int = 0) -> HashedClassifier:
+    """Train it for 30 epochs on documents that somebody else has judged."""
     torch.manual_seed(seed)
     model = HashedClassifier()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     truth = torch.tensor(good, dtype=torch.float32)
-    for _ in range(num_epochs):
+    for _ in range(30):
         for places in torch.randperm(len(texts)).split(64):
             optimizer.zero_grad()
             made = model([texts[place] for place in places.tolist()])
@@ -89,9 +88,9 @@ def documents_per_s(
     return pd.Series({name: 1e9 * len(texts) / float(np.median(one)) for name, one in times.items()}, name="per_s")
 
 
-def agreement_frac(first: torch.Tensor, second: torch.Tensor, keep_frac: float = 0.5) -> float:
-    """Share of documents on which two scorers decide alike when each keeps its best; by chance k² + (1 - k)²."""
-    num = round(keep_frac * len(first))
+def agreement_frac(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Share of documents on which two scorers decide alike when each keeps its better half; one half by chance."""
+    num = round(0.5 * len(first))
     kept = [torch.zeros(len(one), dtype=torch.bool).index_fill(0, one.argsort(descending=True)[:num], True)
             for one in (first, second)]  # fmt: skip
     return float((kept[0] == kept[1]).float().mean())
@@ -102,31 +101,3 @@ def hours(
 ) -> pd.Series[float]:
     """Hours of one core for a corpus, from rates in documents per second."""
     return (num_tokens / document_tokens / rates_per_s / 3600).rename("hours")
-
-
-def bill(rates_per_s: pd.Series[float], *, num_documents: int, num_judged: int, training_ns: int) -> Account:
-    """Time to filter a corpus when the slow scorer judges some documents and the quick one learns from them.
-
-    Parameters
-    ----------
-    rates_per_s
-        Documents per second, ``language model`` and ``classifier``.
-    num_documents, num_judged
-        Of the corpus, and how many of them the language model judges.
-    training_ns
-        Of the classifier.
-
-    Raises
-    ------
-    ValueError
-        When more are to be judged than there are.
-    """
-    if num_judged > num_documents:
-        raise ValueError(f"{num_judged:,} judged documents of {num_documents:,}, expected no more than there are")
-    rows = {
-        "language model judges": round(1e9 * num_judged / rates_per_s["language model"]),
-        "classifier learns": training_ns,
-        "classifier reads all": round(1e9 * num_documents / rates_per_s["classifier"]),
-    }
-    return Account.of("Time of filtering", "ns", rows, total=sum(rows.values()), source="measured rates",
-                      basis="derived")  # fmt: skip

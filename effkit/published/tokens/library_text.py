@@ -14,18 +14,16 @@ import torch
 from effkit.published import corpora
 
 _MOST_LETTERS = 400_000
-_MODULES = (
-    "argparse",
-    "difflib",
-    "doctest",
-    "inspect",
-    "mailbox",
-    "optparse",
-    "statistics",
-    "subprocess",
-    "tarfile",
-    "typing",
-)
+_MODULES = ("argparse", "difflib", "doctest", "inspect", "mailbox", "optparse", "statistics", "subprocess", "tarfile",
+            "typing")  # fmt: skip
+
+
+def _source(name: str) -> Path:
+    """The file of a module of the standard library, or the ``__init__.py`` of a package of it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise RuntimeError("this Python comes without the source of its library; use one that has it")
+    return Path(spec.origin)
 
 
 @cache
@@ -38,10 +36,7 @@ def kinds() -> Mapping[str, str]:
         On a Python that comes without its sources.
     """
     comments, code = _apart(corpora.code())
-    spec = importlib.util.find_spec("encodings")
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise RuntimeError("this Python comes without the source of its library; use one that has it")
-    tables = "\n".join(path.read_text("utf-8") for path in sorted(Path(spec.origin).parent.glob("cp*.py")))
+    tables = "\n".join(path.read_text("utf-8") for path in sorted(_source("encodings").parent.glob("cp*.py")))
     texts = {"prose": corpora.english(), "comments": comments, "code": code, "tables": tables}
     return {name: text[:_MOST_LETTERS] for name, text in texts.items()}
 
@@ -55,13 +50,7 @@ def modules() -> Mapping[str, str]:
     RuntimeError
         On a Python that comes without its sources.
     """
-    found = {}
-    for name in _MODULES:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-            raise RuntimeError("this Python comes without the source of its library; use one that has it")
-        found[name] = Path(spec.origin).read_text("utf-8")
-    return found
+    return {name: _source(name).read_text("utf-8") for name in _MODULES}
 
 
 def _apart(source: str) -> tuple[str, str]:

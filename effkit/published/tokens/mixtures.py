@@ -16,7 +16,7 @@ from effkit.account import Account
 from effkit.published.tokens.next_letter import NextLetter, bits, train
 
 _RATE = 2e-3  # of continued training: where the seed model's own rate ended
-_EXPONENTS = np.linspace(0.1, 4.0, 40)
+_RATIO_EXPONENTS, _STEP_EXPONENTS = np.linspace(0.1, 4.0, 40), np.linspace(0.0, 1.5, 31)
 
 
 def seed_model(text: torch.Tensor, *, num_steps: int = 1500, seed: int = 0) -> NextLetter:
@@ -125,6 +125,8 @@ def continued(
 ) -> pd.DataFrame:
     """Go on training a model of general text on mixtures with a domain.
 
+    The optimizer starts anew after each look, every ``every`` steps: its moments are forgotten.
+
     Parameters
     ----------
     general, domain
@@ -196,7 +198,7 @@ class MixtureLaw:
 
 
 def fit(table: pd.DataFrame) -> MixtureLaw:
-    """The law of the general loss by least squares: exponents from a grid of 0.1 to 4, the rest exactly.
+    """The law of the general loss by least squares: exponents from grids (s 0.1 to 4, t 0 to 1.5), the rest exactly.
 
     Raises
     ------
@@ -208,8 +210,8 @@ def fit(table: pd.DataFrame) -> MixtureLaw:
     ratio, step = (table.index.get_level_values(name).to_numpy(float) for name in ("ratio_frac", "step"))
     target = table["general"].to_numpy(float)
     best: MixtureLaw | None = None
-    for s in _EXPONENTS:
-        for t in np.linspace(0.0, 1.5, 31):
+    for s in _RATIO_EXPONENTS:
+        for t in _STEP_EXPONENTS:
             design = np.stack([np.ones_like(ratio), ratio**s * step**t], axis=1)
             solution, *_ = np.linalg.lstsq(design, target, rcond=None)
             error = float(np.sqrt(np.mean((design @ solution - target) ** 2)))

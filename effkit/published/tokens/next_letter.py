@@ -15,7 +15,7 @@ _LN2 = 0.6931471805599453
 
 
 class NextLetter(nn.Module):
-    """A neural n-gram model (Bengio et al., JMLR 3, 2003, section 2): embeddings, one hidden layer, a softmax.
+    """A neural n-gram model (after Bengio et al., JMLR 3, 2003): embeddings, one hidden layer, a softmax.
 
     Parameters
     ----------
@@ -67,13 +67,12 @@ def draw(
     return torch.cat(pieces)
 
 
-def step(model: NextLetter, optimizer: torch.optim.Optimizer, pieces: torch.Tensor) -> float:
-    """One update on pieces of shape (batch, context + 1); the loss before it [nats per token]."""
+def step(model: NextLetter, optimizer: torch.optim.Optimizer, pieces: torch.Tensor) -> None:
+    """One update on pieces of shape (batch, context + 1), by the loss of the last token of each."""
     loss = functional.cross_entropy(model(pieces[:, :-1]), pieces[:, -1])
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.item()
 
 
 def optimizer_of(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:

@@ -12,15 +12,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from effkit.published.tokens.linear import fitted
+
 WAYS = ("uniform", "around errors", "kinds of errors", "least margin")
+_BUCKETS, _PIECE_LETTERS = 512, 200
 
 
-def letter_triples(texts: Sequence[str], buckets: int = 512) -> torch.Tensor:
-    """Hashed counts of three letters in a row, square roots of them, length 1, shape (texts, buckets)."""
-    rows = torch.zeros(len(texts), buckets)
+def letter_triples(texts: Sequence[str]) -> torch.Tensor:
+    """Hashed counts of three letters in a row, square roots of them, length 1, shape (texts, 512)."""
+    rows = torch.zeros(len(texts), _BUCKETS)
     for row, text in zip(rows, texts, strict=True):
-        places = [zlib.crc32(text[start : start + 3].encode()) % buckets for start in range(len(text) - 2)]
-        row += torch.bincount(torch.tensor(places, dtype=torch.long), minlength=buckets)
+        places = [zlib.crc32(text[start : start + 3].encode()) % _BUCKETS for start in range(len(text) - 2)]
+        row += torch.bincount(torch.tensor(places, dtype=torch.long), minlength=_BUCKETS)
     return functional.normalize(rows.sqrt(), dim=1)
 
 
@@ -37,41 +40,27 @@ class Pool:
     held_out_y: torch.Tensor
 
 
-def by_module(sources: Mapping[str, str], length: int = 200) -> Pool:
-    """Which file does a piece of program text come from? Pieces that do not overlap, the last third held out.
+def by_module(sources: Mapping[str, str]) -> Pool:
+    """Which file does a piece of program text come from? 200 letters each, no overlap, the last third held out.
 
     Every file gives what it has to the pool, so that long files are frequent there; of the rest 40 pieces each.
     """
     pieces, labels, later, later_labels = [], [], [], []
     for number, text in enumerate(sources.values()):
-        starts = range(0, len(text) - length, length)
+        starts = range(0, len(text) - _PIECE_LETTERS, _PIECE_LETTERS)
         border = 2 * len(starts) // 3
-        pieces += [text[start : start + length] for start in starts[:border]]
+        pieces += [text[start : start + _PIECE_LETTERS] for start in starts[:border]]
         labels += [number] * border
         held_out = np.linspace(border, len(starts) - 1, 40).round().astype(int)
-        later += [text[starts[place] : starts[place] + length] for place in held_out]
+        later += [text[starts[place] : starts[place] + _PIECE_LETTERS] for place in held_out]
         later_labels += [number] * len(held_out)
     return Pool(letter_triples(pieces), torch.tensor(labels), letter_triples(later), torch.tensor(later_labels))
-
-
-def fitted(x: torch.Tensor, y: torch.Tensor, num_classes: int, num_steps: int = 30) -> nn.Linear:
-    """A softmax regression by Adam from zero: nothing in it is random."""
-    model = nn.Linear(x.shape[1], num_classes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.2, weight_decay=1e-4)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model
 
 
 def accuracies(
     pool: Pool, way: str, *, num_first: int = 60, num_more: int = 50, num_rounds: int = 10, seed: int = 0
 ) -> pd.Series[float]:
-    """Label some, fit, look where to label next, and again.
+    """Label some, fit a softmax regression, look where to label next, and again.
 
     What the model gets wrong among a round's labels, before it learns them, are the errors; probing so costs nothing.
     ``around errors``: half of the next round are the nearest free neighbours of errors, one each. ``kinds of errors``:
@@ -99,7 +88,7 @@ def accuracies(
     labelled, wrong, found = order[:num_first], order[:0], {}
     num_classes = int(torch.cat([pool.y, pool.held_out_y]).max()) + 1
     for number in range(num_rounds + 1):
-        model = fitted(pool.x[labelled], pool.y[labelled], num_classes)
+        model = fitted(pool.x[labelled], pool.y[labelled], num_classes, num_steps=30, learning_rate=0.2, decay=1e-4)
         with torch.no_grad():
             found[len(labelled)] = float((model(pool.held_out_x).argmax(1) == pool.held_out_y).float().mean())
             if number < num_rounds:

@@ -12,27 +12,16 @@ import torch
 from effkit.published import corpora, meter
 from effkit.published.tokens.next_letter import NextLetter, bits, draw, optimizer_of, step, train
 
-_LENGTH = 400
-_COMMON = (
-    " the ",
-    " of ",
-    " and ",
-    " to ",
-    " is ",
-    " in ",
-    " for ",
-    " that ",
-    " it ",
-    " be ",
-    " with ",
-    " as ",
-    " if ",
-    " not ",
-)
+_LENGTH, _KEEP_FRAC = 400, 0.25
+_COMMON = (" the ", " of ", " and ", " to ", " is ", " in ", " for ", " that ", " it ", " be ", " with ", " as ",
+           " if ", " not ")  # fmt: skip
 
 
 def pool(kinds: Mapping[str, torch.Tensor], *, num_each: int = 300, seed: int = 0) -> pd.DataFrame:
-    """Documents of 400 letters from texts of several kinds, shuffled: columns ``kind`` and ``text``."""
+    """Documents of 400 letters from texts of several kinds, shuffled: columns ``kind`` and ``text``.
+
+    They are drawn from anywhere: two of one text may overlap.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = [
         (kind, bytes(piece.tolist()).decode("ascii"))
@@ -60,20 +49,18 @@ def scores(texts: Sequence[str]) -> pd.DataFrame:
     return (raw - raw.mean()) / raw.std(ddof=0)
 
 
-def selected(score_table: pd.DataFrame, weights: Sequence[float], keep_frac: float = 0.25) -> np.ndarray:
-    """Places of the documents whose weighted sum of scores is among the highest.
+def selected(score_table: pd.DataFrame, weights: Sequence[float]) -> np.ndarray:
+    """Places of the quarter of documents whose weighted sum of scores is highest, best first.
 
     Raises
     ------
     ValueError
-        When there are not as many weights as scores, or the share is not above 0 and at most 1.
+        When there are not as many weights as scores.
     """
     if len(weights) != score_table.shape[1]:
         raise ValueError(f"{len(weights)} weights for {score_table.shape[1]} scores, expected one for each")
-    if not 0 < keep_frac <= 1:
-        raise ValueError(f"keep_frac is {keep_frac}, expected above 0 and at most 1")
     total = score_table.to_numpy() @ np.asarray(weights, float)
-    return np.argsort(-total, kind="stable")[: max(1, round(keep_frac * len(total)))]
+    return np.argsort(-total, kind="stable")[: max(1, round(_KEEP_FRAC * len(total)))]
 
 
 def joined(texts: Sequence[str]) -> torch.Tensor:
@@ -92,6 +79,8 @@ def proxies(
 ) -> pd.DataFrame:
     """Small trainings on what random weightings select.
 
+    Weights that are chosen by them have seen ``target``: a run that is judged by the same text is no clean test.
+
     Returns
     -------
     DataFrame
@@ -108,18 +97,19 @@ def proxies(
     return pd.DataFrame(rows, columns=[*score_table.columns, "bits"])
 
 
-def best_weights(proxy_table: pd.DataFrame, *, num_tried: int = 4000, ridge: float = 1e-3, seed: int = 0) -> pd.Series:
+def best_weights(proxy_table: pd.DataFrame, *, seed: int = 0) -> pd.Series:
     """The weighting with the lowest loss by a regression on the proxies: squares and products of weights, ridge.
 
-    The paper fits boosted trees to 256 proxies (arXiv 2504.14194); for a few dozen a polynomial has to do.
-    As there, the mean of the best hundredth of many random weightings is taken.
+    The paper fits boosted trees to 256 proxies (arXiv 2504.14194, by pages about it); for a few dozen a polynomial has
+    to do. The mean of the best hundredth of many random weightings is taken.
     """
+    num_tried, ridge = 4000, 1e-3
     weights = proxy_table.drop(columns="bits")
     tried = np.random.default_rng(seed).dirichlet(np.ones(weights.shape[1]), num_tried)
     design = _squares(weights.to_numpy())
     loss = proxy_table["bits"].to_numpy()
     solution = np.linalg.solve(design.T @ design + ridge * np.eye(design.shape[1]), design.T @ (loss - loss.mean()))
-    order = np.argsort(_squares(tried) @ solution)[: max(1, num_tried // 100)]
+    order = np.argsort(_squares(tried) @ solution)[: num_tried // 100]
     return pd.Series(tried[order].mean(axis=0), index=weights.columns, name="weight")
 
 
@@ -132,14 +122,12 @@ def _squares(weights: np.ndarray) -> np.ndarray:
 class OnDocuments:
     """A training on chosen documents, for the meter."""
 
-    def __init__(
-        self, text: torch.Tensor, target: Sequence[torch.Tensor], seed: int, learning_rate: float = 1e-2
-    ) -> None:
+    def __init__(self, text: torch.Tensor, target: Sequence[torch.Tensor], seed: int) -> None:
         self.phase, self.num_tokens = "training", 128
         self._generator = meter.reproducible(seed)
         self._text, self._target = text, target
         self._model = NextLetter()
-        self._optimizer = optimizer_of(self._model, learning_rate)
+        self._optimizer = optimizer_of(self._model, 1e-2)  # as the proxies
 
     def step(self) -> None:
         """One update of 128 next letters."""
