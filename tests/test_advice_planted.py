@@ -64,8 +64,11 @@ def test_nothing_is_found_in_a_loop_that_asks_for_one_number_and_pads_nothing():
         ek.models.gpt(layers=1), planted.loader([32] * 16), cast=True, after=lambda out: out.loss.item()
     )
     study = ek.study(**given, num_batches=2)
-    kinds = {one.kind for one in every(study.advise())}
-    assert not kinds & {"padding", "synchronisation", "gradients", "precision", "recomputation", "data loading"}
+    advice = study.advise()
+    looked_at = {one.kind for one in every(advice)}
+    assert not looked_at & {"padding", "synchronisation", "gradients", "precision", "recomputation"}
+    # batches are put together in a few hundred microseconds: at a busy moment worth a look, never a suggestion
+    assert "data loading" not in {one.kind for one in advice}
     memory = study.advise("memory")
     assert not memory
     assert "nothing that costs time or accuracy is suggested" in memory.notes[0]
