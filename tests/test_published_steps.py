@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from effkit.published import meter
-from effkit.published.steps import distilling, growing, lamb_table, language, modalities, pretext
+from effkit.published.steps import distilling, growing, language, modalities, pretext, solvers
 from effkit.published.steps.optimizers import Conda, Lamb, matrices_and_rest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,7 +99,7 @@ def test_every_parameter_has_one_optimizer():
 
 
 def test_lambs_table_says_chips():
-    table = lamb_table.lamb_table()
+    table = solvers.lamb_table()
     last = table.iloc[-1]
     assert last["times_faster"] == pytest.approx(81.4 * 60 / 76.19)
     assert last["times_chips"] == 64

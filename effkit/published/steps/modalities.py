@@ -54,7 +54,7 @@ class ChoosingExperts(nn.Module):
         for stream in (0, 1):
             members = (self.is_second.flatten() == bool(stream)).nonzero()[:, 0].to(x.device)
             chosen = range(stream * NUM_EXPERTS, (stream + 1) * NUM_EXPERTS)
-            of_group = scores[members][:, chosen].T  # (experts, tokens of the stream)
+            of_group = scores[members, chosen.start : chosen.stop].T  # (experts, tokens of the stream)
             if self.training:
                 best, places = of_group.topk(-(-len(members) // NUM_EXPERTS), dim=-1)
                 with torch.no_grad():
