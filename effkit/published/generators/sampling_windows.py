@@ -61,7 +61,7 @@ class WindowedTraining:
     the end; in the published script it stays for 25 iterations.
 
     DanceGRPO as the same script runs it trains 0.6 of 25 steps but the last: W = 14. Its cost is that of such a window.
-    What it learns need not be: there, as far as we know, steps are drawn at random and every step of a rollout is noisy.
+    What it learns need not be: there, as far as we know, steps are drawn at random and all of a rollout are noisy.
 
     Parameters
     ----------
