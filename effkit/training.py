@@ -37,6 +37,31 @@ def still(parameters: Any, make: MakeOptimizer | None = None) -> torch.optim.Opt
     return update
 
 
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure given to an optimizer's step returns, run with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class PerParameter(torch.optim.Optimizer):
+    """An optimizer that updates each parameter by itself: a subclass has ``_update``."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what ``closure`` returns."""
+        loss = loss_of(closure)
+        for settings in self.param_groups:
+            for parameter in settings["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, settings)
+        return loss
+
+    def _update(self, parameter: torch.Tensor, settings: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
 def residents(
     model: torch.nn.Module, update: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None, batch: Any
 ) -> dict[str, list[torch.Tensor]]:

@@ -16,6 +16,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from effkit.activations.interleaving import Rates, interleave
+from effkit.training import loss_of
 
 
 class InterleavedAdamW(torch.optim.Optimizer):
@@ -74,10 +75,7 @@ class InterleavedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._up.after(self._current)
         self._down.after(self._current)
         subgroups = self._subgroups()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -10,12 +10,13 @@ import pandas as pd
 import torch
 
 from effkit.activations.expansion import SIGNED, UNSIGNED, Packed, pack, unpack
+from effkit.training import PerParameter
 
 STATES = ("float32", *SIGNED)
 _FORMATS = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}
 
 
-class LowBitAdamW(torch.optim.Optimizer):
+class LowBitAdamW(PerParameter):
     """AdamW (arXiv 1711.05101) with both moments in eight bits, expanded as in COAT (arXiv 2410.19313, Section 4).
 
     A parameter's moments are read into float32, used and packed again before the next parameter's are read, so that a
@@ -56,19 +57,6 @@ class LowBitAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         # among the settings of parameter groups, so that a loaded state is read as it was written
         super().__init__(params, {**defaults, "states": states, "group": group, "expand": expand})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for settings in self.param_groups:
-            for parameter in settings["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, settings)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, in the dtypes it has (torch would turn codes into floats)."""

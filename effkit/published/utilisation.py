@@ -78,20 +78,19 @@ def megascale() -> pd.DataFrame:
         count that comes nearer in the system's median row; ``mfu_frac`` by that count; ``gap_frac``, recomputed minus
         published.
     """
+    full, causal = (flops_per_token(how).total for how in ("full", "causal"))
     rows = []
     for (system, num_gpus), (batch, seconds, thousands, mfu, petaflops) in TABLE2.items():
         peak = num_gpus * PEAK_FLOPS_PER_S
-        by_count = {how: 1e3 * thousands * flops_per_token(how).total / peak for how in ("full", "causal")}
         rows.append({
             "system": system, "num_gpus": num_gpus, "tokens_per_s": batch * SEQUENCE / seconds,
-            "published_tokens_per_s": 1e3 * thousands, "mfu_full_frac": by_count["full"],
-            "mfu_causal_frac": by_count["causal"], "published_mfu_frac": mfu,
+            "published_tokens_per_s": 1e3 * thousands, "mfu_full_frac": 1e3 * thousands * full / peak,
+            "mfu_causal_frac": 1e3 * thousands * causal / peak, "published_mfu_frac": mfu,
             "implied_flops": mfu * peak / (1e3 * thousands), "rate_mfu_frac": petaflops * 1e15 / peak,
         })  # fmt: skip
     table = pd.DataFrame(rows).set_index(["system", "num_gpus"])
     typical = table.groupby("system")["implied_flops"].transform("median")
     table["consistent"] = (table["implied_flops"] / typical - 1).abs() < _CONSISTENT_FRAC
-    full, causal = (flops_per_token(how).total for how in ("full", "causal"))
     as_full = (typical - full).abs() < (typical - causal).abs()
     table["fits"] = as_full.map({True: "full", False: "causal"})
     table["mfu_frac"] = table["mfu_full_frac"].where(as_full, table["mfu_causal_frac"])

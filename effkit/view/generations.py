@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from effkit.account import readable
+from effkit.account import has_own_steps, readable
 from effkit.view.style import GREY, OKABE_ITO, axes, colour, unit_axis
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def curves(table: pd.DataFrame, unit: str, ax: Axes | None = None, *, log: bool 
     else:
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=pd.api.types.is_integer_dtype(table.index.dtype)))
     ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(lambda value, _: readable(value, unit) if unit in ("ns", "bytes") else f"{value:g}")
-    if unit not in ("ns", "bytes"):
+    ax.yaxis.set_major_formatter(lambda value, _: readable(value, unit) if has_own_steps(unit) else f"{value:g}")
+    if not has_own_steps(unit):
         ax.set_ylabel(unit)
     return ax

@@ -154,10 +154,10 @@ class Grown(Learning):
         if self.phase in self._left:
             self._left[self.phase] -= 1
             if not self._left[self.phase]:
-                grows = self.phase == "small" and self._left["grown"]
-                if self.phase == "small" and not grows:
+                if self.phase == "small":
                     self._become("grown")
-                self._become("grown" if grows else "experts")
+                if not self._left["grown"]:
+                    self._become("experts")
 
 
 def growing(num_small_steps: int = 100, num_grown_steps: int = 20) -> Callable[[int], Grown]:

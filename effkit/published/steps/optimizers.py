@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+
+from effkit.training import PerParameter
 
 
 def _direction(first: torch.Tensor, second: torch.Tensor, betas: tuple[float, float], step: int) -> torch.Tensor:
@@ -14,8 +16,8 @@ def _direction(first: torch.Tensor, second: torch.Tensor, betas: tuple[float, fl
     return (first / (1 - betas[0] ** step)) / ((second / (1 - betas[1] ** step)).sqrt() + 1e-8)
 
 
-class _Adaptive(torch.optim.Optimizer):
-    """What both share: checks, state, and the walk over the parameters."""
+class _Adaptive(PerParameter):
+    """What both share: checks and state."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], **defaults: Any) -> None:
         if not defaults["lr"] > 0 or not all(0 <= beta < 1 for beta in defaults["betas"]):
@@ -25,24 +27,15 @@ class _Adaptive(torch.optim.Optimizer):
             )
         super().__init__(parameters, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    if not state:
-                        state.update(step=0, first=torch.zeros_like(parameter), second=torch.zeros_like(parameter))
-                    state["step"] += 1
-                    self._move(parameter, parameter.grad, state, group)
-        return loss
+    def _update(self, parameter: torch.Tensor, settings: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(step=0, first=torch.zeros_like(parameter), second=torch.zeros_like(parameter))
+        state["step"] += 1
+        assert parameter.grad is not None  # or step() would have passed it by
+        self._move(parameter, parameter.grad, state, settings)
 
-    def _move(self, parameter: nn.Parameter, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
+    def _move(self, parameter: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
         raise NotImplementedError
 
 
@@ -77,7 +70,7 @@ class Lamb(_Adaptive):
     ) -> None:
         super().__init__(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
 
-    def _move(self, parameter: nn.Parameter, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
+    def _move(self, parameter: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
         betas = group["betas"]
         state["first"].lerp_(gradient, 1 - betas[0])
         state["second"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
@@ -137,7 +130,7 @@ class Conda(_Adaptive):
         done = max((state["step"] for state in self.state.values()), default=0)
         return bool(done % self.num_steps_kept == 0)
 
-    def _move(self, parameter: nn.Parameter, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
+    def _move(self, parameter: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: Any) -> None:
         betas, wide = group["betas"], parameter.shape[0] <= parameter.shape[1]
         state["first"].lerp_(gradient, 1 - betas[0])
         first = state["first"] if wide else state["first"].T
