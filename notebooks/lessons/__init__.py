@@ -1,0 +1,1 @@
+"""What only the lessons run: recounts of published figures, demonstrations and the mini-labs. A notebook's folder is on its path."""
