@@ -149,13 +149,17 @@ def test_relative_to_a_base_what_is_not_given_stays(text, base):
     assert 0.3 < found.total / base.total < 3
     doubled = decoder.measure(text, base=copy.copy(base).__class__(**vars(base) | {"total": 10 * base.total}), batch=2)
     assert 4 < doubled.total / found.total < 25, "ten times the base's time is ten times the setting's"
-    with pytest.raises(ValueError, match="carries no calibration"):
-        decoder.predict(found, batch=4)
+    assert decoder.predict(found) is found, "at rest a prediction is what was measured"
+    assert decoder.predict(found, batch=4).setting == found.setting | {"batch": 4}
+    back = decoder.predict(found, batch=base.setting["batch"])
+    assert back.low <= base.total * found.total / decoder.predict(base, batch=2).total <= back.high
+    with pytest.raises(ValueError, match=r"give what measure\(\) returned without base="):
+        decoder.roofline(found)
 
 
 def test_without_calibration_nothing_can_be_predicted(text):
     account = decoder.measure(text, **QUICK)
-    with pytest.raises(ValueError, match=r"carries no calibration; decoder.measure\(\) of a model"):
+    with pytest.raises(ValueError, match=r"carries no calibration; decoder\.measure\(\) makes one that does"):
         decoder.predict(account, batch=2)
     with pytest.raises(ValueError, match="carries no calibration"):
         decoder.measure(text, base=account)
@@ -241,7 +245,7 @@ def test_positions_hold_the_prefill_in_the_first(base):
     assert times.idxmax() == 1
     assert times.dtype == np.int64
     heard = decoder.measure(MODELS["speech"](), **QUICK)
-    seen = heard.calibration.runs[0].watched[0]
+    seen = heard.calibration.observed.watched[0]
     assert decoder.positions(heard)["time_ns"].sum() == seen.wall_ns - seen.start_ns, "the encoder's too"
     with pytest.raises(ValueError, match="steps were not timed"):
         decoder.positions(decoder.predict(base, batch=2))
@@ -253,14 +257,14 @@ def test_positions_hold_the_prefill_in_the_first(base):
     ("model", "given", "message"),
     [
         (lambda: torch.nn.Linear(2, 2), {}, r"Linear has no generate\(\): give a transformers model .* step\(token"),
-        (MODELS["text"], {"num_steps": 0}, "num_steps is a whole number, at least 1; given: 0"),
-        (MODELS["text"], {"batch": 0}, "batch is a whole number, at least 1; given: 0"),
+        (MODELS["text"], {"num_steps": 0}, "num_steps is a whole number from 1 on; given: 0"),
+        (MODELS["text"], {"batch": 0}, "batch is a whole number from 1 on; given: 0"),
         (MODELS["text"], {"repeats": 0}, "repeats is at least 1; given: 0"),
         (MODELS["gpt2"], {"num_steps": 1000}, "pass the model's 1024 positions; take at most 992"),
         (MODELS["whisper"], {"input_length": 101}, "passes the encoder's 50 positions"),
         (MODELS["text"], {"inputs": {"input_features": torch.ones(1)}}, "hold the tensor 'input_ids'; given: inp"),
         (MODELS["text"], {"weight_bits": 4}, "weight_bits is a prediction from bytes alone"),
-        (MODELS["text"], {"layers": 2}, "unknown: layers; a generation has decoder_layers"),
+        (MODELS["text"], {"layers": 2}, "no such knob: layers; the knobs are decoder_layers"),
         (lambda: lambda token, cache: token, {"inputs": 1}, r"a step returns \(token, cache\); given: int"),
         (lambda: lambda token, cache: (token, 1, 2), {"inputs": 1}, r"a step returns \(token, cache\); given: tuple"),
         (lambda: lambda token, cache: (token, cache), {"num_steps": 0}, "and batch >= 1; given: 0 and 1"),

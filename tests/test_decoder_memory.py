@@ -35,7 +35,7 @@ def left_by(model, **changes):
 def test_weights_are_those_of_a_model_that_is_built_so(name, encoder_layers, decoder_layers):
     model = MODELS[name]()
     coded = model.config.is_encoder_decoder
-    setting = setting_of(model).change({"decoder_layers": decoder_layers, "encoder_layers": coded * encoder_layers})
+    setting = setting_of(model).change(decoder_layers=decoder_layers, encoder_layers=coded * encoder_layers)
     sizes = {"encoder_layers": encoder_layers} if coded else {}
     built = type(model)(configurations.changed(model.config, decoder_layers=decoder_layers, **sizes))
     assert memory_of(model).weight_bytes(setting) == weights_of(built)
@@ -45,12 +45,12 @@ def test_weights_are_those_of_a_model_that_is_built_so(name, encoder_layers, dec
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_of_another_width_and_type(name, dtype):
     model = MODELS[name]()
-    setting = setting_of(model).change({"width": 64, "dtype": dtype})
+    setting = setting_of(model).change(width=64, dtype=dtype)
     config = configurations.changed(model.config, width=64)
     counted = memory_of(model)
     assert counted.weight_bytes(setting) == weights_of(type(model)(config).to(getattr(torch, dtype)))
     times = 8 if dtype == "float32" else 4
-    assert counted.weight_bytes(setting.change({"weight_bits": 4})) * times == counted.weight_bytes(setting)
+    assert counted.weight_bytes(setting.change(weight_bits=4)) * times == counted.weight_bytes(setting)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

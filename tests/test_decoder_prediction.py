@@ -129,7 +129,7 @@ def test_levers_move_time_the_way_they_must(world, text):
 
 
 def test_speculation_pays_where_the_draft_is_cheap_and_often_right(text):
-    base, _ = measured(text, TEXT.change({"batch": 1}))
+    base, _ = measured(text, TEXT.change(batch=1))
     good = decoder.predict(base, num_draft=4, acceptance=0.9, draft_frac=0.1)
     bad = decoder.predict(base, num_draft=4, acceptance=0.1, draft_frac=0.5)
     assert good.total < 0.6 * base.total < base.total < bad.total
@@ -164,14 +164,14 @@ def test_companions_say_the_same_thing_in_other_units(world):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": 3}, "unknown: layers; a generation has decoder_layers"),
-        ({"num_steps": 0}, "num_steps is a whole number, at least 1; given: 0"),
+        ({"layers": 3}, "no such knob: layers; the knobs are decoder_layers"),
+        ({"num_steps": 0}, "num_steps is a whole number from 1 on; given: 0"),
         ({"num_steps": 2000}, "pass the model's 1024 positions; take at most 1023"),
         ({"exit_layer": 9}, "behind the last of 8 decoder layers"),
         ({"cache": "maybe"}, "cache is one of off, on"),
         ({"width": 70}, "no whole number of heads: take a multiple of 32"),
         ({"kv_heads": 1}, "needs a model with grouped heads"),
-        ({"weight_bits": 5}, "weight_bits is 0"),
+        ({"weight_bits": 5}, "weight_bits is one of 0, 2, 3, 4, 8, 16, 32; given: 5"),
         ({"acceptance": 1.5}, "acceptance is a share"),
         ({"num_draft": 3}, "decoder-only"),
     ],

@@ -14,8 +14,8 @@ S = moe.Setting
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_tokens": 0}, "num_tokens is at least 1; given: 0"),
-        ({"skew": -1.0}, "skew is at least 0"),
+        ({"num_tokens": 0}, "num_tokens is a whole number from 1 on; given: 0"),
+        ({"skew": -1.0}, "skew is a number from 0 on; given: -1.0"),
         ({"compress": "zip"}, "compress is one of none, lsh; given: 'zip'"),
         ({"message_dtype": "int4"}, "message_dtype is one of same, bfloat16, float8"),
         ({"placement": "best"}, "placement is one of block, balanced, or a rank per expert"),

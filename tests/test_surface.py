@@ -55,6 +55,7 @@ HOUSE = [
     {"advice"},
     {"published"},
     {"padding", "activations", "moe", "decoder"},
+    {"lab"},
     {"models"},
     {"whatif", "browsing"},
     {"screen"},
@@ -71,7 +72,7 @@ HOUSE = [
     {"account"},
 ]
 LONGEST_FILE = 450  # lines
-MOST_LINES = 34_100  # of the whole library
+MOST_LINES = 34_300  # of the whole library
 FLOOR = {room: -depth for depth, rooms in enumerate(HOUSE) for room in rooms}
 # plot() has to reach the drawing functions; inside the function, so that nothing is loaded for it
 PERMITTED_WHEN_CALLED = {("account", "view"), ("captured", "view"), ("captured", "browsing")}

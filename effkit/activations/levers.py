@@ -14,6 +14,7 @@ from effkit.activations.compressing import compressed
 from effkit.activations.low_bit import STATES, LowBitAdamW
 from effkit.activations.offloading import offloaded
 from effkit.activations.quantising import FORMATS
+from effkit.lab import check, one_of, share, whole
 from effkit.training import MakeOptimizer
 
 NONE = "none"
@@ -44,26 +45,17 @@ class Levers:
         Format of AdamW's two moments (see :class:`LowBitAdamW`).
     """
 
-    checkpoint_every: int = 0
-    keep: str = NONE
-    compress: str = NONE
-    group: int = 128
-    offload_frac: float = 0.0
-    micro_batches: int = 1
-    autocast: str = NONE
-    optimizer_states: str = "float32"
+    checkpoint_every: int = whole(0, least=0)
+    keep: str = one_of(NONE, words=KEEPS)
+    compress: str = one_of(NONE, words=COMPRESSIONS)
+    group: int = whole(128)
+    offload_frac: float = share(0.0)
+    micro_batches: int = whole(1)
+    autocast: str = one_of(NONE, words=AUTOCASTS)
+    optimizer_states: str = one_of("float32", words=STATES)
 
     def __post_init__(self) -> None:
-        words = {"keep": KEEPS, "compress": COMPRESSIONS, "autocast": AUTOCASTS, "optimizer_states": STATES}
-        for name, allowed in words.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is one of {', '.join(allowed)}; given: {getattr(self, name)!r}")
-        for name, least in {"checkpoint_every": 0, "group": 1, "micro_batches": 1}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is a whole number from {least} on; given: {value!r}")
-        if not 0 <= self.offload_frac <= 1:
-            raise ValueError(f"offload_frac is a share in [0, 1]; given: {self.offload_frac!r}")
+        check(self)
 
     @property
     def lossless(self) -> bool:

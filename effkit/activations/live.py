@@ -21,9 +21,9 @@ from effkit.activations.observing import Observation
 from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import PEAK, Timeline
 from effkit.device import synchronize
+from effkit.lab import Progress
 from effkit.training import Loss, MakeOptimizer, still, unchanged
 
-Progress = Callable[[int, int], None]
 TIME = "Time of one step"
 
 

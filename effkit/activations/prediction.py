@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,11 @@ from effkit.account import Account, readable
 from effkit.activations import losses, workspace
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS
-from effkit.activations.live import TIME, Calibration, Progress, measure, saved_account
+from effkit.activations.live import TIME, Calibration, measure, saved_account
 from effkit.activations.low_bit import STATES
 from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import CATEGORIES, PEAK, RESIDENTS, Timeline
+from effkit.lab import Progress, Trust, calibration_of, interval
 from effkit.training import Loss, MakeOptimizer
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _LEAST_BAND_FRAC = 0.01  # of a replay: small tensors that are not compressed, memory inside operators
 _FEW_ROWS = 8  # to begin a search from
-_SPREAD = 2.0  # bands are two standard errors wide on each side
 
 
 def predict(base: Account, **setting: Any) -> Account:
@@ -51,7 +50,7 @@ def predict(base: Account, **setting: Any) -> Account:
     ValueError
         For an unknown knob, a base without calibration, or a step that cannot be replayed.
     """
-    calibration = _calibration(base)
+    calibration = calibration_of(base, Calibration, "activations")
     wanted = complete(base.setting, setting)
     if wanted == dict(base.setting):
         return base
@@ -230,26 +229,19 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     peak = forecaster.peak(size, levers)
     total = sum(peak.rows.values())
     error = abs(calibration.error_frac) if calibration else 0.0
-    margin = math.ceil(total * max(_LEAST_BAND_FRAC, _SPREAD * error, forecaster.doubt_frac))
+    trust = Trust(error, least_frac=max(_LEAST_BAND_FRAC, forecaster.doubt_frac))
     companions: list[Account] = []
     if calibration is not None and calibration.clock is not None:
         clock = calibration.clock
         time_ns = round(forecaster.step_ns(size, levers, clock))
-        slack = math.ceil(time_ns * _SPREAD * clock.error_frac)
         companions = [Account.of(
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
-            basis="derived", low=max(0, time_ns - slack), high=time_ns + slack, setting=wanted,
+            basis="derived", **interval(time_ns, time_ns * Trust(clock.error_frac).band_frac), setting=wanted,
             in_range=peak.covered and clock.knows(levers),
         ), *losses.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
     return Account.of(
-        PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, low=total - margin, high=total + margin,
+        PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, total * trust.band_frac),
         source=f"a replay on fake tensors: the peak is in {peak.phase}, at {peak.op}{forecaster.assumptions}",
         in_range=peak.covered, setting=wanted, companions=tuple(companions),
         calibration=calibration or forecaster,
     )  # fmt: skip
-
-
-def _calibration(base: Account) -> Calibration:
-    if not isinstance(base.calibration, Calibration):
-        raise ValueError("this account carries no calibration; activations.measure() makes one that does")
-    return base.calibration

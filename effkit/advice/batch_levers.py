@@ -20,6 +20,7 @@ from effkit.advice.examples import Examples, rebuilt
 from effkit.advice.levers import Lever, banded
 from effkit.advice.looping import WARM_UP, wait_ns
 from effkit.advice.scales import LEFT, in_turn, limit_bytes, relative
+from effkit.lab import SPREAD
 from effkit.padding.auditing import input_lengths
 from effkit.padding.prediction import plan_at
 from effkit.padding.totals import EPOCH_TIME, epoch_rows
@@ -34,7 +35,7 @@ _SMALL_FRAC = 0.1  # of a step's time that does not grow with the batch: below i
 _WORTH_TRYING_FRAC = 0.05  # that a first guess has to save
 _WAITING_FRAC = 0.03
 _LOADER_DOUBT_FRAC = 0.2  # handing batches from process to process, and what else the processors do
-_SPREAD, _LEAST_DOUBT_FRAC = 2.0, 0.02  # bands are two standard errors wide on each side; of a step, at least
+_LEAST_DOUBT_FRAC = 0.02  # of a step
 
 
 def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
@@ -156,8 +157,8 @@ def _of_epoch(study: TrainingStudy, epoch: Account, predicted: Account) -> Accou
     known = epoch.calibration
     total = study.computing_ns * predicted.total / epoch.total + study.waiting_ns
     change = abs(1 - predicted.total / epoch.total)
-    doubt = _SPREAD * math.hypot(ratio_error(epoch, predicted.setting), known.cost.error_frac * change)
-    half = study.computing_ns * (doubt + _SPREAD * max(_LEAST_DOUBT_FRAC, known.noise_frac))
+    doubt = SPREAD * math.hypot(ratio_error(epoch, predicted.setting), known.cost.error_frac * change)
+    half = study.computing_ns * (doubt + SPREAD * max(_LEAST_DOUBT_FRAC, known.noise_frac))
     account = banded(study.account, {LEFT: round(total)}, total, half, predicted.source)
     return replace(account, in_range=predicted.in_range)
 

@@ -12,6 +12,7 @@ from effkit import moe
 from effkit.account import Account
 from effkit.advice.experts import Experts
 from effkit.advice.levers import Lever
+from effkit.lab import SPREAD, interval
 from effkit.moe.setting import Setting
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _TRAINING = 3  # forward passes that a forward and a backward pass take
 _CHUNKS = (2, 4)
 _CAPACITY = 1.25
 _ROUNDS = 4  # of a layer's measurement
-_SPREAD, _MEDIAN_ERROR, _LEAST_NOISE = 2.0, 1.25, 0.03  # standard errors; of a median, over that of a mean; of two runs
+_MEDIAN_ERROR, _LEAST_NOISE = 1.25, 0.03  # standard error of a median over that of a mean; of two runs
 
 
 def levers(study: TrainingStudy) -> list[Lever]:
@@ -71,9 +72,9 @@ def _predicted(layer: Account, changes: Mapping[str, Any]) -> Account:
     only the noise of both runs on the whole.
     """
     predicted, known = moe.predict(layer, **changes), layer.calibration
-    noise = _SPREAD * _MEDIAN_ERROR * known.noise_frac / math.sqrt(_ROUNDS)
-    half = math.ceil(known.band_frac * abs(layer.total - predicted.total) + max(_LEAST_NOISE, noise) * layer.total)
-    return replace(predicted, low=max(0, predicted.total - half), high=predicted.total + half)
+    noise = SPREAD * _MEDIAN_ERROR * known.noise_frac / math.sqrt(_ROUNDS)
+    half = known.band_frac * abs(layer.total - predicted.total) + max(_LEAST_NOISE, noise) * layer.total
+    return replace(predicted, **interval(predicted.total, half))
 
 
 def measured_layer(experts: Experts, num_ranks: int, **more: Any) -> Account:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from effkit.activations import stepping
 from effkit.advice.interventions import Intervention, gradients_to_none, under, without_intervening
+from effkit.lab import SPREAD
 from effkit.recording import peak_memory
 from effkit.side_by_side import interleaved_ns
 from effkit.training import drop_gradients, residents, size_bytes
@@ -48,7 +49,7 @@ class Saving:
             line = fixed * len(steps) + rate * steps.sum()
         middle = (proportional + line) / 2
         doubt = abs(proportional - line) / 2
-        return middle, doubt + 2 * max(self.noise_frac, _LEAST_NOISE_FRAC) * steps.sum()
+        return middle, doubt + SPREAD * max(self.noise_frac, _LEAST_NOISE_FRAC) * steps.sum()
 
 
 def rows_of(batch: Any) -> int | None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from effkit.account import Account
 from effkit.decoder import configurations
 from effkit.decoder.costs import Costs, Run, fit
 from effkit.decoder.memory import Memory, in_weights
 from effkit.decoder.products import Caches, ProductCost
 from effkit.decoder.setting import Setting
+from effkit.lab import Trust, rms
 
 _LARGE_BATCH, _MIDDLE_BATCH = 32, 8
 _FEW_STEPS = 8
@@ -27,18 +27,9 @@ _LEAST_NOISE, _LEAST_ERROR = 0.02, 0.04  # four runs fit their own costs more cl
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What was run for a measurement, the measured setting first."""
+    """The generation that an account was measured from."""
 
-    runs: tuple[Run, ...]
-
-    @property
-    def setting(self) -> Setting:
-        return self.runs[0].setting
-
-    @property
-    def overhead_frac(self) -> float:
-        """What the clocks inside cost: watched over plain time, pair by pair, minus 1."""
-        return overhead_frac(self.runs)
+    observed: Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +38,10 @@ class Calibration(Observed):
 
     Attributes
     ----------
+    observed
+        The generation that the account was measured from: the first of ``runs``, unless it was measured with a base.
     runs
-        The base first, then the probes: at most four settings.
+        Those that the costs were fitted on: the base first, then the probes; at most four settings.
     costs
         Costs of all parts, through these runs.
     memory
@@ -56,7 +49,7 @@ class Calibration(Observed):
     seconds_per_cell
         Of sound, per cell of the input; None where the input is no sound.
     anchor
-        Measured over modelled time of the base.
+        Measured over modelled time of what was observed.
     error_frac
         Root mean square error of the fit on its own runs, relative to the base.
     noise_frac
@@ -69,6 +62,7 @@ class Calibration(Observed):
         Data type -> what a weight costs in products on this device.
     """
 
+    runs: tuple[Run, ...]
     costs: Costs
     memory: Memory
     seconds_per_cell: float | None
@@ -80,9 +74,19 @@ class Calibration(Observed):
     products: Mapping[str, ProductCost]
 
     @property
+    def setting(self) -> Setting:
+        """The calibrated setting, which the costs belong to."""
+        return self.runs[0].setting
+
+    @property
+    def overhead_frac(self) -> float:
+        """What the clocks inside cost: watched over plain time, pair by pair, minus 1."""
+        return overhead_frac(self.runs)
+
+    @property
     def band_frac(self) -> float:
         """Half the width of a prediction's band: two standard errors."""
-        return 2 * float(np.hypot(max(self.error_frac, _LEAST_ERROR), max(self.noise_frac, _LEAST_NOISE)))
+        return Trust(self.error_frac, self.noise_frac, _LEAST_ERROR, _LEAST_NOISE).band_frac
 
     def resolved(self, setting: Setting) -> Setting:
         """With parameters held, the setting with the encoder layers that keep the base's number of them."""
@@ -90,8 +94,9 @@ class Calibration(Observed):
             return setting
         if not setting.encoder_layers:
             raise ValueError("hold_parameters moves layers to an encoder; this model has none")
-        base, now = self.memory.parameters(self.setting), self.memory.parameters(setting)
-        total = base.total(self.setting.encoder_layers, self.setting.decoder_layers)
+        rest = self.observed.setting
+        base, now = self.memory.parameters(rest), self.memory.parameters(setting)
+        total = base.total(rest.encoder_layers, rest.decoder_layers)
         return replace(setting, encoder_layers=now.encoder_layers_for(total, setting.decoder_layers))
 
     def covers(self, setting: Setting) -> bool:
@@ -109,19 +114,6 @@ class Calibration(Observed):
         )
 
 
-def calibration_of(base: Account) -> Calibration:
-    """What an account's predictions rest on.
-
-    Raises
-    ------
-    ValueError
-        When it carries none.
-    """
-    if not isinstance(base.calibration, Calibration):
-        raise ValueError("this account carries no calibration; decoder.measure() of a model with generate() makes one")
-    return base.calibration
-
-
 def calibrate(
     runs: Sequence[Run], memory: Memory, seconds_per_cell: float | None, launches: Mapping[str, int],
     read_bytes_per_s: float, products: Mapping[str, ProductCost], caches: Caches,
@@ -131,8 +123,8 @@ def calibrate(
     ratios = np.asarray([run.total_ns / sum(costs.rows(run.setting, run.step).values()) for run in runs])
     spread = [np.subtract(*np.percentile(run.plain_ns, [75, 25])) / run.total_ns for run in runs]
     return Calibration(
-        tuple(runs), costs, memory, seconds_per_cell, anchor=float(ratios[0]),
-        error_frac=float(np.sqrt(np.mean((ratios / ratios[0] - 1) ** 2))), noise_frac=float(np.median(spread)) / 2,
+        runs[0], tuple(runs), costs, memory, seconds_per_cell, anchor=float(ratios[0]),
+        error_frac=rms(ratios / ratios[0] - 1), noise_frac=float(np.median(spread)) / 2,
         launches=launches, read_bytes_per_s=read_bytes_per_s, products=products,
     )  # fmt: skip
 

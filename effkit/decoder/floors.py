@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effkit.account import Account
 from effkit.decoder.anatomy import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.calibration import calibration_of
+from effkit.decoder.calibration import Calibration
 from effkit.decoder.setting import DTYPES
 from effkit.decoder.watching import Ints
 from effkit.device import Device, synchronize
+from effkit.lab import calibration_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,8 +105,10 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
         ``weight_bytes``, ``kv_bytes``, ``flops``; the floors ``launches_ns, reading_ns, arithmetic_ns``; ``floor_ns``,
         the largest; ``binds``, which that is; ``reached_frac``, floor over time.
     """
-    known, here = calibration_of(base), device or Device.here()
-    run, setting = known.runs[0], known.setting
+    known, here = calibration_of(base, Calibration, "decoder"), device or Device.here()
+    run, setting = known.observed, known.setting
+    if run.setting != setting:
+        raise ValueError("launches were counted at the calibrated setting: give what measure() returned without base=")
     rate = here.rate_flops_per_s.get(setting.dtype) or max(here.rate_flops_per_s.values())
     steps = pd.concat([w.steps.iloc[1:] for w in run.watched])
     times = steps.median()

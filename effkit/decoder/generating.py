@@ -51,7 +51,7 @@ def setting_of(model: Any, inputs: Any = None, **changes: Any) -> Setting:
         decoder_layers=found.decoder_layers, encoder_layers=found.encoder_layers, width=found.width,
         kv_heads=found.kv_heads, input_length=length, dtype=str(model.dtype).removeprefix("torch."),
     )  # fmt: skip
-    return checked(model, rows.change(changes))
+    return checked(model, rows.change(**changes))
 
 
 def checked(model: Any, setting: Setting) -> Setting:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from effkit.account import Account
 from effkit.decoder import accounting, configurations
+from effkit.decoder.altering import rows_ns
 from effkit.decoder.calibration import (
     Calibration,
     Observed,
     calibrate,
-    calibration_of,
     overhead_frac,
     probes,
 )
@@ -28,9 +29,9 @@ from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.stepping import measure_step
 from effkit.decoder.watching import Watched, watch
 from effkit.device import synchronize
+from effkit.lab import Progress, calibration_of, tell
 from effkit.training import evaluating
 
-Progress = Callable[[int, int], None]
 _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
 
 
@@ -99,15 +100,17 @@ def measure(
             raise ValueError("hold_parameters keeps the parameters of a base: give base=, or the layers themselves")
         settings = [setting, *(probes(model, setting) if calibrated and _plain(setting) else ())]
     else:
-        known = calibration_of(base)
-        setting = checked(model, known.resolved(known.setting.change(given | changes)))
-        settings = [known.setting, setting]
+        known = calibration_of(base, Calibration, "decoder")
+        setting = checked(model, known.resolved(known.observed.setting.change(**given, **changes)))
+        settings = [known.observed.setting, setting]
     ready = [prepared(model, inputs, setting) for setting in settings]
     with evaluating(*(one.model for one in ready)):
         runs, caches, memory = _run(ready, model.config, repeats, progress)
     if base is not None:
         scale = base.total / runs[0].total_ns
-        return _accounted(runs[1], ready[1], caches[1], scale=scale)
+        modelled = sum(rows_ns(known, setting).values())
+        moved = replace(known, observed=runs[1], anchor=scale * runs[1].total_ns / modelled)
+        return _accounted(runs[1], ready[1], caches[1], scale=scale, calibration=moved)
     found = None
     if len(runs) > 1:
         found = _calibrated(ready[0], runs, memory)
@@ -135,8 +138,7 @@ def _run(
     def told() -> None:
         nonlocal done
         done += 1
-        if progress is not None:
-            progress(done, total)
+        tell(progress, done, total)
 
     caches: list[CacheBytes | None] = []
     prompts = []
@@ -213,7 +215,7 @@ def _accounted(
     return accounting.generation_account(
         {row: scale * value for row, value in rows.items()}, {row: scale * value for row, value in phases.items()},
         run.setting, total_ns=scale * run.total_ns, weight_bytes=in_weights(one.model), cache=cache,
-        seconds_per_cell=_seconds_per_cell(one.model), calibration=calibration or Observed((run,)),
+        seconds_per_cell=_seconds_per_cell(one.model), calibration=calibration or Observed(run),
         source=f"the wall clock of {len(run.plain_ns)} generations without clocks inside{overhead}"
         + ("; relative to the base measured in turn" if scale != 1.0 else ""),
     )  # fmt: skip

@@ -8,9 +8,10 @@ from effkit.account import Account
 from effkit.decoder import accounting, configurations
 from effkit.decoder.altering import rows_ns
 from effkit.decoder.anatomy import CROSS_KV, ENCODER
-from effkit.decoder.calibration import Calibration, calibration_of
+from effkit.decoder.calibration import Calibration
 from effkit.decoder.costs import PREFILL, START
 from effkit.decoder.setting import DTYPES, SWITCH
+from effkit.lab import Progress, calibration_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +45,9 @@ def predict(base: Account, **setting: Any) -> Account:
     ValueError
         For an unknown knob, a value that cannot be, or a base without calibration.
     """
-    known = calibration_of(base)
-    wanted = known.resolved(known.setting.change(setting))
-    if wanted == known.setting:
+    known = calibration_of(base, Calibration, "decoder")
+    wanted = known.resolved(known.observed.setting.change(**setting))
+    if wanted == known.observed.setting:
         return base
     prompt = known.runs[0].step.prompt_cells if wanted.encoder_layers else wanted.input_length
     configurations.check_positions(known.memory.sizes(wanted), prompt, wanted.num_steps)
@@ -89,8 +90,8 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
     """
     from effkit.whatif import Choice, Slider, WhatIf
 
-    known = calibration_of(base)
-    rest, sizes = known.setting, known.memory.sizes(known.setting)
+    known = calibration_of(base, Calibration, "decoder")
+    rest, sizes = known.observed.setting, known.memory.sizes(known.observed.setting)
     coded = rest.encoder_layers > 0
     knobs: list[Slider | Choice] = [
         Slider("decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run per token"),
@@ -121,7 +122,7 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
             Slider("draft_frac", "Draft's step [tenths]", 0, 10, 1, "Time over the model's", scale=0.1),
         ]
 
-    def run(progress: Any, **setting: Any) -> Account:
+    def run(progress: Progress, **setting: Any) -> Account:
         from effkit.decoder.live import measure
 
         return measure(model, inputs, base=base, repeats=repeats, progress=progress, **setting)

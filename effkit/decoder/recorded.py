@@ -102,8 +102,8 @@ def positions(measured: Account) -> pd.DataFrame:
     held = measured.calibration
     if isinstance(held, Steps) and not measured.predicted:
         times = held.step_ns
-    elif isinstance(held, Observed) and not measured.predicted and held.runs[0].watched:
-        seen = held.runs[0].watched
+    elif isinstance(held, Observed) and not measured.predicted and held.observed.watched:
+        seen = held.observed.watched
         times = np.median([w.steps.sum(axis=1).to_numpy() for w in seen], axis=0)
         times[0] += np.median([w.encoder_ns for w in seen])
     else:

@@ -13,6 +13,7 @@ import torch
 from effkit.account import Account
 from effkit.decoder.accounting import PER_TOKEN, RATE, TIME
 from effkit.device import synchronize
+from effkit.lab import Progress
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 FIRST, LATER = "first step", "later steps"
@@ -27,7 +28,7 @@ class Steps:
 
 def measure_step(
     step: Step, first: Any, *, num_steps: int = 20, batch: int = 1, repeats: int = 3,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Account:  # fmt: skip
     """Call ``step`` for every token; rows are the first step, with no cache yet, and the later ones.
 

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
+from effkit.lab import calibration_of
 from effkit.moe import routing
-from effkit.moe.calibration import total_ns
+from effkit.moe.calibration import Calibration, total_ns
 from effkit.moe.loads import balanced_placement
-from effkit.moe.prediction import calibration_of, simulated
+from effkit.moe.prediction import simulated
 
 
 def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
@@ -37,7 +38,7 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
     ValueError
         When the loads do not fit the measured layer, or something else decides what travels: compression, padding.
     """
-    known = calibration_of(base)
+    known = calibration_of(base, Calibration, "moe")
     setting, owner = known.setting, known.owner
     own = np.asarray(known.loads if loads is None else loads)
     if own.ndim != 3 or own.shape[1:] != (known.num_ranks, setting.num_experts):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from effkit.least_squares import Floats
+from effkit.lab import Hull, Trust, rms
 from effkit.moe import breakdown, costs, routing
 from effkit.moe.recorded import Array, Run, Step
 from effkit.moe.setting import Setting
@@ -21,7 +20,6 @@ _LEVERS: Mapping[str, Mapping[str, Any]] = {
     "float8": {"message_dtype": "float8"},
 }
 _NUM_AROUND = 6  # settings that the costs of plain steps are fitted on; those of levers follow
-_SPREAD = 2.0  # bands are two standard errors wide on each side
 _LEAST_BAND_FRAC = 0.02
 _ROOM = 1.05  # beyond what was seen, and still in range
 
@@ -33,7 +31,7 @@ class Calibration:
     Attributes
     ----------
     setting, num_ranks, ranks_per_node, link_bytes_per_s
-        What was measured, and on what.
+        What was measured, and on what; with a base, the setting is not one of those that the costs were fitted on.
     costs
         Fitted times.
     settings
@@ -70,7 +68,7 @@ class Calibration:
     @property
     def band_frac(self) -> float:
         """Half-width of the band on a step's time."""
-        return max(_LEAST_BAND_FRAC, _SPREAD * math.hypot(self.error_frac, self.noise_frac))
+        return Trust(self.error_frac, self.noise_frac, least_frac=_LEAST_BAND_FRAC).band_frac
 
     def anchor(self, setting: Setting) -> float:
         """What a modelled time is multiplied by: the mean over the directions, of which each overlaps or does not."""
@@ -80,9 +78,20 @@ class Calibration:
         """Whether a setting asks for no more and no less than what was seen, number by number."""
         if num_ranks != self.num_ranks or setting.dtype != self.setting.dtype:
             return False
-        seen = np.array([_sizes(one) for one in self.settings])
-        asked = _sizes(setting)
-        return bool((asked <= _ROOM * seen.max(axis=0)).all() and (asked >= seen.min(axis=0) / _ROOM).all())
+        return Hull.of(map(_sizes, self.settings), _ROOM).covers(_sizes(setting))
+
+    def moved(self, run: Run, job: int, scale: float) -> Calibration:
+        """The same costs, at rest at another setting that was run: its times, times ``scale``, are the truth there."""
+        setting, steps = run.settings[job], run.of_job(job)
+        numbers = sorted({step.number for step in steps})
+        modelled = [simulate(setting, n, self.num_ranks, self.ranks_per_node, self.costs) for n in numbers]
+        anchors = [scale * total_ns(steps) / total_ns(modelled) if kind == _overlaps(setting) else anchor
+                   for kind, anchor in enumerate(self.anchors)]  # fmt: skip
+        return replace(
+            self, setting=setting, anchors=(anchors[0], anchors[1]),
+            loads=np.stack([run.kept[job, n] for n in numbers]), owner=routing.owners(setting, self.num_ranks),
+            noise_frac=noise_frac(steps), step=_typical([step for step in steps if step.number == numbers[0]]),
+        )  # fmt: skip
 
     def knows(self, setting: Setting) -> None:
         """Raise ValueError when the time of a lever that the setting uses was never measured."""
@@ -159,7 +168,7 @@ def calibrate(run: Run) -> Calibration:
     return Calibration(
         base, num_ranks, per_node, float(run.facts["link_bytes_per_s"]), len(numbers), whole, run.settings,
         np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), anchors(whole, None),
-        math.sqrt(float(np.mean(np.square(errors)))) if errors else 0.0, noise_frac(run.of_job(0)),
+        rms(errors), noise_frac(run.of_job(0)),
         _typical([step for step in run.of_job(0) if step.number == numbers[0]]),
     )  # fmt: skip
 
@@ -190,11 +199,13 @@ def noise_frac(steps: Sequence[Step]) -> float:
     return 1.4826 * float(np.median(np.abs(by_round - middle))) / middle
 
 
-def _sizes(setting: Setting) -> Floats:
-    """What the time depends on, for the range: FLOPs of experts, bytes of a message, tokens, pieces."""
+def _sizes(setting: Setting) -> dict[str, float]:
+    """What the time depends on, for the range."""
     rows = setting.num_tokens * setting.top_k
-    return np.array([rows * setting.hidden * setting.ffn, rows * setting.hidden, setting.num_tokens,
-                     *setting.degrees], float)  # fmt: skip
+    return {
+        "products of experts": rows * setting.hidden * setting.ffn, "values of messages": rows * setting.hidden,
+        "tokens": setting.num_tokens, "pieces forward": setting.degrees[0], "pieces backward": setting.degrees[1],
+    }  # fmt: skip
 
 
 def _half(hidden: int) -> int:

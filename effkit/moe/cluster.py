@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
+from effkit.lab import calibration_of, interval
 from effkit.moe import costs, routing
 from effkit.moe.calibration import Calibration
 from effkit.moe.live import COMMUNICATION, TIME
-from effkit.moe.prediction import calibration_of
 from effkit.moe.recorded import Array
 from effkit.moe.setting import Setting
 from effkit.trace.names import ITEM_BYTES
@@ -102,7 +101,7 @@ def scale(
         For a base without calibration, ranks that do not fill nodes or cannot share the experts, a link that was
         neither measured nor given, or numbers that cannot be.
     """
-    known = calibration_of(base)
+    known = calibration_of(base, Calibration, "moe")
     _check(num_ranks, node_size, num_nics_per_node, overlap_frac, imbalance, intra, inter)
     setting = _setting(known, num_ranks, changes)
     within = min(node_size, num_ranks)
@@ -135,12 +134,12 @@ def scale(
     whole = {name: round(time_ns) for name, time_ns in rows.items()}
     total = sum(whole.values())
     assumed = sum(time_ns for name, time_ns in whole.items() if basis[name] == "assumed")
-    margin = math.ceil(known.band_frac * (total - assumed) + _LINK_BAND_FRAC * assumed)
+    half_width = known.band_frac * (total - assumed) + _LINK_BAND_FRAC * assumed
     exposed = {f"{kind} exposed": round(time_ns) for kind, time_ns in moving.items()}
     exposed |= {f"{kind} hidden": round(time_ns) for kind, time_ns in hidden.items()}
     return Account.of(
         TIME, "ns", whole, total=total, basis=basis, source=f"the costs measured on {known.num_ranks} ranks, and links "
-        f"that are assumed, for {num_ranks} ranks", low=max(0, total - margin), high=total + margin, in_range=False,
+        f"that are assumed, for {num_ranks} ranks", **interval(total, half_width), in_range=False,
         setting={**setting.plain(), "num_ranks": num_ranks, "node_size": node_size, "intra_alpha_ns": fast.alpha_ns,
                  "intra_bytes_per_s": fast.bytes_per_s, "inter_alpha_ns": inter[0] if inter else None,
                  "inter_bytes_per_s": inter[1] if inter else None, "num_nics_per_node": nics,

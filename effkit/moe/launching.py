@@ -12,16 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from effkit.lab import Progress
 from effkit.moe import nodes, routing
 from effkit.moe.recorded import Run, read
 from effkit.moe.setting import Setting
 
-Progress = Callable[[int, int], None]
 Slow = Mapping[str, Any]
 MOST_RANKS = 8
 _PORT = 29411  # in namespaces of their own, every run has all ports to itself

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import readable
+from effkit.lab import Progress, Trust, rms
 from effkit.least_squares import Floats, nonnegative
-from effkit.moe.launching import Progress, Slow, launch
+from effkit.moe.launching import Slow, launch
 from effkit.moe.recorded import Array
 
 DELAY_BYTES = 2**18  # 2.6 ms at 100 MB/s: what the machine's scheduler adds is small beside that
 _FEWEST = 3  # sizes in a regime: one may be left out and a line is left
 _CLEARLY_BETTER = 0.8  # two lines must leave this much of one line's error, or less
 _LEAST_DOUBT_FRAC = 0.02  # of a time, however little its repeats scatter
-_SPREAD = 2.0  # bands are two standard errors wide on each side
 _LEAST_BAND_FRAC = 0.02
 
 
@@ -100,7 +100,7 @@ class Link:
         if not size_bytes >= 0:
             raise ValueError(f"size_bytes is the size of one message, 0 or more; given: {size_bytes}")
         dur_ns = _at(self.regimes, size_bytes, self.num_messages)
-        margin = max(_LEAST_BAND_FRAC, _SPREAD * self.error_frac) * dur_ns
+        margin = Trust(self.error_frac, least_frac=_LEAST_BAND_FRAC).band_frac * dur_ns
         in_range = self.frame.index[0] <= size_bytes <= self.frame.index[-1]
         return Duration(dur_ns, max(0.0, dur_ns - margin), dur_ns + margin, bool(in_range))
 
@@ -190,7 +190,7 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
     for i, size in enumerate(frame.index[1:-1], start=1):
         frame.loc[size, "held_out_ns"] = _at(_regimes(np.delete(seen, i, axis=1), num_messages), size, num_messages)
     frame["held_out_error"] = frame["held_out_ns"] / frame["dur_ns"] - 1
-    error_frac = math.sqrt(float(np.nanmean(np.square(frame["held_out_error"]))))
+    error_frac = rms(frame["held_out_error"].dropna())
     return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac)
 
 

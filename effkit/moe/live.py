@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from effkit.account import Account
+from effkit.lab import Progress, calibration_of
 from effkit.moe import breakdown
 from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
-from effkit.moe.launching import Progress, launch
+from effkit.moe.launching import launch
 from effkit.moe.recorded import Run, Step, read
 from effkit.moe.setting import Setting
 
@@ -72,7 +73,7 @@ def measure(
     RuntimeError
         When a rank fails or hangs: its own error, and where the log is.
     """
-    known: Calibration | None = base.calibration if base is not None else None
+    known = calibration_of(base, Calibration, "moe") if base is not None else None
     setting = (setting or (known.setting if known else Setting())).change(**changes)
     if known is not None:
         num_ranks, ranks_per_node, link_bytes_per_s = known.num_ranks, known.ranks_per_node, known.link_bytes_per_s
@@ -85,9 +86,10 @@ def measure(
         link_bytes_per_s=link_bytes_per_s or 0.0, ranks_per_node=ranks_per_node or 0, profile=profile, backend=backend,
         timeout_s=timeout_s, progress=progress,
     )  # fmt: skip
-    if base is None:
+    if base is None or known is None:
         return accounted(run, 0, None if barriers else calibrate(run))
-    return accounted(run, 1, None, scale=base.total / total_ns(run.of_job(0)))
+    scale = base.total / total_ns(run.of_job(0))
+    return accounted(run, 1, None if barriers else known.moved(run, 1, scale), scale)
 
 
 def prepare(

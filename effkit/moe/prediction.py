@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effkit.account import Account
+from effkit.lab import Progress, banded, calibration_of, interval
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, total_ns
-from effkit.moe.launching import Progress
 from effkit.moe.live import (
     COPIES,
     TIME,
@@ -60,7 +59,7 @@ def predict(base: Account, **setting: Any) -> Account:
         For an unknown knob, a base without calibration, ranks that cannot share the experts, or a lever whose time was
         not measured.
     """
-    known = calibration_of(base)
+    known = calibration_of(base, Calibration, "moe")
     on = {name: setting.pop(name) for name in _OF_THE_RANKS if setting.get(name) is not None}
     wanted = known.setting.change(**setting)
     num_ranks = int(on.get("num_ranks", known.num_ranks))
@@ -75,19 +74,18 @@ def predict(base: Account, **setting: Any) -> Account:
     steps = simulated(known, wanted, num_ranks, per_node, link)
     anchor = known.anchor(wanted)
     total = round(anchor * total_ns(steps))
-    margin = math.ceil(known.band_frac * total)
     same_link = link == known.link_bytes_per_s and per_node == known.ranks_per_node
     rows = scaled(breakdown.typical(steps, breakdown.rows_ns), anchor)
     basis = {name: "derived" if same_link or "moving" not in name else "assumed" for name in rows}
     return Account.of(
         TIME, "ns", rows, total=total, basis=basis,
         source=f"the costs of {len(known.settings)} measured settings",
-        low=max(0, total - margin), high=total + margin, in_range=same_link and known.covers(wanted, num_ranks),
+        **interval(total, known.band_frac * total), in_range=same_link and known.covers(wanted, num_ranks),
         setting=full, calibration=known,
         companions=(
-            _with_band(communication_account(steps, anchor, basis="derived"), known.band_frac),
-            _with_band(bytes_account(steps, "the routing", basis="derived"), 0.0),
-            _with_band(_copies(wanted, num_ranks, known.num_steps), 0.0),
+            banded(communication_account(steps, anchor, basis="derived"), known.band_frac),
+            banded(bytes_account(steps, "the routing", basis="derived"), 0.0),
+            banded(_copies(wanted, num_ranks, known.num_steps), 0.0),
         ),
     )  # fmt: skip
 
@@ -120,19 +118,6 @@ def best_degrees(base: Account, most: int = _MOST_CHUNKS, **setting: Any) -> tup
     )
 
 
-def calibration_of(base: Account) -> Calibration:
-    """What :func:`measure` kept.
-
-    Raises
-    ------
-    ValueError
-        When it kept nothing.
-    """
-    if not isinstance(base.calibration, Calibration):
-        raise ValueError("this account carries no calibration; moe.measure() without base makes one that does")
-    return base.calibration
-
-
 def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> WhatIf:
     """Sliders over :func:`predict`; the button runs the setting on ranks of its own and shows the receipt.
 
@@ -140,7 +125,7 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
     """
     from effkit.whatif import Choice, Slider, WhatIf
 
-    known = calibration_of(base)
+    known = calibration_of(base, Calibration, "moe")
     at = known.setting
     seen = known.settings
     knobs: list[Slider | Choice] = [
@@ -178,8 +163,3 @@ def _copies(setting: Setting, num_ranks: int, num_steps: int) -> Account:
     dropped = int(np.mean([one.dropped.sum() for one in of_steps]).round())
     return Account.of(COPIES, "tokens", {"kept": kept, "dropped": dropped}, basis="derived",
                       total=num_ranks * setting.num_tokens * setting.top_k, source="tokens times choices")  # fmt: skip
-
-
-def _with_band(account: Account, band_frac: float) -> Account:
-    margin = math.ceil(band_frac * account.total)
-    return replace(account, low=max(0, account.total - margin), high=account.total + margin)

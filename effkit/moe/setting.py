@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from effkit.lab import changed, check, flag, number, one_of, whole
+
 COMPRESSIONS = ("none", "lsh")
 MAX_HASHES = 12  # as in effkit.models.lsh, which needs torch
 MESSAGE_DTYPES = ("same", "bfloat16", "float8")
@@ -67,39 +69,30 @@ class Setting:
         When a value is out of range; the sentence says which.
     """
 
-    num_tokens: int = 1024
-    hidden: int = 256
-    ffn: int = 512
-    num_experts: int = 8
-    top_k: int = 2
-    capacity_factor: float = 0.0
-    pad: bool = False
-    skew: float = 0.5
-    num_modalities: int = 1
-    num_clusters: int = 0
-    num_chunks: int = 1
-    num_chunks_backward: int = 0
-    compress: str = "none"
-    num_hashes: int = 4
-    compensate: bool = False
-    message_dtype: str = "same"
+    num_tokens: int = whole(1024)
+    hidden: int = whole(256)
+    ffn: int = whole(512)
+    num_experts: int = whole(8)
+    top_k: int = whole(2)
+    capacity_factor: float = number(0.0)
+    pad: bool = flag(False)
+    skew: float = number(0.5)
+    num_modalities: int = whole(1)
+    num_clusters: int = whole(0, least=0)
+    num_chunks: int = whole(1)
+    num_chunks_backward: int = whole(0, least=0)
+    compress: str = one_of("none", words=COMPRESSIONS)
+    num_hashes: int = whole(4)
+    compensate: bool = flag(False)
+    message_dtype: str = one_of("same", words=MESSAGE_DTYPES)
     placement: str | tuple[int, ...] = "block"
-    num_replicas: int = 0
-    dtype: str = "float32"
-    backward: bool = True
-    seed: int = 0
+    num_replicas: int = whole(0, least=0)
+    dtype: str = one_of("float32", words=DTYPES)
+    backward: bool = flag(True)
+    seed: int = whole(0, least=0)
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "hidden", "ffn", "num_experts", "top_k", "num_modalities", "num_chunks",
-                     "num_hashes"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1; given: {getattr(self, name)}")
-        for name in ("capacity_factor", "skew", "num_clusters", "num_chunks_backward", "num_replicas"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is at least 0; given: {getattr(self, name)}")
-        for name, words in (("compress", COMPRESSIONS), ("message_dtype", MESSAGE_DTYPES), ("dtype", DTYPES)):
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name} is one of {', '.join(words)}; given: {getattr(self, name)!r}")
+        check(self)
         if isinstance(self.placement, str) and self.placement not in PLACEMENTS:
             raise ValueError(
                 f"placement is one of {', '.join(PLACEMENTS)}, or a rank per expert; given: {self.placement!r}"
@@ -133,18 +126,14 @@ class Setting:
         return self.num_chunks, self.num_chunks_backward or self.num_chunks
 
     def change(self, **changes: Any) -> Setting:
-        """This setting with these changes.
+        """This setting with these changes; None leaves a knob as it is.
 
         Raises
         ------
         ValueError
-            For a name that no setting has.
+            For a name that no setting has, or a value that cannot be.
         """
-        unknown = set(changes) - {field.name for field in dataclasses.fields(self)}
-        if unknown:
-            known = ", ".join(field.name for field in dataclasses.fields(self))
-            raise ValueError(f"no such knob: {', '.join(sorted(unknown))}; the knobs are {known}")
-        return dataclasses.replace(self, **changes)
+        return changed(self, changes)
 
     def plain(self) -> dict[str, Any]:
         """As a dictionary of plain values, for JSON."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pandas as pd
 
 from effkit.account import Account
+from effkit.lab import calibration_of
 from effkit.moe import breakdown
-from effkit.moe.prediction import calibration_of, simulated
+from effkit.moe.calibration import Calibration
+from effkit.moe.prediction import simulated
 from effkit.moe.recorded import Step
 from effkit.moe.setting import Setting
 
@@ -27,7 +29,7 @@ def timeline(account: Account) -> pd.DataFrame:
     ValueError
         For an account that keeps no calibration.
     """
-    known = calibration_of(account)
+    known = calibration_of(account, Calibration, "moe")
     if not account.predicted:
         return _rows(known.step)
     on = account.setting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,8 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
+from effkit.lab import Trust, asked, calibration_of, interval
+from effkit.lab.knobs import checked_whole
 from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, plan
 from effkit.padding.plans import Plan
 from effkit.padding.totals import EPOCH_TIME, LIMIT_KNOBS, cells_account, epoch_rows, peak_account, steps_account
@@ -17,14 +18,16 @@ from effkit.padding.totals import EPOCH_TIME, LIMIT_KNOBS, cells_account, epoch_
 if TYPE_CHECKING:
     import torch
 
-    from effkit.padding.live import Calibration, Progress
+    from effkit.lab import Progress
+    from effkit.padding.live import Calibration
     from effkit.whatif import WhatIf
 
 _OF_THE_EPOCH = ("strategy", "memory_bytes", "max_length", "world_size")
 KNOBS = ("strategy", *LIMIT_KNOBS, *_OF_THE_EPOCH[1:])
 _DEFAULTS = {"num_buckets": 30, "num_output_buckets": 2}
 _MIB = 2**20
-_SPREAD = 2.0  # bands are two standard errors wide on each side
+_WHOLE = {"batch_size": 1, "max_input_cells": 1, "num_buckets": 1, "num_output_buckets": 1, "seed": 0,
+          "memory_bytes": 0, "max_length": 1, "world_size": 1}  # fmt: skip
 
 
 def predict(base: Account, **setting: Any) -> Account:
@@ -63,10 +66,9 @@ def predict(base: Account, **setting: Any) -> Account:
     covered = cost.covers(frame["num_rows"], frame["input_length"], output)
     in_range = covered and world_size == 1 and planned.row_starts is None
     total = round(epoch_ns * calibration.anchor)
-    margin = math.ceil(total * band_frac(calibration))
     peaks = memory.amount(frame["num_rows"], frame["input_length"], output)
     peak = round(float(np.max(peaks)))
-    slack = math.ceil(peak * max(memory.error_frac, 1e-9))
+    around_peak = interval(peak, peak * max(memory.error_frac, 1e-9))
     return Account.of(
         EPOCH_TIME,
         "ns",
@@ -74,28 +76,21 @@ def predict(base: Account, **setting: Any) -> Account:
         total=total,
         source=f"the cost of {cost.num_steps} measured steps",
         basis="derived",
-        low=max(0, total - margin),
-        high=total + margin,
+        **interval(total, total * band_frac(calibration)),
         in_range=in_range,
         setting=wanted,
         companions=(
             cells_account(planned, "the plan", exact=True),
             steps_account(num_steps, "the plan", exact=True),
-            peak_account(
-                peak, "the fitted memory model", low=max(0, peak - slack), high=peak + slack, in_range=covered
-            ),
+            peak_account(peak, "the fitted memory model", in_range=covered, **around_peak),
         ),
         calibration=calibration,
     )
 
 
 def band_frac(calibration: Calibration) -> float:
-    """Half-width of the band on an epoch's time, as a fraction.
-
-    Two parts that do not know of each other: how wrong the model was on a step that it had not seen (leave one out),
-    and how far repeats of one step lay apart.
-    """
-    return _SPREAD * math.hypot(calibration.cost.error_frac, calibration.noise_frac)
+    """Half-width of the band on an epoch's time, as a fraction: steps left out in turn, and repeats of one step."""
+    return Trust(calibration.cost.error_frac, calibration.noise_frac).band_frac
 
 
 def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
@@ -104,14 +99,11 @@ def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
     A knob that the new setting's strategy has no use for is dropped; one that it needs and nobody gave falls back to
     what was measured.
     """
-    unknown = set(changes) - set(KNOBS)
-    if unknown:
-        raise ValueError(f"no such knob: {', '.join(sorted(unknown))}; the knobs are {', '.join(KNOBS)}")
-    setting = {
-        **_DEFAULTS,
-        **base.setting,
-        **{name: value for name, value in changes.items() if value is not None},
-    }
+    changes = asked(changes, KNOBS)
+    for name, least in _WHOLE.items():
+        for value in np.atleast_1d(changes.get(name, least)).tolist():
+            checked_whole(name, value, least)
+    setting = {**_DEFAULTS, **base.setting, **changes}
     if setting["strategy"] not in (*STRATEGIES, base.setting.get("strategy")):
         raise ValueError(f"unknown strategy {setting['strategy']!r}; choose one of {', '.join(STRATEGIES)}")
     # a loader's own batches have no limits of a plan
@@ -211,7 +203,6 @@ def _choices(rest: str) -> list[str]:
 
 
 def _calibration(base: Account) -> Calibration:
-    if base.calibration is None:
-        raise ValueError("this account carries no calibration; padding.measure() makes one that does")
-    calibration: Calibration = base.calibration
-    return calibration
+    from effkit.padding.live import Calibration  # torch is only needed here
+
+    return calibration_of(base, Calibration, "padding")

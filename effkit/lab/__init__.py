@@ -1,0 +1,13 @@
+"""What the four analyses share: knobs and how they are checked, held-out error, noise, range, band, progress."""
+
+from __future__ import annotations
+
+from effkit.lab.bands import SPREAD, Hull, Trust, banded, interval, relative_errors, rms
+from effkit.lab.calibrated import calibration_of
+from effkit.lab.knobs import asked, changed, check, flag, number, one_of, share, whole
+from effkit.lab.progress import Progress, tell
+
+__all__ = [
+    "SPREAD", "Hull", "Progress", "Trust", "asked", "banded", "calibration_of", "changed", "check", "flag", "interval",
+    "number", "one_of", "relative_errors", "rms", "share", "tell", "whole",
+]  # fmt: skip

@@ -1,0 +1,133 @@
+"""Knobs: what a setting may hold, checked from the fields' metadata, and how a setting is changed.
+
+A lab's setting is a frozen dataclass whose fields are made by :func:`whole`, :func:`number`, :func:`share`,
+:func:`one_of` and :func:`flag`, and whose ``__post_init__`` calls :func:`check`: all labs refuse in the same words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+Setting = TypeVar("Setting")
+Check = Callable[[str, Any], Any]  # (knob, value) -> the value as it is kept
+
+
+def whole(default: Any = dataclasses.MISSING, *, least: int = 1) -> Any:
+    """A field of whole numbers from ``least`` on; numpy's integers become Python's, True and 1.5 are refused."""
+    return _field(default, lambda name, value: checked_whole(name, value, least))
+
+
+def number(default: Any = dataclasses.MISSING, *, least: float = 0.0) -> Any:
+    """A field of finite real numbers from ``least`` on."""
+
+    def check_number(name: str, value: Any) -> float:
+        return _real(name, value, least, float("inf"), f"a number from {least:g} on")
+
+    return _field(default, check_number)
+
+
+def share(default: Any = dataclasses.MISSING, *, positive: bool = False) -> Any:
+    """A field of fractions from 0 to 1; with ``positive``, 0 is refused."""
+
+    def check_share(name: str, value: Any) -> float:
+        return checked_share(name, value, positive=positive)
+
+    return _field(default, check_share)
+
+
+def one_of(default: Any = dataclasses.MISSING, *, words: Sequence[Any]) -> Any:
+    """A field that takes one of these values."""
+
+    def check_word(name: str, value: Any) -> Any:
+        if not isinstance(value, str | int) or isinstance(value, bool) or value not in words:
+            raise ValueError(f"{name} is one of {', '.join(map(str, words))}; given: {value!r}")
+        return value
+
+    return _field(default, check_word)
+
+
+def flag(default: Any = dataclasses.MISSING) -> Any:
+    """A field that is True or False."""
+
+    def check_flag(name: str, value: Any) -> bool:
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{name} is True or False; given: {value!r}")
+        return bool(value)
+
+    return _field(default, check_flag)
+
+
+def check(setting: Any) -> None:
+    """Check every field of a frozen dataclass, and keep the values as plain Python numbers.
+
+    Raises
+    ------
+    ValueError
+        For the first field whose value cannot be; the sentence names it, what it takes and what was given.
+    """
+    for field in dataclasses.fields(setting):
+        if of_field := field.metadata.get("check"):
+            object.__setattr__(setting, field.name, of_field(field.name, getattr(setting, field.name)))
+
+
+def changed(setting: Setting, changes: Mapping[str, Any]) -> Setting:
+    """A copy of a dataclass with these fields changed; a value of None leaves the field as it is.
+
+    Raises
+    ------
+    ValueError
+        For a name that the setting has not, or a value that cannot be.
+    """
+    names = [field.name for field in dataclasses.fields(setting)]  # type: ignore[arg-type]
+    return dataclasses.replace(setting, **asked(changes, names))  # type: ignore[type-var]
+
+
+def asked(changes: Mapping[str, Any], knobs: Iterable[str]) -> dict[str, Any]:
+    """The changes that are asked for: those that are not None.
+
+    Raises
+    ------
+    ValueError
+        For a name that is no knob.
+    """
+    knobs = list(knobs)
+    if unknown := sorted(set(changes) - set(knobs)):
+        raise ValueError(f"no such knob: {', '.join(unknown)}; the knobs are {', '.join(knobs)}")
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def checked_whole(name: str, value: Any, least: int) -> int:
+    """The value as an int, if it is a whole number from ``least`` on."""
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or found < least:
+        raise ValueError(f"{name} is a whole number from {least} on; given: {value!r}")
+    return found
+
+
+def checked_share(name: str, value: Any, *, positive: bool = False) -> float:
+    """The value, if it is a fraction from 0 to 1; with ``positive``, above 0."""
+    said = f"a share in {'(' if positive else '['}0, 1]"
+    found = _real(name, value, 0.0, 1.0, said)
+    if positive and found == 0:
+        raise ValueError(f"{name} is {said}; given: {value!r}")
+    return found
+
+
+def _real(name: str, value: Any, least: float, most: float, said: str) -> Any:
+    """The value unchanged where it is a number of Python's; NaN lies in no range."""
+    found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    if isinstance(found, bool) or not isinstance(found, int | float) or not least <= found <= most:
+        raise ValueError(f"{name} is {said}; given: {value!r}")
+    return found
+
+
+def _field(default: Any, of_field: Check) -> Any:
+    return dataclasses.field(default=default, metadata={"check": of_field})
