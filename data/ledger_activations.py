@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from ledger_rows import begun, replace_rows
+from lessons import spiking
 
 import effkit as ek
 from effkit import activations
@@ -131,7 +132,8 @@ def _forecasts(gpu: bool) -> Iterator[Row]:
     """Peaks of architectures at sizes of which nothing was run; only memory."""
     for name, small, large, usual in ARCHITECTURES:
         configuration = large if gpu else small
-        model = getattr(ek.models, name)(**configuration)
+        build = spiking.build if name == "spiking" else getattr(ek.models, name)
+        model = build(**configuration)
         example = model.random_batch(*usual)
         for times in SIZES:
             size = _sized(times, usual)

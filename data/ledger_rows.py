@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from effkit.receipt import LEDGER_COLUMNS, Receipt
 
 DATA = Path(__file__).resolve().parent
 README = DATA.parent / "README.md"
+sys.path.append(str(DATA.parent / "notebooks"))  # where a ledger imports `lessons` from, as a notebook does
 LABS = ("padding", "activations", "moe", "decoder", "advice")  # in this order in the file
 
 

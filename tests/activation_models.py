@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from lessons import spiking
 
 from effkit import models
 from effkit.activations import stepping
@@ -55,10 +56,10 @@ TINY = {
     ),
     "recurrent": Tiny(lambda: models.recurrent(hidden=32, vocabulary=100, device="cpu"), ((4, 32), (3, 16), (6, 24))),
     "spiking through time": Tiny(
-        lambda: models.spiking(steps=4, learning="bptt", **SPIKING), ((8, None), (4, None), (32, None))
+        lambda: spiking.build(steps=4, learning="bptt", **SPIKING), ((8, None), (4, None), (32, None))
     ),
     "spiking through space": Tiny(
-        lambda: models.spiking(steps=4, learning="sltt", **SPIKING), ((8, None), (4, None), (32, None))
+        lambda: spiking.build(steps=4, learning="sltt", **SPIKING), ((8, None), (4, None), (32, None))
     ),
     "mixture of experts": Tiny(mixture_of_experts, ((3, 48), (2, 32), (4, 64))),
 }

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from activation_models import SMALL, SPIKING, TINY, batch_of, mixture_of_experts, recorded_peak
+from activation_models import SMALL, TINY, batch_of, mixture_of_experts, recorded_peak
 from torch import nn
 
 from effkit import activations, models
@@ -210,33 +210,3 @@ def test_a_dropout_mask_takes_a_byte_on_a_gpu_and_a_factor_on_a_cpu():
     assert 128 * 256 in kept[1].to_list()
     assert 128 * 256 not in kept[0].to_list()
     assert kept[1].sum() < kept[0].sum()
-
-
-# Learning through time
-
-
-@pytest.fixture(scope="module")
-def over_time():
-    """Way of learning -> time steps -> peak and saved bytes."""
-    found = {}
-    for learning in ("bptt", "sltt"):
-        for steps in (2, 8, 32):
-            model = models.spiking(steps=steps, learning=learning, **SPIKING)
-            account = activations.measure(model, model.random_batch(64), repeats=1)
-            found.setdefault(learning, {})[steps] = account.total, account.companions[1].total
-    return found
-
-
-def test_learning_through_space_takes_the_same_memory_for_any_time(over_time):
-    for which in (0, 1):
-        flat = [figures[which] for figures in over_time["sltt"].values()]
-        assert max(flat) <= 1.01 * min(flat), over_time
-
-
-def test_learning_through_time_takes_memory_in_proportion(over_time):
-    peak, saved = ({steps: figures[i] for steps, figures in over_time["bptt"].items()} for i in (0, 1))
-    for amounts, tolerance in ((peak, 0.05), (saved, 0.01)):  # the peak moves to another operator
-        slope = (amounts[8] - amounts[2]) / 6
-        assert amounts[32] == pytest.approx(amounts[8] + 24 * slope, rel=tolerance)
-    assert saved[32] > 10 * saved[2]
-    assert peak[32] > 3 * over_time["sltt"][32][0]

@@ -229,13 +229,6 @@ def test_a_plain_step_is_called_token_by_token():
         decoder.predict(account, batch=2)
 
 
-def test_a_hybrid_models_step():
-    model = ek.models.hybrid(layers=2, hidden=32, heads=4, state_heads=2)
-    account = decoder.measure(model.step, torch.tensor([1, 2]), num_steps=6, batch=2)
-    assert abs(account.residual) < 0.3 * account.total
-    assert (decoder.positions(account)["time_ns"] > 0).all()
-
-
 def test_positions_hold_the_prefill_in_the_first(base):
     table = decoder.positions(base)
     assert table.index.tolist() == [*range(1, 7)]

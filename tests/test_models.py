@@ -14,15 +14,13 @@ TINY = {"hidden": 16, "heads": 2, "vocabulary": 50, "device": "cpu"}
 SMALLEST = {
     "convolutional": {"width": 4, "stages": 2, "image": 8, "device": "cpu"},
     "gpt": {"layers": 2, **TINY},
-    "hybrid": {"layers": 2, **TINY, "state_heads": 1},
     "recurrent": {"hidden": 16, "vocabulary": 50, "device": "cpu"},
     "speech": {"encoder_layers": 1, "decoder_layers": 1, **TINY},
-    "spiking": {"hidden": 16, "features": 20, "steps": 3, "device": "cpu"},
     "text": {"layers": 2, **TINY},
     "vision": {"layers": 2, "hidden": 16, "heads": 2, "image": 8, "device": "cpu"},
 }
 LAYERS = {"expert_parallel"}  # have no loss; tried in test_models_moe.py
-WITH_LENGTH = {"gpt", "hybrid", "recurrent", "speech", "text"}
+WITH_LENGTH = {"gpt", "recurrent", "speech", "text"}
 LENGTHS = pd.DataFrame({"input_length": [50, 33, 71, 16], "output_length": [4, 5, 6, 3]})
 
 

@@ -26,26 +26,25 @@ PUBLIC = {
     ],
     "effkit.published": ["Finding", "browse", "check", "claims"],
     "effkit.activations": [
-        "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint",
-        "compressed", "forecast", "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure",
-        "offloaded", "predict", "saved", "update_error", "whatif",
+        "Levers", "LowBitAdamW", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast", "front",
+        "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved", "update_error",
+        "whatif",
     ],
     "effkit.padding": [
         "CostModel", "MemoryModel", "Plan", "STRATEGIES", "Watch", "account", "fit_cost", "fit_memory", "lengths",
-        "lengths_from_buckets", "measure", "plan", "predict", "watch", "whatif",
+        "measure", "plan", "predict", "watch", "whatif",
     ],
     "effkit.moe": [
-        "Setting", "account", "balanced_placement", "best_degrees", "compare_training", "delays", "find_slow",
-        "imbalance", "link", "measure", "output_error", "predict", "prepare", "scale", "scaling_table", "timeline",
-        "whatif", "why_no_links", "worth_balancing",
+        "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link",
+        "measure", "output_error", "predict", "prepare", "scale", "scaling_table", "timeline", "whatif",
+        "why_no_links", "worth_balancing",
     ],
     "effkit.decoder": [
-        "CondensedAttention", "Setting", "account", "best_num_draft", "condensed", "contexts", "exit_at", "exits",
-        "kept_ratios", "kv_cache_bytes", "measure", "merge_tokens", "merged", "positions", "predict", "rebalance",
-        "roofline", "speculate", "static_decoding", "train_nested", "whatif",
+        "Setting", "account", "best_num_draft", "exit_at", "kv_cache_bytes", "measure", "positions", "predict",
+        "rebalance", "roofline", "speculate", "static_decoding", "whatif",
     ],
     "effkit.models": [
-        "convolutional", "expert_parallel", "gpt", "hybrid", "recurrent", "speech", "spiking", "text", "vision",
+        "convolutional", "expert_parallel", "gpt", "recurrent", "speech", "text", "vision",
     ],
 }  # fmt: skip
 

@@ -6,8 +6,6 @@ from effkit.activations.accounting import account
 from effkit.activations.checkpointing import blocks, checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error
-from effkit.activations.host_states import InterleavedAdamW
-from effkit.activations.interleaving import Rates, interleave
 from effkit.activations.levers import Levers
 from effkit.activations.live import measure
 from effkit.activations.low_bit import LowBitAdamW, update_error
@@ -16,7 +14,7 @@ from effkit.activations.planning import cheapest, front
 from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif
 
 __all__ = [
-    "InterleavedAdamW", "Levers", "LowBitAdamW", "Rates", "account", "blocks", "cheapest", "checkpoint", "compressed",
-    "forecast", "front", "gradient_error", "interleave", "largest_batch", "live_bytes", "measure", "offloaded",
-    "predict", "saved", "update_error", "whatif",
+    "Levers", "LowBitAdamW", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast", "front",
+    "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved", "update_error",
+    "whatif",
 ]  # fmt: skip

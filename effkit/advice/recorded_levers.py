@@ -33,7 +33,7 @@ _LABS = {
     "saved activation": "ek.activations",
     "recomputed activation": "ek.activations",
     "workspace": "ek.activations",
-    "optimizer state": "ek.activations (LowBitAdamW, InterleavedAdamW)",
+    "optimizer state": "ek.activations (LowBitAdamW)",
     "gradient": "ek.activations (gradients at once used up)",
     "parameter": "ek.decoder.roofline, or a model of fewer or narrower weights",
     "input": "ek.padding",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from effkit.decoder import configurations
-from effkit.decoder.nesting import exit_at
+from effkit.decoder.early_exit import exit_at
 from effkit.decoder.setting import Setting
 from effkit.decoder.speculating import speculate
 

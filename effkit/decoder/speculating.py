@@ -176,46 +176,6 @@ def speculate(
     return Account.of(TIME, "ns", spent_ns, total=total_ns, source="a clock around all cycles", setting=setting)
 
 
-def plain(target: Any, *, batch: int = 1, num_steps: int = 64, seed: int = 0, input_length: int = 32) -> Account:
-    """Run the same generation without a draft: one step of the target model per token; see :func:`speculate`.
-
-    Its row ``verify`` is the target model's steps; there is no ``draft``. In ``setting``: ``num_tokens``,
-    ``num_cycles``, ``num_draft`` 0.
-    """
-    _check_run(batch, num_steps, input_length, 0, target)
-    spent_ns = {VERIFY: 0, REST: 0}
-    with evaluating(target):
-        cache = _prefilled(target, input_length, seed)
-        pending = torch.zeros(1, 1, dtype=torch.long, device=target.device)
-        synchronize()
-        start_ns = time.perf_counter_ns()
-        for _ in range(num_steps):
-            with _clocked(spent_ns, VERIFY):
-                logits = target(input_ids=pending, past_key_values=cache, use_cache=True).logits
-            with _clocked(spent_ns, REST):
-                pending = logits[:, -1:].argmax(-1)
-        synchronize()
-        total_ns = time.perf_counter_ns() - start_ns
-    setting = {
-        "num_tokens": num_steps, "num_cycles": num_steps, "num_draft": 0, "input_length": input_length, "batch": batch,
-    }  # fmt: skip
-    return Account.of(TIME, "ns", spent_ns, total=total_ns, source="a clock around all steps", setting=setting)
-
-
-def fractions(without: Account, speculated: Account) -> tuple[float, float]:
-    """``draft_frac`` and ``verify_frac`` as two runs had them, for :func:`speed_up`.
-
-    Parameters
-    ----------
-    without, speculated
-        What :func:`plain` and :func:`speculate` return, of the same target model.
-    """
-    step_ns = without.total / without.setting["num_tokens"]
-    cycles = speculated.setting["num_cycles"]
-    draft_ns, verify_ns, rest_ns = (int(speculated.frame["value"][row]) / cycles for row in (DRAFT, VERIFY, REST))
-    return draft_ns / speculated.setting["num_draft"] / step_ns, (verify_ns + rest_ns) / step_ns
-
-
 def _check(num_draft: int, acceptance: float, least: int) -> None:
     if num_draft < least or not 0 <= acceptance <= 1:
         raise ValueError(

@@ -13,14 +13,12 @@ if TYPE_CHECKING:
     from effkit.models.decoder_only import Text
     from effkit.models.encoder_decoder import Speech
     from effkit.models.gpt2 import Gpt
-    from effkit.models.integrate_and_fire import Spiking
     from effkit.models.long_short_term import Recurrent
     from effkit.models.moe import ExpertParallel
-    from effkit.models.parallel_heads import Hybrid
     from effkit.models.patches import Vision
     from effkit.models.residual import Convolutional
 
-__all__ = ["convolutional", "expert_parallel", "gpt", "hybrid", "recurrent", "speech", "spiking", "text", "vision"]
+__all__ = ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "text", "vision"]
 
 
 def convolutional(**configuration: Any) -> Convolutional:
@@ -47,13 +45,6 @@ def gpt(**configuration: Any) -> Gpt:
     return gpt2.build(**configuration)
 
 
-def hybrid(**configuration: Any) -> Hybrid:
-    """A decoder with attention and state heads; see :func:`effkit.models.parallel_heads.build` for the keywords."""
-    from effkit.models import parallel_heads
-
-    return parallel_heads.build(**configuration)
-
-
 def recurrent(**configuration: Any) -> Recurrent:
     """An LSTM language model; see :func:`effkit.models.long_short_term.build` for the keywords."""
     from effkit.models import long_short_term
@@ -66,13 +57,6 @@ def speech(**configuration: Any) -> Speech:
     from effkit.models import encoder_decoder
 
     return encoder_decoder.build(**configuration)
-
-
-def spiking(**configuration: Any) -> Spiking:
-    """A spiking classifier; see :func:`effkit.models.integrate_and_fire.build` for the keywords."""
-    from effkit.models import integrate_and_fire
-
-    return integrate_and_fire.build(**configuration)
 
 
 def text(**configuration: Any) -> Text:

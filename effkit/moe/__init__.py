@@ -9,14 +9,14 @@ from effkit.moe.launching import why_no_links
 from effkit.moe.links import delays, link
 from effkit.moe.live import measure, prepare
 from effkit.moe.loads import balanced_placement, imbalance
-from effkit.moe.lossy import compare_training, output_error
+from effkit.moe.lossy import output_error
 from effkit.moe.prediction import best_degrees, predict, whatif
 from effkit.moe.setting import Setting
 from effkit.moe.slowness import find_slow
 from effkit.moe.stretches import timeline
 
 __all__ = [
-    "Setting", "account", "balanced_placement", "best_degrees", "compare_training", "delays", "find_slow", "imbalance",
-    "link", "measure", "output_error", "predict", "prepare", "scale", "scaling_table", "timeline", "whatif",
-    "why_no_links", "worth_balancing",
+    "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link", "measure",
+    "output_error", "predict", "prepare", "scale", "scaling_table", "timeline", "whatif", "why_no_links",
+    "worth_balancing",
 ]  # fmt: skip

@@ -11,7 +11,6 @@ from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.planning import STRATEGIES, plan
 from effkit.padding.plans import Plan
 from effkit.padding.prediction import predict, whatif
-from effkit.padding.rebuilding import lengths_from_buckets
 from effkit.padding.sources import lengths
 
 if TYPE_CHECKING:
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STRATEGIES", "CostModel", "MemoryModel", "Plan", "Watch", "account", "fit_cost", "fit_memory", "lengths",
-    "lengths_from_buckets", "measure",
-    "plan", "predict", "watch", "whatif",
+    "measure", "plan", "predict", "watch", "whatif",
 ]  # fmt: skip
 
 

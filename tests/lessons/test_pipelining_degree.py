@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from effkit.moe import degrees
-from effkit.moe.degrees import LayerCosts, Task
+from lessons import pipelining_degree as degrees
+from lessons.pipelining_degree import LayerCosts, Task
 
 _ns = st.one_of(st.just(0.0), st.floats(0.01, 100.0))
 _tasks = st.builds(Task, alpha_ns=_ns, beta_ns=st.floats(0.01, 10.0), size=st.one_of(st.just(0.0), st.floats(1, 500.0)))
@@ -150,10 +149,16 @@ def test_numpy_degrees_are_whole_numbers_too():
         (lambda: Task(0.0, float("nan")), "beta_ns is nan"),
         (lambda: Task(0.0, 0.0, float("inf")), "size is inf"),
         (lambda: LayerCosts(Task(), Task(), Task(), gradient_ns=-2.0), "gradient_ns is -2.0"),
-        (lambda: degrees.pipelined_ns(LayerCosts(Task(), Task(), Task()), 0), "num_chunks is 0, expected a whole"),
+        (
+            lambda: degrees.pipelined_ns(LayerCosts(Task(), Task(), Task()), 0),
+            "num_chunks is 0, expected a whole",
+        ),
         (lambda: degrees.pipelined_ns(LayerCosts(Task(), Task(), Task()), 1.5), "num_chunks is 1.5"),
         (lambda: degrees.best_degree(LayerCosts(Task(), Task(), Task()), 0), "max_degree is 0"),
-        (lambda: degrees.best_degree(LayerCosts(Task(), Task(), Task()), 4, allowed=(8,)), "allowed is \\[8\\]"),
+        (
+            lambda: degrees.best_degree(LayerCosts(Task(), Task(), Task()), 4, allowed=(8,)),
+            "allowed is \\[8\\]",
+        ),
         (lambda: degrees.exhaustive_degree(LayerCosts(Task(), Task(), Task()), []), "degrees is empty"),
     ],
 )

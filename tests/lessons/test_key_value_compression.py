@@ -4,10 +4,10 @@ import time
 
 import pytest
 import torch
+from lessons.key_value_compression import CondensedAttention, attention_flops, condensed, pixart_flops
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.decoder.condensing import CondensedAttention, attention_flops, condensed
 from effkit.side_by_side import interleaved_ns, saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,3 +142,55 @@ def test_the_module_refuses_what_is_no_grid():
         attention(tokens(25))
     with pytest.raises(ValueError, match="ratio is at least 1; given: 0"):
         CondensedAttention(16, 4, 0)
+
+
+def test_pixart_saves_33_9_percent():
+    table = pixart_flops()
+    assert table.loc["total", "saved_frac"] == pytest.approx(0.339, abs=0.0005)
+    assert table.attrs["recomputed"] == table.loc["total", "saved_frac"]
+    assert abs(table.attrs["error"]) < 0.005
+    assert table.attrs["published"] == 0.34
+    with_text = pixart_flops(num_text_tokens=300)
+    assert with_text.loc["total", "saved_frac"] == pytest.approx(0.333, abs=0.0005)
+    items, total = table.iloc[:-1], table.iloc[-1]
+    assert items.sum().tolist() == pytest.approx(total.tolist())
+    assert table.loc[["projections", "feed-forward"], "saved_frac"].eq(0).all()
+    assert table.loc["attention", "saved_frac"] > total["saved_frac"]  # less what the convolution costs
+
+
+@pytest.mark.parametrize(("ratio", "num_compressed"), [(1, 1), (2, 1), (4, 2)])
+def test_pixart_count_is_that_of_torch(ratio, num_compressed):
+    """A transformer of these shapes on the meta device, counted by torch."""
+    tokens, hidden, text, num_layers = 64, 32, 10, 3
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        weight, wide = torch.empty(hidden, hidden), torch.empty(4 * hidden, hidden)
+        x, words = torch.empty(tokens, hidden), torch.empty(text, hidden)
+        for layer in range(num_layers):
+            query, key, value = (x @ weight for _ in range(3))
+            if layer >= num_layers - num_compressed and ratio > 1:
+                kernel, grid = torch.empty(hidden, 1, ratio, ratio), (1, hidden, 8, 8)
+                key, value = (
+                    functional.conv2d(part.T.reshape(grid), kernel, stride=ratio, groups=hidden)[0].flatten(1).T
+                    for part in (key, value)
+                )
+            x = ((query @ key.T) @ value) @ weight
+            query, key, value = x @ weight, words @ weight, words @ weight
+            x = ((query @ key.T) @ value) @ weight
+            x = (x @ wide.T) @ wide
+    table = pixart_flops(tokens, ratio, num_layers, num_compressed, hidden, num_text_tokens=text)
+    assert table.loc["total", "compressed_flops"] == counter.get_total_flops()
+    if ratio == 1:
+        assert table.loc["total", "saved_frac"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"num_compressed": 29}, "num_compressed is 29, expected 0 to 28"),
+        ({"num_tokens": 65_537}, "num_tokens is 65,537, expected a multiple"),
+        ({"ratio": 0}, "given: ratio 0"),
+    ],
+)
+def test_transformers_that_cannot_be_compressed_are_refused_in_a_sentence(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pixart_flops(**given)

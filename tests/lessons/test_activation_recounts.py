@@ -2,21 +2,21 @@
 
 import pytest
 import torch
+from lessons import coat, korthikanti, mesa
 
-from effkit.activations import closed_forms, recounts, recounts_of_mesa
 from effkit.activations.levers import Levers
 from effkit.activations.timeline import CATEGORIES
 
 
 def test_deit_without_mesa_is_recounted_within_two_percent():
-    table = recounts_of_mesa.mesa()
+    table = mesa.mesa()
     plain = table.loc[["DeiT-Ti", "DeiT-S", "DeiT-B"]]
     assert list(plain["published"]) == [4171, 8459, 17691]
     assert (plain["gap_frac"].abs() < 0.02).all()
     compressed = table.loc[[f"{name} with Mesa" for name in plain.index]]
     assert list(compressed["published"]) == [1858, 3840, 8616]
     assert (compressed["gap_frac"].abs() < 0.04).all()
-    parts = recounts_of_mesa.mesa_parts()
+    parts = mesa.mesa_parts()
     assert parts.sum().to_numpy() == pytest.approx(table["recomputed"].to_numpy(dtype="float64"))
     # Mesa saves on what is kept for backward, on nothing else
     kept = parts.loc["saved activation"]
@@ -25,24 +25,16 @@ def test_deit_without_mesa_is_recounted_within_two_percent():
 
 
 def test_twelve_layers_are_replayed_as_two_foretell():
-    replayer = recounts_of_mesa._on_meta("DeiT-Ti", 12)
-    timeline = replayer.replay(recounts_of_mesa._images(128), Levers(autocast="bfloat16"))
+    replayer = mesa._on_meta("DeiT-Ti", 12)
+    timeline = replayer.replay(mesa._images(128), Levers(autocast="bfloat16"))
     backward = [phase.startswith("backward") for phase in timeline.phases]
     levels = timeline.levels()[[name != "gradient" for name in CATEGORIES]][:, backward].sum(axis=0)
-    foretold = recounts_of_mesa._deit_parts("DeiT-Ti", 0).drop(["gradient", "gradient bucket"]).sum()
+    foretold = mesa._deit_parts("DeiT-Ti", 0).drop(["gradient", "gradient bucket"]).sum()
     assert levels.max() == pytest.approx(foretold, rel=1e-6)
 
 
-def test_a_deit_block_is_counted_as_its_closed_form_says():
-    table = recounts_of_mesa.mesa_layers()
-    assert list(table.index) == ["float32", "float32, torch 1.7", "autocast, torch 1.7", "Mesa"]
-    assert table["gap_frac"].between(0, 0.01).all()  # statistics of norms, scales
-    with pytest.raises(ValueError, match="arithmetic is one of float32"):
-        closed_forms.deit_bytes(1, 192, 3, arithmetic="fp8")
-
-
 def test_a_llama_block_agrees_with_coat_in_all_and_not_by_row():
-    table = recounts.coat_block()
+    table = coat.coat_block()
     assert table["published"]["Total"] == 22.66
     assert abs(table["gap_frac"]["Total"]) < 0.01
     assert table["recomputed"].drop("Total").sum() == pytest.approx(table["recomputed"]["Total"])
@@ -52,13 +44,13 @@ def test_a_llama_block_agrees_with_coat_in_all_and_not_by_row():
     assert table.loc["Total", ["published_TE", "published_COAT"]].tolist() == [18.33, 13.33]
 
 
-@pytest.mark.parametrize("rows", closed_forms.COAT_BLOCK_U.values())
+@pytest.mark.parametrize("rows", coat.COAT_BLOCK_U.values())
 def test_printed_rows_add_up_to_the_printed_total(rows):
     assert sum(rows.values()) == pytest.approx(2 * rows["Total"])
 
 
 def test_whole_llamas_agree_with_coat_and_a_single_layer_is_half_of_what_is_printed():
-    table = recounts.coat_totals()
+    table = coat.coat_totals()
     models = table.loc[["Llama-2-7B", "Llama-2-13B"]]
     assert list(models["published"]) == [25.8, 20.1]
     assert (models["gap_frac"].abs() < 0.04).all()
@@ -67,7 +59,7 @@ def test_whole_llamas_agree_with_coat_and_a_single_layer_is_half_of_what_is_prin
 
 
 def test_the_form_of_korthikanti_holds_once_adapted():
-    table = recounts.korthikanti(hidden=128, heads=4, sequence=128)
+    table = korthikanti.korthikanti(hidden=128, heads=4, sequence=128)
     assert (table["adapted_gap_frac"].abs() < 0.03).all()
     # as printed, for two bytes per value and masks of one, it is far off
     assert table["gap_frac"]["eager, dropout 0.1"] > 1.5
@@ -75,11 +67,11 @@ def test_the_form_of_korthikanti_holds_once_adapted():
 
 def test_adapted_to_the_papers_own_assumptions_it_is_the_papers_form():
     shape = (2, 1024, 768, 12)
-    printed = closed_forms.korthikanti_bytes(*shape)
+    printed = korthikanti.korthikanti_bytes(*shape)
     assert printed == 34 * 2 * 1024 * 768 + 5 * 12 * 1024**2 * 2
-    assert closed_forms.adapted_bytes(*shape) == printed + 16 * 2 * 1024  # statistics of two norms
+    assert korthikanti.adapted_bytes(*shape) == printed + 16 * 2 * 1024  # statistics of two norms
     with pytest.raises(ValueError, match="attention is eager or sdpa"):
-        closed_forms.adapted_bytes(*shape, attention="flash")
+        korthikanti.adapted_bytes(*shape, attention="flash")
 
 
 @pytest.fixture
@@ -93,7 +85,7 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 def test_groups_by_head_are_compared_on_the_same_gradient():
-    table = recounts.head_groups(steps=5)
+    table = mesa.head_groups(steps=5)
     assert list(table.loc["gpt"].index) == ["head", "tensor", "128 values"]
     assert table["relative_error"].between(1e-5, 0.05).all()
     assert (table["relative_error"] < table["noise_relative_error"] / 10).all()

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from effkit.moe import folding
+from lessons import parallel_folding
 
 _sizes = st.sampled_from([1, 2, 3, 4])
 
@@ -47,15 +46,15 @@ def test_groups_are_those_that_counting_coordinates_gives(given_sizes):
     tp, cp, pp, ep, etp = (given_sizes[name] for name in ("tp", "cp", "pp", "ep", "etp"))
     world = given_sizes["world_size"]
     dp, edp = world // (tp * cp * pp), world // (etp * ep * pp)
-    folded = folding.groups(**given_sizes)
-    unfolded = folding.groups(**{**given_sizes, "etp": tp}, folded=False)
+    folded = parallel_folding.groups(**given_sizes)
+    unfolded = parallel_folding.groups(**{**given_sizes, "etp": tp}, folded=False)
     attention = by_coordinates(("tp", "cp", "dp", "pp"), {"tp": tp, "cp": cp, "dp": dp, "pp": pp})
     experts = by_coordinates(("etp", "ep", "edp", "pp"), {"etp": etp, "ep": ep, "edp": edp, "pp": pp})
     within = by_coordinates(("etp", "cp", "ep", "d", "pp"), {"etp": tp, "cp": cp, "ep": ep, "d": dp // ep, "pp": pp})
     for rank in range(world):
-        for name in folding.ATTENTION:
+        for name in parallel_folding.ATTENTION:
             assert folded["attention", name][rank] == unfolded["attention", name][rank] == attention(rank, name)
-        for name in folding.EXPERTS:
+        for name in parallel_folding.EXPERTS:
             assert folded["experts", name][rank] == experts(rank, name)
             axes = ("cp", "d") if name == "edp" else (name,)
             assert unfolded["experts", name][rank] == within(rank, *axes)
@@ -66,12 +65,12 @@ def test_groups_are_those_that_counting_coordinates_gives(given_sizes):
 def test_groups_partition_the_ranks_and_meet_in_one(given_sizes, is_folded):
     world = given_sizes["world_size"]
     sizes = given_sizes if is_folded else {**given_sizes, "etp": given_sizes["tp"]}
-    table = folding.groups(**sizes, folded=is_folded)
+    table = parallel_folding.groups(**sizes, folded=is_folded)
     for column in table.columns:
         distinct = set(table[column])
         assert sorted(itertools.chain(*distinct)) == list(range(world))
         assert all(rank in members for rank, members in table[column].items())
-    for side, names in (("attention", folding.ATTENTION), ("experts", folding.EXPERTS)):
+    for side, names in (("attention", parallel_folding.ATTENTION), ("experts", parallel_folding.EXPERTS)):
         lengths = [len(table[side, name][0]) for name in names]
         assert np.prod(lengths) == world
         for one, other in itertools.combinations(names, 2):
@@ -83,16 +82,16 @@ def test_groups_partition_the_ranks_and_meet_in_one(given_sizes, is_folded):
 
 def test_megatron_s_order_on_sixteen_ranks():
     # 16 ranks, tensor 2, pipeline 2, data 4, order tp-dp-pp
-    table = folding.groups(16, tp=2, pp=2)
+    table = parallel_folding.groups(16, tp=2, pp=2)
     assert set(table["attention", "tp"]) == {(i, i + 1) for i in range(0, 16, 2)}
     assert set(table["attention", "dp"]) == {(0, 2, 4, 6), (1, 3, 5, 7), (8, 10, 12, 14), (9, 11, 13, 15)}
     assert set(table["attention", "pp"]) == {(i, i + 8) for i in range(8)}
 
 
 def test_without_attention_s_own_splits_both_mappings_are_one():
-    folded, unfolded = (folding.groups(16, ep=4, pp=2, folded=flag) for flag in (True, False))
+    folded, unfolded = (parallel_folding.groups(16, ep=4, pp=2, folded=flag) for flag in (True, False))
     pd.testing.assert_frame_equal(folded, unfolded)
-    table = folding.crossing(16, ep=4, pp=2, node_size=2, num_tokens=8, hidden=4, top_k=2)
+    table = parallel_folding.crossing(16, ep=4, pp=2, node_size=2, num_tokens=8, hidden=4, top_k=2)
     assert table.loc["folded"].equals(table.loc["unfolded"])
 
 
@@ -118,10 +117,10 @@ def test_bytes_are_those_of_sending_one_by_one(given_sizes, top_k, data):
     world = given_sizes["world_size"]
     node_size = data.draw(st.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
     load = {"num_tokens": 12 * given_sizes["ep"], "hidden": 5, "top_k": top_k, "bytes_per_value": 2}
-    table = folding.crossing(**given_sizes, node_size=node_size, **load)
+    table = parallel_folding.crossing(**given_sizes, node_size=node_size, **load)
     assert table.attrs["impossible"] == {}
-    own = {"folded": folding.groups(**given_sizes),
-           "unfolded": folding.groups(**{**given_sizes, "etp": given_sizes["tp"]}, folded=False)}  # fmt: skip
+    own = {"folded": parallel_folding.groups(**given_sizes),
+           "unfolded": parallel_folding.groups(**{**given_sizes, "etp": given_sizes["tp"]}, folded=False)}  # fmt: skip
     for mapping, exchange in table.index:
         expected = counted(own[mapping], exchange, node_size, **load)
         assert table.loc[(mapping, exchange)].iloc[:3].tolist() == expected
@@ -132,7 +131,7 @@ def test_bytes_are_those_of_sending_one_by_one(given_sizes, top_k, data):
 
 
 def test_folding_keeps_the_exchange_within_a_node():
-    table = folding.crossing(64, tp=4, cp=2, ep=8, num_tokens=4096, hidden=6144, top_k=2)
+    table = parallel_folding.crossing(64, tp=4, cp=2, ep=8, num_tokens=4096, hidden=6144, top_k=2)
     assert table.loc[("folded", "dispatch"), "across_bytes"] == 0
     assert table.loc[("unfolded", "dispatch"), "within_bytes"] == 0  # members are 8 ranks apart: one in each node
     assert table.loc[("unfolded", "dispatch"), "across_frac"] == 1
@@ -142,7 +141,7 @@ def test_folding_keeps_the_exchange_within_a_node():
 
 
 def test_a_mapping_that_cannot_be_has_no_numbers_and_a_reason():
-    table = folding.crossing(8, tp=4, ep=8, node_size=8, num_tokens=64, hidden=16, top_k=1)
+    table = parallel_folding.crossing(8, tp=4, ep=8, node_size=8, num_tokens=64, hidden=16, top_k=1)
     assert table.loc["folded", "within_bytes"].notna().all()
     assert table.loc["unfolded"].isna().all(axis=None)
     assert "unfolded" in table.attrs["impossible"]
@@ -162,7 +161,7 @@ def test_a_mapping_that_cannot_be_has_no_numbers_and_a_reason():
 )
 def test_sizes_that_do_not_divide_are_refused(sizes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        folding.groups(**sizes)
+        parallel_folding.groups(**sizes)
 
 
 @pytest.mark.parametrize(
@@ -176,4 +175,4 @@ def test_sizes_that_do_not_divide_are_refused(sizes, sentence):
 )
 def test_loads_that_do_not_divide_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        folding.crossing(**({"world_size": 8, "ep": 4, "num_tokens": 8, "hidden": 4, "top_k": 1} | changes))
+        parallel_folding.crossing(**({"world_size": 8, "ep": 4, "num_tokens": 8, "hidden": 4, "top_k": 1} | changes))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from effkit.activations import closed_forms as published
+from effkit import models
+from effkit.activations.compressing import compressed
+from effkit.activations.gradients import ALL, gradient_error
 from effkit.activations.levers import NONE, Levers
-from effkit.activations.recounts import beside
 from effkit.activations.replaying import Replayer
 from effkit.activations.timeline import CATEGORIES
+from lessons.recounted import beside
+
+# Mesa (arXiv 2111.11124), README of github.com/ziplab/Mesa, "Results on ImageNet", column "Train Memory (MB)": batch of
+# 128, 224 x 224, one GPU. Without and with Mesa (8 bit). Its scripts divide by 1024^2, so that MB is MiB.
+MESA_MIB = {"DeiT-Ti": (4171, 1858), "DeiT-S": (8459, 3840), "DeiT-B": (17691, 8616)}
+# DeiT (arXiv 2012.12877), Table 1: hidden size and heads; 12 layers, patches of 16, 1000 classes.
+DEIT = {"DeiT-Ti": (192, 3), "DeiT-S": (384, 6), "DeiT-B": (768, 12)}
 
 _MIB, _BATCH, _LAYERS = 2**20, 128, 12
 _FULLEST = "gelu_backward"
@@ -61,7 +69,7 @@ class _Deit(nn.Module):
 
     def __init__(self, name: str, layers: int, old: bool = True) -> None:
         super().__init__()
-        hidden, heads = published.DEIT[name]
+        hidden, heads = DEIT[name]
         self.patches = nn.Conv2d(3, hidden, 16, 16)
         self.token = nn.Parameter(torch.empty(1, 1, hidden))
         self.positions = nn.Parameter(torch.empty(1, 197, hidden))
@@ -127,7 +135,7 @@ def mesa(group: int = _FEW_SCALES) -> pd.DataFrame:
     of them in the buckets of DistributedDataParallel. ``group``: values that share a scale in ours.
     """
     rows = []
-    for name, figures in published.MESA_MIB.items():
+    for name, figures in MESA_MIB.items():
         for item, figure, of in zip((name, f"{name} with Mesa"), figures, (0, group), strict=True):
             rows.append((item, "MiB", figure, float(_deit_parts(name, of).sum()) / _MIB))
     return beside(rows)
@@ -136,28 +144,31 @@ def mesa(group: int = _FEW_SCALES) -> pd.DataFrame:
 def mesa_parts(group: int = _FEW_SCALES) -> pd.DataFrame:
     """What the totals of :func:`mesa` consist of [MiB], one column per item: what is not saved is not compressed."""
     columns: dict[str, pd.Series[float]] = {}
-    for name in published.DEIT:
+    for name in DEIT:
         columns |= {name: _deit_parts(name, 0), f"{name} with Mesa": _deit_parts(name, group)}
     return (pd.DataFrame(columns) / _MIB).rename_axis("part")
 
 
-def mesa_layers(name: str = "DeiT-Ti") -> pd.DataFrame:
-    """One block of DeiT at batch 128 [MiB]: the closed form as ``published``, the count as ``recomputed``.
+def head_groups(*, steps: int = 20, heads: int = 4, seed: int = 0) -> pd.DataFrame:
+    """Error of the gradient with int8, by what shares a scale: Mesa's heads (section 3.1), a tensor, or 128 values.
 
-    A layer goes from 44 N D + 8 h N² bytes to 16 N D + 3 h N², 2.7 times less and not 4: under autocast most of it
-    has 16 bits already.
+    A vision transformer and a GPT-2, lightly trained. ``relative_error`` and ``cosine`` of all parameters together;
+    ``noise_relative_error``: that of another batch's gradient.
     """
-    half = "bfloat16"
-    settings = {
-        "float32": (False, Levers()),
-        "float32, torch 1.7": (True, Levers()),
-        "autocast, torch 1.7": (True, Levers(autocast=half)),
-        "Mesa": (True, Levers(autocast=half, compress="int8", group=_FEW_SCALES)),
+    nets: dict[str, tuple[Any, Any]] = {
+        "vision": (models.vision(layers=3, hidden=64, heads=heads, device="cpu", seed=seed), (8,)),
+        "gpt": (models.gpt(layers=3, hidden=64, heads=heads, device="cpu", seed=seed), (4, 64)),
     }
-    rows = []
-    for arithmetic, (old, levers) in settings.items():
-        one, two = (_parts(_on_meta(name, old=old), batch, levers)["per layer"] for batch in (1, 2))
-        closed = published.deit_bytes(_BATCH, *published.DEIT[name], arithmetic=arithmetic)
-        # what does not grow with the batch is autocast's casts of the weights
-        rows.append((arithmetic, "MiB", closed / _MIB, (two - one) * _BATCH / _MIB))
-    return beside(rows)
+    rows = {}
+    for name, (model, shape) in nets.items():
+        update = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(steps):
+            update.zero_grad()
+            model(**model.random_batch(*shape, seed=step)).loss.backward()
+            update.step()
+        batch, other = (model.random_batch(*shape, seed=steps + i) for i in range(2))
+        for item, group, num_heads in (("head", "head", heads), ("tensor", "tensor", None), ("128 values", 128, None)):
+            levers = partial(compressed, "int8", group, num_heads=num_heads)
+            errors = gradient_error(model, batch, levers, batches=[other]).set_index("parameter")
+            rows[name, item] = errors.loc[ALL, ["relative_error", "cosine", "noise_relative_error"]]
+    return pd.DataFrame(rows).T.rename_axis(["net", "scale_shared_by"]).astype(float)

@@ -1,4 +1,4 @@
-"""Published figures of expert-parallel layers, recounted from their inputs: FSMoE, LSH-MoE, Parallel Folding."""
+"""FSMoE (arXiv 2501.10714) recounted: its Table 2, and the pipelining degrees of its 1458 layers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from effkit.datasheets import DATASHEETS
-from effkit.moe.degrees import LayerCosts, Task, best_degree, binding, exhaustive_degree, pipelined_ns
+from lessons.pipelining_degree import LayerCosts, Task, best_degree, binding, exhaustive_degree, pipelined_ns
 
 _NS_PER_MS, _VALUE_BYTES, _TOP_K = 1e6, 4, 2  # FSMoE: float32, two experts a token
 
@@ -58,15 +57,6 @@ _ASSUMED = (
     "capacity_factor 0, no token dropped: travels as a balanced load, factor 1",
     "backward: experts twice as long, messages as forward, as in the authors' scheduler",
 )
-
-# LSH-MoE (arXiv 2411.08446): share of all-to-all in a step, fraction of its bytes still sent, published speed-up
-LSH: Mapping[str, tuple[float, float, float]] = {
-    "GPT": (0.30, 0.20, 1.3),
-    "RoBERTa": (0.40, 0.20, 1.6),
-    "Swin": (0.70, 0.117, 1.28),
-}
-# Parallel Folding (arXiv 2504.14960), Mixtral 8x22B on H100: TFLOP/s per GPU, and MFU where the abstract prints it
-FOLDING_TFLOPS = {"Megatron Core": (458.3, None), "Megatron Core with folding": (487.7, 0.493)}
 
 
 def fsmoe_table2(
@@ -161,7 +151,7 @@ def fsmoe_grid(
     coefficients
         A key of ``COEFFICIENTS_MS``, of which ``"testbed B"`` is partly assumed.
     max_degree, allowed
-        As for :func:`degrees.best_degree`; the authors' scheduler allows 1, 2, 4, 8.
+        As for :func:`~lessons.pipelining_degree.best_degree`; the authors' scheduler allows 1, 2, 4, 8.
     gradient
         Also reduce the attention's gradient, 4 M^2 / N values, between nodes during the backward pass.
 
@@ -199,99 +189,3 @@ def fsmoe_grid(
         "assumed": _ASSUMED,
     }
     return table
-
-
-def fsmoe_differing(max_degree: int = 8) -> pd.DataFrame:
-    """On how many of the 1458 layers the best degrees of forward and backward differ, against 912 published.
-
-    The count hangs on what the paper leaves open, so that all combinations are shown. Indexed by ``coefficients``,
-    ``degrees`` (``any``, or ``powers of two`` as the authors' scheduler allows) and ``gradient``: ``published``,
-    ``recomputed``, ``error``, ``regret_frac`` (the scheduler's largest, over both directions).
-    """
-    powers = [2**i for i in range(max_degree.bit_length()) if 2**i <= max_degree]
-    rows = {}
-    for name, (degrees, allowed), gradient in itertools.product(
-        COEFFICIENTS_MS, (("any", None), ("powers of two", powers)), (False, True)
-    ):
-        table = fsmoe_grid(coefficients=name, max_degree=max_degree, allowed=allowed, gradient=gradient)
-        regret = float(table[["forward_regret_frac", "backward_regret_frac"]].max().max())
-        figures = {key: table.attrs[key] for key in ("published", "recomputed", "error")}
-        rows[name, degrees, gradient] = figures | {"regret_frac": regret}
-    table = pd.DataFrame.from_dict(rows, orient="index").astype({"published": int, "recomputed": int})
-    table.index = pd.MultiIndex.from_tuples(list(rows), names=["coefficients", "degrees", "gradient"])
-    table.attrs["assumed"] = _ASSUMED
-    return table
-
-
-def lsh_moe() -> pd.DataFrame:
-    """LSH-MoE's speed-ups beside 1 / (1 - p + p c), when nothing but the exchange shrinks (Amdahl's law).
-
-    Indexed by model: ``share_frac`` p, ``sent_frac`` c, ``published``, ``recomputed`` and ``error`` (relative);
-    ``limit``, the speed-up were nothing sent at all; ``implied_sent_frac``, the c that the published speed-up needs.
-    GPT closes. RoBERTa needs a c near 0.06: more than bytes shrank, perhaps the experts' work. Swin stays at half of
-    what its share and compression allow: hashing has its price, or the share is of another set-up.
-    """
-    table = pd.DataFrame.from_dict(LSH, orient="index", columns=["share_frac", "sent_frac", "published"])
-    share, sent = table["share_frac"], table["sent_frac"]
-    table["recomputed"] = 1 / (1 - share + share * sent)
-    table["error"] = table["recomputed"] / table["published"] - 1
-    table["limit"] = 1 / (1 - share)
-    table["implied_sent_frac"] = (1 / table["published"] - (1 - share)) / share
-    table.attrs["source"] = "LSH-MoE, arXiv 2411.08446"
-    return table.rename_axis("model")
-
-
-def all_to_all_per_compute(
-    flops_per_s: float,
-    bandwidth_bytes_per_s: float,
-    *,
-    hidden: int,
-    top_k: int,
-    num_servers: int,
-    bytes_per_value: int = 2,
-) -> float:
-    """T_a2a / T_compute = FLOPs / (6 B_inter) x k / (1 + 2 k) x (w - 1) / (w h), LSH-MoE (2411.08446), section 2.2.
-
-    Its units, found by deriving it, per token of a training step: a layer computes 8 h^2 FLOP in attention's products
-    and 16 h^2 in each of k experts (4 h wide), three times over for forward and backward: 24 h^2 (1 + 2 k). Four
-    all-to-alls send k h values each, of which (w - 1) / w leave their server. The quotient of the two times has the
-    paper's 6 when B_inter counts **values** per second; from bytes, divide by the size of a value.
-
-    Parameters
-    ----------
-    flops_per_s, bandwidth_bytes_per_s
-        Of one GPU: its rate [FLOP/s], and its share of the network between servers [bytes/s].
-    hidden, top_k, num_servers
-        h, k and w.
-    bytes_per_value
-        2 for 16-bit messages.
-
-    Raises
-    ------
-    ValueError
-        When one of them is not positive.
-    """
-    given = {
-        "flops_per_s": flops_per_s, "bandwidth_bytes_per_s": bandwidth_bytes_per_s, "hidden": hidden, "top_k": top_k,
-        "num_servers": num_servers, "bytes_per_value": bytes_per_value,
-    }  # fmt: skip
-    for name, value in given.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}, expected a positive number; give the layer's or the machine's own.")
-    values_per_s = bandwidth_bytes_per_s / bytes_per_value
-    leaving_frac = (num_servers - 1) / num_servers
-    return flops_per_s / (6 * values_per_s) * top_k / (1 + 2 * top_k) * leaving_frac / hidden
-
-
-def megatron_folding_mfu() -> pd.DataFrame:
-    """MFU of Parallel Folding (2504.14960), Mixtral 8x22B: FLOP/s of a GPU over the dense bfloat16 rate of an H100.
-
-    Indexed by set-up: ``flops_per_s`` and ``peak_flops_per_s`` [FLOP/s], ``published`` (NaN where not at hand),
-    ``recomputed`` in [0, 1], ``error`` (relative).
-    """
-    peak = DATASHEETS["H100"].rate_flops_per_s["bfloat16"]
-    rows = {name: (tflops * 1e12, peak, published) for name, (tflops, published) in FOLDING_TFLOPS.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["flops_per_s", "peak_flops_per_s", "published"])
-    table = table.astype(float).assign(recomputed=table["flops_per_s"] / table["peak_flops_per_s"])
-    table.attrs["source"] = f"Parallel Folding, arXiv 2504.14960; peak: {DATASHEETS['H100'].source}"
-    return table.assign(error=table["recomputed"] / table["published"] - 1).rename_axis("setup")

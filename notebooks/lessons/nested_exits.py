@@ -1,12 +1,11 @@
-"""exit_at(): a decoder cut to a depth; exits(): what each depth costs; train_nested(): one model for all depths."""
+"""Sub-networks of a decoder's first layers (SortedNet, arXiv 2309.00255): their cost, one model for all."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,62 +13,13 @@ import pandas as pd
 import torch
 
 from effkit.decoder.anatomy import layers
+from effkit.decoder.early_exit import check_depth, exit_at
 from effkit.decoder.memory import in_cache, in_weights
 from effkit.device import synchronize
 from effkit.models import text
 from effkit.training import evaluating
 
-# what encoder-decoders call it; others: num_hidden_layers
-_DEPTHS = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers")
 _VOCABULARY, _LENGTH, _ROWS, _NOISE_FRAC = 16, 24, 32, 0.05  # of the task of train_nested
-
-
-@contextmanager
-def exit_at(model: Any, depth: int) -> Iterator[None]:
-    """Let the decoder of a transformers model run only its first ``depth`` layers in this context.
-
-    Then come its last norm and its output layer, as after all layers (nested sub-networks that share parameters:
-    SortedNet, arXiv 2309.00255). ``model(...)`` and ``model.generate(...)`` both do, with a cache of ``depth`` layers,
-    and ``model.parameters()`` leaves out the layers above. Afterwards, also after an error, the model is as before.
-    A cache that was filled at one depth does not serve another.
-
-    Parameters
-    ----------
-    model
-        Decoder-only, or an encoder-decoder, whose encoder stays whole.
-    depth
-        1 to the number of its decoder layers.
-
-    Raises
-    ------
-    ValueError
-        When there is no such depth.
-
-    Examples
-    --------
-    >>> from effkit.models import text
-    >>> model = text(layers=4, hidden=32, heads=2)
-    >>> with exit_at(model, 2):
-    ...     logits = model(**model.random_batch(1, 8)).logits  # [1, 8, 1000]
-    """
-    whole = layers(model)
-    _check(depth, len(whole), model)
-    owner, name = next(
-        (module, name) for module in model.modules() for name, child in module._modules.items() if child is whole
-    )
-    # caches are made with as many layers as the configuration says, and some decoders count by it
-    config: Any = model.config
-    attribute = next((key for key in _DEPTHS if config.is_encoder_decoder and hasattr(config, key)), None)
-    if attribute is None:
-        config, attribute = config.get_text_config(decoder=True), "num_hidden_layers"
-    before = getattr(config, attribute)
-    try:
-        owner._modules[name] = whole[:depth]
-        setattr(config, attribute, depth)
-        yield
-    finally:
-        owner._modules[name] = whole
-        setattr(config, attribute, before)
 
 
 def exits(
@@ -116,7 +66,7 @@ def exits(
     num_layers = len(layers(model))
     depths = range(1, num_layers + 1) if depths is None else depths
     for depth in depths:
-        _check(depth, num_layers, model)
+        check_depth(model, depth)
     if min(batch, input_length, num_steps, repeats) < 1:
         given = f"{batch}, {input_length}, {num_steps} and {repeats}"
         raise ValueError(f"batch, input_length, num_steps and repeats are {given}, expected at least 1 each.")
@@ -186,7 +136,7 @@ def train_nested(
     num_layers = len(layers(model))
     depths = list(range(1, num_layers + 1) if depths is None else depths)
     for depth in depths:
-        _check(depth, num_layers, model)
+        check_depth(model, depth)
     twin = copy.deepcopy(model)
     random = np.random.default_rng(seed)
     table = random.integers(_VOCABULARY, size=(_VOCABULARY, _VOCABULARY))
@@ -199,13 +149,6 @@ def train_nested(
     result = pd.DataFrame.from_dict(rows, orient="index").rename_axis("depth")
     result.attrs = {"guessing_loss": float(np.log(_VOCABULARY))}
     return result
-
-
-def _check(depth: int, num_layers: int, model: Any) -> None:
-    if not 1 <= depth <= num_layers:
-        raise ValueError(
-            f"depth is {depth}, expected 1 to {num_layers}, the decoder layers of this {type(model).__name__}."
-        )
 
 
 def _inputs(model: Any, batch: int, input_length: int, seed: int) -> dict[str, torch.Tensor]:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from lessons import spiking
 from torch.nn import functional
 
-from effkit import models
+from effkit import activations
 
 SIZE = {"features": 24, "hidden": 48, "device": "cpu"}
 
@@ -43,7 +44,7 @@ def by_hand(model, batch, *, cut: bool, counted=None) -> tuple[torch.Tensor, tor
 
 def allocated_peak_bytes(learning: str, steps: int, backward_steps: int | None = None) -> int:
     """Highest sum of the profiler's allocation events over a forward and backward."""
-    model = models.spiking(**SIZE, steps=steps, learning=learning, backward_steps=backward_steps)
+    model = spiking.build(**SIZE, steps=steps, learning=learning, backward_steps=backward_steps)
     batch = model.random_batch(64)
     with torch.profiler.profile(profile_memory=True) as profile:
         model(**batch).loss.backward()
@@ -57,7 +58,7 @@ def allocated_peak_bytes(learning: str, steps: int, backward_steps: int | None =
 
 def saved_bytes(learning: str, steps: int) -> int:
     """Most bytes that autograd holds at once for backward, each storage once, without parameters and inputs."""
-    model = models.spiking(**SIZE, steps=steps, learning=learning)
+    model = spiking.build(**SIZE, steps=steps, learning=learning)
     batch = model.random_batch(64)
     ours = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *batch.values()]}
     held: dict[int, list[int]] = {}
@@ -93,7 +94,7 @@ def trained():
         inputs = torch.randn(64, 24, generator=generator)
         return {"inputs": inputs, "labels": (inputs @ plane).argmax(dim=1)}
 
-    model = models.spiking(**SIZE, steps=6)
+    model = spiking.build(**SIZE, steps=6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(60):
@@ -148,7 +149,7 @@ def test_memory_does_not_grow_with_time_steps_and_grows_under_bptt(measure, slac
 
 def test_fewer_backward_steps_are_a_part_of_the_sum_not_scaled(trained):
     whole, batch = trained
-    model = models.spiking(**SIZE, steps=6, backward_steps=2, seed=3)
+    model = spiking.build(**SIZE, steps=6, backward_steps=2, seed=3)
     model.load_state_dict(whole.state_dict())
     pairs = [[a, b] for a in range(6) for b in range(a)]
     drawn = []
@@ -159,7 +160,7 @@ def test_fewer_backward_steps_are_a_part_of_the_sum_not_scaled(trained):
         drawn += fits
     assert len({tuple(pair) for pair in drawn}) > 1, "each forward draws anew"
     assert model(**batch).loss.item() == pytest.approx(by_hand(model, batch, cut=True)[0].item()), "all steps are in it"
-    again = models.spiking(**SIZE, steps=6, backward_steps=2, seed=3)
+    again = spiking.build(**SIZE, steps=6, backward_steps=2, seed=3)
     again.load_state_dict(whole.state_dict())
     first = by_hand(model, batch, cut=True, counted=drawn[0])[1]
     assert torch.allclose(gradient(again, batch), first, atol=1e-7), "the draw follows the seed"
@@ -196,4 +197,34 @@ def test_upstream_factors_and_frozen_parameters_are_respected(trained):
 )
 def test_what_it_cannot_do_is_refused_in_a_sentence(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        models.spiking(**{**SIZE, "steps": 6, **wrong})
+        spiking.build(**{**SIZE, "steps": 6, **wrong})
+
+
+# As the activation lab measures it
+
+
+@pytest.fixture(scope="module")
+def over_time():
+    """Way of learning -> time steps -> peak and saved bytes."""
+    found = {}
+    for learning in ("bptt", "sltt"):
+        for steps in (2, 8, 32):
+            model = spiking.build(steps=steps, learning=learning, hidden=32, features=40, device="cpu")
+            account = activations.measure(model, model.random_batch(64), repeats=1)
+            found.setdefault(learning, {})[steps] = account.total, account.companions[1].total
+    return found
+
+
+def test_learning_through_space_takes_the_same_memory_for_any_time(over_time):
+    for which in (0, 1):
+        flat = [figures[which] for figures in over_time["sltt"].values()]
+        assert max(flat) <= 1.01 * min(flat), over_time
+
+
+def test_learning_through_time_takes_memory_in_proportion(over_time):
+    peak, saved = ({steps: figures[i] for steps, figures in over_time["bptt"].items()} for i in (0, 1))
+    for amounts, tolerance in ((peak, 0.05), (saved, 0.01)):  # the peak moves to another operator
+        slope = (amounts[8] - amounts[2]) / 6
+        assert amounts[32] == pytest.approx(amounts[8] + 24 * slope, rel=tolerance)
+    assert saved[32] > 10 * saved[2]
+    assert peak[32] > 3 * over_time["sltt"][32][0]
