@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from effkit.account import Account
 from effkit.captured import Capture
+from effkit.claims import claims
 from effkit.device import Device
 from effkit.loading import load
 from effkit.receipt import Receipt
@@ -13,7 +14,6 @@ from effkit.recording import capture
 if TYPE_CHECKING:
     from effkit import activations, advice, decoder, models, moe, padding
     from effkit.advice import study
-    from effkit.published import claims
     from effkit.whatif import WhatIf
 
 __version__ = "0.1.0"
@@ -29,8 +29,6 @@ def __getattr__(name: str) -> Any:
         return import_module("effkit.whatif").WhatIf
     if name == "study":
         return import_module("effkit.advice").study
-    if name == "claims":
-        return import_module("effkit.published").claims
     if name in ("activations", "advice", "decoder", "models", "moe", "padding"):
         return import_module(f"effkit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

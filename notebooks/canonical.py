@@ -246,7 +246,7 @@ def cell_problems(cell: NotebookNode) -> list[str]:
     warned = any(output.get("name") == "stderr" for output in cell.outputs)
     rules = {
         "is empty; remove it": not source.strip(),
-        f"has {num_lines} lines; move logic into effkit until it has {MOST_LINES}": num_lines > MOST_LINES,
+        f"has {num_lines} lines; move logic into a module until it has {MOST_LINES}": num_lines > MOST_LINES,
         "ends in a semicolon; write `_ = ...` instead": source.rstrip().endswith(";"),
         "hides from nbval by a comment; use a tag": re.search(r"#\s*(NBVAL_|PYTEST_VALIDATE)", source),
         f"has the tags {tags}; use only {IGNORED}, {RAISES}": not {*tags} <= {IGNORED, RAISES},

@@ -24,7 +24,7 @@ PUBLIC = {
     "effkit.advice": [
         "Advice", "Lever", "Overview", "Study", "lightning_callback", "record", "study", "trainer_callback",
     ],
-    "effkit.published": ["Finding", "browse", "check", "claims"],
+    "effkit.claims": ["Finding", "browse", "check", "claims"],
     "effkit.activations": [
         "Levers", "LowBitAdamW", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast", "front",
         "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved", "update_error",
@@ -52,7 +52,7 @@ PUBLIC = {
 HOUSE = [
     {"__init__"},
     {"advice"},
-    {"published"},
+    {"claims"},
     {"padding", "activations", "moe", "decoder"},
     {"lab"},
     {"models"},

@@ -1,0 +1,91 @@
+"""What browse() shows: the table of claims, filtered by theme, resource and status."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+
+from effkit.claims.table import UNITS, claims, rows, words
+from effkit.screen import Screen
+from effkit.view.claims import ClaimsPicture
+
+_ALL = "all"
+_SHOWN = ("claim", "figure", "theirs", "ours", "status")
+
+
+class ClaimsBrowser(Screen):
+    """Three lists to choose from, and the claims that fit.
+
+    Attributes
+    ----------
+    controls
+        ``theme``, ``resource`` and ``status``, each ``"all"`` or one of the table's words.
+    result
+        The rows on the screen, as :func:`effkit.claims` gives them.
+    """
+
+    def __init__(self) -> None:
+        frame = claims()
+        choices = {
+            "theme": words(frame["theme"]),
+            "resource": words(frame["resource"]),
+            "status": sorted(frame["status"].unique()),
+        }
+        self.controls = {
+            name: widgets.Dropdown(options=[_ALL, *options], description=name.capitalize(),
+                                   tooltip=f"Only rows of one {name}", layout=widgets.Layout(width="290px"))
+            for name, options in choices.items()
+        }  # fmt: skip
+        self._picture = ClaimsPicture()
+        self.screen = widgets.HTML().add_class("effkit-screen")
+        super().__init__([widgets.HBox(list(self.controls.values())), self.screen])
+        self.add_class("effkit-claims")
+        self.result: pd.DataFrame
+        for control in self.controls.values():
+            control.observe(self._show, names="value")
+        self._show()
+
+    def _drawn(self) -> pd.DataFrame:
+        """Rows with a published figure, as the picture wants them."""
+        drawn = {}
+        for paper in self.result.index:
+            row = rows()[paper]
+            published = row.published
+            if published is None or published.low is None or published.high is None:
+                continue
+            _, _, per_one = UNITS[row.unit]
+            low, high = published.low / per_one, published.high / per_one
+            if row.theirs.startswith("over"):
+                high = low  # open to the right: its end is what is claimed at least
+            drawn[paper] = {"unit": row.unit, "ours": row.ours, "low": low, "high": high, "status": row.status}
+        return pd.DataFrame.from_dict(drawn, orient="index", columns=["unit", "ours", "low", "high", "status"])
+
+    def _show(self, _: Any = None) -> None:
+        chosen = {name: None if control.value == _ALL else control.value for name, control in self.controls.items()}
+        self.result = frame = claims(**chosen)
+        numbers = int(frame["gap"].notna().sum())
+        sentence = f"{len(frame)} of {len(rows())} papers; {numbers} with a published number of the same kind as ours."
+        picture = self._picture.svg(self._drawn(), label=sentence) if numbers else ""
+        body = "".join(
+            f"<tr><th>{html.escape(str(paper))}</th>"
+            + "".join(f"<td>{html.escape(str(row[name]))}</td>" for name in _SHOWN)
+            + f'<td><a target="_blank" href="{html.escape(row["link"])}">{row["link"].partition("_")[0]}</a></td></tr>'
+            for paper, row in frame.iterrows()
+        )
+        head = "".join(f"<th>{name}</th>" for name in ("paper", *_SHOWN, "notebook"))
+        self.screen.value = (
+            f'<p role="status" aria-live="polite">{html.escape(sentence)}</p>'
+            + picture.replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
+            + '<div style="max-height:420px;overflow:auto">'
+            '<table style="text-align:left;font-size:smaller;line-height:1.3">'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+
+    def __repr__(self) -> str:
+        return f"ClaimsBrowser of {len(rows())} papers"
+
+    def _png(self) -> bytes:
+        return self._picture.png(self._drawn())
