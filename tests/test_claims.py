@@ -1,6 +1,7 @@
 """The table of claims: sixty rows, and behind each of them a cell that runs and says what the row says."""
 
 import math
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -160,6 +161,20 @@ def test_without_its_data_it_says_so(monkeypatch, tmp_path):
     rows.cache_clear()
     with pytest.raises(FileNotFoundError, match="not beside effkit"):
         ek.claims()
+    monkeypatch.undo()
+    rows.cache_clear()
+
+
+def test_an_installed_effkit_carries_the_table_where_it_is_looked_for_first(monkeypatch, tmp_path):
+    project = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text())
+    carried = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert [NOTEBOOKS.parent / path for path in carried] == [table.PATHS[1]]
+    assert [NOTEBOOKS.parent / path for path in carried.values()] == [table.PATHS[0]]
+    lines = table.PATHS[1].read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "claims.csv").write_text("".join(lines[:3]), "utf-8")
+    monkeypatch.setattr(table, "PATHS", (tmp_path / "claims.csv", table.PATHS[1]))
+    rows.cache_clear()
+    assert len(ek.claims()) == 2
     monkeypatch.undo()
     rows.cache_clear()
 
