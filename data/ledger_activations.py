@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 import torch
 from ledger_rows import begun, replace_rows
-from lessons import spiking
 
 import effkit as ek
 from effkit import activations
@@ -24,6 +23,7 @@ from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import PEAK
 from effkit.device import provenance, synchronize
 from effkit.training import still, unchanged
+from lessons import spiking
 
 # Configuration and the (batch size, length) that is measured, on a CPU and on a GPU.
 _SMALL, _LARGE = {"layers": 2, "hidden": 128}, {"layers": 12, "hidden": 768, "heads": 12}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from lessons import spiking
 
 from effkit import models
 from effkit.activations import stepping
@@ -19,6 +18,7 @@ from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
 from effkit.models.building import random_tokens
 from effkit.recording import peak_memory
 from effkit.training import own_loss, residents, size_bytes, still, unchanged
+from lessons import spiking
 
 SMALL = {"hidden": 32, "heads": 2, "vocabulary": 100, "device": "cpu"}
 SPIKING = {"hidden": 32, "features": 40, "device": "cpu"}

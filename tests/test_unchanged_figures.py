@@ -35,6 +35,7 @@ from plain_data import decode, encode
 
 import effkit as ek
 from effkit import activations, decoder, moe, padding
+from lessons import spiking
 
 LABS = {"padding": padding, "activations": activations, "moe": moe, "decoder": decoder}
 NAMES = {  # tag in the stored data -> module of effkit, and class
@@ -71,6 +72,14 @@ CLASSES = {tag: getattr(importlib.import_module(f"effkit.{where.split()[0]}"), w
            for tag, where in NAMES.items()}  # fmt: skip
 
 
+def decoder_calibration(runs, **fields):
+    """The stored accounts were measured without a base: what they observed is the first of their runs."""
+    return decoder.calibration.Calibration(runs[0], runs, **fields)
+
+
+READ = CLASSES | {"decoder": decoder_calibration}  # to write, every value has a class; to read, some fields are new
+
+
 def stored(name):
     path = HERE / "figures" / f"{name}.json.gz"
     return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
@@ -98,7 +107,8 @@ def figures_of_frame(frame):
 def built(model):
     """The model of ``[name, configuration]``; on the CPU, for replays depend on where it is."""
     name, configuration = model
-    return getattr(ek.models, name)(**configuration, device="cpu")
+    build = spiking.build if name == "spiking" else getattr(ek.models, name)
+    return build(**configuration, device="cpu")
 
 
 def not_stored(model, usual):
@@ -117,15 +127,15 @@ def rebuilt(one):
     model = built(one["model"]) if one["model"] else None
     given = not_stored(model, one["usual"])
     if one["workspace"]:
-        setattr(given["activations"][FORECASTER], WORKSPACE, decode(one["workspace"], CLASSES, RENAMED, {}))
-    return decode(one["base"], CLASSES, RENAMED, given)
+        setattr(given["activations"][FORECASTER], WORKSPACE, decode(one["workspace"], READ, RENAMED, {}))
+    return decode(one["base"], READ, RENAMED, given)
 
 
 def predictions(lab, one, whole=True):
     """Setting, figures as stored, figures now."""
     base = rebuilt(one)
     for text, before in one["predictions"]:
-        setting = decode(json.loads(text), CLASSES, RENAMED, {})
+        setting = decode(json.loads(text), READ, RENAMED, {})
         if whole or lab != "activations" or quick(one["model"][0], setting):
             yield setting, before, figures(LABS[lab].predict(base, **setting))
 

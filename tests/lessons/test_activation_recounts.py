@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lessons import coat, korthikanti, mesa
 
 from effkit.activations.levers import Levers
 from effkit.activations.timeline import CATEGORIES
+from lessons import coat, korthikanti, mesa
 
 
 def test_deit_without_mesa_is_recounted_within_two_percent():

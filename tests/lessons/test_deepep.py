@@ -1,6 +1,7 @@
 """DeepEP's published latencies beside those that two of its sizes predict."""
 
 import pytest
+
 from lessons import deepep
 
 

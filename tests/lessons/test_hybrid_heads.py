@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lessons import hybrid_heads
-from lessons.hybrid_heads import cache_bytes, contexts, hybrid_cache_bytes
 
 from effkit import decoder
+from lessons import hybrid_heads
+from lessons.hybrid_heads import cache_bytes, contexts, hybrid_cache_bytes
 
 SIZE = {"layers": 2, "hidden": 32, "heads": 4, "vocabulary": 50, "device": "cpu"}
 

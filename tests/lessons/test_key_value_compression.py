@@ -4,11 +4,11 @@ import time
 
 import pytest
 import torch
-from lessons.key_value_compression import CondensedAttention, attention_flops, condensed, pixart_flops
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from effkit.side_by_side import interleaved_ns, saved_bytes
+from lessons.key_value_compression import CondensedAttention, attention_flops, condensed, pixart_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

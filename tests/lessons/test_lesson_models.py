@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from lessons import hybrid_heads, spiking
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lessons import hybrid_heads, spiking
 
 HYBRID = {"layers": 2, "hidden": 16, "heads": 2, "vocabulary": 50, "state_heads": 1, "device": "cpu"}
 MODELS = {

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from lessons.lsh_moe import compare_training, lsh_moe
 
 TINY = {"num_tokens": 64, "hidden": 16, "ffn": 16, "num_clusters": 8}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lessons import nested_exits
 from transformers import T5Config, T5ForConditionalGeneration
 
 from effkit import models
+from lessons import nested_exits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from lessons.offloaded_adamw import InterleavedAdamW, Rates, interleave
 
 from effkit import models
+from lessons.offloaded_adamw import InterleavedAdamW, Rates, interleave
 
 SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.98), "eps": 1e-6, "weight_decay": 0.1}
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lessons import parallel_folding
 
 _sizes = st.sampled_from([1, 2, 3, 4])

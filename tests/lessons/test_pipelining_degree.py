@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lessons import pipelining_degree as degrees
 from lessons.pipelining_degree import LayerCosts, Task
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lessons import spiking
 from torch.nn import functional
 
 from effkit import activations
+from lessons import spiking
 
 SIZE = {"features": 24, "hidden": 48, "device": "cpu"}
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from lessons.token_merging import closed_form_frac, kept_ratios, merge_tokens, merged
 
 from effkit import models
+from lessons.token_merging import closed_form_frac, kept_ratios, merge_tokens, merged
 
 TINY = {"layers": 3, "hidden": 16, "heads": 2, "image": 16, "patch": 2, "device": "cpu"}
 
