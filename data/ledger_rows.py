@@ -14,6 +14,7 @@ import pandas as pd
 
 from effkit.device import provenance
 from effkit.receipt import LEDGER_COLUMNS, Receipt
+from effkit.whole_files import replacing
 
 DATA = Path(__file__).resolve().parent
 README = DATA.parent / "README.md"
@@ -37,11 +38,9 @@ def replace_rows(lab: str, part: Path) -> None:
     """Put the new rows in the place of the lab's old ones; those of other labs stay as they are. Then the README."""
     path = DATA / "ledger" / f"{device_name()}.csv"
     kept = [row for row in _rows(path) if row[0] != lab] if path.exists() else []
-    whole = path.with_suffix(".whole")
-    with whole.open("w", newline="", encoding="utf-8") as file:
-        rows = sorted([*kept, *_rows(part)], key=lambda row: LABS.index(row[0]))
+    rows = sorted([*kept, *_rows(part)], key=lambda row: LABS.index(row[0]))
+    with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([LEDGER_COLUMNS, *rows])
-    whole.replace(path)
     part.unlink()
     refresh_readme()
 

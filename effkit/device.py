@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from effkit.datasheets import DATASHEETS, Datasheet
+from effkit.whole_files import replacing
 
 _VERSION = 1  # of the cached file
 
@@ -80,9 +80,8 @@ class Device:
             device = _measure()
         with suppress(OSError):  # a cache that cannot be written only costs the next call its seconds
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                json.dump({"version": _VERSION, **asdict(device)}, file)
-            os.replace(file.name, path)
+            with replacing(path) as part:
+                part.write_text(json.dumps({"version": _VERSION, **asdict(device)}))
         return device
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from effkit import whole_files
 from effkit.account import Account, readable
 
 LEDGER_COLUMNS = (
@@ -94,6 +95,8 @@ class Receipt:
     def append_to(self, path: str | Path, *, lab: str, model: str, knob: str) -> None:
         """Append one line per quantity to an error ledger (CSV), which is created with a header if absent.
 
+        All of them are written, or none.
+
         Raises
         ------
         ValueError
@@ -121,8 +124,7 @@ class Receipt:
                  f"{row['error']:.6f}", row["in_range"], json.dumps(dict(self.provenance), sort_keys=True, default=str)]
             )  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as ledger:
-            ledger.write(text.getvalue())
+        whole_files.append(path, text.getvalue().encode())
 
     def sentence(self) -> str:
         """The receipt of the main quantity in one sentence."""

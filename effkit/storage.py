@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from effkit import snapshot, trace
+from effkit.whole_files import replacing
 
 Frames = dict[str, pd.DataFrame]
 
@@ -31,7 +30,7 @@ _MAY_LACK_TEXT = {*trace.DETAIL_COLUMNS, "stack"}  # of other columns an empty t
 
 
 def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> Path:
-    """Write beside its place and move there whole; equal content makes equal bytes."""
+    """Write the file, whole or not at all; equal content makes equal bytes."""
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -41,18 +40,10 @@ def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[st
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of the file to write, {path / 'capture.zip'} say")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        try:
-            with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
-                _put(archive, "capture.json", json.dumps(header, indent=1, sort_keys=True, default=str))
-                for name, frame in frames.items():
-                    _put(archive, f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-            part.close()
-            os.chmod(part.name, 0o666 & ~_umask())  # temporary files are private; a saved capture is not
-            os.replace(part.name, path)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+    with replacing(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+        _put(archive, "capture.json", json.dumps(header, indent=1, sort_keys=True, default=str))
+        for name, frame in frames.items():
+            _put(archive, f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
     return path
 
 
@@ -101,12 +92,6 @@ def _frame(archive: zipfile.ZipFile, name: str, columns: dict[str, str]) -> pd.D
     if set(frame.columns) != set(columns):
         raise ValueError(f"its {name} have the columns {', '.join(frame.columns)}, and capture.json names others")
     return frame
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _put(archive: zipfile.ZipFile, name: str, text: str) -> None:

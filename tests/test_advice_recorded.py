@@ -12,7 +12,7 @@ from made_snapshots import Allocator, dump
 from made_traces import event, launched, note, op, written
 
 import effkit as ek
-from effkit.advice import families, recording_ranks
+from effkit.advice import families
 from effkit.advice.recorded_study import COPIES, NO_OPERATOR, RANKS
 
 RECORDED = Path(os.environ.get("EFFKIT_RECORDED", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -241,7 +241,7 @@ def test_what_cannot_be_recorded_leaves_nothing_behind(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("no room")
 
-    monkeypatch.setattr(recording_ranks.os, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="no room"):
         ek.advice.record(tmp_path, lambda: torch.ones(4).sum(), num_steps=1)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The page that a study writes: everything that it says, nothing from outside, whole or not at all."""
 
 import html.parser
+import os
 import re
 
 import pytest
@@ -167,7 +168,7 @@ def test_it_is_written_whole_or_not_at_all(study, tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("no room")
 
-    monkeypatch.setattr(reporting.os, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="no room"):
         study.report(there)
     assert there.read_text() == "as it was"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from effkit.recording import trace_of
+from effkit.whole_files import replacing
 
 _WARM_UP = 2  # steps that are run and not recorded
 
@@ -59,7 +60,11 @@ def record(folder: str | Path, step: Callable[..., object], loader: Any = None, 
     batches = None if loader is None else _endless(loader)
     # a batch is drawn inside of the step, so that waiting for it is seen
     trace = trace_of(step if batches is None else lambda: step(next(batches)), warmup=_WARM_UP, steps=num_steps)
-    return _written(Path(folder), f"rank{_rank()}.pt.trace.json.gz", gzip.compress(trace, mtime=0))
+    path = Path(folder) / f"rank{_rank()}.pt.trace.json.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_bytes(gzip.compress(trace, mtime=0))
+    return path
 
 
 def _endless(loader: Any) -> Iterator[Any]:
@@ -77,15 +82,3 @@ def _rank() -> int:
         return torch.distributed.get_rank()
     told = os.environ.get("RANK", "")  # torchrun counts ranks, whether they form a group or not
     return int(told) if told.isdecimal() else 0
-
-
-def _written(folder: Path, name: str, content: bytes) -> Path:
-    """Beside its place, then moved there whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{name}.{os.getpid()}.part"
-    try:
-        part.write_bytes(content)
-        os.replace(part, folder / name)
-    finally:
-        part.unlink(missing_ok=True)
-    return folder / name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -17,6 +16,7 @@ from effkit.advice.levers import Advice, Lever
 from effkit.advice.overviews import Overview
 from effkit.device import provenance
 from effkit.receipt import Receipt
+from effkit.whole_files import replacing
 
 if TYPE_CHECKING:
     from effkit.advice.studies import Study
@@ -50,12 +50,8 @@ def write(study: Study, path: Path, advice: Advice) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it, or give another path")
     text = page(study, advice)
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
-    try:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

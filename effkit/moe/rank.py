@@ -23,6 +23,7 @@ from effkit.moe import routing
 from effkit.moe.layers import layer_of
 from effkit.moe.nodes import ask_for, end_with_parent
 from effkit.moe.setting import Setting
+from effkit.whole_files import replacing
 
 _LINK_SIZES = tuple(2**power for power in range(10, 23))  # bytes to each other rank
 _SMALL_SIZES = _LINK_SIZES[:7]  # they scatter more, and cost less to repeat
@@ -249,9 +250,8 @@ def _run(folder: Path) -> None:
     seen["clock"].append(clock_offset(travels_on))
     if run.get("profile") and jobs:
         _profile(jobs[0], num_steps, folder / f"trace{rank}.json")
-    part = folder / f"rank{rank}.part"
-    part.write_text(json.dumps(seen))
-    part.replace(folder / f"rank{rank}.json")
+    with replacing(folder / f"rank{rank}.json") as part:
+        part.write_text(json.dumps(seen))
     dist.barrier()
     for job in jobs:
         job.layer.exchange.close()

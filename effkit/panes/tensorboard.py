@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ import pandas as pd
 
 from effkit.trace import nesting
 from effkit.trace.names import COLLECTIVE, DATALOADER, DEVICE, LAUNCHES, STEP, plain_collective
+from effkit.whole_files import replacing
 
 _KNOWN = ("broadcast", "reduce", "all_reduce", "all_gather", "reduce_scatter")  # collectives that the plugin counts
 _CATEGORIES = {"cpu_op": "Operator", "kernel": "Kernel", "gpu_memcpy": "Memcpy", "gpu_memset": "Memset"}
@@ -34,9 +33,8 @@ def write(logdir: Path, events: pd.DataFrame) -> Folder:
         lines, lost = _translated(of_rank.reset_index(drop=True))
         not_shown |= dict.fromkeys(lost)
         content = '{"schemaVersion": 1, "traceEvents": [\n' + ",\n".join(lines) + "\n]}\n"
-        with tempfile.NamedTemporaryFile("w", dir=logdir, suffix=".part", delete=False) as part:
-            part.write(content)
-        os.replace(part.name, logdir / f"rank{rank}.pt.trace.json")
+        with replacing(logdir / f"rank{rank}.pt.trace.json") as part:
+            part.write_text(content, encoding="utf-8")
     return Folder(logdir, list(not_shown) if len(events) else ["anything: the capture holds no events"])
 
 
