@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from effkit import markup
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -214,11 +216,5 @@ class Account:
         return f"{self.headline()}\n{body}\n  total from {self.source}"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in self._lines()
-        )
-        return (
-            f"<table><caption>{html.escape(self.headline())}<br>total from {html.escape(self.source)}</caption>"
-            "<thead><tr><th>item</th><th>amount</th><th>share</th><th>basis</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
-        )
+        caption = f"{html.escape(self.headline())}<br>total from {html.escape(self.source)}"
+        return markup.table(["item", "amount", "share", "basis"], self._lines(), caption=caption)

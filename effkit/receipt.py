@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 import math
@@ -14,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from effkit import whole_files
+from effkit import markup, whole_files
 from effkit.account import Account, readable
 
 LEDGER_COLUMNS = (
@@ -147,34 +146,26 @@ class Receipt:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            "<tr>"
-            + "".join(
-                f"<td>{html.escape(cell)}</td>"
-                for cell in (
-                    guess.title,
-                    readable(guess.total, guess.unit),
-                    f"{readable(guess.low, guess.unit)} … {readable(guess.high, guess.unit)}"
-                    if guess.low is not None and guess.high is not None and guess.low < guess.high
-                    else "none"
-                    if guess.low is None
-                    else "exact",
-                    readable(truth.total, truth.unit),
-                    f"{_error(guess.total, truth.total):+.1%}",
-                    "yes" if _within(guess, truth) else "no",
-                )
-            )
-            + "</tr>"
+        rows = [
+            (guess.title, readable(guess.total, guess.unit), _band(guess), readable(truth.total, truth.unit),
+             f"{_error(guess.total, truth.total):+.1%}", "yes" if _within(guess, truth) else "no")
             for guess, truth in self._pairs()
-        )
-        heads = "".join(f"<th>{head}</th>" for head in ("", "predicted", "band", "measured", "error", "within band"))
-        return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        ]  # fmt: skip
+        return markup.table(["", "predicted", "band", "measured", "error", "within band"], rows)
 
 
 def _error(predicted: float, measured: float) -> float:
     if measured == 0:
         return 0.0 if predicted == 0 else math.copysign(math.inf, predicted)
     return predicted / measured - 1
+
+
+def _band(predicted: Account) -> str:
+    if predicted.low is None or predicted.high is None:
+        return "none" if predicted.low is None else "exact"
+    if predicted.low >= predicted.high:
+        return "exact"
+    return f"{readable(predicted.low, predicted.unit)} … {readable(predicted.high, predicted.unit)}"
 
 
 def _within(predicted: Account, measured: Account) -> bool:

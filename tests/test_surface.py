@@ -75,7 +75,8 @@ HOUSE = [
     {"device"},
     {"datasheets"},
     {"receipt", "least_squares", "uncollected"},
-    {"account", "whole_files"},
+    {"account"},
+    {"markup", "whole_files"},
 ]
 LONGEST_FILE = 450  # lines
 MOST_LINES = 24_800  # of the whole library

@@ -9,8 +9,10 @@ from typing import Any, overload
 
 import pandas as pd
 
+from effkit import markup
 from effkit.account import Account, readable
 from effkit.device import provenance
+from effkit.markup import Cell
 from effkit.receipt import Receipt
 
 GOALS = ("time", "memory", "cost")
@@ -196,20 +198,17 @@ class Advice(Sequence[Lever]):
     def _repr_html_(self) -> str:
         if not self.levers:
             return f"<p>{html.escape(repr(self))}</p>"
-        rows = "".join(
-            f"<tr><td>{number}</td><td><b>{html.escape(lever.name)}</b><br>{html.escape(lever.found)}</td>"
-            f"<td>{readable(lever.base.total, lever.base.unit)} → "
-            f"{readable(lever.predicted.total, lever.base.unit)}</td>"
-            f"<td>{lever.gain_frac:.0%} ({lever.gain_band[0]:.0%} to {lever.gain_band[1]:.0%})</td><td>{more:.0%}</td>"
-            f"<td>{html.escape('; '.join(lever.side_effects))}</td></tr>"
+        rows = (
+            [number, Cell(f"<b>{html.escape(lever.name)}</b><br>{html.escape(lever.found)}"),
+             f"{readable(lever.base.total, lever.base.unit)} → {readable(lever.predicted.total, lever.base.unit)}",
+             f"{lever.gain_frac:.0%} ({lever.gain_band[0]:.0%} to {lever.gain_band[1]:.0%})", f"{more:.0%}",
+             "; ".join(lever.side_effects)]
             for number, (lever, more) in enumerate(zip(self.levers, self._increments(), strict=True), 1)
-        )
+        )  # fmt: skip
         notes = "".join(f"<br>{html.escape(note)}" for note in self.notes)
-        return (
-            f"<table><caption>Advice for {self.goal}: together {self.together:.0%} less{notes}</caption><thead><tr>"
-            "<th></th><th>lever</th><th>predicted</th><th>saves (band)</th><th>after those above</th><th>but</th></tr>"
-            f"</thead><tbody>{rows}</tbody></table>"
-        )
+        caption = f"Advice for {self.goal}: together {self.together:.0%} less{notes}"
+        heads = ["", "lever", "predicted", "saves (band)", "after those above", "but"]
+        return markup.table(heads, rows, caption=caption)
 
 
 def ranked(goal: str, candidates: Sequence[Lever], **more: Any) -> Advice:

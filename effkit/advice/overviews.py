@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from effkit import markup
 from effkit.account import Account, readable
 from effkit.device import Device
+from effkit.markup import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,17 +80,13 @@ class Overview:
     def _repr_html_(self) -> str:
         found = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.found)
         unseen = "".join(f"<li><b>not visible</b>: {html.escape(sentence)}</li>" for sentence in self.unseen)
-        ceilings = "".join(
-            f"<tr><td title='{html.escape(row['definition'], quote=True)}'>{html.escape(str(name))}</td>"
-            f"<td>{row['reached_frac']:.1%}</td><td>{html.escape(row['ceiling_text'])}</td></tr>"
+        ceilings = [
+            [Cell(html.escape(str(name)), attributes=f" title='{html.escape(row['definition'])}'"),
+             f"{row['reached_frac']:.1%}", row["ceiling_text"]]
             for name, row in self.ceilings.iterrows()
-        )
-        table = (
-            "<table><caption>How near to this device's ceilings</caption><thead><tr><th></th><th>reached</th>"
-            f"<th>of</th></tr></thead><tbody>{ceilings}</tbody></table>"
-            if ceilings
-            else ""
-        )
+        ]  # fmt: skip
+        caption = "How near to this device's ceilings"
+        table = markup.table(["", "reached", "of"], ceilings, caption=caption) if ceilings else ""
         return f"<ul>{found}{unseen}</ul>" + "".join(one._repr_html_() for one in self.accounts) + table
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import ipywidgets as widgets
 import pandas as pd
 
+from effkit import markup
 from effkit.claims.table import UNITS, claims, rows, words
+from effkit.markup import Cell
 from effkit.screen import Screen
 from effkit.view.claims import ClaimsPicture
 
@@ -69,19 +71,18 @@ class ClaimsBrowser(Screen):
         numbers = int(frame["gap"].notna().sum())
         sentence = f"{len(frame)} of {len(rows())} papers; {numbers} with a published number of the same kind as ours."
         picture = self._picture.svg(self._drawn(), label=sentence) if numbers else ""
-        body = "".join(
-            f"<tr><th>{html.escape(str(paper))}</th>"
-            + "".join(f"<td>{html.escape(str(row[name]))}</td>" for name in _SHOWN)
-            + f'<td><a target="_blank" href="{html.escape(row["link"])}">{row["link"].partition("_")[0]}</a></td></tr>'
+        cells = (
+            [Cell(html.escape(str(paper)), "th"), *row[list(_SHOWN)],
+             Cell(f'<a target="_blank" href="{html.escape(row["link"])}">{row["link"].partition("_")[0]}</a>')]
             for paper, row in frame.iterrows()
-        )
-        head = "".join(f"<th>{name}</th>" for name in ("paper", *_SHOWN, "notebook"))
+        )  # fmt: skip
+        style = ' style="text-align:left;font-size:smaller;line-height:1.3"'
         self.screen.value = (
             f'<p role="status" aria-live="polite">{html.escape(sentence)}</p>'
             + picture.replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
             + '<div style="max-height:420px;overflow:auto">'
-            '<table style="text-align:left;font-size:smaller;line-height:1.3">'
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+            + markup.table(["paper", *_SHOWN, "notebook"], cells, attributes=style)
+            + "</div>"
         )
 
     def __repr__(self) -> str:

@@ -1,0 +1,32 @@
+"""HTML that notebooks show: tables."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Cell(NamedTuple):
+    """A cell of a table that is more than text: its content is HTML already."""
+
+    html: str
+    tag: str = "td"  # "th" for what names its row
+    attributes: str = ""
+
+
+def table(heads: Sequence[str], rows: Iterable[Iterable[object]], *, caption: str = "", attributes: str = "") -> str:
+    """An HTML table. Heads and cells are text, unless one is a Cell; ``caption`` and ``attributes`` are HTML already.
+
+    >>> table(["item"], [["a < b"]])
+    '<table><thead><tr><th>item</th></tr></thead><tbody><tr><td>a &lt; b</td></tr></tbody></table>'
+    """
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    caption = caption and f"<caption>{caption}</caption>"
+    return f"<table{attributes}>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(cell: object) -> str:
+    content, tag, attributes = cell if isinstance(cell, Cell) else Cell(html.escape(str(cell)))
+    return f"<{tag}{attributes}>{content}</{tag}>"
