@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from effkit.activations.losses import NOISE
 from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import PEAK
 from effkit.device import provenance, synchronize
+from effkit.timing import elapsed_ns
 from effkit.training import still, unchanged
 from lessons import spiking
 
@@ -201,11 +201,7 @@ def times_in_turn(
             steps.append((forecaster.batch(size), forecaster.loss, updates[levers.optimizer_states], levers))
 
         def step_ns(number: int) -> int:
-            synchronize()
-            start = time.perf_counter_ns()
-            stepping.run(model, *steps[number], lambda phase: synchronize())
-            synchronize()
-            return time.perf_counter_ns() - start
+            return elapsed_ns(lambda: stepping.run(model, *steps[number], lambda phase: synchronize()))
 
         ratios: list[list[float]] = [[] for _ in settings]
         for turn in range(rounds + 1):

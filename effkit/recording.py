@@ -6,7 +6,6 @@ import os
 import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 from effkit import snapshot, trace
 from effkit.captured import Capture
 from effkit.device import provenance, synchronize
+from effkit.timing import elapsed_ns
 from effkit.trace import nesting
 
 _recording = threading.Lock()
@@ -189,11 +189,7 @@ def _timed(step: Callable[[], object], count: int, after_each: Callable[[], obje
     """Wall time of each of ``count`` calls [ns], the accelerator's work included, ``after_each`` excluded."""
     times = []
     for _ in range(count):
-        synchronize()
-        start = time.perf_counter_ns()
-        step()
-        synchronize()
-        times.append(time.perf_counter_ns() - start)
+        times.append(elapsed_ns(step))
         if after_each is not None:
             after_each()
     return times

@@ -15,8 +15,8 @@ from effkit.activations.following import Follower
 from effkit.activations.stepping import BACKWARD
 from effkit.activations.timeline import CATEGORIES, Ints, Timeline
 from effkit.device import synchronize
+from effkit.gc_disabled import gc_disabled
 from effkit.recording import memory_events
-from effkit.uncollected import uncollected
 
 _MARK = "effkit::operator#"
 
@@ -55,7 +55,7 @@ def observe(
     if cuda:
         synchronize()
         torch.cuda.reset_peak_memory_stats()
-    with uncollected():  # what an earlier step left in cycles would die during this one, and pass for its own
+    with gc_disabled():  # what an earlier step left in cycles would die during this one, and pass for its own
         read = memory_events(follow)
     counted = torch.cuda.max_memory_allocated() if cuda else None
     timeline = follower.timeline()

@@ -19,7 +19,7 @@ from effkit.advice.parts import described
 from effkit.advice.studies import Study
 from effkit.decoder.accounting import CACHE, WEIGHTS
 from effkit.device import synchronize
-from effkit.side_by_side import interleaved_ns
+from effkit.timing import interleaved_ns
 from effkit.training import evaluating
 
 SAME_TOKENS = "Time of the same tokens"

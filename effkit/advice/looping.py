@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from effkit.advice.listening import listening
 from effkit.advice.probing import Step
 from effkit.device import synchronize
 from effkit.recording import capture
+from effkit.timing import elapsed_ns
 
 WARM_UP = 4  # batches, of a loader with processes
 
@@ -58,10 +60,7 @@ def rows(
 
     def turn() -> None:
         batch = batches[len(taken) % num]
-        begun = time.perf_counter_ns()
-        step(batch)
-        synchronize()
-        taken.append(time.perf_counter_ns() - begun)
+        taken.append(elapsed_ns(partial(step, batch)))
 
     with listening(model) if recomputes else nullcontext():
         # plain steps, one for the profiler to warm up, recorded steps, plain ones again

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from effkit.activations import stepping
 from effkit.advice.interventions import Intervention, gradients_to_none, under, without_intervening
 from effkit.lab import SPREAD
 from effkit.recording import peak_memory
-from effkit.side_by_side import interleaved_ns
+from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import drop_gradients, residents, size_bytes
 
 Step = Callable[[Any], object]
@@ -95,9 +95,7 @@ def savings(
         spread.append(second / first - 1)
         return first
 
-    begun = time.perf_counter_ns()
-    step(tried[-1])
-    taken = time.perf_counter_ns() - begun
+    taken = elapsed_ns(partial(step, tried[-1]))
     found = interleaved_ns(calls, max(_FEWEST, min(_MOST, _BUDGET_NS // taken)), fastest)
     noise = float(np.median(spread))
     plain = tuple(float(found[PLAIN, i]) for i in range(len(tried)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from effkit.account import Account
 from effkit.device import Device
-from effkit.side_by_side import interleaved_ns
+from effkit.timing import interleaved_ns
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy

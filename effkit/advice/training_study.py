@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -28,8 +27,8 @@ from effkit.advice.parts import described
 from effkit.advice.probing import Peaks, Step
 from effkit.advice.restoring import restored
 from effkit.advice.studies import Study
-from effkit.device import Device, synchronize
-from effkit.side_by_side import interleaved_ns
+from effkit.device import Device
+from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import Loss
 
 TIME = "Time of one step"
@@ -113,10 +112,7 @@ class TrainingStudy(Study):
         if not first:
             raise ValueError("the loader is empty: there is no batch to study")
         self.step(first[0])  # the optimizer makes its state, libraries choose their ways
-        begun = time.perf_counter_ns()
-        self.step(first[0])
-        synchronize()
-        taken = time.perf_counter_ns() - begun
+        taken = elapsed_ns(partial(self.step, first[0]))
         self.repeats = _REPEATS if taken < _SLOW_NS else _REPEATS - 1
         num = num_batches or max(_FEWEST, min(_MOST, _BUDGET_NS // taken))
         if why is not None:

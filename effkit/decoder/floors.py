@@ -15,11 +15,13 @@ from effkit.decoder.anatomy import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.calibration import Calibration
 from effkit.decoder.setting import DTYPES
 from effkit.decoder.watching import Ints
-from effkit.device import Device, synchronize
+from effkit.device import Device
 from effkit.lab import calibration_of
+from effkit.timing import elapsed_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+from functools import partial
 
 LAUNCHES, READING, ARITHMETIC = "launches", "reading", "arithmetic"
 _PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
@@ -71,17 +73,17 @@ def reading_rate(size_bytes: int, dtype: torch.dtype, device: torch.device) -> f
     with torch.no_grad():
         for _ in range(2):
             while True:
-                synchronize()
-                start = time.perf_counter_ns()
-                for piece in pieces:
-                    torch.mv(piece, vector)
-                synchronize()
-                fastest = min(fastest, time.perf_counter_ns() - start)
+                fastest = min(fastest, elapsed_ns(partial(_read, pieces, vector)))
                 if time.perf_counter() > end:
                     break
             pieces = (matrix,)
             end += _SECONDS
     return matrix.nbytes / fastest * 1e9
+
+
+def _read(pieces: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
+    for piece in pieces:
+        torch.mv(piece, vector)
 
 
 def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +27,8 @@ from effkit.decoder.products import caches, product_cost
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.stepping import measure_step
 from effkit.decoder.watching import Watched, watch
-from effkit.device import synchronize
 from effkit.lab import Progress, calibration_of, tell
+from effkit.timing import elapsed_ns
 from effkit.training import evaluating
 
 _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
@@ -156,7 +155,7 @@ def _run(
         one, first = ready[number], len(plain[number]) % 2  # which of the two comes first takes turns
         for inside in (first, 1 - first):
             if not inside:
-                plain[number].append(_wall_ns(one.call))
+                plain[number].append(elapsed_ns(one.call))
             elif _watchable(one.setting):
                 watched[number].append(watch(one.model, one.call))
         told()
@@ -168,14 +167,6 @@ def _run(
         caches,
         memory,
     )
-
-
-def _wall_ns(call: Callable[[], Any]) -> int:
-    synchronize()
-    start = time.perf_counter_ns()
-    call()
-    synchronize()
-    return time.perf_counter_ns() - start
 
 
 def _memory(one: Ready, config: Any, cache: CacheBytes | None, prompt_cells: int) -> Memory:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from effkit.decoder.anatomy import CROSS, FFN, OUTPUT, SELF
-from effkit.device import synchronize
+from effkit.timing import elapsed_ns
 
 _WITH_WEIGHTS = (SELF, CROSS, FFN, OUTPUT)
 _ROWS = (1, 2, 16)
@@ -80,6 +81,12 @@ def _matrices(width: int, ffn: int, size_bytes: int, dtype: torch.dtype, device:
     return [torch.full((ffn, width), 0.01, dtype=dtype, device=device) for _ in range(number)]
 
 
+def _multiply(x: torch.Tensor, matrices: Sequence[torch.Tensor], again: int) -> None:
+    for _ in range(again):
+        for matrix in matrices:
+            torch.nn.functional.linear(x, matrix)
+
+
 def _times(matrices: Sequence[torch.Tensor], of_rows: Iterable[int]) -> dict[int, float]:
     """Rows -> time per weight [ns], the fastest of some turns through all matrices."""
     like = matrices[0]
@@ -94,12 +101,7 @@ def _times(matrices: Sequence[torch.Tensor], of_rows: Iterable[int]) -> dict[int
             if turn > 1 and time.perf_counter() - begin > _MOST_SECONDS:
                 break
             for rows, x in inputs.items():
-                synchronize()
-                start = time.perf_counter_ns()
-                for _ in range(again):
-                    for matrix in matrices:
-                        torch.nn.functional.linear(x, matrix)
-                synchronize()
+                taken = elapsed_ns(partial(_multiply, x, matrices, again))
                 if turn:  # the first brings them into the caches, as far as they fit
-                    times[rows].append((time.perf_counter_ns() - start) / (again * len(matrices) * like.numel()))
+                    times[rows].append(taken / (again * len(matrices) * like.numel()))
     return {rows: min(taken) for rows, taken in times.items()}

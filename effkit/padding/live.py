@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 
 from effkit.account import Account
-from effkit.device import synchronize
 from effkit.padding.auditing import input_lengths
 from effkit.padding.buckets import Ints
 from effkit.padding.cost import CostModel, fit_cost
@@ -21,6 +20,7 @@ from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
 from effkit.padding.totals import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
 from effkit.recording import peak_memory
+from effkit.timing import elapsed_ns
 from effkit.training import (
     Loss,
     MakeOptimizer,
@@ -160,11 +160,7 @@ def measure(
                 _tell(progress, min(num_runs - 1, (turn + 1) * len(probes) + i), num_runs)
                 if turn < repeats or _spread(times[i]) > _SETTLED_FRAC:
                     batch = make(probe.rows, plan.lengths)
-                    synchronize()
-                    start = time.perf_counter_ns()
-                    train(batch)
-                    synchronize()
-                    times[i].append(time.perf_counter_ns() - start)
+                    times[i].append(elapsed_ns(partial(train, batch)))
     fastest = [min(repeated) for repeated in times]
     steps = pd.DataFrame([probe.shape(plan.lengths) for probe in probes]).assign(dur_ns=fastest, peak_bytes=peaks)
     attention = "padded" if plan.row_starts is None else "block_mask"

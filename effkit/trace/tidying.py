@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 import pandas as pd
 
+from effkit.gc_disabled import gc_disabled
 from effkit.trace.columns import Interned, Sparse, nanoseconds, since
 from effkit.trace.decoding import Decoder
 from effkit.trace.names import ANNOTATIONS, COMMUNICATES, DEVICE, SPANS, STACKS, TODAY
-from effkit.uncollected import uncollected
 
 EVENT_COLUMNS = (
     "name", "category", "start_ns", "dur_ns", "rank", "process", "thread", "stream", "correlation",
@@ -104,7 +104,7 @@ def read(
     frames = _Columns(details, stacks)
     try:
         # millions of fresh objects make the collector run over and over, and none of them is garbage yet
-        with uncollected():
+        with gc_disabled():
             for piece in decoder.pieces(io.BytesIO(source) if isinstance(source, bytes) else source):
                 frames.add(piece)
         metadata = decoder.metadata

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from effkit.side_by_side import interleaved_ns, saved_bytes
+from effkit.timing import interleaved_ns
+from effkit.training import saved_bytes
 
 PUBLISHED_SAVED_FRAC = 0.34  # PixArt-Sigma (arXiv 2403.04692), at 4K, second-hand: "about 34%" of time, not of FLOPs
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from effkit import models
 from effkit.decoder.anatomy import like_layers
-from effkit.side_by_side import interleaved_ns, saved_bytes
-from effkit.training import forward, own_loss, unchanged
+from effkit.timing import interleaved_ns
+from effkit.training import forward, own_loss, saved_bytes, unchanged
 
 
 def merge_tokens(

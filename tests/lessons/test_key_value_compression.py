@@ -1,13 +1,10 @@
 """Condensed attention begins as attention to averages, and its table says what is kept and computed."""
 
-import time
-
 import pytest
 import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.side_by_side import interleaved_ns, saved_bytes
 from lessons.key_value_compression import CondensedAttention, attention_flops, condensed, pixart_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,27 +93,6 @@ def test_the_table_has_bytes_that_can_be_counted_by_hand(batch):
 def test_condensing_takes_time_away_where_there_are_many_tokens():
     times = condensed((2304,), (1, 4), hidden=32, heads=2, repeats=3)["time_ns"]
     assert times[2304, 4] < 0.8 * times[2304, 1]
-
-
-def test_saved_storages_count_once_and_what_is_known_does_not():
-    weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8)
-    assert saved_bytes(lambda: (x @ weight).exp().sum(), [weight, x]) == 4 * 8 * 4, "the exponential's own output"
-    assert saved_bytes(lambda: (x @ weight).exp().sum(), [weight]) == 2 * 4 * 8 * 4, "and x"
-    y = torch.ones(4, 8, requires_grad=True)
-    assert saved_bytes(lambda: y * y, []) == 4 * 8 * 4
-    with torch.no_grad():
-        assert saved_bytes(lambda: functional.gelu(y), []) == 4 * 8 * 4, "as if gradients were wanted"
-
-
-def test_each_call_is_made_once_a_turn_and_once_to_warm_up():
-    made = []
-    found = interleaved_ns({"a": lambda: made.append("a"), "b": lambda: made.append("b")}, repeats=4)
-    assert sorted(made) == ["a"] * 5 + ["b"] * 5
-    assert all({*made[i : i + 2]} == {"a", "b"} for i in range(0, 10, 2)), "in turn"
-    assert set(found) == {"a", "b"}
-    assert all(isinstance(taken, int) for taken in found.values())
-    naps = iter([0.3, 0.0])
-    assert interleaved_ns({"a": lambda: time.sleep(next(naps))}, repeats=1)["a"] < 1e8, "the warm-up is not counted"
 
 
 @pytest.mark.parametrize(

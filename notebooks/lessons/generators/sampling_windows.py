@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.side_by_side import saved_bytes
+from effkit.training import saved_bytes
 from lessons.generators.flows import FlowModel, FlowTraining
 from lessons.meter import reproducible
 

@@ -1,4 +1,4 @@
-"""uncollected(): leave Python's garbage collector out of a stretch of work."""
+"""gc_disabled(): leave Python's garbage collector out of a stretch of work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """No cycle of objects is looked for, and none dies, in this context; afterwards the collector is as it was."""
     enabled = gc.isenabled()
     gc.disable()

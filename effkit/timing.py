@@ -1,0 +1,51 @@
+"""The wall clock around calls, the accelerator's part of the work included."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+from effkit.device import synchronize
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def elapsed_ns(call: Callable[[], object]) -> int:
+    """Time of one call [ns]; what was given to the accelerator before is waited for first, and is not counted."""
+    synchronize()
+    start = time.perf_counter_ns()
+    call()
+    synchronize()
+    return time.perf_counter_ns() - start
+
+
+def interleaved_times_ns(calls: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, list[int]]:
+    """Times of each call [ns]: all once, ``repeats`` times after a warm-up that is not counted.
+
+    Each time in another order, so that none always finds the caches as the same other left them.
+
+    Raises
+    ------
+    ValueError
+        When repeats is below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is at least 1; given: {repeats}")
+    times: dict[Key, list[int]] = {key: [] for key in calls}
+    for turn in range(repeats + 1):
+        for key in random.Random(turn).sample(list(calls), len(calls)):
+            times[key].append(elapsed_ns(calls[key]))
+    return {key: taken[1:] for key, taken in times.items()}
+
+
+def interleaved_ns(
+    calls: Mapping[Key, Callable[[], object]], repeats: int, pick: Callable[[list[int]], float] = statistics.median
+) -> dict[Key, int]:
+    """Time of each call [ns], one of its :func:`interleaved_times_ns`.
+
+    ``pick`` makes one time of a call's: their median, or ``min`` where other work on the machine is the only noise.
+    """
+    return {key: round(pick(times)) for key, times in interleaved_times_ns(calls, repeats).items()}
