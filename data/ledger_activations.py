@@ -216,7 +216,7 @@ def times_in_turn(
 
 def timed(measured: ek.Account, base: ek.Account, ratio: float) -> ek.Account:
     """The account with a step's time that is this multiple of the base's."""
-    whole = next(companion for companion in base.companions if companion.title == TIME)
+    whole = base.companion(TIME)
     step_ns = round(ratio * whole.total)
     source = f"wall time, relative to the base measured in turn, median of {ROUNDS}"
     others = tuple(companion for companion in measured.companions if companion.title != TIME)

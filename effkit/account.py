@@ -180,6 +180,20 @@ class Account:
         table["ratio"] = table["other"].astype("Float64") / table["value"].replace(0, pd.NA).astype("Float64")
         return table
 
+    def companion(self, title: str) -> Account:
+        """The Account of this title among the companions.
+
+        Raises
+        ------
+        ValueError
+            When there is none: the titles that there are.
+        """
+        for account in self.companions:
+            if account.title == title:
+                return account
+        there = ", ".join(f"“{account.title}”" for account in self.companions) or "none"
+        raise ValueError(f"“{self.title}” has no companion “{title}”; there: {there}")
+
     def with_companions(self, *companions: Account) -> Account:
         """The same Account with these beside it."""
         return replace(self, companions=companions)

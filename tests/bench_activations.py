@@ -66,7 +66,7 @@ def in_turn(functions, rounds=7):
 
 
 def step_ns(account):
-    return next(companion.total for companion in account.companions if companion.title == TIME)
+    return account.companion(TIME).total
 
 
 def test_a_slider_follows_the_hand(measured):

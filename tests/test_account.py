@@ -172,6 +172,16 @@ def test_a_receipt_compares_like_with_like():
         Receipt(cells(), Account.of("Steps", "steps", {}, total=1, source="loop"))
 
 
+def test_a_companion_is_asked_for_by_title():
+    memory, steps = cells(total=7, title="Peak memory"), cells(total=3, title="Steps")
+    account = cells().with_companions(memory, steps)
+    assert account.companion("Steps") is steps
+    with pytest.raises(ValueError, match="“Cells of one epoch” has no companion “Time”; there: “Peak memory”, “Steps”"):
+        account.companion("Time")
+    with pytest.raises(ValueError, match="no companion “Steps”; there: none"):
+        cells().companion("Steps")
+
+
 def test_companions_are_matched_by_title():
     memory, steps = cells(total=7, title="Peak memory"), cells(total=3, title="Steps")
     predicted = cells(total=110, low=100, high=120).with_companions(memory, cells(title="Only predicted"))

@@ -17,10 +17,6 @@ torch.set_num_threads(1)
 KIB = 1024
 
 
-def companion(account, title):
-    return next(one for one in account.companions if one.title == title)
-
-
 @pytest.fixture(scope="module")
 def base(gpt, batch):
     return activations.measure(gpt, batch, repeats=1)
@@ -90,7 +86,7 @@ def test_tied_and_frozen_parameters_and_buffers_are_exact():
 
 
 def test_what_hooks_are_told_is_what_the_allocator_holds_when_backward_begins(gpt, batch, base):
-    saved = companion(base, "Saved activations by operator")
+    saved = base.companion("Saved activations by operator")
     assert abs(saved.residual) <= 4 * KIB
     assert saved.total > 100 * KIB
     by_module = activations.saved(base)
@@ -102,13 +98,13 @@ def test_what_hooks_are_told_is_what_the_allocator_holds_when_backward_begins(gp
 @pytest.mark.parametrize("name", ["text", "convolutional", "recurrent", "spiking through time"])
 def test_retained_bytes_of_other_architectures_close_too(name):
     model = TINY[name].build()
-    saved = companion(activations.measure(model, batch_of(model, *TINY[name].sizes[0]), repeats=1),
-                      "Saved activations by operator")  # fmt: skip
+    here = activations.measure(model, batch_of(model, *TINY[name].sizes[0]), repeats=1)
+    saved = here.companion("Saved activations by operator")
     assert abs(saved.residual) <= 4 * KIB, saved
 
 
 def test_the_time_is_told_by_phase(base):
-    time = companion(base, TIME)
+    time = base.companion(TIME)
     assert list(time.frame.index) == ["forward", "backward", "optimizer"]
     assert time.residual == 0
     assert (time.frame["value"] > 0).all()
@@ -148,7 +144,7 @@ def test_measured_twice_is_measured_the_same(gpt, batch, base):
     again = activations.measure(gpt, batch, repeats=2)
     assert again.total == base.total
     assert again.frame["value"].to_dict() == base.frame["value"].to_dict()
-    assert companion(again, "Saved activations by operator").total == base.companions[1].total
+    assert again.companion("Saved activations by operator").total == base.companions[1].total
 
 
 def test_garbage_is_not_taken_for_the_steps_own(gpt, batch, base):

@@ -49,11 +49,11 @@ def test_a_lossy_lever_shows_its_gradient_error_beside_the_noise(panel):
     panel.controls["compress"].value = "int8"
     assert "Gradient error: " in panel.shown()
     assert "Gradient noise between half batches, as measured: " in panel.shown()
-    found = {one.title: one for one in panel.result.companions}
-    error, noise = found["Gradient error"], found["Gradient noise between half batches, as measured"]
+    error = panel.result.companion("Gradient error")
+    noise = panel.result.companion("Gradient noise between half batches, as measured")
     assert 0 < error.total < 50_000 < noise.total, "int8 is far below the noise"
     panel.controls["autocast"].value = "bfloat16"
-    both = next(one for one in panel.result.companions if one.title == "Gradient error")
+    both = panel.result.companion("Gradient error")
     assert both.total > error.total
     assert set(both.frame.index) == {"compress int8", "autocast bfloat16"}
     panel.controls["compress"].value = panel.controls["autocast"].value = "none"

@@ -157,7 +157,7 @@ def test_its_ceilings(texts):
     assert list(frame) == COLUMNS
     assert list(frame.index) == ["model FLOPs utilisation", "the same without padding", "launch floor", "memory"]
     assert (frame["reached_frac"] > 0).all()
-    real = texts.study.epoch.companions[0].share["real"]
+    real = texts.study.epoch.companion("Input cells of one epoch").share["real"]
     by_name = frame["reached"]
     assert by_name["the same without padding"] / by_name["model FLOPs utilisation"] == pytest.approx(real)
 

@@ -103,7 +103,7 @@ def test_a_measurement_says_what_it_was_given(text, given):
     assert account.setting["batch"] == 3
     assert account.setting["input_length"] == (32 if given == "nothing" else 9)
     cells = account.setting["input_length"] + 3
-    assert companions(account)["Key-value cache"].total == 2 * 3 * 3 * cells * 32 * 4
+    assert account.companion("Key-value cache").total == 2 * 3 * 3 * cells * 32 * 4
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_other_settings_make_as_many_tokens_as_are_asked_for(name, changes):
     account = decoder.measure(model, repeats=1, calibrated=False, **{"num_steps": 5} | changes)
     assert account.setting == setting.plain()
     assert len(decoder.positions(account)) == setting.num_steps
-    weights = companions(account)["Weights"].total
+    weights = account.companion("Weights").total
     kept = {"cache", "num_beams", "exit_layer", "batch"} & set(changes)
     assert (weights == sum(parameter.nbytes for parameter in model.parameters())) is bool(kept)
 
@@ -223,7 +223,7 @@ def test_a_plain_step_is_called_token_by_token():
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert list(account.frame.index) == ["first step", "later steps"]
     assert account.setting == {"num_steps": 4, "batch": 3}
-    assert companions(account)["Tokens per second"].total == pytest.approx(12e9 / account.total, abs=1)
+    assert account.companion("Tokens per second").total == pytest.approx(12e9 / account.total, abs=1)
     assert len(decoder.positions(account)) == 4
     with pytest.raises(ValueError, match="carries no calibration"):
         decoder.predict(account, batch=2)

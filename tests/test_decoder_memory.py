@@ -126,7 +126,7 @@ def test_the_cells_of_an_encoder_are_found_with_an_exit_too():
     base = decoder.measure(model, num_steps=4, repeats=1, exit_layer=1, input_length=45)
     assert base.calibration.memory.halvings == 2
     guess = decoder.predict(base, num_steps=6)
-    cache = next(one for one in guess.companions if one.title == "Key-value cache")
+    cache = guess.companion("Key-value cache")
     assert cache.total == sum(left_by(model, num_steps=6, exit_layer=1, input_length=45)[1])
 
 

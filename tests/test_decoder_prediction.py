@@ -30,10 +30,6 @@ def world(speech):
     return measured(speech, SPEECH)
 
 
-def companion(account, title):
-    return next(one for one in account.companions if one.title == title)
-
-
 def test_at_rest_the_prediction_is_the_measurement(world):
     base, _ = world
     assert decoder.predict(base) is base
@@ -106,7 +102,7 @@ def test_with_parameters_held_layers_move(world, speech):
     base, _ = world
     guess = decoder.predict(base, decoder_layers=2, hold_parameters="on")
     assert guess.setting["encoder_layers"] > 12
-    before, after = companion(base, "Weights").total, companion(guess, "Weights").total
+    before, after = base.companion("Weights").total, guess.companion("Weights").total
     assert after == pytest.approx(before, rel=0.02)
     altered = ek.models.speech(encoder_layers=guess.setting["encoder_layers"], decoder_layers=2, hidden=64)
     assert after == sum(parameter.nbytes for parameter in altered.parameters())
@@ -122,10 +118,10 @@ def test_levers_move_time_the_way_they_must(world, text):
     assert beams.drop("encoder").sum() > rows.drop("encoder").sum(), "and the cache is reordered"
     assert decoder.predict(base, compiled="on").total < 0.5 * total, "launches are most of it"
     assert decoder.predict(base, exit_layer=4).total < 0.7 * total
-    assert companion(decoder.predict(base, exit_layer=4), "Weights").total == companion(base, "Weights").total
+    assert decoder.predict(base, exit_layer=4).companion("Weights").total == base.companion("Weights").total
     assert decoder.predict(base, width=128).total > total
-    assert companion(decoder.predict(base, weight_bits=8), "Weights").total * 4 == companion(base, "Weights").total
-    assert companion(decoder.predict(base, cache="off"), "Key-value cache").total == 0
+    assert decoder.predict(base, weight_bits=8).companion("Weights").total * 4 == base.companion("Weights").total
+    assert decoder.predict(base, cache="off").companion("Key-value cache").total == 0
 
 
 def test_speculation_pays_where_the_draft_is_cheap_and_often_right(text):
@@ -141,7 +137,7 @@ def test_speculation_pays_where_the_draft_is_cheap_and_often_right(text):
 def test_fewer_key_value_heads_shrink_the_cache_alone(text):
     base, _ = measured(text, TEXT)
     guess = decoder.predict(base, kv_heads=1)
-    assert companion(guess, "Key-value cache").total * 4 == companion(base, "Key-value cache").total
+    assert guess.companion("Key-value cache").total * 4 == base.companion("Key-value cache").total
     assert guess.total <= base.total * 1.01
     with pytest.raises(ValueError, match="kv_heads divides the 4 query heads; given: 3"):
         decoder.predict(base, kv_heads=3)
@@ -150,12 +146,12 @@ def test_fewer_key_value_heads_shrink_the_cache_alone(text):
 def test_companions_say_the_same_thing_in_other_units(world):
     base, _ = world
     guess = decoder.predict(base, batch=8)
-    assert companion(guess, "Time per token").total == pytest.approx(guess.total / 40, abs=1)
-    assert companion(guess, "Tokens per second").total == pytest.approx(320 / guess.total * 1e9, abs=1)
-    assert companion(guess, "Real-time factor").total == pytest.approx(8 * 4.0 / guess.total * 1e12, rel=1e-3)
-    phases = companion(guess, "Prefill and decode")
+    assert guess.companion("Time per token").total == pytest.approx(guess.total / 40, abs=1)
+    assert guess.companion("Tokens per second").total == pytest.approx(320 / guess.total * 1e9, abs=1)
+    assert guess.companion("Real-time factor").total == pytest.approx(8 * 4.0 / guess.total * 1e12, rel=1e-3)
+    phases = guess.companion("Prefill and decode")
     assert phases.total == pytest.approx(guess.total, rel=1e-6)
-    share = companion(guess, "Decoder's share of the time").total / 1e6
+    share = guess.companion("Decoder's share of the time").total / 1e6
     assert share == pytest.approx(1 - guess.share["encoder"], abs=1e-5)
     for one in guess.companions:
         assert one.low <= one.total <= one.high

@@ -58,20 +58,16 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-def companion(account, title):
-    return next(one for one in account.companions if one.title == title)
-
-
 def cells(account):
-    return companion(account, "Input cells of one epoch")
+    return account.companion("Input cells of one epoch")
 
 
 def steps(account):
-    return companion(account, "Steps of one epoch")
+    return account.companion("Steps of one epoch")
 
 
 def peak(account):
-    return companion(account, "Peak memory")
+    return account.companion("Peak memory")
 
 
 # At rest

@@ -23,7 +23,7 @@ from effkit.advice.scales import LEFT, in_turn, limit_bytes, relative
 from effkit.lab import SPREAD
 from effkit.padding.auditing import input_lengths
 from effkit.padding.prediction import plan_at
-from effkit.padding.totals import EPOCH_TIME, epoch_rows
+from effkit.padding.totals import EPOCH_CELLS, EPOCH_TIME, PEAK, epoch_rows
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy
@@ -201,12 +201,12 @@ def _with_workers(study: TrainingStudy, examples: Examples, num: int) -> Account
 
 
 def _left(predicted: Account) -> float:
-    return float(next(one for one in predicted.companions if one.unit == "cells").share["padding"])
+    return float(predicted.companion(EPOCH_CELLS).share["padding"])
 
 
 def _peak(epoch: Account) -> int:
     assert epoch.title == EPOCH_TIME
-    return next(one for one in epoch.companions if one.unit == "bytes").total
+    return epoch.companion(PEAK).total
 
 
 def _groups(loader: Any) -> bool:

@@ -124,7 +124,7 @@ def _fitting(study: TrainingStudy, limit: float, notes: list[str]) -> list[Lever
 def _lab_lever(study: TrainingStudy, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:
     levers = Levers(**changes)
     words = ", ".join(f"{name}={value}" for name, value in changes.items())
-    before, after = (_time(one) for one in (base, predicted))
+    before, after = (one.companion(TIME).total for one in (base, predicted))
     effects = [f"a step takes {after / before - 1:+.0%}, predicted"]
     if not levers.lossless:
         effects.append("gradients or updates are no longer exact")
@@ -144,7 +144,3 @@ def _code(changes: Mapping[str, Any]) -> str:
     if levers.optimizer_states != "float32":
         lines.append(f"optimizer = activations.LowBitAdamW(model.parameters(), states={levers.optimizer_states!r})")
     return "\n".join(lines)
-
-
-def _time(account: Account) -> int:
-    return next(one.total for one in account.companions if one.title == TIME)

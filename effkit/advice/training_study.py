@@ -28,6 +28,7 @@ from effkit.advice.probing import Peaks, Step
 from effkit.advice.restoring import restored
 from effkit.advice.studies import Study
 from effkit.device import Device
+from effkit.padding.totals import EPOCH_CELLS
 from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import Loss
 
@@ -253,7 +254,7 @@ class TrainingStudy(Study):
         backward = next((part.first for part in segments if part.phase == BACKWARD), len(work))
         flops, half = (int(work[:backward, column].sum()) for column in (counting.FLOPS, counting.HALF_FLOPS))
         longest_ns = max(self.steps_ns)
-        real = None if self.epoch is None else float(self.epoch.companions[0].share["real"])
+        real = None if self.epoch is None else float(self.epoch.companion(EPOCH_CELLS).share["real"])
         frame = ceilings(
             device, step_ns=longest_ns, forward_flops=flops + half, half=half > flops, real_frac=real,
             num_operators=self.num_operators, peak_bytes=self.memory.total,
@@ -263,7 +264,7 @@ class TrainingStudy(Study):
     def _found(self) -> list[str]:
         found = [described(self.model)]
         if self.epoch is not None:
-            found.append(f"{self.epoch.companions[0].share['padding']:.0%} of the input cells are padding")
+            found.append(f"{self.epoch.companion(EPOCH_CELLS).share['padding']:.0%} of the input cells are padding")
         if self.heard.num_recomputed:
             found.append(f"{self.heard.num_recomputed} modules are computed a second time in backward")
         if self.experts is not None:

@@ -13,7 +13,7 @@ from effkit.lab import Trust, asked, calibration_of, interval
 from effkit.lab.knobs import checked_whole
 from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, plan
 from effkit.padding.plans import Plan
-from effkit.padding.totals import EPOCH_TIME, LIMIT_KNOBS, cells_account, epoch_rows, peak_account, steps_account
+from effkit.padding.totals import EPOCH_TIME, LIMIT_KNOBS, PEAK, cells_account, epoch_rows, peak_account, steps_account
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,7 @@ def whatif(
     rest = base.setting
     longest = rest["max_length"]
     shortest = int(np.percentile(_calibration(base).plan.lengths["input_length"], 50))
-    peak_mib = next(account.total for account in base.companions if account.unit == "bytes") // _MIB
+    peak_mib = base.companion(PEAK).total // _MIB
     limits = {
         "batch_size": ("Batch size [examples]", "Rows per batch, in every bucket"),
         "max_input_cells": ("Largest batch [cells]", "Padded input cells per batch"),

@@ -13,6 +13,8 @@ from effkit.padding.dealing import shares
 from effkit.padding.plans import Plan
 
 EPOCH_TIME = "Time of one epoch"
+EPOCH_CELLS = "Input cells of one epoch"
+PEAK = "Peak memory"
 LIMIT_KNOBS = ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic", "seed")
 
 
@@ -46,7 +48,7 @@ def cells_account(plan: Plan, source: str, *, exact: bool = False) -> Account:
     """Input cells of the epoch: rows ``real`` and ``padding``; ``exact`` gives a prediction a band of no width."""
     cells = plan.account("input")
     band: dict[str, Any] = {"low": cells.total, "high": cells.total} if exact else {}
-    return Account("Input cells of one epoch", "cells", cells.frame, cells.total, source, **band)
+    return Account(EPOCH_CELLS, "cells", cells.frame, cells.total, source, **band)
 
 
 def steps_account(steps: int, source: str, *, exact: bool = False) -> Account:
@@ -57,7 +59,7 @@ def steps_account(steps: int, source: str, *, exact: bool = False) -> Account:
 
 def peak_account(peak_bytes: int, source: str, **more: Any) -> Account:
     """The largest peak of any step [bytes]."""
-    return Account.of("Peak memory", "bytes", {"largest step": peak_bytes}, total=peak_bytes, source=source, **more)
+    return Account.of(PEAK, "bytes", {"largest step": peak_bytes}, total=peak_bytes, source=source, **more)
 
 
 def setting_of(plan: Plan, world_size: int = 1) -> dict[str, Any]:
