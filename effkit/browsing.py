@@ -8,9 +8,10 @@ from typing import Any
 import ipywidgets as widgets
 
 from effkit import view
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.captured import Capture
 from effkit.screen import Screen
+from effkit.units import readable
 
 
 class MemoryBrowser(Screen):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from effkit import panes, snapshot, storage
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.panes import aligning, breakdown, collectives, differences, tables, tensorboard
 from effkit.panes.steps import marks
+from effkit.units import readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 
 from effkit import markup, whole_files
-from effkit.account import Account, readable
+from effkit.account import Account
+from effkit.units import readable
 
 LEDGER_COLUMNS = (
     "lab", "model", "knob", "setting", "quantity", "unit",

@@ -11,10 +11,11 @@ from typing import Any
 import ipywidgets as widgets
 
 from effkit import view
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.device import provenance
 from effkit.receipt import Receipt
 from effkit.screen import Screen
+from effkit.units import readable
 
 
 @dataclass(frozen=True)

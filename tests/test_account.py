@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.receipt import LEDGER_COLUMNS, Receipt
+from effkit.units import readable
 
 AMOUNTS = st.dictionaries(st.text(min_size=1, max_size=5), st.integers(-(2**40), 2**40), max_size=5)
 

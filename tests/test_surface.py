@@ -78,6 +78,7 @@ HOUSE = [
     {"receipt", "least_squares", "gc_disabled"},
     {"account"},
     {"markup", "whole_files"},
+    {"units"},
 ]
 LONGEST_FILE = 450  # lines
 MOST_LINES = 24_800  # of the whole library

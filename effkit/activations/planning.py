@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.activations.levers import Levers
 from effkit.activations.live import TIME
 from effkit.activations.prediction import predict
+from effkit.units import readable
 
 # each lever's positions, from one that is off; of two on the list the later saves more, as a rule
 POSITIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.activations import losses, workspace
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS
@@ -17,6 +17,7 @@ from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import CATEGORIES, PEAK, RESIDENTS, Timeline
 from effkit.lab import Progress, Trust, calibration_of, interval
 from effkit.training import Loss, MakeOptimizer
+from effkit.units import readable
 
 if TYPE_CHECKING:
     import torch

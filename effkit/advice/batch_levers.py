@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from effkit import padding
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.advice.examples import Examples, rebuilt
 from effkit.advice.levers import Lever, banded
 from effkit.advice.looping import WARM_UP, wait_ns
@@ -24,6 +24,7 @@ from effkit.lab import SPREAD
 from effkit.padding.auditing import input_lengths
 from effkit.padding.prediction import plan_at
 from effkit.padding.totals import EPOCH_CELLS, EPOCH_TIME, PEAK, epoch_rows
+from effkit.units import readable
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy

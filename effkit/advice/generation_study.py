@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from effkit import decoder
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.advice.levers import Advice, Lever, ranked
 from effkit.advice.listening import replaced
 from effkit.advice.overviews import Overview
@@ -21,6 +21,7 @@ from effkit.decoder.accounting import CACHE, WEIGHTS
 from effkit.device import synchronize
 from effkit.timing import interleaved_ns
 from effkit.training import evaluating
+from effkit.units import readable
 
 SAME_TOKENS = "Time of the same tokens"
 _FEWEST_STEPS = 8

@@ -10,10 +10,11 @@ from typing import Any, overload
 import pandas as pd
 
 from effkit import markup
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.device import provenance
 from effkit.markup import Cell
 from effkit.receipt import Receipt
+from effkit.units import readable
 
 GOALS = ("time", "memory", "cost")
 _HOUR_NS = 3.6e12

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from effkit import activations
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.activations.levers import Levers
 from effkit.activations.live import TIME
 from effkit.advice import interventions, probing
 from effkit.advice.kept import detached_after, growth_bytes
 from effkit.advice.levers import Advice, Lever, banded
 from effkit.advice.scales import limit_bytes
+from effkit.units import readable
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy

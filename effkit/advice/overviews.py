@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from effkit import markup
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.device import Device
 from effkit.markup import Cell
+from effkit.units import readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

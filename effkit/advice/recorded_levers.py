@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.advice import families
 from effkit.advice.levers import Advice, Lever, banded, ranked
 from effkit.advice.scales import LEFT
@@ -16,6 +16,7 @@ from effkit.captured import Capture
 from effkit.loading import load
 from effkit.loading.fleet import Fleet
 from effkit.trace.names import LAUNCHES, WAITS
+from effkit.units import readable
 
 if TYPE_CHECKING:
     from effkit.advice.recorded_study import RecordedStudy

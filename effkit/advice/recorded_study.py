@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from effkit import moe
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.advice import families, recorded_levers
 from effkit.advice.levers import Advice
 from effkit.advice.overviews import NO_CEILINGS, Overview
@@ -23,6 +23,7 @@ from effkit.loading.fleet import Fleet
 from effkit.moe.accounting import UNSEEN
 from effkit.panes.breakdown import NO_DEVICE
 from effkit.trace.names import COMMUNICATES
+from effkit.units import readable
 
 TIME, RANKS = "Time of one step", "One step of all ranks, waiting told from moving"
 COPIES, NO_OPERATOR = "copies", "kernels without an operator"

@@ -11,11 +11,12 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.advice.levers import Advice
 from effkit.advice.overviews import Overview
 from effkit.device import provenance
 from effkit.receipt import Receipt
+from effkit.units import readable
 from effkit.whole_files import replacing
 
 if TYPE_CHECKING:

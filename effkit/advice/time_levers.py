@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.advice import batch_levers, expert_levers, families, interventions, probing
 from effkit.advice.interventions import Intervention
 from effkit.advice.levers import Lever, banded
 from effkit.advice.scales import LEFT, in_turn, limit_bytes
 from effkit.device import Device
+from effkit.units import readable
 
 if TYPE_CHECKING:
     from effkit.advice.training_study import TrainingStudy

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from effkit import activations, padding
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.activations import counting
 from effkit.activations.observing import Observation, observe
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
@@ -31,6 +31,7 @@ from effkit.device import Device
 from effkit.padding.totals import EPOCH_CELLS
 from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import Loss
+from effkit.units import readable
 
 TIME = "Time of one step"
 _FEW = 6  # batches of a second calibration

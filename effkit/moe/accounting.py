@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.captured import Capture
 from effkit.loading.fleet import Fleet
 from effkit.moe.live import of_folder
 from effkit.panes import collectives
 from effkit.trace import intervals
+from effkit.units import readable
 
 DISPATCH, COMBINE, ALL_TO_ALL, OTHER = "dispatch", "combine", "all-to-all", "other collectives"
 KINDS = (DISPATCH, COMBINE, ALL_TO_ALL, OTHER)

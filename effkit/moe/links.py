@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from effkit.account import readable
 from effkit.lab import Progress, Trust, rms
 from effkit.least_squares import Floats, nonnegative
 from effkit.moe.launching import Slow, launch
 from effkit.moe.recorded import Array
+from effkit.units import readable
 
 DELAY_BYTES = 2**18  # 2.6 ms at 100 MB/s: what the machine's scheduler adds is small beside that
 _FEWEST = 3  # sizes in a regime: one may be left out and a line is left

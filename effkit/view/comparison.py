@@ -7,8 +7,9 @@ import math
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from effkit.account import Account, readable
+from effkit.account import Account
 from effkit.receipt import Receipt
+from effkit.units import readable
 from effkit.view.style import colour, legend_columns, png, svg
 
 _ONE_LINE, _COLUMNS = 6, 4  # rows that a legend names on one line; in how many columns at most more of them stand

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from effkit.account import has_own_steps, readable
+from effkit.units import has_own_steps, readable
 from effkit.view.style import GREY, OKABE_ITO, axes, colour, unit_axis
 
 if TYPE_CHECKING:

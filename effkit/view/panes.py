@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from effkit.account import Account, readable
+from effkit.account import Account
+from effkit.units import readable
 from effkit.view import accounts
 from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, png, svg, unit_axis
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from effkit.account import readable
+from effkit.units import readable
 from effkit.view.style import GREY, axes, colour, unit_axis
 
 if TYPE_CHECKING:

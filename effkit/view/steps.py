@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from effkit.account import readable
 from effkit.receipt import Receipt
+from effkit.units import readable
 from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, unit_axis
 
 if TYPE_CHECKING:

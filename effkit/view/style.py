@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from effkit.account import has_own_steps, readable
+from effkit.units import has_own_steps, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
