@@ -11,7 +11,7 @@ import pandas as pd
 
 from effkit import panes, snapshot, storage
 from effkit.account import Account
-from effkit.panes import aligning, breakdown, collectives, differences, tables, tensorboard
+from effkit.panes import aligning, breakdown, collectives, differences, families, tables, tensorboard
 from effkit.panes.steps import marks
 from effkit.units import readable
 
@@ -98,6 +98,15 @@ class Capture:
         ``tensor_cores`` goes by the kernel's name: profilers do not record it.
         """
         return tables.kernels(self._of_ranks("kernels"))
+
+    def families(self) -> pd.DataFrame:
+        """Where the time goes by what operators and kernels do (``effkit.operators``) [ns], summed over ranks.
+
+        ``host_self_ns`` of operators; ``kernel_ns`` and ``copy_ns`` of the device, by the operator that launched them,
+        or by the kernel's own name where no operator did, or its name does not tell: those of CUDA graphs, or of
+        compiled functions. The row ``not visible`` is what neither tells.
+        """
+        return families.families(self._of_ranks("families"))
 
     def collectives(self) -> pd.DataFrame:
         """Every collective call of every rank, on the clock of the first rank.

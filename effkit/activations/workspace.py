@@ -11,9 +11,10 @@ import numpy as np
 
 from effkit.activations.counting import HALF_FLOPS, MOVED
 from effkit.activations.timeline import Signature, Timeline
+from effkit.operators import CONVOLUTION, RECURRENT, family_of_operator
 
-# operators that leave their work to a library with memory of its own
-OPAQUE = ("convolution", "rnn", "lstm", "gru")
+# of operators that leave their work to a library with memory of its own
+OPAQUE = (CONVOLUTION, RECURRENT)
 Line = tuple[float, float]
 
 
@@ -22,7 +23,7 @@ def opaque(timeline: Timeline) -> bool:
 
     Convolutions, recurrent layers, and on a CPU products in half precision.
     """
-    return halved(timeline) or any(word in name for name in set(timeline.ops) for word in OPAQUE)
+    return halved(timeline) or any(family_of_operator(name) in OPAQUE for name in set(timeline.ops))
 
 
 def halved(timeline: Timeline) -> bool:

@@ -22,7 +22,7 @@ from effkit.loading import load
 from effkit.loading.fleet import Fleet
 from effkit.moe.accounting import UNSEEN
 from effkit.panes.breakdown import NO_DEVICE
-from effkit.trace.names import COMMUNICATES
+from effkit.panes.families import NOT_VISIBLE as NOBODY
 from effkit.units import readable
 
 TIME, RANKS = "Time of one step", "One step of all ranks, waiting told from moving"
@@ -37,7 +37,9 @@ _ROWS = {
     "cpu_exec_ns": HOST_BUSY,
     "idle_ns": families.HOST,
 }
-_COMPUTING = (families.PRODUCTS, families.ATTENTION, families.NORMS, families.OTHER, families.ASKING)
+_COMPUTING = (
+    families.PRODUCTS, families.ATTENTION, families.NORMS, families.OTHER, families.OPTIMIZER, families.ASKING,
+)  # fmt: skip
 
 Files = str | Path | Sequence[str | Path]
 
@@ -134,20 +136,14 @@ class RecordedStudy(Study):
 
         Copies and communication have rows of their own: what they take on the device is not shared out again.
         """
-        column = self.operators["device_self_ns" if self.saw_device else "host_self_ns"].astype("float64").clip(lower=0)
-        nobody = float(column.get("not visible", 0.0)) if self.saw_device else 0.0
-        column = column.drop(index="not visible", errors="ignore")
-        by_family = column.groupby(column.index.map(families.family)).sum()
-        moved = float(by_family.get(families.COMMUNICATION, 0.0))
-        times = {name: float(by_family.get(name, 0.0)) for name in _COMPUTING}
-        times[families.OTHER] += float(by_family.get(families.HOST, 0.0))  # kernels of somebody's own backward
+        table = self.inside.families()
+        column = table["kernel_ns" if self.saw_device else "host_self_ns"].astype("float64").fillna(0).clip(lower=0)
+        nobody = float(column.get(NOBODY, 0.0))
+        by_row = column.drop(index=NOBODY, errors="ignore").groupby(families.row).sum()
+        times = {name: float(by_row.get(name, 0.0)) for name in _COMPUTING}
+        times[families.OTHER] += float(by_row.get(families.HOST, 0.0))  # somebody's own backward
         if self.saw_device:
-            times[families.OTHER] += times.pop(families.ASKING)  # a copy of one number
-            kernels = self.inside.kernels()["total_ns"]
-            communicates = float(kernels[kernels.index.str.contains(COMMUNICATES)].sum())
-            copies = max(0.0, float(column.sum()) + nobody - float(kernels.sum()))
-            times[families.OTHER], left = _less(times[families.OTHER], copies)
-            nobody = max(0.0, nobody - left - max(0.0, communicates - moved))
+            times[families.OTHER] += times.pop(families.ASKING)
             times[NO_OPERATOR] = nobody
         total = sum(times.values())
         if not total:
@@ -257,11 +253,6 @@ class RecordedStudy(Study):
 def _mean(column: pd.Series[Any]) -> float:
     """The mean over the ranks of each one's mean over its steps."""
     return float(column.astype("float64").groupby(level="rank").mean().mean())
-
-
-def _less(amount: float, by: float) -> tuple[float, float]:
-    """The amount without so much, never below 0, and what could not be taken."""
-    return max(0.0, amount - by), max(0.0, by - amount)
 
 
 def _holds_memory(capture: Capture) -> bool:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
+from effkit import operators
 from effkit.account import Account
 from effkit.captured import Capture
 from effkit.decoder.calibration import Observed
 from effkit.decoder.stepping import Steps
+from effkit.operators import ATTENTION, PRODUCTS
+from effkit.panes.families import NOT_VISIBLE
 
 RECORDED = "Time of the recorded generation"
-ATTENTION, PRODUCTS, COPIES, CHOOSING, ELEMENTWISE = (
-    "attention", "matrix products", "cache and copies", "choosing tokens", "norms, sums and the rest"
-)  # fmt: skip
-HOST, UNSEEN = "host between operators", "not visible"
-# The first that an operator's name shows.
-_FAMILIES: Mapping[str, re.Pattern[str]] = {
-    ATTENTION: re.compile(r"attention|flash|softmax|::(badd)?bmm\b"),  # its products are batched
-    CHOOSING: re.compile(r"argmax|topk|multinomial|::sort|isin|cumsum|::eq|::max\b"),
-    PRODUCTS: re.compile(r"::(add)?mm\b|linear|matmul|conv|::mv\b|gemm"),
-    COPIES: re.compile(r"::cat\b|copy|index_select|index_put|clone|contiguous|repeat|scalar_dense"),
+COPIES, CHOOSING, ELEMENTWISE = "cache and copies", "choosing tokens", "norms, sums and the rest"
+HOST, UNSEEN = "host between operators", NOT_VISIBLE
+_ROW_OF: Mapping[str, str] = {
+    operators.SEARCHING: CHOOSING,
+    **dict.fromkeys(operators.MULTIPLIES, PRODUCTS),
+    # of a generation, attention that no fused operator computes
+    **dict.fromkeys((ATTENTION, operators.BATCHED, operators.SOFTMAX), ATTENTION),
+    **dict.fromkeys((operators.COPIES, operators.ASKING), COPIES),
+    UNSEEN: UNSEEN,
 }
+_ROWS = (ATTENTION, CHOOSING, PRODUCTS, COPIES, ELEMENTWISE, UNSEEN)
 
 
 def account(capture: Capture, step: str | None = None) -> Account:
@@ -33,8 +35,9 @@ def account(capture: Capture, step: str | None = None) -> Account:
     ``matrix products``, ``attention``, ``cache and copies`` (growing and reordering it, and what goes to the host),
     ``choosing tokens``, and the rest of the operators: host time where no device was recorded, otherwise the device's,
     of the kernels and copies that they launched. ``host between operators`` is time in which none ran: on a GPU, its
-    launch gaps. Kernels that no operator launched, as those of CUDA graphs, and what an unrecorded device did while
-    the host waited, are ``not visible``.
+    launch gaps. Kernels that no operator launched, as those of CUDA graphs, count by their own names; where these do
+    not tell, and what an unrecorded device did while the host waited, is ``not visible``. Batched products and
+    softmax count as attention, which models that use no fused operator write out in them.
 
     Parameters
     ----------
@@ -54,16 +57,16 @@ def account(capture: Capture, step: str | None = None) -> Account:
     ValueError
         When no operator was recorded.
     """
-    table, overview = capture.operators(), capture.overview(step)
+    table, overview = capture.families(), capture.overview(step)
     if table.empty:
         raise ValueError("this capture holds no operators: record the CPU activity too")
     on_device = overview["kernel_ns"].notna().any()
-    own = table["device_self_ns" if on_device else "host_self_ns"].fillna(0).astype("int64")
-    families = own.groupby(table.index.map(_family)).sum()
+    own = table[["kernel_ns", "copy_ns"] if on_device else ["host_self_ns"]].sum(axis=1).astype("int64")
+    by_row = own.groupby(lambda family: _ROW_OF.get(family, ELEMENTWISE)).sum()
     busy = int(overview[["kernel_ns", "memcpy_ns"] if on_device else ["cpu_exec_ns"]].sum().sum())
-    whole = max(1, int(families.sum()))
+    whole = max(1, int(by_row.sum()))
     # operators may overlap, on several threads or streams: their shares of the time that any of them ran
-    rows = {family: round(busy * families.get(family, 0) / whole) for family in (*_FAMILIES, ELEMENTWISE, UNSEEN)}
+    rows = {row: round(busy * by_row.get(row, 0) / whole) for row in _ROWS}
     rest = overview.drop(columns=["start_ns"])
     if rest["not_visible_ns"].notna().any():
         rows[UNSEEN] += int(rest["not_visible_ns"].sum())
@@ -76,13 +79,6 @@ def account(capture: Capture, step: str | None = None) -> Account:
         source="the wall time of the recorded steps", basis="measured",
         setting={"num_steps": len(overview), "device_busy_frac": frac, "notes": overview.attrs.get("notes", [])},
     )  # fmt: skip
-
-
-def _family(operator: str) -> str:
-    if operator == UNSEEN:  # of the table: kernels that no operator launched
-        return UNSEEN
-    name = str(operator).lower()
-    return next((family for family, pattern in _FAMILIES.items() if pattern.search(name)), ELEMENTWISE)
 
 
 def positions(measured: Account) -> pd.DataFrame:

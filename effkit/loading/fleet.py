@@ -29,6 +29,7 @@ class Digest(NamedTuple):
     overview: Any
     operators: Any
     kernels: Any
+    families: Any
     collectives: Any
     memory: Sequence[Mapping[str, Any]]
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from effkit.panes import breakdown, collectives, tables
+from effkit.panes import breakdown, collectives, families, tables
 
 OF_RANK: Mapping[str, Callable[[pd.DataFrame], Any]] = {
     "overview": breakdown.breakdown,
     "operators": tables.operators_of,
     "kernels": tables.kernels_of,
+    "families": families.families_of,
     "collectives": collectives.collectives_of,
 }

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from effkit.operators import COMMUNICATES
 from effkit.panes.steps import WHOLE, steps
 from effkit.trace import intervals, nesting
-from effkit.trace.names import COLLECTIVE, COMMUNICATES, COPIES, DATALOADER, DEVICE, DEVICE_BACKENDS, LAUNCHES, WAITS
+from effkit.trace.names import COLLECTIVE, COPIES, DATALOADER, DEVICE, DEVICE_BACKENDS, LAUNCHES, WAITS
 
 # In this order: a moment belongs to the first of them that it shows. They sum to dur_ns.
 PARTS = (

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from effkit.operators import TENSOR_CORES
 from effkit.trace import nesting
 from effkit.trace.names import DEVICE
 
 _DEVICE_TIMES = ["device_total_ns", "device_self_ns"]
-# Libraries say in a kernel's name that it uses matrix units: NVIDIA's instruction shapes and families, AMD's MFMA
-_TENSOR_CORES = re.compile(
-    r"[hs](?:884|1688|16816)|i8816|16816|hmma|wgmma|gmma|xmma|_tensorop|nvjet|flash::?.*(?:fwd|bwd)|flash_(?:fwd|bwd)"
-    r"|cudnn_generated_fort_native_sdpa|mfma|_MI\d+x\d+",
-    re.IGNORECASE,
-)
 
 
-def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """What ran on the host of one rank, one row per event; and kernel time that belongs to none of them [ns].
+def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What ran on the host of one rank, and on its device, one row per event.
 
-    Columns of the events; ``parent`` (a row, -1 for none); ``folded`` (an only child that bears its parent's name,
-    which torch counts as its parent); ``host_total_ns, host_self_ns``; and of the kernels that the row launched, with
-    and without its children, ``device_total_ns, device_self_ns``.
+    The host's have the columns of the events; ``parent`` (a row, -1 for none); ``folded`` (an only child that bears its
+    parent's name, which torch counts as its parent); ``host_total_ns, host_self_ns``; and of the kernels that the row
+    launched, with and without its children, ``device_total_ns, device_self_ns``. The device's have ``name``,
+    ``category``, ``dur_ns`` and ``owner``: the host's row that launched it, -1 for none.
     """
     tree = nesting.host(events)
     parent = nesting.parents(tree)
@@ -43,6 +38,7 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     on_device = events[events["category"].isin(DEVICE)]
     caller = nesting.owners(tree, nesting.nearest(parent, operator), on_device)
     owner = np.append(standing, -1)[caller]
+    launched = on_device[["name", "category", "dur_ns"]].assign(owner=owner)
     kernel_ns = on_device["dur_ns"].to_numpy()
     device_self_ns = _sums(owner, kernel_ns, len(tree))
     device_total_ns = device_self_ns.copy()
@@ -53,12 +49,13 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, int]:
         parent=parent, folded=folded, host_total_ns=dur_ns, host_self_ns=self_ns, device_total_ns=device_total_ns,
         device_self_ns=device_self_ns,
     )  # fmt: skip
-    return each, int(kernel_ns[caller < 0].sum())
+    return each, launched
 
 
 def operators_of(events: pd.DataFrame) -> pd.DataFrame:
     """One row per operator and input shapes of one rank. Device time goes to the operator that launched it."""
-    each, lost = each_operator(events)
+    each, launched = each_operator(events)
+    lost = int(launched["dur_ns"][launched["owner"] < 0].sum())
     counted = each[(each["category"] == "cpu_op") & ~each["folded"]]
     table = pd.DataFrame(
         {
@@ -125,7 +122,7 @@ def kernels(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
         mean_ns=(table["total_ns"] / table["calls"]).round().astype("int64"),
         share_frac=table["total_ns"] / total if total else 0.0,
         occupancy_frac=table["occupied_ns"] / known,
-        tensor_cores=table["kernel"].str.contains(_TENSOR_CORES),
+        tensor_cores=table["kernel"].str.contains(TENSOR_CORES),
     )
     order = ["calls", "total_ns", "share_frac", "mean_ns", "min_ns", "max_ns", "occupancy_frac", "tensor_cores"]
     return table.set_index("kernel")[order].sort_values("total_ns", ascending=False, kind="stable")

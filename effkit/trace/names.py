@@ -25,13 +25,6 @@ SPANS = ("Trace",)  # the profiler's own marks
 # Calls in which the host waits for the device; everything launched before is done when they return
 WAITS = re.compile(r"(?:cuda|hip|cu)(?:Device|Stream|Event|Ctx)Synchronize|(?:cuda|hip)Memcpy(?:WithStream|2D)?$")
 
-# Operators, annotations and kernels that move data between ranks
-COMMUNICATES = re.compile(
-    r"\bnccl|\brccl|\bgloo:|\bucc:|\bmpi:|\bc10d::|record_param_comms|nvshmem|multimem"
-    r"|(?:::ep|\bdeep_ep|\buccl)::(?!layout)|moeA2A(?:Dispatch|Combine)"  # a layout is computed, nothing travels
-    r"|cross_device_reduce|(?:one|two)_shot_all_reduce",
-    re.IGNORECASE,
-)
 COLLECTIVE = re.compile(r"(?P<backend>nccl|gloo|ucc|mpi|xccl|rccl):(?P<collective>.+)")  # an annotation of c10d
 DEVICE_BACKENDS = ("nccl", "rccl", "xccl")  # work in kernels; the others on threads of the host
 

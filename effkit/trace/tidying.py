@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from effkit.gc_disabled import gc_disabled
+from effkit.operators import COMMUNICATES
 from effkit.trace.columns import Interned, Sparse, nanoseconds, since
 from effkit.trace.decoding import Decoder
 from effkit.trace.names import ANNOTATIONS, COMMUNICATES, DEVICE, SPANS, STACKS, TODAY

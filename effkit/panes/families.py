@@ -1,0 +1,67 @@
+"""What operators and kernels do: where the time goes, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.operators import ATTENTION, COMMUNICATION, UNTOLD, family_of_kernel, family_of_operator
+from effkit.panes.tables import each_operator
+from effkit.trace import nesting
+from effkit.trace.names import COPIES
+
+NOT_VISIBLE = "not visible"
+
+
+def of_host(each: pd.DataFrame) -> Any:
+    """The family of each event of a host: what its name says, or attention where an operator of attention is around.
+
+    Attention that is not one kernel is batched products, a softmax and another product inside of such an operator.
+    """
+    own = _by_name(each["name"], family_of_operator)
+    attends = (own == ATTENTION) & (each["category"] == "cpu_op").to_numpy()
+    around = nesting.nearest(each["parent"].to_numpy(), attends) >= 0
+    return np.where(around, ATTENTION, own)
+
+
+def of_device(launched: pd.DataFrame, families: Any) -> Any:
+    """The family of each event of a device: its operator's where that tells, else what the kernel's own name says.
+
+    ``families`` are those of the host's rows. A kernel that neither tells is ``not visible`` if no operator launched
+    it, else ``other``.
+    """
+    owner = launched["owner"].to_numpy()
+    asked = np.append(families, NOT_VISIBLE)[owner]
+    own = _by_name(launched["name"], family_of_kernel)
+    told = ~np.isin(asked, (*UNTOLD, COMMUNICATION, NOT_VISIBLE)) & (own != COMMUNICATION)
+    unknown = np.isin(own, UNTOLD) & (owner < 0)
+    return np.where(told, asked, np.where(unknown, NOT_VISIBLE, own))
+
+
+def _by_name(names: pd.Series[str], family: Any) -> Any:
+    return names.map({name: family(name) for name in names.unique()}).to_numpy(dtype=object)
+
+
+def families_of(events: pd.DataFrame) -> pd.DataFrame:
+    """One row per family of one rank."""
+    each, launched = each_operator(events)
+    counted = (each["category"] == "cpu_op") & ~each["folded"]
+    of_each = of_host(each)
+    copies = launched["category"].isin(COPIES)
+    times = {"host_self_ns": each["host_self_ns"][counted].groupby(of_each[counted]).sum()}
+    if len(launched):
+        ran, on_device = launched["dur_ns"], of_device(launched, of_each)
+        times["kernel_ns"] = ran[~copies].groupby(on_device[~copies]).sum()
+        times["copy_ns"] = ran[copies].groupby(on_device[copies]).sum()
+    return pd.DataFrame(times).fillna(0)
+
+
+def families(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of all ranks as one, the most expensive first."""
+    columns = ["host_self_ns", "kernel_ns", "copy_ns"]
+    table = pd.concat([part.reindex(columns=columns) for part in parts])
+    table = table.groupby(level=0).sum(min_count=1).astype("Int64").rename_axis("family")
+    return table.sort_values(["kernel_ns", "host_self_ns"], ascending=False, kind="stable")

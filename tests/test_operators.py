@@ -1,0 +1,179 @@
+"""One classification of operators and kernels: names as traces hold them, and no second list anywhere."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import effkit
+from effkit import operators
+from effkit.operators import (
+    ASKING,
+    ATTENTION,
+    AUTOGRAD,
+    BATCHED,
+    COMMUNICATION,
+    CONVOLUTION,
+    COPIES,
+    ELEMENTWISE,
+    EMBEDDING,
+    MULTIPLIES,
+    NORMS,
+    OPTIMIZER,
+    OTHER,
+    PRODUCTS,
+    RECURRENT,
+    REDUCTION,
+    SEARCHING,
+    SOFTMAX,
+    family_of_kernel,
+    family_of_operator,
+)
+
+ROOT = Path(effkit.__file__).parent
+OPERATORS = {
+    PRODUCTS: """aten::mm aten::addmm aten::matmul aten::linear aten::dot aten::mv aten::addmv_ aten::mkldnn_linear
+        mkldnn::_linear_pointwise aten::_grouped_mm aten::einsum aten::_scaled_mm aten::_int_mm aten::_addmm_activation
+        aiter::gemm_a16w16 sgl_kernel::fp8_scaled_mm vllm::cutlass_scaled_mm vllm::moe_forward vllm::fused_moe""",
+    BATCHED: "aten::bmm aten::baddbmm",
+    CONVOLUTION: """aten::convolution aten::conv2d aten::conv1d aten::_convolution aten::mkldnn_convolution
+        aten::convolution_backward aten::cudnn_convolution""",
+    RECURRENT: "aten::lstm aten::mkldnn_rnn_layer aten::gru aten::rnn_tanh aten::_thnn_fused_lstm_cell",
+    ATTENTION: """aten::scaled_dot_product_attention aten::_scaled_dot_product_flash_attention_for_cpu
+        aten::_scaled_dot_product_flash_attention_for_cpu_backward aten::_flash_attention_forward
+        aten::_efficient_attention_backward aten::_scaled_dot_product_cudnn_attention FlashAttnFunc
+        flash_attn::_flash_attn_forward vllm::unified_attention aiter::mha_batch_prefill""",
+    NORMS: """aten::layer_norm aten::native_layer_norm aten::native_layer_norm_backward aten::_fused_rms_norm
+        aten::native_batch_norm aten::group_norm aten::linalg_vector_norm aten::_foreach_norm aiter::add_rmsnorm""",
+    SOFTMAX: """aten::softmax aten::_log_softmax aten::_softmax_backward_data aten::logsumexp aten::nll_loss_nd
+        aten::nll_loss_forward aten::nll_loss_backward aten::cross_entropy_loss""",
+    EMBEDDING: "aten::embedding aten::embedding_dense_backward fbgemm::dense_embedding_codegen_lookup_function",
+    SEARCHING: "aten::topk aten::argmax aten::isin aten::multinomial aten::sort aten::cumsum aten::eq aten::max",
+    COPIES: """aten::copy_ aten::_to_copy aten::to aten::cat aten::clone aten::index_select aten::contiguous
+        fbgemm::FloatToFP8RowwiseQuantized""",
+    REDUCTION: "aten::sum aten::mean",
+    ELEMENTWISE: """aten::add aten::mul_ aten::gelu aten::dropout aten::dropout_ aten::_foreach_addcdiv_ aten::addcmul
+        aten::silu_backward sgl_kernel::silu_and_mul sgl_kernel::rotary_embedding""",
+    OPTIMIZER: "aten::_fused_adamw_",
+    COMMUNICATION: """gloo:all_reduce nccl:all_reduce nccl:_all_gather_base c10d::allreduce_ record_param_comms
+        symm_mem::one_shot_all_reduce""",
+    ASKING: "aten::item aten::_local_scalar_dense aten::is_nonzero",
+    AUTOGRAD: """AddmmBackward0 MmBackward0 ConvolutionBackward0 NllLossBackward0 torch::autograd::AccumulateGrad
+        ScaledDotProductFlashAttentionForCpuBackward0 MyFunctionBackward""",
+    OTHER: """aten::randperm aten::items aten::normal_ aten::log_normal_ aten::_convert_indices_from_coo_to_csr
+        aten::upsample_bilinear2d CompiledFunction fb::convex_sum""",
+}  # fmt: skip
+KERNELS = {
+    PRODUCTS: """nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_TNT
+        sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel
+        ampere_sgemm_128x64_tn
+        void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_64x64_64x6_tn_align8>(Params)
+        void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape>>(Params)
+        void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16, float, true>(cublasSplitKParams<float>)
+        void gemv2T_kernel_val<int, int, float, float, float, float, 128, 16, 4, 4, false, false>(Params)
+        Cijk_Alik_Bljk_BBS_BH_Bias_HA_S_SAV_UserArgs_MT128x256x32_MI16x16x1_SN
+        _matmul_ogs_NNT_bf16xbf16xmxfp4_128x256x128x1_swiglu
+        fused_moe_kernel
+        triton_tem_fused_addmm_relu_3
+        _w8a8_block_fp8_matmul
+        void deep_gemm::sm90_fp8_gemm_1d2d_impl<0u, 4096u>(__nv_bfloat16*, float*)""",
+    ATTENTION: """void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, cutlass::half_t>>()
+        flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel
+        void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<flash::Mainloop>>>(Params)
+        fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t>::Params)
+        cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6_64x64x128_4x1x1
+        _ZN7ck_tile6kentryILi2ENS_38FmhaBatchPrefillWithPagedKVCacheKernel
+        triton_tem_fused_flex_attention_0
+        void vllm::paged_attention_v2_kernel<__nv_bfloat16, 128>(float*)""",
+    CONVOLUTION: """sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x32_stage4
+        void cudnn::winograd_nonfused::winogradForwardData4x4<float, float>(Params)
+        void implicit_convolve_sgemm<float, float, 1024, 6, 7, 3, 3, 5, 1, false, true, true>(int)
+        cudnn_infer_volta_scudnn_128x64_relu_small_nn_v1""",
+    RECURRENT: "void RNN_blockPersist_fp_LSTM<float, 128>(float*)",
+    NORMS: """void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float>(int)
+        void cudnn::bn_bw_1C11_kernel_new<float, float, float2, 512, true, 1>(float)
+        triton_red_fused_addmm_native_layer_norm_4
+        _ZN5aiter24add_rmsnorm_quant_kernelIDF16bDF16bLi64""",
+    SOFTMAX: """void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, c10::BFloat16, float>(float*)
+        triton_per_fused__softmax_2""",
+    EMBEDDING: "void split_embedding_codegen_forward_unweighted_kernel<float, float>(int)",
+    SEARCHING: """void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<long, int>(int*)
+        void moe_align_block_size_kernel<int>(int*)
+        void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::ArgMaxOps<float>>>(int)""",
+    COPIES: """Memcpy HtoD (Pageable -> Device)
+        Memset (Device)
+        void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>(int)
+        void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, unsigned int, 2, 64, 64>(float*)
+        void per_token_group_quant_8bit_kernel<c10::BFloat16>(void*)""",
+    REDUCTION: """void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float>>>(int)
+        triton_red_fused_sum_1""",
+    ELEMENTWISE: """void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(int)
+        void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel<normal_and_transform>(int)
+        triton_poi_fused_addmm_relu_threshold_backward_0
+        void vllm::act_and_mul_kernel<c10::BFloat16, silu_kernel>(float*)
+        void rotary_embedding_kernel<c10::BFloat16, true>(long const*)""",
+    OPTIMIZER: "void multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, FusedAdamMathFunctor<float>>(int)",
+    COMMUNICATION: """ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)
+        void deep_ep::internode::dispatch<false, 4>(int4*)
+        void vllm::cross_device_reduce_1stage<__nv_bfloat16, 8>(float*)""",
+    OTHER: """void fbgemm_gpu::bounds_check_indices_kernel<long>(int)
+        compute_position_kernel""",
+}  # fmt: skip
+# Not classifications: what they list, they list for a reason of their own
+NO_SECOND_LISTS = {
+    "activations/checkpointing.py": "whose outputs to keep, in torch's own operators: a choice",
+    "advice/parts.py": "classes of modules",
+}
+
+
+def cases(table, separator):
+    return [(family, name.strip()) for family, names in table.items() for name in names.split(separator)]
+
+
+@pytest.mark.parametrize(("family", "name"), cases(OPERATORS, None))
+def test_family_of_an_operator(family, name):
+    assert family_of_operator(name) == family
+
+
+def test_nodes_of_autograd_are_autograds_whatever_they_call():
+    for name in ("AddmmBackward0", "torch::autograd::AccumulateGrad", "NativeLayerNormBackward0"):
+        assert family_of_operator(f"autograd::engine::evaluate_function: {name}") == AUTOGRAD
+
+
+@pytest.mark.parametrize(("family", "name"), cases(KERNELS, "\n"))
+def test_family_of_a_kernel(family, name):
+    assert family_of_kernel(name) == family
+
+
+def words_of(node):
+    """What a literal collection lists, or a string lists between bars, as names of operators."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return {word.strip("()^$:") for word in node.value.split("|")} if "|" in node.value else set()
+    items = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+    strings = {item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str)}
+    paths = (ast.unparse(item).split(".") for item in items if isinstance(item, ast.Attribute))
+    return strings | {part for path in paths if "aten" in path[0] or "aten" in path for part in path[1:]}
+
+
+def second_lists(source):
+    computes = (*MULTIPLIES, ATTENTION, NORMS, SOFTMAX)
+    for node in ast.walk(ast.parse(source)):
+        if len({word for word in words_of(node) if word.islower() and family_of_operator(word) in computes}) >= 3:
+            yield ast.unparse(node)[:80]
+
+
+def test_nobody_keeps_a_second_list():
+    found = {
+        path.relative_to(ROOT).as_posix(): lists
+        for path in ROOT.rglob("*.py")
+        if (lists := list(second_lists(path.read_text()))) and path != Path(operators.__file__)
+    }
+    assert {file: lists for file, lists in found.items() if file not in NO_SECOND_LISTS} == {}
+    assert set(found) == set(NO_SECOND_LISTS), "an exception that is no more"
+
+
+def test_the_check_notices_lists():
+    assert list(second_lists("X = ('aten::mm', 'aten::bmm', 'aten::softmax')"))
+    assert list(second_lists("X = re.compile(r'conv|lstm|layer_norm')"))
+    assert list(second_lists("X = {_aten.mm.default, _aten.addmm.default, _aten.convolution.default}"))
+    assert not list(second_lists("X = ('aten::mm', 'a row', 'aten::add', 'sum')"))
