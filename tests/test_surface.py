@@ -154,6 +154,73 @@ def test_imports_for_types_and_inside_functions_go_down_too():
     assert upward(only_on_import=False) <= PERMITTED_WHEN_CALLED
 
 
+def imports_of_modules() -> dict[str, set[tuple[str, bool]]]:
+    """Module -> the modules that it imports, for types and inside functions too; and whether only inside functions."""
+    found: dict[str, set[tuple[str, bool]]] = {}
+    for file in FILES:
+        own = ".".join(("effkit", *Path(file).with_suffix("").parts)).removesuffix(".__init__")
+        tree = ast.parse((ROOT / file).read_text())
+        functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        inside = {node for function in functions for node in ast.walk(function)}
+        found[own] = set()
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            for name in names:
+                parts = name.split(".")
+                heads = (".".join(parts[:num]) for num in range(len(parts), 0, -1))
+                other = next((head for head in heads if head in MODULES), own)
+                if other != own:
+                    found[own].add((other, node in inside))
+    return found
+
+
+def in_circles(graph: dict[str, set[str]]) -> set[str]:
+    """What is left of a graph when those are taken away that point to nothing, or that nothing points to."""
+    left = set(graph)
+    while True:
+        inner = {one for one in left if graph[one] & left and any(one in graph[other] for other in left)}
+        if inner == left:
+            return left
+        left = inner
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {
+        own: {other for other, inside in others
+              if not (inside and (own.removeprefix("effkit."), other.removeprefix("effkit.")) in PERMITTED_WHEN_CALLED)}
+        for own, others in imports_of_modules().items()
+    }  # fmt: skip
+    assert in_circles(graph) == set()
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {"a", "b", "c"}
+
+
+def test_advice_takes_from_the_labs_what_they_offer():
+    labs = [f"effkit.{lab}" for lab in ("padding", "activations", "moe", "decoder")]
+    reached = {
+        (own, other)
+        for own, others in imports_of_modules().items()
+        for other, _ in others
+        if own.startswith("effkit.advice") and any(other.startswith(f"{lab}.") for lab in labs)
+    }
+    assert reached == set(), "import it from the lab's package; what is asked for has a word in its docstring"
+    for lab in map(importlib.import_module, labs):
+        beside = {name for name, value in vars(lab).items() if not name.startswith("_") and name not in lab.__all__}
+        beside &= names_asked_of(lab.__name__)
+        assert not {name for name in beside if f"``{name}``" not in lab.__doc__}
+
+
+def names_asked_of(lab: str) -> set[str]:
+    files = [ROOT / file for file in FILES if room_of(file) == "advice"]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    named = {a.name for node in nodes if isinstance(node, ast.ImportFrom) and node.module == lab for a in node.names}
+    asked = {
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and f"effkit.{ast.unparse(node.value)}" == lab
+    }
+    return named | asked
+
+
 def test_the_import_check_notices_an_import_that_goes_up():
     assert imported_rooms(ast.walk(ast.parse("from effkit.padding.plans import Plan"))) == {"padding"}
     assert imported_rooms(ast.walk(ast.parse("from effkit import Account, view"))) == {"__init__", "view"}

@@ -1,4 +1,8 @@
-"""The activation-memory analysis: what fills the peak of a training step, and what each lever gives back."""
+"""The activation-memory analysis: what fills the peak of a training step, and what each lever gives back.
+
+Beside the public names, ``effkit.advice`` asks to ``observe`` a step of its own (an ``Observation``, in the phases
+``FORWARD``, ``BACKWARD`` and ``OPTIMIZER``), for ``rows`` of a batch, and for the titles ``PEAK`` and ``TIME``.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,19 @@ from effkit.activations.checkpointing import blocks, checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error
 from effkit.activations.levers import Levers
+from effkit.activations.live import TIME as TIME
 from effkit.activations.live import measure
 from effkit.activations.low_bit import LowBitAdamW, update_error
+from effkit.activations.observing import Observation as Observation
+from effkit.activations.observing import observe as observe
 from effkit.activations.offloading import offloaded
 from effkit.activations.planning import cheapest, front
 from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif
+from effkit.activations.stepping import BACKWARD as BACKWARD
+from effkit.activations.stepping import FORWARD as FORWARD
+from effkit.activations.stepping import OPTIMIZER as OPTIMIZER
+from effkit.activations.stepping import rows as rows
+from effkit.activations.timeline import PEAK as PEAK
 
 __all__ = [
     "Levers", "LowBitAdamW", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast", "front",

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch._C._profiler import _RecordFunctionFast
 
+from effkit.activations.counting import FLOPS, HALF_FLOPS
 from effkit.activations.following import Follower
 from effkit.activations.stepping import BACKWARD
 from effkit.activations.timeline import CATEGORIES, Ints, Timeline
@@ -35,6 +36,12 @@ class Observation(NamedTuple):
     peak_bytes: int
     source: str
     kept_bytes: int
+
+    def forward_flops(self) -> tuple[int, int]:
+        """FLOPs of the forward pass in single precision, and in half."""
+        work, segments = self.timeline.work, self.timeline.segments
+        backward = next((part.first for part in segments if part.phase == BACKWARD), len(work))
+        return int(work[:backward, FLOPS].sum()), int(work[:backward, HALF_FLOPS].sum())
 
 
 def observe(

@@ -21,13 +21,11 @@ from effkit.advice.levers import Lever, banded
 from effkit.advice.looping import WARM_UP, wait_ns
 from effkit.advice.scales import LEFT, in_turn, limit_bytes, relative
 from effkit.lab import SPREAD
-from effkit.padding.auditing import input_lengths
-from effkit.padding.prediction import plan_at
-from effkit.padding.totals import EPOCH_CELLS, EPOCH_TIME, PEAK, epoch_rows
+from effkit.padding import EPOCH_CELLS, EPOCH_TIME, PEAK, epoch_rows, input_lengths, plan_at
 from effkit.units import readable
 
 if TYPE_CHECKING:
-    from effkit.advice.training_study import TrainingStudy
+    from effkit.advice.subjects import Training
 
 _BUCKETS = (2, 3, 4, 6, 8, 12)
 _GROWTHS = (2, 4, 8)
@@ -39,7 +37,7 @@ _LOADER_DOUBT_FRAC = 0.2  # handing batches from process to process, and what el
 _LEAST_DOUBT_FRAC = 0.02  # of a step
 
 
-def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
+def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
     """All that the loader and what it shows admit."""
     examples = study.examples
     if examples is None:
@@ -55,7 +53,7 @@ def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
     return [lever for lever in found if lever is not None]
 
 
-def _bucketed(study: TrainingStudy, examples: Examples, epoch: Account, grouping: str | None) -> Lever | None:
+def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str | None) -> Lever | None:
     share = _left(epoch)
     if not share:
         return None
@@ -83,7 +81,7 @@ def _bucketed(study: TrainingStudy, examples: Examples, epoch: Account, grouping
 
 
 def _larger(
-    study: TrainingStudy, examples: Examples, epoch: Account, grouping: str | None, budget_bytes: int | None
+    study: Training, examples: Examples, epoch: Account, grouping: str | None, budget_bytes: int | None
 ) -> Lever | None:
     overhead = epoch.frame["value"]["step overhead"] / max(1, epoch.total)
     size = epoch.setting["batch_size"]
@@ -118,7 +116,7 @@ def _larger(
     )  # fmt: skip
 
 
-def _workers(study: TrainingStudy, examples: Examples) -> Lever | None:
+def _workers(study: Training, examples: Examples) -> Lever | None:
     # of the loop, which is run once and does not wait for a quiet moment
     step, load, cpu = study.loop_ns - study.waiting_ns, examples.loading_ns, examples.loading_cpu_ns
     scale = study.account.total / study.loop_ns
@@ -148,7 +146,7 @@ def _workers(study: TrainingStudy, examples: Examples) -> Lever | None:
     )  # fmt: skip
 
 
-def _of_epoch(study: TrainingStudy, epoch: Account, predicted: Account) -> Account:
+def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
     """The padding lab's prediction of these examples, as time per step as it was.
 
     The lab's band is for the time of an epoch. Here two epochs are compared, by one cost model: what is wrong with the
@@ -178,14 +176,14 @@ def ratio_error(epoch: Account, setting: Mapping[str, Any]) -> float:
     return float(np.sqrt((len(ratios) - 1) * np.var(ratios)))
 
 
-def _measured(study: TrainingStudy, examples: Examples, epoch: Account, setting: Any) -> Account:
+def _measured(study: Training, examples: Examples, epoch: Account, setting: Any) -> Account:
     """The batches of another plan and those that were delivered, in turn."""
     planned = [examples.batch(batch) for batch in plan_at(epoch, dict(setting)).batches]
     now, then = ([partial(study.step, batch) for batch in batches] for batches in (study.batches, planned))
     return in_turn(study, now, then)
 
 
-def _with_workers(study: TrainingStudy, examples: Examples, num: int) -> Account:
+def _with_workers(study: Training, examples: Examples, num: int) -> Account:
     """The loop over the same batches with other loaders, in turn."""
     loader, groups = examples.loader, [list(group) for group in examples.groups]
     warmed = [*(groups * WARM_UP)[:WARM_UP], *groups]

@@ -14,8 +14,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from effkit.padding.auditing import Watch, watch
-from effkit.padding.plans import Plan
+from effkit.padding import Plan, Watch, watch
 
 DELIVERED = "as delivered"
 _HOLDERS = ("", "sampler", "batch_sampler", "batch_sampler.sampler")  # of a loader: where its order comes from

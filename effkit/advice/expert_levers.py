@@ -13,10 +13,10 @@ from effkit.account import Account
 from effkit.advice.experts import Experts
 from effkit.advice.levers import Lever
 from effkit.lab import SPREAD, interval
-from effkit.moe.setting import Setting
+from effkit.moe import Setting
 
 if TYPE_CHECKING:
-    from effkit.advice.training_study import TrainingStudy
+    from effkit.advice.subjects import Training
 
 EXPERTS, OUTSIDE = "expert layers", "outside of the expert layers"
 _TRAINING = 3  # forward passes that a forward and a backward pass take
@@ -26,7 +26,7 @@ _ROUNDS = 4  # of a layer's measurement
 _MEDIAN_ERROR, _LEAST_NOISE = 1.25, 0.03  # standard error of a median over that of a mean; of two runs
 
 
-def levers(study: TrainingStudy) -> list[Lever]:
+def levers(study: Training) -> list[Lever]:
     """What evens out experts, and what hides their exchange; none where all experts are on one rank."""
     experts = study.experts
     if experts is None or study.num_ranks < 2:
@@ -90,7 +90,7 @@ def setting_of(experts: Experts, num_ranks: int) -> Setting:
     )  # fmt: skip
 
 
-def _step(study: TrainingStudy, experts: Experts, layer: Account) -> Account:
+def _step(study: Training, experts: Experts, layer: Account) -> Account:
     """A step on several ranks: what this process takes outside of the expert layers, and these as the lab runs them."""
     inside = min(0.95 * study.computing_ns, _TRAINING * experts.forward_ns)
     outside = study.computing_ns - inside + study.waiting_ns

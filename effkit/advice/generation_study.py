@@ -17,7 +17,7 @@ from effkit.advice.listening import replaced
 from effkit.advice.overviews import Overview
 from effkit.advice.parts import described
 from effkit.advice.studies import Study
-from effkit.decoder.accounting import CACHE, WEIGHTS
+from effkit.decoder import CACHE, WEIGHTS
 from effkit.device import synchronize
 from effkit.timing import interleaved_ns
 from effkit.training import evaluating

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from effkit import activations
 from effkit.account import Account
-from effkit.activations.levers import Levers
-from effkit.activations.live import TIME
+from effkit.activations import TIME, Levers
 from effkit.advice import interventions, probing
 from effkit.advice.kept import detached_after, growth_bytes
 from effkit.advice.levers import Advice, Lever, banded
@@ -16,13 +15,13 @@ from effkit.advice.scales import limit_bytes
 from effkit.units import readable
 
 if TYPE_CHECKING:
-    from effkit.advice.training_study import TrainingStudy
+    from effkit.advice.subjects import Training
 
 _STEPS = 1000  # over which a leak is counted, unless their number is given
 _SHOWN = 6
 
 
-def advise(study: TrainingStudy, budget_bytes: int | None, **more: Any) -> Advice:
+def advise(study: Training, budget_bytes: int | None, **more: Any) -> Advice:
     """Waste first, by what it saves; then, where the peak exceeds the budget, the quickest way to get below it."""
     wasted = [lever for lever in (_leak(study, more["num_steps"] or _STEPS), _gradients(study)) if lever is not None]
     wasted.sort(key=lambda lever: -lever.gain_frac)
@@ -39,7 +38,7 @@ def advise(study: TrainingStudy, budget_bytes: int | None, **more: Any) -> Advic
                   tuple(lever for lever in found if not lever.helps), tuple(notes), **more)  # fmt: skip
 
 
-def _leak(study: TrainingStudy, num_steps: int) -> Lever | None:
+def _leak(study: Training, num_steps: int) -> Lever | None:
     seen = study.kept
     if not seen.num_tensors:
         return None
@@ -72,7 +71,7 @@ def _leak(study: TrainingStudy, num_steps: int) -> Lever | None:
     )  # fmt: skip
 
 
-def _gradients(study: TrainingStudy) -> Lever | None:
+def _gradients(study: Training) -> Lever | None:
     if not study.heard.zeroed:
         return None
     tried = probing.probes([study.largest], [0])
@@ -95,7 +94,7 @@ def _gradients(study: TrainingStudy) -> Lever | None:
     )  # fmt: skip
 
 
-def _fitting(study: TrainingStudy, limit: float, notes: list[str]) -> list[Lever]:
+def _fitting(study: Training, limit: float, notes: list[str]) -> list[Lever]:
     """Combinations of the activation lab's levers that fit, the quickest first."""
     try:
         base = study.lab_base
@@ -122,7 +121,7 @@ def _fitting(study: TrainingStudy, limit: float, notes: list[str]) -> list[Lever
     return found[:_SHOWN]
 
 
-def _lab_lever(study: TrainingStudy, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:
+def _lab_lever(study: Training, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:
     levers = Levers(**changes)
     words = ", ".join(f"{name}={value}" for name, value in changes.items())
     before, after = (one.companion(TIME).total for one in (base, predicted))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from effkit.activations import stepping
+from effkit import activations
 from effkit.advice.interventions import Intervention, gradients_to_none, under, without_intervening
 from effkit.lab import SPREAD
 from effkit.recording import peak_memory
@@ -55,7 +55,7 @@ class Saving:
 def rows_of(batch: Any) -> int | None:
     """Size of dimension 0, if all tensors of the batch share it."""
     try:
-        return stepping.rows(batch)
+        return activations.rows(batch)
     except ValueError:
         return None
 

@@ -19,7 +19,7 @@ from effkit.trace.names import LAUNCHES, WAITS
 from effkit.units import readable
 
 if TYPE_CHECKING:
-    from effkit.advice.recorded_study import RecordedStudy
+    from effkit.advice.subjects import Recorded
 
 NOT_VISIBLE, HOST_BUSY = "not visible", "host busy, device idle"
 _LEAST_FRAC = 0.05  # of a step: a row below it is not worth a word
@@ -54,7 +54,7 @@ class _Bound:
     group: str = ""
 
 
-def of_time(study: RecordedStudy, goal: str, **more: Any) -> Advice:
+def of_time(study: Recorded, goal: str, **more: Any) -> Advice:
     """What the rows of the step's time admit."""
     base = study.time
     if base is None:
@@ -116,7 +116,7 @@ def _loading(base: Account) -> list[_Bound]:
     )]  # fmt: skip
 
 
-def _communication(study: RecordedStudy, base: Account) -> list[_Bound]:
+def _communication(study: Recorded, base: Account) -> list[_Bound]:
     """Bytes that move could move under computation; ranks that wait could have equal work."""
     ranks, exposed = study.of_ranks, float(base.frame["value"].get(families.COMMUNICATION, 0))
     overlap = _Bound(
@@ -150,7 +150,7 @@ def _communication(study: RecordedStudy, base: Account) -> list[_Bound]:
     )]  # fmt: skip
 
 
-def _idle_device(study: RecordedStudy, base: Account, least: float) -> list[_Bound]:
+def _idle_device(study: Recorded, base: Account, least: float) -> list[_Bound]:
     """The device has nothing to do while the host launches, or after the host has waited for it."""
     if not study.saw_device:
         return []
@@ -175,7 +175,7 @@ def _idle_device(study: RecordedStudy, base: Account, least: float) -> list[_Bou
     return found
 
 
-def _waits_per_step(study: RecordedStudy) -> tuple[float, str]:
+def _waits_per_step(study: Recorded) -> tuple[float, str]:
     """How often a step waits until the device is done, and in what: operators of all ranks, calls of one rank."""
     calls = study.operators["calls"]
     asked = float(calls.get("aten::_local_scalar_dense", calls.get("aten::item", 0))) / study.num_steps

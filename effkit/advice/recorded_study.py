@@ -20,7 +20,7 @@ from effkit.advice.studies import Study
 from effkit.captured import Capture
 from effkit.loading import load
 from effkit.loading.fleet import Fleet
-from effkit.moe.accounting import UNSEEN
+from effkit.moe import UNSEEN
 from effkit.panes.breakdown import NO_DEVICE
 from effkit.panes.families import NOT_VISIBLE as NOBODY
 from effkit.units import readable

@@ -20,14 +20,14 @@ from effkit.units import readable
 from effkit.whole_files import replacing
 
 if TYPE_CHECKING:
-    from effkit.advice.studies import Study
+    from effkit.advice.subjects import Reported
 
 _GOALS = {"time": "less time", "memory": "less memory", "cost": "less money"}
 # What a drawing says of its maker and its dialect: inside of HTML nobody reads it, and it looks like addresses
 _NAMES = re.compile(r"<metadata>.*?</metadata>| xmlns(?::\w+)?=\"[^\"]*\"", re.DOTALL)
 
 
-def write(study: Study, path: Path, advice: Advice) -> Path:
+def write(study: Reported, path: Path, advice: Advice) -> Path:
     """Write the page; whole, or not at all.
 
     Parameters
@@ -54,7 +54,7 @@ def write(study: Study, path: Path, advice: Advice) -> Path:
     return path
 
 
-def page(study: Study, advice: Advice) -> str:
+def page(study: Reported, advice: Advice) -> str:
     """The page as text: ``report.html.jinja`` in this folder, every text in it escaped."""
     pages = Environment(loader=PackageLoader("effkit", "advice"), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)  # fmt: skip

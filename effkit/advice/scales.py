@@ -10,7 +10,7 @@ from effkit.device import Device
 from effkit.timing import interleaved_ns
 
 if TYPE_CHECKING:
-    from effkit.advice.training_study import TrainingStudy
+    from effkit.advice.subjects import Training
 
 Call = Callable[[], object]
 LEFT = "what is left"
@@ -23,7 +23,7 @@ def limit_bytes(budget_bytes: int | None) -> float:
     return budget_bytes if budget_bytes is not None else _USABLE_FRAC * Device.here().memory_bytes
 
 
-def in_turn(study: TrainingStudy, now: Sequence[Call], then: Sequence[Call]) -> Account:
+def in_turn(study: Training, now: Sequence[Call], then: Sequence[Call]) -> Account:
     """What all of the one calls take beside all of the others, each the fastest of several."""
     with study.held():
         study.step(study.batches[0])
@@ -32,7 +32,7 @@ def in_turn(study: TrainingStudy, now: Sequence[Call], then: Sequence[Call]) -> 
     return relative(study, sum(taken[len(now) :]) / sum(taken[: len(now)]))
 
 
-def relative(study: TrainingStudy, computing_ratio: float, waiting_ns: float | None = None) -> Account:
+def relative(study: Training, computing_ratio: float, waiting_ns: float | None = None) -> Account:
     """What was measured beside the base, on the base's scale."""
     waiting = study.waiting_ns if waiting_ns is None else waiting_ns
     total = round(study.computing_ns * computing_ratio + waiting)

@@ -18,7 +18,7 @@ from effkit.device import Device
 from effkit.units import readable
 
 if TYPE_CHECKING:
-    from effkit.advice.training_study import TrainingStudy
+    from effkit.advice.subjects import Training
 
 _MANY_NUMBERS = 32  # asked for in a step, on a CPU, where nothing is waited for
 _WORTH_CASTING_FRAC = 0.15  # of the time in products
@@ -39,14 +39,14 @@ class _Idea:
     use: Callable[[], Any] | None = None
 
 
-def levers(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
+def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
     """Everything that what was seen speaks for, whether it saves time or not."""
     return [
         *batch_levers.levers(study, budget_bytes), *_interventions(study, budget_bytes), *expert_levers.levers(study),
     ]  # fmt: skip
 
 
-def _ideas(study: TrainingStudy) -> list[_Idea]:
+def _ideas(study: Training) -> list[_Idea]:
     heard, model = study.heard, study.model
     ideas = []
     on_gpu = next(model.parameters()).is_cuda
@@ -85,14 +85,14 @@ def _ideas(study: TrainingStudy) -> list[_Idea]:
     return ideas
 
 
-def _casting_may_pay(study: TrainingStudy) -> bool:
+def _casting_may_pay(study: Training) -> bool:
     rates = Device.here().rate_flops_per_s
     single = next(study.model.parameters()).dtype == torch.float32
     share = families.share_of_products(study.rows_ns)
     return single and share >= _WORTH_CASTING_FRAC and rates["bfloat16"] >= _FASTER * rates["float32"]
 
 
-def _interventions(study: TrainingStudy, budget_bytes: int | None) -> list[Lever]:
+def _interventions(study: Training, budget_bytes: int | None) -> list[Lever]:
     ideas = _ideas(study)
     if not ideas:
         return []
@@ -104,7 +104,7 @@ def _interventions(study: TrainingStudy, budget_bytes: int | None) -> list[Lever
 
 
 def _lever(
-    study: TrainingStudy, idea: _Idea, saving: probing.Saving, tried: list[Any], budget_bytes: int | None
+    study: Training, idea: _Idea, saving: probing.Saving, tried: list[Any], budget_bytes: int | None
 ) -> Lever | None:
     saved, doubt = (amount / len(study.steps_ns) for amount in saving.over(study.steps_ns))
     effects = list(idea.side_effects)
@@ -123,7 +123,7 @@ def _lever(
     )  # fmt: skip
 
 
-def measured_beside(study: TrainingStudy, intervention: Intervention) -> Account:
+def measured_beside(study: Training, intervention: Intervention) -> Account:
     """Every batch with the intervention and without it, in turn."""
     now, then = ([interventions.under(one, study.model, study.step, batch) for batch in study.batches]
                  for one in (interventions.without_intervening, intervention))  # fmt: skip

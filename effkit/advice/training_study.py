@@ -12,11 +12,8 @@ import torch
 
 from effkit import activations, padding
 from effkit.account import Account
-from effkit.activations import counting
-from effkit.activations.observing import Observation, observe
-from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
-from effkit.activations.timeline import PEAK
-from effkit.advice import expert_levers, experts, families, looping
+from effkit.activations import BACKWARD, FORWARD, OPTIMIZER, PEAK, Observation, observe
+from effkit.advice import expert_levers, experts, families, looping, memory_levers, time_levers
 from effkit.advice.examples import Examples, drawn, order_kept, why_not_drawn
 from effkit.advice.experts import Experts
 from effkit.advice.kept import Kept, kept
@@ -250,10 +247,7 @@ class TrainingStudy(Study):
 
     def _look(self) -> Overview:
         device = Device.here()
-        work = self.observed.timeline.work
-        segments = self.observed.timeline.segments
-        backward = next((part.first for part in segments if part.phase == BACKWARD), len(work))
-        flops, half = (int(work[:backward, column].sum()) for column in (counting.FLOPS, counting.HALF_FLOPS))
+        flops, half = self.observed.forward_flops()
         longest_ns = max(self.steps_ns)
         real = None if self.epoch is None else float(self.epoch.companion(EPOCH_CELLS).share["real"])
         frame = ceilings(
@@ -276,8 +270,6 @@ class TrainingStudy(Study):
         return found
 
     def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
-        from effkit.advice import memory_levers, time_levers
-
         if goal == "memory":
             return memory_levers.advise(self, budget_bytes, **more)
         if budget_bytes not in self._candidates:

@@ -1,7 +1,12 @@
-"""The decoder analysis: where autoregressive time goes, and what moving layers to the encoder buys."""
+"""The decoder analysis: where autoregressive time goes, and what moving layers to the encoder buys.
+
+Beside the public names, ``effkit.advice`` asks for the titles ``WEIGHTS`` and ``CACHE`` of an account's companions.
+"""
 
 from __future__ import annotations
 
+from effkit.decoder.accounting import CACHE as CACHE
+from effkit.decoder.accounting import WEIGHTS as WEIGHTS
 from effkit.decoder.early_exit import exit_at
 from effkit.decoder.floors import roofline
 from effkit.decoder.live import measure

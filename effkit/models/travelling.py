@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import gelu
 
+from effkit.models.exchange import Exchange, Marks
 from effkit.models.messages import form_of, pack, unpack
 
-if TYPE_CHECKING:
-    from effkit.models.moe import ExpertParallel
-
 Pending = Callable[[], torch.Tensor]
+
+
+class Layer(Protocol):
+    """What the rows have to know of their layer; :class:`effkit.models.moe.ExpertParallel` says what each is."""
+
+    exchange: Exchange
+    marks: Marks
+    held: list[list[int]]
+    replicated: frozenset[int]
+    degrees: tuple[int, int]
+    message_dtype: str
+    compress: str
 
 
 class Chunk(NamedTuple):
@@ -33,7 +43,7 @@ class Chunk(NamedTuple):
     home: torch.Tensor
 
 
-def chunks(counts: list[list[int]], layer: ExpertParallel, degree: int, device: torch.device) -> list[Chunk]:
+def chunks(counts: list[list[int]], layer: Layer, degree: int, device: torch.device) -> list[Chunk]:
     """Cut the rows of every rank and expert, ``counts[rank][expert]``, into ``degree`` pieces as equal as can be."""
     me, held, replicated = layer.exchange.rank, layer.held, layer.replicated
     num_ranks = len(counts)
@@ -88,7 +98,7 @@ class Travel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, layer: ExpertParallel, counts: torch.Tensor, *weights: torch.Tensor
+        ctx: Any, rows: torch.Tensor, layer: Layer, counts: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
         layer.marks.enter("dispatch")
         table = layer.exchange.counts(counts).tolist()
@@ -150,7 +160,7 @@ class Travel(torch.autograd.Function):
 
 
 def _there_and_back(
-    layer: ExpertParallel, rows: torch.Tensor, pieces: Sequence[Chunk],
+    layer: Layer, rows: torch.Tensor, pieces: Sequence[Chunk],
     experts: Callable[[torch.Tensor, Chunk], torch.Tensor], *, forward: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Send the pieces off, let the experts work on each as it arrives, and send their answers back.

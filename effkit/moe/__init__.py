@@ -1,7 +1,12 @@
-"""The MoE all-to-all analysis: moving, waiting and computing in an expert-parallel layer."""
+"""The MoE all-to-all analysis: moving, waiting and computing in an expert-parallel layer.
+
+Beside the public names, ``effkit.advice`` asks for ``UNSEEN``: how a row of :func:`account` ends that nobody can tell
+waiting from moving in.
+"""
 
 from __future__ import annotations
 
+from effkit.moe.accounting import UNSEEN as UNSEEN
 from effkit.moe.accounting import account
 from effkit.moe.balancing import worth_balancing
 from effkit.moe.cluster import scale, scaling_table

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 
 from effkit.least_squares import Floats
 from effkit.padding.buckets import Ints
-from effkit.padding.plans import Plan
 
 _ORDERED = ("sorted", "token_budget")  # neighbouring batches are alike: ranks that share them wait least
 Step = list[Ints]  # one batch per rank
 
 
-def deal(plan: Plan, world_size: int, rng: np.random.Generator) -> list[Step]:
+class Batched(Protocol):
+    """Batches that can be dealt; :class:`effkit.padding.Plan` says what each is."""
+
+    @property
+    def strategy(self) -> str: ...
+
+    @property
+    def lengths(self) -> pd.DataFrame: ...
+
+    @property
+    def order(self) -> Ints: ...
+
+    @property
+    def bucket(self) -> Ints: ...
+
+    @property
+    def batches(self) -> Sequence[Ints]: ...
+
+    @property
+    def frame(self) -> pd.DataFrame: ...
+
+
+def deal(plan: Batched, world_size: int, rng: np.random.Generator) -> list[Step]:
     """Deal the batches of a plan to ranks: a shuffled list of steps, each with one batch per rank of one bucket.
 
     What a bucket has left over (fewer batches than ranks) is split until it goes round; too few examples even for
@@ -32,7 +54,7 @@ def deal(plan: Plan, world_size: int, rng: np.random.Generator) -> list[Step]:
     return [steps[i] for i in rng.permutation(len(steps))]
 
 
-def _dealt(plan: Plan, world_size: int, rng: np.random.Generator) -> tuple[list[Ints], list[Step]]:
+def _dealt(plan: Batched, world_size: int, rng: np.random.Generator) -> tuple[list[Ints], list[Step]]:
     """Steps of whole batches, as batch numbers of shape [world_size], and steps of what was left over."""
     batches = plan.batches
     groups: list[Ints] = []
@@ -77,7 +99,7 @@ def _shared_out(batches: list[Ints], world_size: int) -> list[Step] | None:
     return [pieces[i * world_size : (i + 1) * world_size] for i in range(num_steps)]
 
 
-def shares(plan: Plan, per_batch: Any, world_size: int, of_piece: Callable[[Ints], float]) -> Floats:
+def shares(plan: Batched, per_batch: Any, world_size: int, of_piece: Callable[[Ints], float]) -> Floats:
     """The cost of each rank at each step: shape [steps, world_size].
 
     ``per_batch`` is what each batch of the plan costs, ``of_piece`` what any other list of examples would.
@@ -91,7 +113,7 @@ def shares(plan: Plan, per_batch: Any, world_size: int, of_piece: Callable[[Ints
     return np.concatenate([whole, rest])
 
 
-def straggler(plan: Plan, world_size: int, cells: str = "input") -> float:
+def straggler(plan: Batched, world_size: int, cells: str = "input") -> float:
     """E[max over ranks] / mean of the padded cells of a step.
 
     ``cells`` is ``"input"`` or ``"input_squared"``.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from effkit.padding.plans import Plan
+import pandas as pd
 
 
 def transformer(
@@ -35,12 +33,11 @@ def transformer(
     return rows * (encoder + np.where(u > 0, decoder, 0))
 
 
-def of_plan(plan: Plan, **model: int) -> tuple[int, int]:
-    """FLOPs of the real cells and of all cells of one epoch.
+def of_batches(lengths: pd.DataFrame, frame: pd.DataFrame, **model: int) -> tuple[int, int]:
+    """FLOPs of the real cells and of all cells of one epoch: of examples, and of the batches of a plan.
 
     A packed row is computed as one long example, which is what a dense mask does.
     """
-    lengths, frame = plan.lengths, plan.frame
     output = "output_length" in lengths
     real = transformer(lengths["input_length"], lengths["output_length"] if output else 0, **model)
     padded = transformer(

@@ -103,7 +103,7 @@ def plan(
         fitting = memory.largest_batches(table)
         sizes = fitting if batch_size is None else np.minimum(fitting, batch_size)
     starts, of_bucket = _cut(inputs[order], group, sizes, max_input_cells, quadratic, put_back)
-    return Plan(lengths, strategy, kept, order, None, starts, of_bucket, table)
+    return Plan(lengths, strategy, kept, order, None, starts, of_bucket, table, planner=plan)
 
 
 _COMMON = {"batch_size", "max_input_cells", "quadratic", "put_back"}
@@ -245,13 +245,5 @@ def _packed(lengths: pd.DataFrame, limits: Mapping[str, Any], inputs: Ints, capa
     row_starts = np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
     batch_starts = np.arange(0, len(row_starts), rows_per_batch)
     bucket = np.zeros(len(batch_starts), dtype="int64")
-    return Plan(
-        lengths,
-        "pack",
-        limits,
-        order,
-        row_starts,
-        batch_starts,
-        bucket,
-        pd.DataFrame({"input_length": [capacity]}),
-    )
+    edges = pd.DataFrame({"input_length": [capacity]})
+    return Plan(lengths, "pack", limits, order, row_starts, batch_starts, bucket, edges, planner=plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import pandas as pd
 from effkit.account import Account
 from effkit.padding import flops
 from effkit.padding.buckets import Ints
+from effkit.padding.dealing import straggler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +43,8 @@ class Plan:
         Shape ``[num_batches]``: the bucket that each batch was drawn from.
     edges
         Upper bounds of the buckets [cells]: columns ``input_length`` and, in 2D, ``output_length``.
+    planner
+        The function that made it of lengths, strategy and limits; None for batches that somebody else put together.
     """
 
     lengths: pd.DataFrame
@@ -52,6 +55,20 @@ class Plan:
     batch_starts: Ints
     bucket: Ints
     edges: pd.DataFrame = field(default_factory=pd.DataFrame)
+    planner: Callable[..., Plan] | None = None
+
+    def replanned(self, seed: int) -> Plan:
+        """The same strategy and limits once more; by this seed, where chance has a part.
+
+        Raises
+        ------
+        ValueError
+            When nobody planned these batches.
+        """
+        if self.planner is None:
+            raise ValueError(f"these batches are {self.strategy}: plan() makes a plan that can be followed again")
+        limits = {**self.limits, "seed": seed} if "seed" in self.limits else self.limits
+        return self.planner(self.lengths, self.strategy, **limits)
 
     @property
     def num_rows(self) -> int:
@@ -130,14 +147,12 @@ class Plan:
 
     def batch_sampler(self, rank: int = 0, world_size: int = 1, seed: int = 0) -> BatchSampler:
         """A ``torch.utils.data`` batch sampler that follows this plan's strategy and limits, to take home."""
-        from effkit.padding.sampling import BatchSampler
+        from effkit.padding.sampling import BatchSampler  # torch is only needed here
 
         return BatchSampler(self, rank=rank, world_size=world_size, seed=seed)
 
     def straggler(self, world_size: int, cells: str = "input") -> float:
         """E[max over ranks] / mean of the padded cells per step: 1.0 is no waiting at all."""
-        from effkit.padding.dealing import straggler
-
         return straggler(self, world_size, cells)
 
     def plot(self, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
@@ -181,7 +196,7 @@ def _account(plan: Plan, cells: str, model: Mapping[str, int]) -> Account:
     if cells == "output" and "output_length" not in plan.lengths:
         raise ValueError("these lengths have no outputs to count; ask for cells='input'")
     if cells == "flops":
-        real, total = flops.of_plan(plan, **model)
+        real, total = flops.of_batches(plan.lengths, plan.frame, **model)
         padding = total - real
     else:
         name = "output_length" if cells == "output" else "input_length"

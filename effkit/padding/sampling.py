@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from effkit.padding.dealing import Step, deal
-from effkit.padding.planning import plan as make_plan
-from effkit.padding.plans import Plan
+from effkit.padding.buckets import Ints
+from effkit.padding.dealing import Batched, Step, deal
+
+
+class Planned(Batched, Protocol):
+    """Batches that can be planned anew; :class:`effkit.padding.Plan` says what each is."""
+
+    @property
+    def row_starts(self) -> Ints | None: ...
+
+    @property
+    def batch_starts(self) -> Ints: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def replanned(self, seed: int) -> Planned: ...
 
 
 class BatchSampler(Sampler[list[int]]):
@@ -37,7 +51,7 @@ class BatchSampler(Sampler[list[int]]):
     >>> loader = DataLoader(dataset, batch_sampler=sampler)    # doctest: +SKIP
     """
 
-    def __init__(self, plan: Plan, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
+    def __init__(self, plan: Planned, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is in 0..world_size-1; given: rank {rank} of {world_size}")
         if plan.row_starts is not None and len(plan.batch_starts) != plan.num_rows:
@@ -83,9 +97,6 @@ class BatchSampler(Sampler[list[int]]):
     def _steps(self) -> list[Step]:
         if self._planned is None or self._planned[0] != self.epoch:
             mixed = np.random.SeedSequence([self.seed, self.epoch])
-            limits: dict[str, Any] = dict(self.plan.limits)
-            if "seed" in limits:
-                limits["seed"] = int(mixed.generate_state(1)[0])
-            planned = make_plan(self.plan.lengths, self.plan.strategy, **limits)
+            planned = self.plan.replanned(int(mixed.generate_state(1)[0]))
             self._planned = self.epoch, deal(planned, self.world_size, np.random.default_rng(mixed))
         return self._planned[1]

@@ -15,7 +15,7 @@ from effkit.gc_disabled import gc_disabled
 from effkit.operators import COMMUNICATES
 from effkit.trace.columns import Interned, Sparse, nanoseconds, since
 from effkit.trace.decoding import Decoder
-from effkit.trace.names import ANNOTATIONS, COMMUNICATES, DEVICE, SPANS, STACKS, TODAY
+from effkit.trace.names import ANNOTATIONS, DEVICE, SPANS, STACKS, TODAY
 
 EVENT_COLUMNS = (
     "name", "category", "start_ns", "dur_ns", "rank", "process", "thread", "stream", "correlation",
