@@ -25,7 +25,7 @@ from effkit.advice.probing import Peaks, Step
 from effkit.advice.restoring import restored
 from effkit.advice.studies import Study
 from effkit.device import Device
-from effkit.padding.totals import EPOCH_CELLS
+from effkit.padding import EPOCH_CELLS
 from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import Loss
 from effkit.units import readable
