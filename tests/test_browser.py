@@ -100,6 +100,7 @@ def test_a_reader_of_the_claims_chooses_a_theme_and_follows_a_row_to_its_cell(tm
     SCREENSHOTS.mkdir(exist_ok=True)
     for notebook in NOTEBOOKS.glob("06*.ipynb"):
         shutil.copy(notebook, tmp_path)
+    shutil.copytree(NOTEBOOKS / "lessons", tmp_path / "lessons")
     whole = nbformat.read(tmp_path / "06_claims.ipynb", as_version=4)
     last = next(place for place, cell in enumerate(whole.cells) if "browse()" in cell.source)
     whole.cells = whole.cells[: last + 1]
