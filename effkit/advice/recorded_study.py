@@ -193,17 +193,20 @@ class RecordedStudy(Study):
             if p.get("torch"):
                 found.append(f"torch {p['torch']}")
         if self.capture is not None:
-            world = self.capture.provenance.get("world_size")
-            of = f" of {world}" if world and world > self.num_ranks else ""
-            marked = [note for note in self.parts.attrs["notes"] if note.startswith("steps from ")]
-            ranks = f"{self.num_ranks}{of} ranks" if of or self.num_ranks > 1 else "one rank"
-            per_rank = sorted(set(self.parts.groupby(level="rank").size()))
-            steps = f"{per_rank[0]} steps" if per_rank != [1] else "one step"
-            steps = f"{per_rank[0]} to {per_rank[-1]} steps" if len(per_rank) > 1 else steps
-            found.append(f"{ranks}, {steps}{' each' if self.num_ranks > 1 else ''}: {'; '.join(marked)}")
+            found.append(self._ranks_and_steps(self.capture))
         if self.memory is not None:
             found.append(f"memory of {self._device_of_memory()}, {readable(self.memory.total, 'bytes')} at its peak")
         return list(dict.fromkeys(found))
+
+    def _ranks_and_steps(self, capture: Capture) -> str:
+        world = capture.provenance.get("world_size")
+        of = f" of {world}" if world and world > self.num_ranks else ""
+        marked = [note for note in self.parts.attrs["notes"] if note.startswith("steps from ")]
+        ranks = f"{self.num_ranks}{of} ranks" if of or self.num_ranks > 1 else "one rank"
+        per_rank = sorted(set(self.parts.groupby(level="rank").size()))
+        steps = f"{per_rank[0]} steps" if per_rank != [1] else "one step"
+        steps = f"{per_rank[0]} to {per_rank[-1]} steps" if len(per_rank) > 1 else steps
+        return f"{ranks}, {steps}{' each' if self.num_ranks > 1 else ''}: {'; '.join(marked)}"
 
     def _device_of_memory(self) -> str:
         assert self.of_memory is not None
@@ -216,21 +219,31 @@ class RecordedStudy(Study):
         ]
         if self.capture is None:
             return [*unseen, "time: a memory snapshot has none; give trace= as well"]
-        notes = [note for note in self.parts.attrs["notes"] if not note.startswith("steps from ")]
-        if NO_DEVICE in notes:
-            notes.remove(NO_DEVICE)
+        notes = [note for note in self.parts.attrs["notes"] if not note.startswith(("steps from ", NO_DEVICE))]
+        if NO_DEVICE in self.parts.attrs["notes"]:
             unseen.append("what a device did: none was recorded, so that operators count by their time on the host")
         if not self.capture.provenance.get("torch"):
             unseen.append("the torch version: a trace does not say it")
-        ranks = self.of_ranks
-        missing = self.capture.provenance.get("missing_ranks") or ()
+        unseen += self._unseen_ranks(self.capture)
+        notes += self._notes_on_ranks()
+        if self.memory is None:
+            unseen.append("memory: it was not recorded; give snapshot=, or profile with profile_memory=True")
+        return list(dict.fromkeys([*unseen, *notes]))
+
+    def _unseen_ranks(self, capture: Capture) -> list[str]:
+        unseen = []
+        missing = capture.provenance.get("missing_ranks") or ()
         if missing:
             listed = ", ".join(map(str, list(missing)[:8])) + (", …" if len(missing) > 8 else "")
             unseen.append(f"what ranks {listed} did: there is no file of them, and waiting for them counts as moving")
         assert self.time is not None, "there is a trace"
-        many = (self.capture.provenance.get("world_size") or 1) > 1
+        many = (capture.provenance.get("world_size") or 1) > 1
         if self.num_ranks == 1 and (many or families.COMMUNICATION in self.time.frame.index):
             unseen.append("waiting for other ranks told from moving bytes: this is one rank; give a folder with all")
+        return unseen
+
+    def _notes_on_ranks(self) -> list[str]:
+        notes, ranks = [], self.of_ranks
         if ranks is not None:
             notes += [note for note in ranks.setting["notes"] if "were not recorded" not in note]
             if any(UNSEEN in row for row in ranks.frame.index):
@@ -240,9 +253,7 @@ class RecordedStudy(Study):
         if self.saw_device and isinstance(self.inside, Fleet) and self._outside_frac > _OUTSIDE_FRAC:
             notes.append(f"which operators launched the kernels of the steps alone: {self._outside_frac:.0%} of the "
                          "kernels' time is outside of them, and is shared out as well")  # fmt: skip
-        if self.memory is None:
-            unseen.append("memory: it was not recorded; give snapshot=, or profile with profile_memory=True")
-        return list(dict.fromkeys([*unseen, *notes]))
+        return notes
 
     def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
         if goal == "memory":

@@ -63,14 +63,12 @@ def load(
 def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     if not isinstance(path, str | Path | Sequence):
         raise TypeError(f"load() takes a path or a list of paths; given: {type(path).__name__}")
-    found: list[Path] = []
-    for one in [Path(path)] if isinstance(path, str | Path) else map(Path, path):
-        inside = [file for file in one.iterdir() if file.name.endswith(_SUFFIXES)] if one.is_dir() else [one]
-        found += sorted(inside, key=_natural)
+    given = [Path(path)] if isinstance(path, str | Path) else list(map(Path, path))
+    found = [file for one in given for file in _inside(one)]
     absent = next((one for one in found if not one.is_file()), None)
     if absent or not found:
         folders = (
-            [one for one in Path(path).iterdir() if one.is_dir()] if not found and isinstance(path, str | Path) else []
+            [one for one in given[0].iterdir() if one.is_dir()] if not found and isinstance(path, str | Path) else []
         )
         look = f", for instance of {folders[0]}" if folders else ""
         raise FileNotFoundError(
@@ -78,6 +76,13 @@ def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
             f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)}){look}"
         )
     return found
+
+
+def _inside(path: Path) -> list[Path]:
+    """The files that a folder holds; a path that is none, as it is."""
+    if not path.is_dir():
+        return [path]
+    return sorted((file for file in path.iterdir() if file.name.endswith(_SUFFIXES)), key=_natural)
 
 
 def _natural(path: Path) -> list[Any]:

@@ -157,12 +157,7 @@ def _shown(items: Iterable[Item], total: int) -> Iterable[Item]:
 
 def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:
     """The rank of each file, how it is known, and what the files' metadata says in common."""
-    heads = []
-    for path in paths:
-        try:
-            heads.append(trace.head(path) if kind_of(path) == "trace" else {})
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a profiler trace: {error}") from error
+    heads = list(map(_head, paths))
     told = [(head.get("distributedInfo") or {}).get("rank") for head in heads]
     named = [found and int(found[1]) for found in (_RANK.search(path.name) for path in paths)]
     common = described(heads[0])
@@ -171,6 +166,20 @@ def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:
         common.pop("world_size", None)
         common["notes"] = ["the files are of different jobs, of unlike numbers of ranks: do not read them as one"]
     for ranks, how in ((told, "the traces' own metadata"), (named, "the files' names")):
-        if all(isinstance(rank, int) and rank >= 0 for rank in ranks) and len(set(ranks)) == len(ranks):
-            return [int(rank) for rank in ranks if rank is not None], how, common
+        if (numbers := _distinct(ranks)) is not None:
+            return numbers, how, common
     return list(range(len(paths))), "the order of the files", common
+
+
+def _head(path: Path) -> Mapping[str, Any]:
+    """What a trace says of itself; nothing for a file of another kind."""
+    try:
+        return trace.head(path) if kind_of(path) == "trace" else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a profiler trace: {error}") from error
+
+
+def _distinct(ranks: Sequence[Any]) -> list[int] | None:
+    """The ranks, if each is one, and they all differ."""
+    numbers = [int(rank) for rank in ranks if isinstance(rank, int) and rank >= 0]
+    return numbers if len(set(numbers)) == len(ranks) else None

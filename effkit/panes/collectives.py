@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ COLUMNS = (
     "rank", "collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "on", "start_ns", "dur_ns",
     "exposed_ns", "splits", "annotations", "exposed_spans_ns",
 )  # fmt: skip
+_ROW = ["collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "splits", "annotations", "on",
+        "start_ns", "end_ns"]  # fmt: skip
 _DETAILS = ("shapes", "dtypes", "inputs", "collective", "dtype", "num_elements", "group", "group_name", "group_size",
             "splits")  # fmt: skip
 
@@ -46,39 +48,8 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     calls = tree["name"].str.extract(COLLECTIVE)
     is_call = (calls["backend"].notna() & (tree["category"] == "user_annotation")).to_numpy()
     owner = nesting.owners(tree, nesting.nearest(parent, is_call), kernels)
-    ran = pd.DataFrame({"start": kernels["start_ns"].to_numpy(), "owner": owner})
-    ran["end"] = ran["start"] + kernels["dur_ns"].to_numpy()
-    ran = ran[owner >= 0].groupby("owner").agg({"start": "min", "end": "max"})
-
-    # c10d writes what a call moves into the operator around it, older ones into the annotation itself
-    around = nesting.nearest(parent, (tree["name"] == "record_param_comms").to_numpy())
-    outer = nesting.nearest(parent, tree["name"].str.startswith("c10d::").to_numpy())
-    _pair_by_order(tree, calls["collective"][is_call], outer)
-    rows = []
-    for row in np.flatnonzero(is_call).tolist():
-        call = tree.loc[row]
-        told = tree.loc[around[row]] if around[row] >= 0 else call
-        backend, collective = calls.loc[row, "backend"], plain_collective(calls.loc[row, "collective"])
-        host = backend not in DEVICE_BACKENDS
-        if host:
-            start, end = call["start_ns"], call["start_ns"] + call["dur_ns"]
-        elif row in ran.index:
-            start, end = ran.loc[row, "start"], ran.loc[row, "end"]
-        else:
-            start = end = None
-        inputs = tree.loc[outer[row], "inputs"] if outer[row] >= 0 else None
-        notes = _annotations(tree, parent, row) or _annotations(tree, parent, outer[row])
-        rows.append((collective, backend, *_moved(call, told, inputs), notes, "host" if host else "device", start, end))
-    foreign = kernels[owner < 0]  # launched by a library that c10d knows nothing of
-    launches = nesting.owners(tree, np.arange(len(tree)), foreign)
-    for launch, (_, kernel) in zip(launches, foreign.iterrows(), strict=True):
-        named = kernel["collective"] if _is(kernel["collective"]) else collective_of_kernel(kernel["name"])
-        start, end = kernel["start_ns"], kernel["start_ns"] + kernel["dur_ns"]
-        notes = _annotations(tree, parent, launch)
-        rows.append((plain_collective(named), "", *_moved(kernel, kernel, None), notes, "device", start, end))
-
-    frame = pd.DataFrame(rows, columns=["collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "splits",
-                                        "annotations", "on", "start_ns", "end_ns"])  # fmt: skip
+    rows = _recorded(tree, parent, calls[is_call], _spans(kernels, owner)) + _foreign(tree, parent, kernels[owner < 0])
+    frame = pd.DataFrame(rows, columns=_ROW)
     frame = frame.astype({"start_ns": "Int64", "end_ns": "Int64", "num_ranks": "Int64", "size_bytes": "Int64"})
     frame["rank"] = int(events["rank"].iloc[0]) if len(events) else 0
     frame["dur_ns"] = frame["end_ns"] - frame["start_ns"]
@@ -86,6 +57,47 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     frame["exposed_ns"] = pd.array([pd.NA if one is None else sum(e - b for b, e in one) for one in spans], "Int64")
     frame["exposed_spans_ns"] = [None if one is None else json.dumps(one) for one in spans]
     return frame.sort_values("start_ns", kind="stable", ignore_index=True)[list(COLUMNS)]
+
+
+def _spans(kernels: pd.DataFrame, owner: Any) -> dict[int, tuple[int, int]]:
+    """Call -> when the first of its kernels begins and the last ends [ns]."""
+    starts = kernels["start_ns"].to_numpy()
+    ran = pd.DataFrame({"start": starts, "end": starts + kernels["dur_ns"].to_numpy()})[owner >= 0]
+    ran = ran.groupby(owner[owner >= 0]).agg({"start": "min", "end": "max"})
+    return {row: (start, end) for row, start, end in ran.itertuples()}
+
+
+def _recorded(
+    tree: pd.DataFrame, parent: Any, calls: pd.DataFrame, ran: Mapping[int, tuple[int, int]]
+) -> list[tuple[Any, ...]]:
+    """The calls that c10d annotated, in the columns of ``_ROW``; ``ran`` tells when those on a device did."""
+    # c10d writes what a call moves into the operator around it, older ones into the annotation itself
+    around = nesting.nearest(parent, (tree["name"] == "record_param_comms").to_numpy())
+    outer = nesting.nearest(parent, tree["name"].str.startswith("c10d::").to_numpy())
+    _pair_by_order(tree, calls["collective"], outer)
+    rows = []
+    for row, backend, collective in calls[["backend", "collective"]].itertuples():
+        call = tree.loc[row]
+        told = tree.loc[around[row]] if around[row] >= 0 else call
+        inputs = tree.loc[outer[row], "inputs"] if outer[row] >= 0 else None
+        notes = _annotations(tree, parent, row) or _annotations(tree, parent, outer[row])
+        host = backend not in DEVICE_BACKENDS
+        span = (call["start_ns"], call["start_ns"] + call["dur_ns"]) if host else ran.get(row, (None, None))
+        rows.append((plain_collective(collective), backend, *_moved(call, told, inputs), notes,
+                     "host" if host else "device", *span))  # fmt: skip
+    return rows
+
+
+def _foreign(tree: pd.DataFrame, parent: Any, kernels: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """The kernels that a library launched which c10d knows nothing of, in the columns of ``_ROW``."""
+    launches = nesting.owners(tree, np.arange(len(tree)), kernels)
+    rows = []
+    for launch, (_, kernel) in zip(launches, kernels.iterrows(), strict=True):
+        named = kernel["collective"] if _is(kernel["collective"]) else collective_of_kernel(kernel["name"])
+        start, end = kernel["start_ns"], kernel["start_ns"] + kernel["dur_ns"]
+        notes = _annotations(tree, parent, launch)
+        rows.append((plain_collective(named), "", *_moved(kernel, kernel, None), notes, "device", start, end))
+    return rows
 
 
 def _pair_by_order(tree: pd.DataFrame, calls: pd.Series[str], outer: Any) -> None:
@@ -115,24 +127,28 @@ def _moved(call: pd.Series[Any], told: pd.Series[Any], inputs: Any) -> tuple[Any
     """group, num_ranks, dtype, size_bytes and splits of one call, each None where it was not recorded."""
     group = next((str(row[name]) for name in ("group", "group_name") for row in (told, call) if _is(row[name])), "")
     told_ranks = next((row["group_size"] for row in (told, call) if _is(row["group_size"])), None)
-    dtype, size_bytes = None, None
+    dtype, size_bytes = _payload(call, told)
+    num_ranks, size_bytes = _plausible(told_ranks, _MOST_RANKS), _plausible(size_bytes, 2**63)
+    return group, num_ranks, dtype, size_bytes, _splits(told, inputs)
+
+
+def _payload(call: pd.Series[Any], told: pd.Series[Any]) -> tuple[str | None, int | None]:
+    """dtype and bytes of what a rank puts in, from the element count, or from the tensors of an older recording."""
     if _is(told["num_elements"]) and _is(told["dtype"]):
         dtype = str(told["dtype"])
-        size_bytes = int(told["num_elements"]) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else None
-    else:
-        tensors = [
-            (math.prod(shape), kind)
-            for shape, kind in zip(_listed(call["shapes"]), _listed(call["dtypes"]), strict=False)
-            if kind in ITEM_BYTES and isinstance(shape, list) and all(isinstance(side, int) for side in shape)
-        ]
-        if tensors:
-            dtype = tensors[0][1]
-            size_bytes = sum(count * ITEM_BYTES[kind] for count, kind in tensors)
+        return dtype, int(told["num_elements"]) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else None
+    tensors = [
+        (math.prod(shape), kind)
+        for shape, kind in zip(_listed(call["shapes"]), _listed(call["dtypes"]), strict=False)
+        if kind in ITEM_BYTES and isinstance(shape, list) and all(isinstance(side, int) for side in shape)
+    ]
+    return (tensors[0][1], sum(count * ITEM_BYTES[kind] for count, kind in tensors)) if tensors else (None, None)
+
+
+def _splits(told: pd.Series[Any], inputs: Any) -> str | None:
     arguments = _listed(inputs)  # of alltoall_base_(output, input, group, output splits, input splits, …)
     splits = _listed(told["splits"]) or (_listed(arguments[4]) if len(arguments) > 4 else [])
-    known = splits and all(isinstance(split, int) for split in splits)
-    num_ranks, size_bytes = _plausible(told_ranks, _MOST_RANKS), _plausible(size_bytes, 2**63)
-    return group, num_ranks, dtype, size_bytes, json.dumps(splits) if known else None
+    return json.dumps(splits) if splits and all(isinstance(split, int) for split in splits) else None
 
 
 def _plausible(count: int | None, most: int) -> int | None:

@@ -39,6 +39,15 @@ class Ledger:
     def __init__(self, trace: list[dict[str, Any]], segments: list[dict[str, Any]], stacks: Stacks) -> None:
         self.ranges = [(segment["address"], segment["address"] + segment["total_size"]) for segment in segments]
         self.blocks = [block for segment in segments for block in _blocks(segment, stacks)]
+        self._read(trace, stacks)
+        self._count()
+        self.levels = self._levels(ALLOC, FREE, self.requested_bytes)
+        self.reserved_levels = self._levels(RESERVE, RETURN, self.reserved_bytes)
+        if (self.levels > self.reserved_levels).any():
+            raise ValueError("its trace allocates more than was reserved")
+
+    def _read(self, trace: list[dict[str, Any]], stacks: Stacks) -> None:
+        """The events."""
         self.kinds = np.array([_KINDS.get(event["action"], 0) for event in trace], dtype="int8")
         self.sizes = _integers([event.get("size", 0) for event in trace])
         _bounded(self.sizes[(self.kinds > 0) & (self.kinds < OOM)], _MOST_BYTES)
@@ -48,14 +57,14 @@ class Ledger:
         self.times = distinct(times_us * 1000)
         self.stacks = np.array([stacks.number(event.get("frames") or []) for event in trace], dtype="int64")
         self.parts = np.array([*stacks.parts, NOTHING], dtype="int64")[self.stacks]
+
+    def _count(self) -> None:
+        """The bytes of the final state."""
+        self._active = [block for block in self.blocks if block.state != "inactive"]
         self.reserved_bytes = sum(block.size for block in self.blocks)
-        self.active_bytes = sum(block.size for block in self.blocks if block.state != "inactive")
-        self.allocated_bytes = sum(block.size for block in self.blocks if block.state == "active_allocated")
-        self.requested_bytes = sum(block.requested for block in self.blocks if block.state != "inactive")
-        self.levels = self._levels(ALLOC, FREE, self.requested_bytes)
-        self.reserved_levels = self._levels(RESERVE, RETURN, self.reserved_bytes)
-        if (self.levels > self.reserved_levels).any():
-            raise ValueError("its trace allocates more than was reserved")
+        self.active_bytes = sum(block.size for block in self._active)
+        self.allocated_bytes = sum(block.size for block in self._active if block.state == "active_allocated")
+        self.requested_bytes = sum(block.requested for block in self._active)
 
     def _levels(self, grows: int, shrinks: int, final: int) -> Any:
         """Bytes before the first event, and after each."""
@@ -69,7 +78,7 @@ class Ledger:
         Blocks that are alive at the end close their allocations, with events from ``len(kinds)`` on.
         """
         changes = np.flatnonzero((self.kinds == ALLOC) | (self.kinds == FREE))
-        active = [block for block in self.blocks if block.state != "inactive"]
+        active = self._active
         born = np.append(self.kinds[changes] == ALLOC, np.zeros(len(active), dtype=bool))
         places = np.append(self.addresses[changes], _integers([block.address for block in active]))
         sizes = np.append(self.sizes[changes], _bounded(_integers([block.requested for block in active]), _MOST_BYTES))

@@ -160,6 +160,10 @@ class _Columns:
         complete = [event for event in piece if event.ph == "X" and event.cat not in SPANS]
         kept = [event for event in complete if event.cat not in self._left_out]
         self.num_left_out += len(complete) - len(kept)
+        self._add_events(kept)
+        self._add_memory([event for event in piece if event.name == "[memory]" and event.args is not None])
+
+    def _add_events(self, kept: list[Any]) -> None:
         names = self._strings["name"].add([event.name for event in kept])
         categories = self._strings["category"].add([event.cat for event in kept])
         self._strings["process"].add([event.pid for event in kept])
@@ -167,13 +171,15 @@ class _Columns:
         self._times["start_ns"].append(nanoseconds([event.ts for event in kept]))
         self._times["dur_ns"].append(nanoseconds([event.dur for event in kept]))
         args = [event.args for event in kept]
+        self._add_numbers(args)
+        self._add_details(args, names, categories)
+        self._num_rows += len(kept)
+
+    def _add_numbers(self, args: list[Any]) -> None:
         streams = [_ABSENT if a is None or not isinstance(a.stream, int) else a.stream for a in args]
         links = [_ABSENT if a is None or a.correlation is None else a.correlation for a in args]
         self._numbers["stream"].append(np.array(streams, "int64"))
         self._numbers["correlation"].append(np.array(links, "int64"))
-        self._add_details(args, names, categories)
-        self._num_rows += len(kept)
-        self._add_memory([event for event in piece if event.name == "[memory]" and event.args is not None])
 
     def _add_memory(self, moments: list[Any]) -> None:
         args = [event.args for event in moments]

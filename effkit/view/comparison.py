@@ -55,6 +55,8 @@ class Comparison:
 
     def _draw(self, result: Account, receipt: Receipt | None) -> None:
         bars = [self._base, result, receipt.measured if receipt else None]
+        notes = ("", "" if result.in_range else "  outside the calibrated range",
+                 f"  error {receipt.error:+.1%}" if receipt else "")  # fmt: skip
         reach = max(max(bar.total, bar.high or 0) for bar in bars if bar is not None) or 1
         for row, bar in enumerate(bars):
             self._bar(row, bar)
@@ -62,20 +64,11 @@ class Comparison:
         for row, bar in enumerate(bars):
             self._labels[row].set_visible(bar is not None)
             self._labels[row].set_position((-0.01 * reach, 2 - row))
-            text = ""
-            if bar is not None:
-                text = readable(bar.total, bar.unit)
-                if row == 1 and not bar.in_range:
-                    text += "  outside the calibrated range"
-                if row == 2 and receipt is not None:
-                    text += f"  error {receipt.error:+.1%}"
-            self._values[row].set_text(text)
+            self._values[row].set_text("" if bar is None else readable(bar.total, bar.unit) + notes[row])
             end = 0 if bar is None else max(bar.total, bar.high or 0, bar.total - bar.residual)
             self._values[row].set_position((end + 0.012 * reach, 2 - row))
-        if result.low is not None and result.high is not None:
-            self._whisker.set_data([result.low, result.high], [1, 1])
-        else:
-            self._whisker.set_data([], [])
+        band = [end for end in (result.low, result.high) if end is not None]
+        self._whisker.set_data(band, [1] * len(band))
         self._outline.set_width(result.total)
         self._outline.set_visible(not result.in_range)
         self._ax.set_xlim(0, reach * 1.32)
