@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from effkit.models import moe as layers
+from effkit import models
 from effkit.moe import launching, routing
 from effkit.moe.launching import launch
 from effkit.moe.recorded import read
@@ -118,7 +118,7 @@ def test_two_ranks_compute_what_one_does(run, name):
     job, setting = NAMES.index(name), SETTINGS[name]
     for step in range(NUM_STEPS):
         seen = run.checks[job, step]
-        alone = layers.build(
+        alone = models.expert_parallel(
             setting.hidden, setting.ffn, setting.num_experts, setting.top_k, capacity_factor=setting.capacity_factor,
             pad=setting.pad, compress=setting.compress, num_hashes=setting.num_hashes,
             message_dtype=setting.message_dtype, device="cpu", seed=setting.seed,

@@ -1,7 +1,8 @@
-"""What the builders of live models share: checks of sizes, the device, random batches, one kind of output."""
+"""The builder of live models, and what they share: checks of sizes, random batches, one kind of output."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,36 @@ class Output(NamedTuple):
 
     loss: torch.Tensor
     logits: torch.Tensor
+
+
+class Knobs(NamedTuple):
+    """How our keywords become a configuration of transformers.
+
+    ``fields`` has the configuration's fields that each keyword sets, ``fixed`` the values of others; ``loss`` is the
+    name of the loss, which transformers infers from the class name, and ours is another.
+    """
+
+    fields: dict[str, str]
+    fixed: dict[str, Any]
+    loss: str | None = None
+
+
+def build(kind: Any, *, device: str | None, dtype: torch.dtype | None, seed: int, **sizes: Any) -> Any:
+    """A model of class ``kind``: from a configuration where the class has :class:`Knobs`, else from ``sizes``."""
+    check_counts(**{name: int(size) for name, size in sizes.items() if isinstance(size, Integral)})
+    if "heads" in sizes:
+        check_heads(sizes["hidden"], sizes["heads"])
+    if sizes.get("ffn", 0) is None:
+        sizes["ffn"] = 4 * sizes["hidden"]
+    torch.manual_seed(seed)
+    knobs: Knobs | None = getattr(kind, "knobs", None)
+    if knobs is None:
+        return ready(kind(**sizes), device, dtype)
+    fields = {field: sizes[name] for name, fields in knobs.fields.items() for field in fields.split()}
+    model = kind(kind.config_class(**knobs.fixed, **fields))
+    if knobs.loss:
+        model.loss_type = knobs.loss
+    return ready(model, device, dtype)
 
 
 def check_counts(**counts: int) -> None:
@@ -28,9 +59,14 @@ def check_heads(hidden: int, heads: int) -> None:
         raise ValueError(f"hidden is a multiple of heads; given: {hidden} and {heads}")
 
 
-def ready(model: nn.Module, device: str | None, dtype: torch.dtype) -> Any:
-    """The model in training mode, on ``device``, or on the GPU where there is one when None."""
-    return model.to(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).train()
+def chosen_device(device: str | None) -> str:
+    """The device, or the GPU where there is one when None."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def ready(model: nn.Module, device: str | None, dtype: torch.dtype | None) -> Any:
+    """The model in training mode, in ``dtype`` (float32 when None), where :func:`chosen_device` says."""
+    return model.to(dtype=dtype or torch.float32, device=chosen_device(device)).train()
 
 
 def random_tokens(vocabulary: int, batch_size: int, length: int, seed: int, device: Any) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from effkit.models import lsh
-from effkit.models.building import check_counts
+from effkit.models.building import check_counts, chosen_device
 from effkit.models.exchange import Exchange, Marks
 from effkit.models.messages import GROUP
 from effkit.models.travelling import Travel
@@ -38,17 +38,25 @@ class ExpertParallel(nn.Module):
 
     def __init__(
         self, hidden: int, ffn: int, num_experts: int, top_k: int, *, capacity_factor: float, pad: bool,
-        degrees: tuple[int, int], compress: str, num_hashes: int, compensate: bool, message_dtype: str,
-        owner: Sequence[int], group: Any, barriers: bool, device: Any, dtype: torch.dtype, seed: int,
+        num_chunks: int, num_chunks_backward: int, compress: str, num_hashes: int, compensate: bool, message_dtype: str,
+        owner: Sequence[int] | None, group: Any, barriers: bool, device: str | None, dtype: torch.dtype | None,
+        seed: int,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.degrees = (num_chunks, num_chunks_backward or num_chunks)
+        check_counts(hidden=hidden, ffn=ffn, num_experts=num_experts, top_k=top_k, num_chunks=num_chunks,
+                     num_chunks_backward=self.degrees[1], num_hashes=num_hashes)  # fmt: skip
+        _refuse(num_experts, top_k, hidden, capacity_factor, compress, num_hashes, pad, message_dtype)
         self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
-        self.capacity_factor, self.pad, self.degrees = capacity_factor, pad, degrees
+        self.capacity_factor, self.pad = capacity_factor, pad
         self.compress, self.num_hashes, self.compensate = compress, num_hashes, compensate
         self.message_dtype = message_dtype
+        device, dtype = chosen_device(device), dtype or torch.float32
+        num_ranks = torch.distributed.get_world_size(group) if group is not None else 1
+        owner = _owners(owner, num_experts, num_ranks)
         self.marks = Marks(torch.device(device))
         self.exchange = Exchange(group, self.marks, barriers=barriers)
-        num_ranks, me = self.exchange.num_ranks, self.exchange.rank
+        me = self.exchange.rank
         #: experts that each rank holds, in the order in which rows for it are sorted; -1 is on every rank
         self.held = [[e for e, at in enumerate(owner) if at in (rank, -1)] for rank in range(num_ranks)]
         self.replicated = frozenset(e for e, at in enumerate(owner) if at == -1)
@@ -208,61 +216,29 @@ def _first(back: torch.Tensor, num: int) -> torch.Tensor:
     )
 
 
-def build(
-    hidden: int = 64, ffn: int = 128, num_experts: int = 8, top_k: int = 2, *, capacity_factor: float = 0.0,
-    pad: bool = False, num_chunks: int = 1, num_chunks_backward: int = 0, compress: str = "none", num_hashes: int = 4,
-    compensate: bool = False, message_dtype: str = "same", owner: Sequence[int] | None = None, group: Any = None,
-    barriers: bool = False, device: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
-) -> ExpertParallel:  # fmt: skip
-    """An expert-parallel mixture of experts, to put into a model of your own.
+def _refuse(
+    num_experts: int, top_k: int, hidden: int, capacity_factor: float, compress: str, num_hashes: int, pad: bool,
+    message_dtype: str,
+) -> None:  # fmt: skip
+    """Raise ValueError where a layer of this kind cannot be."""
+    for wrong, sentence in (
+        (top_k > num_experts, f"top_k is at most num_experts, {num_experts}; given: {top_k}"),
+        (capacity_factor < 0, f"capacity_factor is at least 0; given: {capacity_factor}"),
+        (compress not in ("none", "lsh"), f"compress is one of none, lsh; given: {compress!r}"),
+        (num_hashes > lsh.MAX_HASHES, f"num_hashes is at most {lsh.MAX_HASHES}; given: {num_hashes}"),
+        (pad and compress != "none",
+         "pad sends messages of one size and compress makes them smaller: choose one"),
+        (message_dtype not in ("same", "bfloat16", "float8"),
+         f"message_dtype is one of same, bfloat16, float8; given: {message_dtype!r}"),
+        (message_dtype == "float8" and hidden % GROUP,
+         f"float8 messages have a scale per {GROUP} numbers: hidden is a multiple of {GROUP}; given: {hidden}"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(sentence)
 
-    It is a layer: ``layer(x)`` takes tokens [N, hidden] and returns as many, and has no loss. The router is not pressed
-    to balance its experts: add a loss for that to your own.
 
-    Parameters
-    ----------
-    hidden, ffn, num_experts, top_k, capacity_factor, pad, compress, num_hashes, compensate, message_dtype
-        As in :class:`effkit.moe.Setting`.
-    num_chunks, num_chunks_backward
-        Pieces of the exchange forward, and backward (0: as many).
-    owner
-        The rank that holds each expert, -1 for every rank; by default equal shares of neighbours.
-    group
-        Of torch.distributed; ``None`` where this process holds all experts.
-    barriers
-        Let the ranks meet before each exchange: to measure waiting, not to train.
-    device, dtype, seed
-        Of the weights; the device is the GPU where there is one unless given.
-
-    Raises
-    ------
-    ValueError
-        When a value is out of range, or the ranks cannot share the experts equally.
-
-    Examples
-    --------
-    >>> layer = build(hidden=8, ffn=16, num_experts=4)
-    >>> layer(**layer.random_batch(10)).shape
-    torch.Size([10, 8])
-    """
-    num_ranks = torch.distributed.get_world_size(group) if group is not None else 1
-    check_counts(hidden=hidden, ffn=ffn, num_experts=num_experts, top_k=top_k, num_chunks=num_chunks,
-                 num_chunks_backward=num_chunks_backward or num_chunks, num_hashes=num_hashes)  # fmt: skip
-    if top_k > num_experts:
-        raise ValueError(f"top_k is at most num_experts, {num_experts}; given: {top_k}")
-    if capacity_factor < 0:
-        raise ValueError(f"capacity_factor is at least 0; given: {capacity_factor}")
-    if compress not in ("none", "lsh"):
-        raise ValueError(f"compress is one of none, lsh; given: {compress!r}")
-    if num_hashes > lsh.MAX_HASHES:
-        raise ValueError(f"num_hashes is at most {lsh.MAX_HASHES}; given: {num_hashes}")
-    if pad and compress != "none":
-        raise ValueError("pad sends messages of one size and compress makes them smaller: choose one")
-    if message_dtype not in ("same", "bfloat16", "float8"):
-        raise ValueError(f"message_dtype is one of same, bfloat16, float8; given: {message_dtype!r}")
-    if message_dtype == "float8" and hidden % GROUP:
-        raise ValueError(f"float8 messages have a scale per {GROUP} numbers: hidden is a multiple of {GROUP}; given: "
-                         f"{hidden}")  # fmt: skip
+def _owners(owner: Sequence[int] | None, num_experts: int, num_ranks: int) -> Sequence[int]:
+    """The rank of each expert, -1 for all: as given, or equal shares of neighbours."""
     if owner is None:
         if num_experts % num_ranks:
             raise ValueError(f"{num_experts} experts cannot be shared equally by {num_ranks} ranks")
@@ -272,10 +248,4 @@ def build(
                          f"given: {list(owner)}")  # fmt: skip
     if idle := sorted(set(range(num_ranks)) - set(owner)) if -1 not in owner else []:
         raise ValueError(f"every rank holds an expert; owner gives none to rank {', '.join(map(str, idle))}")
-    degrees = (num_chunks, num_chunks_backward or num_chunks)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return ExpertParallel(
-        hidden, ffn, num_experts, top_k, capacity_factor=capacity_factor, pad=pad, degrees=degrees, compress=compress,
-        num_hashes=num_hashes, compensate=compensate, message_dtype=message_dtype, owner=owner, group=group,
-        barriers=barriers, device=device, dtype=dtype, seed=seed,
-    )  # fmt: skip
+    return owner

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch.nn.functional import gelu
 
@@ -45,48 +46,35 @@ class Chunk(NamedTuple):
 
 def chunks(counts: list[list[int]], layer: Layer, degree: int, device: torch.device) -> list[Chunk]:
     """Cut the rows of every rank and expert, ``counts[rank][expert]``, into ``degree`` pieces as equal as can be."""
-    me, held, replicated = layer.exchange.rank, layer.held, layer.replicated
+    me, held = layer.exchange.rank, layer.held
     num_ranks = len(counts)
 
     def size(rank: int, to: int, expert: int) -> int:
-        return counts[rank][expert] if rank == to or expert not in replicated else 0
+        return counts[rank][expert] if rank == to or expert not in layer.replicated else 0
 
-    homes, place = {}, 0  # of the first row from each rank for each expert here
-    for expert in held[me]:
-        for rank in range(num_ranks):
-            homes[expert, rank] = place
-            place += size(rank, me, expert)
-    found = []
+    sent = [(to, size(me, to, expert)) for to in range(num_ranks) for expert in held[to]]
+    received = [size(rank, me, expert) for expert in held[me] for rank in range(num_ranks)]
+    pieces = []
     for piece in range(degree):
+        rows = _cut([num for _, num in sent], piece, degree)
+        num_sent = [0] * num_ranks
+        for (to, _), part in zip(sent, rows, strict=True):
+            num_sent[to] += len(part)
+        home = _cut(received, piece, degree)
+        arriving = np.array([len(part) for part in home], dtype=int).reshape(len(held[me]), num_ranks)
+        # they arrive sorted by rank, and the experts want them sorted by expert
+        starts = (arriving.T.cumsum() - arriving.T.ravel()).reshape(arriving.T.shape).T
+        order = [range(start, start + num) for start, num in zip(starts.flat, arriving.flat, strict=True)]
+        pieces.append(Chunk(_index(rows, device) if degree > 1 else None, num_sent, arriving.sum(axis=0).tolist(),
+                            _index(order, device), arriving.sum(axis=1).tolist(), _index(home, device)))  # fmt: skip
+    return pieces
 
-        def cut(rank: int, to: int, expert: int, piece: int = piece) -> range:
-            num = size(rank, to, expert)
-            return range(piece * num // degree, (piece + 1) * num // degree)
 
-        rows: list[range] = []
-        start = 0
-        for to in range(num_ranks):
-            for expert in held[to]:
-                part = cut(me, to, expert)
-                rows.append(range(start + part.start, start + part.stop))
-                start += size(me, to, expert)
-        sent = [sum(len(cut(me, to, expert)) for expert in held[to]) for to in range(num_ranks)]
-        arrive, at = {}, 0
-        for rank in range(num_ranks):
-            for expert in held[me]:
-                num = len(cut(rank, me, expert))
-                arrive[expert, rank] = range(at, at + num)
-                at += num
-        received = [sum(len(arrive[expert, rank]) for expert in held[me]) for rank in range(num_ranks)]
-        order = [arrive[key] for key in homes]
-        home = []
-        for (expert, rank), first in homes.items():
-            part = cut(rank, me, expert)
-            home.append(range(first + part.start, first + part.stop))
-        sizes = [sum(len(arrive[expert, rank]) for rank in range(num_ranks)) for expert in held[me]]
-        found.append(Chunk(_index(rows, device) if degree > 1 else None, sent, received, _index(order, device), sizes,
-                           _index(home, device)))  # fmt: skip
-    return found
+def _cut(sizes: Sequence[int], piece: int, degree: int) -> list[range]:
+    """Which rows of each block are in this piece; blocks of such sizes lie one after another."""
+    starts = itertools.accumulate(sizes, initial=0)
+    return [range(start + piece * num // degree, start + (piece + 1) * num // degree)
+            for start, num in zip(starts, sizes, strict=False)]  # fmt: skip
 
 
 class Travel(torch.autograd.Function):

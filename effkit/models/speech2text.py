@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
+from transformers import Speech2TextForConditionalGeneration
 
-from effkit.models.building import check_counts, check_heads, ready
+from effkit.models.building import Knobs, check_counts
 
 NUM_MEL_BINS = 80
 
@@ -20,6 +20,15 @@ class Speech(Speech2TextForConditionalGeneration):
     Input cells are 10 ms frames of 80 mel bins, which two strided convolutions bring to a quarter; output cells are
     tokens.
     """
+
+    knobs = Knobs(
+        {"encoder_layers": "encoder_layers", "decoder_layers": "decoder_layers", "hidden": "d_model",
+         "ffn": "encoder_ffn_dim decoder_ffn_dim", "heads": "encoder_attention_heads decoder_attention_heads",
+         "vocabulary": "vocab_size", "max_input_cells": "max_source_positions",
+         "max_output_cells": "max_target_positions", "dropout": "dropout attention_dropout activation_dropout",
+         "channels": "conv_channels"},
+        {"input_feat_per_channel": NUM_MEL_BINS, "use_cache": False},
+    )  # fmt: skip
 
     def make_batch(self, rows: Sequence[Any], lengths: Any) -> dict[str, torch.Tensor]:
         """A batch of random features and tokens, padded to its longest.
@@ -67,54 +76,3 @@ class Speech(Speech2TextForConditionalGeneration):
             "input_features": features.to(self.device, self.dtype),
             "labels": labels.to(self.device),
         }
-
-
-def build(
-    *,
-    encoder_layers: int = 4,
-    decoder_layers: int = 2,
-    hidden: int = 128,
-    ffn: int | None = None,
-    heads: int = 2,
-    vocabulary: int = 1000,
-    max_input_cells: int = 6000,
-    max_output_cells: int = 1024,
-    dropout: float = 0.0,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Speech:
-    """A Speech2Text model from its configuration, in training mode, on the GPU where there is one.
-
-    Parameters
-    ----------
-    encoder_layers, decoder_layers, hidden, ffn, heads, vocabulary
-        Its size; ``ffn`` is 4 x hidden unless given.
-    max_input_cells, max_output_cells
-        Longest input [10 ms frames] and output [tokens] that it has positions for.
-    dropout
-        0 keeps steps repeatable.
-    """
-    check_counts(encoder_layers=encoder_layers, decoder_layers=decoder_layers, hidden=hidden)
-    check_heads(hidden, heads)
-    ffn = 4 * hidden if ffn is None else ffn
-    configuration = Speech2TextConfig(
-        vocab_size=vocabulary,
-        d_model=hidden,
-        encoder_layers=encoder_layers,
-        decoder_layers=decoder_layers,
-        encoder_ffn_dim=ffn,
-        decoder_ffn_dim=ffn,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        conv_channels=2 * hidden,
-        input_feat_per_channel=NUM_MEL_BINS,
-        max_source_positions=max_input_cells,
-        max_target_positions=max_output_cells,
-        dropout=dropout,
-        attention_dropout=dropout,
-        activation_dropout=dropout,
-        use_cache=False,
-    )
-    torch.manual_seed(seed)
-    return ready(Speech(configuration), device, dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from effkit.models.building import Output, check_counts, random_tokens, ready
+from effkit.models.building import Output, random_tokens
 
 
 class Recurrent(nn.Module):
@@ -27,27 +27,3 @@ class Recurrent(nn.Module):
     def random_batch(self, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``labels`` [B, T]; ``length`` is T [tokens]."""
         return random_tokens(self.embedding.num_embeddings, batch_size, length, seed, self.head.weight.device)
-
-
-def build(
-    *,
-    layers: int = 2,
-    hidden: int = 128,
-    vocabulary: int = 1000,
-    dropout: float = 0.0,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Recurrent:
-    """An LSTM language model, in training mode, on the GPU where there is one.
-
-    Parameters
-    ----------
-    layers, hidden, vocabulary
-        Its size; embeddings are as wide as ``hidden``.
-    dropout
-        Between layers; 0 keeps steps repeatable.
-    """
-    check_counts(layers=layers, hidden=hidden, vocabulary=vocabulary)
-    torch.manual_seed(seed)
-    return ready(Recurrent(layers, hidden, vocabulary, dropout), device, dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from effkit.models.building import Output, check_counts, random_classes, ready
+from effkit.models.building import Output, random_classes
 
 
 class Block(nn.Module):
@@ -62,34 +62,3 @@ class Convolutional(nn.Module):
         """``pixel_values`` [B, channels, image, image] and ``labels`` [B]."""
         pixels, labels = random_classes((batch_size, *self.shape), self.head.out_features, seed, self.head.weight)
         return {"pixel_values": pixels, "labels": labels}
-
-
-def build(
-    *,
-    width: int = 32,
-    stages: int = 3,
-    blocks_per_stage: int = 2,
-    image: int = 32,
-    channels: int = 3,
-    classes: int = 10,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Convolutional:
-    """A residual image classifier, in training mode, on the GPU where there is one.
-
-    Parameters
-    ----------
-    width
-        Channels of the first stage; each later stage doubles them and halves the side.
-    stages, blocks_per_stage
-        ``stages * blocks_per_stage`` residual blocks, in ``model.blocks``.
-    image, channels
-        Side of the square image [pixels] and its channels.
-    classes
-        Of the head.
-    """
-    check_counts(width=width, stages=stages, blocks_per_stage=blocks_per_stage)
-    check_counts(image=image, channels=channels, classes=classes)
-    torch.manual_seed(seed)
-    return ready(Convolutional(width, stages, blocks_per_stage, image, channels, classes), device, dtype)

@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from effkit.models.building import check_heads, random_tokens, ready
+from effkit.models.building import Knobs, random_tokens
 
 
 class Text(LlamaForCausalLM):
     """Llama (arXiv 2302.13971) that can make its own batches, packed or not. Input cells are tokens."""
+
+    knobs = Knobs(
+        {"layers": "num_hidden_layers", "hidden": "hidden_size", "ffn": "intermediate_size",
+         "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "vocabulary": "vocab_size",
+         "max_input_cells": "max_position_embeddings"},
+        {"use_cache": False, "attn_implementation": "sdpa"},
+        loss="ForCausalLM",
+    )  # fmt: skip
 
     def make_batch(self, rows: Sequence[Any], lengths: Any) -> dict[str, torch.Tensor]:
         """A batch of random tokens, padded to its longest row.
@@ -60,43 +68,3 @@ class Text(LlamaForCausalLM):
     def random_batch(self, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``labels`` [B, T], without padding; ``length`` is T [tokens]."""
         return random_tokens(self.config.vocab_size, batch_size, length, seed, self.device)
-
-
-def build(
-    *,
-    layers: int = 4,
-    hidden: int = 128,
-    ffn: int | None = None,
-    heads: int = 4,
-    kv_heads: int | None = None,
-    vocabulary: int = 1000,
-    max_input_cells: int = 8192,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Text:
-    """A Llama model from its configuration, in training mode, on the GPU where there is one.
-
-    Parameters
-    ----------
-    layers, hidden, ffn, heads, kv_heads, vocabulary
-        Its size; ``ffn`` is 4 x hidden and ``kv_heads`` equals ``heads`` unless given.
-    max_input_cells
-        Longest row [tokens].
-    """
-    check_heads(hidden, heads)
-    configuration = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden if ffn is None else ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads or heads,
-        max_position_embeddings=max_input_cells,
-        use_cache=False,
-        attn_implementation="sdpa",  # type: ignore[call-arg]
-    )
-    torch.manual_seed(seed)
-    model: Any = Text(configuration)
-    model.loss_type = "ForCausalLM"  # transformers infers it from the class name, and ours is another
-    return ready(model, device, dtype)
