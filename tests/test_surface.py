@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -139,6 +140,32 @@ def test_public_names(module):
     names = importlib.import_module(module).__all__
     assert sorted(names) == PUBLIC[module]
     assert all(hasattr(importlib.import_module(module), name) for name in names)
+
+
+@pytest.mark.parametrize("module", [name for name in PUBLIC if name != "effkit.published"])
+def test_a_tab_shows_the_public_names_alone(module):
+    assert dir(importlib.import_module(module)) == sorted(PUBLIC[module])
+
+
+def test_a_question_mark_shows_the_names_of_all_options():
+    """Knobs of a setting have names of their own; whatever else is behind ``**`` hides what can be given."""
+    settings = {"setting", "changes"}
+    settings |= {"model"}  # of decoder.contexts and kept_ratios: sizes of effkit.models
+    hidden = []
+    for module in map(importlib.import_module, PUBLIC):
+        for name in set(module.__all__) - {"hybrid", "spiking"}:
+            value = getattr(module, name)
+            parameters = inspect.signature(value).parameters if inspect.isfunction(value) else {}
+            behind = [p.name for p in parameters.values() if p.kind == p.VAR_KEYWORD]
+            if behind and (len(parameters) == 1 or not set(behind) <= settings):
+                hidden.append(f"{module.__name__}.{name}(**{behind[0]})")
+    assert not hidden
+
+
+def test_padding_is_planned_where_torch_is_absent_and_measure_shows_its_own_signature():
+    code = "import sys; sys.modules['torch'] = None\nimport effkit as ek; ek.padding.plan, ek.padding.lengths"
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
+    assert list(inspect.signature(effkit.padding.measure).parameters)[:4] == ["plan", "model", "num_batches", "repeats"]
 
 
 def test_every_file_has_its_place_in_the_house():

@@ -30,3 +30,7 @@ __all__ = [
     "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved", "update_error",
     "whatif",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

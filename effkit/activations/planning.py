@@ -25,12 +25,13 @@ POSITIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "offload": ({"offload_frac": 0.5}, {"offload_frac": 1.0}),
     "optimizer_states": ({"optimizer_states": "int8"}, {"optimizer_states": "fp8_e4m3"}),
 }  # fmt: skip
+LEVERS = ("checkpoint", "micro_batches", "autocast", "compress", "optimizer_states")  # that are combined
 
 
 def front(
     base: Account,
     *,
-    levers: Sequence[str] = ("checkpoint", "micro_batches", "autocast", "compress", "optimizer_states"),
+    levers: Sequence[str] = LEVERS,
     lossless: bool = False,
 ) -> pd.DataFrame:
     """Predicted time and peak memory of combinations of levers, at the size that was measured.
@@ -80,18 +81,18 @@ def front(
     return table
 
 
-def cheapest(base: Account, budget_bytes: int, **options: Any) -> Account:
+def cheapest(base: Account, budget_bytes: int, *, levers: Sequence[str] = LEVERS, lossless: bool = False) -> Account:
     """The quickest combination of levers whose predicted peak, its band included, fits into a budget.
 
-    ``options`` are those of :func:`front`. Measure its setting with ``measure(model, batch, base=base, **changes)``,
-    where the changes are ``front(base).attrs["settings"]``.
+    ``levers`` and ``lossless`` are those of :func:`front`. Measure its setting with
+    ``measure(model, batch, base=base, **changes)``, where the changes are ``front(base).attrs["settings"]``.
 
     Raises
     ------
     ValueError
         When none fits: the smallest is named.
     """
-    table = front(base, **options)
+    table = front(base, levers=levers, lossless=lossless)
     for name in table["setting"]:
         account = predict(base, **{**asdict(Levers()), **table.attrs["settings"][name]})
         if (account.high or account.total) <= budget_bytes:

@@ -10,3 +10,7 @@ from effkit.advice.studies import Study
 from effkit.advice.studying import study
 
 __all__ = ["Advice", "Lever", "Overview", "Study", "lightning_callback", "record", "study", "trainer_callback"]
+
+
+def __dir__() -> list[str]:
+    return __all__

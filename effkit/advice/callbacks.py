@@ -23,7 +23,13 @@ _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 _LOGS = ("log", "log_dict")  # of a LightningModule: they write into the trainer's own results
 
 
-def trainer_callback(**options: Any) -> Any:
+def trainer_callback(
+    *,
+    loss: Callable[[Any], Any] | None = None,
+    num_batches: int | None = None,
+    num_ranks: int | None = None,
+    link_bytes_per_s: float | None = None,
+) -> Any:
     """A ``transformers.TrainerCallback`` that studies the training as it begins, and lets it go on unchanged.
 
     ::
@@ -38,8 +44,8 @@ def trainer_callback(**options: Any) -> Any:
 
     Parameters
     ----------
-    options
-        Of :func:`effkit.study`: ``num_batches``, say.
+    loss, num_batches, num_ranks, link_bytes_per_s
+        Of :func:`effkit.study`.
 
     Returns
     -------
@@ -52,6 +58,7 @@ def trainer_callback(**options: Any) -> Any:
     ImportError
         Without transformers.
     """
+    options = locals()
     try:
         from transformers import TrainerCallback
     except ImportError as error:
@@ -76,7 +83,13 @@ def trainer_callback(**options: Any) -> Any:
     return StudyCallback()
 
 
-def lightning_callback(**options: Any) -> Any:
+def lightning_callback(
+    *,
+    loss: Callable[[Any], Any] | None = None,
+    num_batches: int | None = None,
+    num_ranks: int | None = None,
+    link_bytes_per_s: float | None = None,
+) -> Any:
     """A Lightning ``Callback`` that studies the training as it begins, and lets it go on unchanged.
 
     ::
@@ -90,8 +103,8 @@ def lightning_callback(**options: Any) -> Any:
 
     Parameters
     ----------
-    options
-        Of :func:`effkit.study`: ``num_batches``, say.
+    loss, num_batches, num_ranks, link_bytes_per_s
+        Of :func:`effkit.study`.
 
     Returns
     -------
@@ -104,7 +117,7 @@ def lightning_callback(**options: Any) -> Any:
     ImportError
         With neither package.
     """
-
+    options = locals()
     base: Any = _lightning().Callback
 
     class StudyCallback(base):

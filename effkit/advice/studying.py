@@ -18,7 +18,11 @@ def study(
     inputs: Any = None,
     trace: str | Path | None = None,
     snapshot: str | Path | None = None,
-    **options: Any,
+    loss: Callable[[Any], Any] | None = None,
+    num_batches: int | None = None,
+    num_ranks: int | None = None,
+    link_bytes_per_s: float | None = None,
+    repeats: int | None = None,
 ) -> Study:
     """Look at one's own model as a whole: where its time and memory go, what would help, and by how much.
 
@@ -38,10 +42,13 @@ def study(
         A call ``generate(inputs)`` that comes to ``model.generate``, or keyword arguments of it.
     trace, snapshot
         A profiler trace or a folder with one per rank; a memory snapshot.
-    options
-        For a training loop: ``loss`` (model output -> scalar), where the output does not hold one and memory is asked
-        about; ``num_batches`` to study, as many as fit into a few seconds unless given; ``num_ranks`` that experts will
-        be on, and ``link_bytes_per_s`` between them. For a generation: ``repeats``.
+    loss, num_batches
+        Of a training loop: model output -> scalar, where the output does not hold one and memory is asked about;
+        batches to study, as many as fit into a few seconds unless given.
+    num_ranks, link_bytes_per_s
+        Of a training loop: ranks that its experts will be on (1 unless given), and the links between them.
+    repeats
+        Of a generation: timed calls (5 unless given).
 
     Returns
     -------
@@ -63,6 +70,9 @@ def study(
             "study() takes one of: step= with model= and loader=; generate= with model= and inputs=; trace= and "
             f"snapshot=; given: {' and '.join(given) or 'none of them'}"
         )
+    optional = {"loss": loss, "num_batches": num_batches, "num_ranks": num_ranks, "link_bytes_per_s": link_bytes_per_s,
+                "repeats": repeats}  # fmt: skip
+    options: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
     if files:
         from effkit.advice.recorded_study import RecordedStudy
 
@@ -75,8 +85,8 @@ def study(
         return GenerationStudy(generate, model, inputs, **options)
     if not any(True for _ in getattr(model, "parameters", tuple)()):
         raise TypeError(f"model is a module with parameters, the one that step() trains; given: {type(model).__name__}")
-    if (num := options.get("num_batches")) is not None and num < 1:
-        raise ValueError(f"num_batches is 1 or more; given: {num}")
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches is 1 or more; given: {num_batches}")
     if not callable(step):
         raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")
     if _one_of_several_ranks():

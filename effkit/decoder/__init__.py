@@ -21,3 +21,7 @@ __all__ = [
     "Setting", "account", "best_num_draft", "exit_at", "kv_cache_bytes", "measure", "positions", "predict", "rebalance",
     "roofline", "speculate", "static_decoding", "whatif",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

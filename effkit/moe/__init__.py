@@ -25,3 +25,7 @@ __all__ = [
     "output_error", "predict", "prepare", "scale", "scaling_table", "timeline", "whatif", "why_no_links",
     "worth_balancing",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

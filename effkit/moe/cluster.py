@@ -156,7 +156,18 @@ def scale(
     )  # fmt: skip
 
 
-def scaling_table(base: Account, sizes: Sequence[int] = SIZES, **assumed: Any) -> pd.DataFrame:
+def scaling_table(
+    base: Account,
+    sizes: Sequence[int] = SIZES,
+    *,
+    node_size: int = 8,
+    intra: tuple[float, float] | None = None,
+    inter: tuple[float, float] | None = None,
+    num_nics_per_node: int = 0,
+    overlap_frac: float | None = None,
+    imbalance: float = 1.0,
+    **changes: Any,
+) -> pd.DataFrame:
     """:func:`scale` at several numbers of ranks: a row per size.
 
     Indexed by ``num_ranks``: ``total_ns``, ``low_ns``, ``high_ns``; ``computing_ns``, ``moving_ns`` (exposed),
@@ -170,7 +181,10 @@ def scaling_table(base: Account, sizes: Sequence[int] = SIZES, **assumed: Any) -
     """
     rows = []
     for num_ranks in sizes:
-        at = scale(base, num_ranks, **assumed)
+        at = scale(
+            base, num_ranks, node_size=node_size, intra=intra, inter=inter, num_nics_per_node=num_nics_per_node,
+            overlap_frac=overlap_frac, imbalance=imbalance, **changes,
+        )  # fmt: skip
         value = at.frame["value"]
         moving = int(value[value.index.str.endswith(" moving")].sum())
         waiting = int(value.get(WAITING, 0))

@@ -6,6 +6,7 @@ of a plan by a cost model, and the titles ``EPOCH_TIME``, ``EPOCH_CELLS`` and ``
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from effkit.padding.accounting import account
@@ -24,7 +25,7 @@ from effkit.padding.totals import PEAK as PEAK
 from effkit.padding.totals import epoch_rows as epoch_rows
 
 if TYPE_CHECKING:
-    from effkit.account import Account
+    from effkit.padding.live import measure
 
 __all__ = [
     "STRATEGIES", "CostModel", "MemoryModel", "Plan", "Watch", "account", "fit_cost", "fit_memory", "lengths",
@@ -32,8 +33,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def measure(plan: Plan, model: Any, **options: Any) -> Account:
-    """The time of one epoch of ``plan`` on a live ``model``: see :func:`effkit.padding.live.measure`."""
-    from effkit.padding import live  # torch is only needed here
+def __getattr__(name: str) -> Any:
+    """``measure`` is imported when first named: torch is only needed there."""
+    if name == "measure":
+        return import_module("effkit.padding.live").measure
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    return live.measure(plan, model, **options)
+
+def __dir__() -> list[str]:
+    return __all__
