@@ -23,3 +23,7 @@ def browse() -> ClaimsBrowser:
     from effkit.claims.browser import ClaimsBrowser  # widgets and pictures only for who asks for them
 
     return ClaimsBrowser()
+
+
+def __dir__() -> list[str]:
+    return __all__
