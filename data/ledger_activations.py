@@ -17,7 +17,7 @@ import effkit as ek
 from effkit import activations
 from effkit.activations import stepping
 from effkit.activations.live import TIME
-from effkit.activations.losses import NOISE
+from effkit.activations.lossy_gradients import NOISE
 from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import PEAK
 from effkit.device import provenance, synchronize

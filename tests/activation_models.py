@@ -11,8 +11,8 @@ import torch
 
 from effkit import models
 from effkit.activations import stepping
-from effkit.activations.counting import FEATURES, MOVED
 from effkit.activations.levers import Levers
+from effkit.activations.op_costs import FEATURES, MOVED
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
 from effkit.models.building import random_tokens

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 
 from effkit.decoder import accounting, memory
-from effkit.decoder.anatomy import BETWEEN, CROSS, CROSS_KV, EMBEDDING, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.calibration import calibrate, probes
 from effkit.decoder.costs import BulkCost, Costs, RowCost, Run
 from effkit.decoder.memory import StepSize
-from effkit.decoder.products import Caches, ProductCost
+from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.module_timers import OF_STEP, Watched
+from effkit.decoder.product_costs import Caches, ProductCost
 from effkit.decoder.setting import DTYPES, Setting
-from effkit.decoder.watching import OF_STEP, Watched
 
 COSTS = Costs(
     layer={

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from effkit import models
 from effkit.activations.checkpointing import blocks, checkpoint
-from effkit.activations.packing import tensors_in, watch
+from effkit.activations.saved_tensor_hooks import tensors_in, watch
 
 LENGTHS = pd.DataFrame({"input_length": [40, 33], "output_length": [4, 5]})
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error
-from effkit.activations.packing import Place, stage
+from effkit.activations.saved_tensor_hooks import Place, stage
 
 
 class Net(nn.Module):

@@ -45,7 +45,7 @@ def test_operators_of_two_micro_batches_stand_for_those_of_all(forecaster, parts
     batch = forecaster.batch(forecaster.size)
     seen = two.replay(batch, Levers(micro_batches=parts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("effkit.activations.replaying._MOST_PARTS", None)
+        patch.setattr("effkit.activations.fake_step._MOST_PARTS", None)
         whole = all_of_them.replay(batch, Levers(micro_batches=parts))
     count = seen.times_run(parts)
     assert set(count) == ({1, parts - 1} if parts > 2 else {1})

@@ -23,7 +23,7 @@ from effkit.advice.families import (
     rows_ns,
     share_of_products,
 )
-from effkit.advice.listening import RECOMPUTED, listening
+from effkit.advice.step_hooks import RECOMPUTED, listening
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 US = 1000

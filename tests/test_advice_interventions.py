@@ -16,7 +16,7 @@ from effkit.advice.interventions import (
     numbers_not_waited_for,
     without_intervening,
 )
-from effkit.advice.listening import ASKS, listening
+from effkit.advice.step_hooks import ASKS, listening
 from effkit.recording import peak_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from effkit.advice.listening import replaced
+from effkit.advice.step_hooks import replaced
 
 
 class Base:

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from effkit import models
-from effkit.decoder.anatomy import layers
 from effkit.decoder.early_exit import exit_at
+from effkit.decoder.module_roles import layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

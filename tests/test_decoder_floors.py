@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from moments import at_a_quiet_moment
-from test_decoder_watching import MODELS, SMALL
+from test_decoder_module_timers import MODELS, SMALL
 
 import effkit as ek
 from effkit import decoder
-from effkit.decoder import floors, watching
-from effkit.decoder.anatomy import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder import floors, module_timers
 from effkit.decoder.generating import prepared, setting_of
-from effkit.decoder.products import Caches, caches, product_cost
+from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.product_costs import Caches, caches, product_cost
 from effkit.device import Device
 
 PARTS = [SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT]
@@ -137,7 +137,7 @@ def test_a_deeper_model_launches_in_proportion():
         ready = prepared(model, None, setting_of(model, num_steps=3, **changes))
         counter = floors.Launches()
         with counter:
-            return watching.watch(ready.model.eval(), ready.call, counter).steps.iloc[-1]
+            return module_timers.watch(ready.model.eval(), ready.call, counter).steps.iloc[-1]
 
     three, six, beams = launches(), launches(decoder_layers=6), launches(num_beams=3)
     for part in (SELF, FFN, NORMS):

@@ -7,14 +7,14 @@ import pytest
 import torch
 import transformers as hub
 from moments import at_a_quiet_moment
-from test_decoder_watching import MODELS
+from test_decoder_module_timers import MODELS
 
 import effkit as ek
 from effkit import decoder
 from effkit.decoder import generating, speculate
-from effkit.decoder.anatomy import CROSS, CROSS_KV, ENCODER, FFN, OUTPUT, SELF
 from effkit.decoder.costs import PREFILL
 from effkit.decoder.generating import make_inputs, prepared, setting_of
+from effkit.decoder.module_roles import CROSS, CROSS_KV, ENCODER, FFN, OUTPUT, SELF
 
 QUICK = {"num_steps": 4, "repeats": 1, "calibrated": False}
 

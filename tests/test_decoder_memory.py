@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers as hub
-from test_decoder_watching import MODELS, SMALL, TINY
+from test_decoder_module_timers import MODELS, SMALL, TINY
 
 import effkit as ek
 from effkit import decoder
-from effkit.decoder import anatomy, configurations, memory
+from effkit.decoder import configurations, memory, module_roles
 from effkit.decoder.generating import prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, kv_cache_bytes
 
@@ -158,8 +158,8 @@ def test_a_token_meets_only_the_experts_that_it_is_sent_to():
         for n in (1, 4)
     )
     expert = 3 * 32 * 48
-    assert one.of_part[anatomy.FFN] == expert + 32, "its matrices, and a row of the router"
-    assert four.of_part[anatomy.FFN] == expert + 4 * 32
+    assert one.of_part[module_roles.FFN] == expert + 32, "its matrices, and a row of the router"
+    assert four.of_part[module_roles.FFN] == expert + 4 * 32
     assert four.per_decoder_layer - one.per_decoder_layer == 3 * expert + 3 * 32, "memory holds all of them"
 
 
@@ -169,12 +169,12 @@ def test_parts_of_a_layer_and_what_a_step_reads():
     parts = known.parameters(setting_of(model)).of_part
     layer = model.model.decoder.layers[0]
     attention = sum(parameter.numel() for parameter in layer.self_attn.parameters())
-    assert parts[anatomy.SELF] == attention == 4 * (32 * 32 + 32)
-    assert parts[anatomy.CROSS_KV] == parts[anatomy.CROSS] == attention // 2
-    assert parts[anatomy.FFN] == sum(p.numel() for one in (layer.fc1, layer.fc2) for p in one.parameters())
+    assert parts[module_roles.SELF] == attention == 4 * (32 * 32 + 32)
+    assert parts[module_roles.CROSS_KV] == parts[module_roles.CROSS] == attention // 2
+    assert parts[module_roles.FFN] == sum(p.numel() for one in (layer.fc1, layer.fc2) for p in one.parameters())
     setting = setting_of(model, input_length=40, num_steps=3)
     # three layers of 2.5 parts and the output; keys and values of 1, 2, 3 cells so far: 2 on average; 10 encoder cells
-    weights = 3 * (parts[anatomy.SELF] * 3 // 2 + parts[anatomy.FFN]) + parts[anatomy.OUTPUT]
+    weights = 3 * (parts[module_roles.SELF] * 3 // 2 + parts[module_roles.FFN]) + parts[module_roles.OUTPUT]
     assert known.step_size(setting) == memory.StepSize(1, 4 * (weights + 2 * 3 * 32 * (2 + 10)))
 
 

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from effkit import models
-from effkit.decoder import anatomy
+from effkit.decoder import module_roles
 from effkit.decoder.configurations import changed, sizes
 from effkit.decoder.rebalancing import model_class, parameters, rebalance, static_decoding
 
@@ -77,7 +77,7 @@ def test_rebalanced_is_the_nearest_number_of_encoder_layers(name):
     assert min(off) == off[1]
     assert off[1] / budget <= 0.02
     model = model_class(moved)(moved)
-    assert len(anatomy.layers(model)) == 4
+    assert len(module_roles.layers(model)) == 4
     assert sum(parameter.numel() for parameter in model.parameters()) - budget in (off[1], -off[1])
     # what was not asked for stays: of the two numbers of layers and their aliases, only
     other = {key for key, value in moved.to_dict().items() if before.get(key) != value}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_snapshots import ACTS, Allocator, alive_at_each, dump, lived
 
 from effkit import snapshot
-from effkit.snapshot.pairing import distinct
+from effkit.snapshot.alloc_free_pairs import distinct
 
 RECORDED = Path(os.environ.get("EFFKIT_RECORDED", Path(__file__).resolve().parents[2] / "shared" / "data"))
 FILES = sorted(RECORDED.glob("snapshots/*.pickle"))

@@ -42,16 +42,16 @@ NAMES = {  # tag in the stored data -> module of effkit, and class
     "account": "account Account",
     "padding": "padding.live Calibration", "plan": "padding.plans Plan", "padding cost": "padding.cost CostModel",
     "padding memory": "padding.memory MemoryModel",
-    "activations": "activations.live Calibration", "clock": "activations.clock Clock",
-    "workspace": "activations.workspace Workspace", "signature": "activations.timeline Signature",
+    "activations": "activations.live Calibration", "clock": "activations.time_model Clock",
+    "workspace": "activations.op_workspace Workspace", "signature": "activations.timeline Signature",
     "moe": "moe.calibration Calibration", "moe costs": "moe.costs Costs", "handing": "moe.costs Handing",
     "moe setting": "moe.setting Setting", "moe step": "moe.recorded Step", "of rank": "moe.recorded OfRank",
     "call": "moe.recorded Call",
     "decoder": "decoder.calibration Calibration", "decoder setting": "decoder.setting Setting",
     "decoder run": "decoder.costs Run", "decoder costs": "decoder.costs Costs", "row cost": "decoder.costs RowCost",
     "bulk cost": "decoder.costs BulkCost", "decoder memory": "decoder.memory Memory",
-    "step size": "decoder.memory StepSize", "caches": "decoder.products Caches",
-    "product cost": "decoder.products ProductCost",
+    "step size": "decoder.memory StepSize", "caches": "decoder.product_costs Caches",
+    "product cost": "decoder.product_costs ProductCost",
 }  # fmt: skip
 RENAMED: dict[str, str] = {}  # "tag.field as stored" -> field now
 FORECASTER, WORKSPACE = "forecaster", "workspace"  # of the activation lab's calibration, and of its forecaster

@@ -14,11 +14,11 @@ from effkit.activations.levers import Levers
 from effkit.activations.live import TIME as TIME
 from effkit.activations.live import measure
 from effkit.activations.low_bit import LowBitAdamW, update_error
-from effkit.activations.observing import Observation as Observation
-from effkit.activations.observing import observe as observe
 from effkit.activations.offloading import offloaded
 from effkit.activations.planning import cheapest, front
 from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif
+from effkit.activations.real_step import Observation as Observation
+from effkit.activations.real_step import observe as observe
 from effkit.activations.stepping import BACKWARD as BACKWARD
 from effkit.activations.stepping import FORWARD as FORWARD
 from effkit.activations.stepping import OPTIMIZER as OPTIMIZER

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor, strided
 
-from effkit.activations.packing import Place, is_weight, stage
 from effkit.activations.quantising import Quantised, check_options, dequantise, quantise
-from effkit.activations.regions import Kept, Once, PerStorage, Region
+from effkit.activations.saved_tensor_hooks import Place, is_weight, stage
+from effkit.activations.storage_views import Kept, Once, PerStorage, Region
 
 # Quantising and restoring take 0.1 ms whatever the size (one CPU core): below this they would save less than 12 KiB.
 _MIN_ELEMENTS = 4096

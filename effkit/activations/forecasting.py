@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from effkit.activations import stepping, workspace
-from effkit.activations.clock import Clock
-from effkit.activations.elsewhere import ASSUMED
+from effkit.activations import op_workspace, stepping
+from effkit.activations.fake_step import Replayer
+from effkit.activations.gpu_assumptions import ASSUMED
 from effkit.activations.levers import Levers
-from effkit.activations.observing import Observation, observe
-from effkit.activations.replaying import Replayer
-from effkit.activations.surface import Surface
+from effkit.activations.memory_model import Surface
+from effkit.activations.op_workspace import Workspace
+from effkit.activations.real_step import Observation, observe
+from effkit.activations.time_model import Clock
 from effkit.activations.timeline import Timeline, rows_at
-from effkit.activations.workspace import Workspace
 from effkit.training import Loss, MakeOptimizer, own_loss, residents, still, unchanged
 
 MakeBatch = Callable[[int, int | None], Any]
@@ -202,7 +202,7 @@ class Forecaster:
         settings = [(size, one) for one in (Levers(), *levers) for size in sizes]
         observed = [self.observe(model, self.batch(size), one).timeline for size, one in settings]
         replayed = [self._replayer.replay(self.batch(size), one) for size, one in settings]
-        self.workspace = workspace.fit(observed, replayed)
+        self.workspace = op_workspace.fit(observed, replayed)
         self._timelines.clear()
         self._surfaces.clear()
         self._times.clear()

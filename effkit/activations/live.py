@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from effkit.account import Account
-from effkit.activations import losses, stepping, workspace
+from effkit.activations import lossy_gradients, op_workspace, stepping
 from effkit.activations.checkpointing import blocks
-from effkit.activations.clock import Clock, Run
-from effkit.activations.following import OUTSIDE
 from effkit.activations.forecasting import Forecaster, MakeBatch, Size
 from effkit.activations.levers import COMPRESSIONS, Levers
 from effkit.activations.low_bit import STATES
-from effkit.activations.observing import Observation
+from effkit.activations.real_step import Observation
 from effkit.activations.settings import complete, parted
+from effkit.activations.storage_tracker import OUTSIDE
+from effkit.activations.time_model import Clock, Run
 from effkit.activations.timeline import PEAK, Timeline
 from effkit.device import synchronize
 from effkit.lab import Progress
@@ -131,15 +131,15 @@ def measure(
         observed.append(forecaster.observe(model, forecaster.batch(size), one))
     phases = _timed(forecaster, model, size, timed, repeats, lambda done: tell(len(timed) + done, num_runs))
     here, given = observed[0], forecaster.batch(size)
-    noise = losses.noise(model, given, forecaster.loss) if any(map(losses.lossy, timed)) else ()
+    noise = lossy_gradients.noise(model, given, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
     if earlier:
         calibration = replace(earlier, observed=here)
     else:
         error = _calibrated(forecaster, model, size, timed, observed)
         runs = [Run(lever, seen.timeline, seen.durations_ns, sum(spent.values()))
                 for lever, seen, spent in zip(timed, observed, phases, strict=True)]  # fmt: skip
-        errors = {name: losses.measured(model, given, alone, forecaster.loss)
-                  for one in timed[1:] for name, alone in losses.lossy(one).items()}  # fmt: skip
+        errors = {name: lossy_gradients.measured(model, given, alone, forecaster.loss)
+                  for one in timed[1:] for name, alone in lossy_gradients.lossy(one).items()}  # fmt: skip
         calibration = Calibration(forecaster, here, Clock.fit(runs) if time_levers else None, error, errors, noise)
     return Account.of(
         PEAK, "bytes", here.rows, total=here.peak_bytes, source=here.source, setting=wanted, calibration=calibration,
@@ -147,7 +147,8 @@ def measure(
             Account.of(TIME, "ns", phases[0], total=sum(phases[0].values()), source=f"wall time, fastest of {repeats}",
                        setting=wanted),
             saved_account(here.timeline, here.kept_bytes, "operator", "the allocator when backward began"),
-            *((losses.measured(model, given, levers, forecaster.loss), *noise) if losses.lossy(levers) else ()),
+            *((lossy_gradients.measured(model, given, levers, forecaster.loss), *noise)
+              if lossy_gradients.lossy(levers) else ()),
         ),
     )  # fmt: skip
 
@@ -167,7 +168,7 @@ def _calibrated(
 ) -> float:
     """Teach the forecaster what a replay does not see, if there is any; its error on the step that was measured."""
     try:
-        if any(workspace.opaque(seen.timeline) for seen in observed):
+        if any(op_workspace.opaque(seen.timeline) for seen in observed):
             forecaster.calibrate(model, *{half: None for one in timed for half in one.half})
         predicted = int(forecaster.timeline(size, timed[0]).levels().sum(axis=0).max())
     except ValueError:  # this step can be measured, not forecast; who asks for a forecast is told why

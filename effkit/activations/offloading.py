@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from effkit.activations.packing import Place, is_weight, stage, tensors_in
-from effkit.activations.regions import Away, Kept, Once, PerStorage, Region
+from effkit.activations.saved_tensor_hooks import Place, is_weight, stage, tensors_in
+from effkit.activations.storage_views import Away, Kept, Once, PerStorage, Region
 
 # Below this a copy is all latency: 10 us over PCIe is the time of 256 KiB at 25 GB/s.
 _MIN_ELEMENTS = 4096
@@ -22,8 +22,8 @@ _MIN_ELEMENTS = 4096
 class Offloaded(NamedTuple):
     """What is kept in place of a saved tensor: a region of its storage in host memory, and how it lies in it.
 
-    Where another stage has put a :class:`~effkit.activations.regions.Once` in the tensor's place, what that holds goes
-    to host memory instead; ``tensors_away`` tells in both cases.
+    Where another stage has put a :class:`~effkit.activations.storage_views.Once` in the tensor's place, what that
+    holds goes to host memory instead; ``tensors_away`` tells in both cases.
     """
 
     region: Region

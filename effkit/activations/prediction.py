@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from effkit.account import Account
-from effkit.activations import losses, workspace
+from effkit.activations import lossy_gradients, op_workspace
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS
 from effkit.activations.live import TIME, Calibration, measure, saved_account
@@ -82,7 +82,7 @@ def forecast(
         As in :func:`measure`.
     device
         ``"cuda"``: as on a GPU, on a machine that has none. What a GPU does otherwise is then assumed, not measured:
-        see :mod:`effkit.activations.elsewhere`.
+        see :mod:`effkit.activations.gpu_assumptions`.
     calibrate
         Whether to run the small steps; where a replay is known to need them, unless given.
     setting
@@ -219,7 +219,7 @@ def _forecaster(
     forecaster.size, levers = parted(complete(forecaster.rest(), setting))
     if calibrate is None:
         real = device is None and not any(parameter.is_meta for parameter in model.parameters())
-        calibrate = real and workspace.opaque(forecaster.timeline(forecaster.size, levers))
+        calibrate = real and op_workspace.opaque(forecaster.timeline(forecaster.size, levers))
     if calibrate:
         forecaster.calibrate(model, *levers.half)
     return forecaster
@@ -239,7 +239,7 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
             basis="derived", **interval(time_ns, time_ns * Trust(clock.error_frac).band_frac), setting=wanted,
             in_range=peak.covered and clock.knows(levers),
-        ), *losses.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
+        ), *lossy_gradients.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
     return Account.of(
         PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, total * trust.band_frac),
         source=f"a replay on fake tensors: the peak is in {peak.phase}, at {peak.op}{forecaster.assumptions}",

@@ -7,7 +7,7 @@ from effkit.advice.levers import Advice, Lever
 from effkit.advice.overviews import Overview
 from effkit.advice.recording_ranks import record
 from effkit.advice.studies import Study
-from effkit.advice.studying import study
+from effkit.advice.study_entry import study
 
 __all__ = ["Advice", "Lever", "Overview", "Study", "lightning_callback", "record", "study", "trainer_callback"]
 

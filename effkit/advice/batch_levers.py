@@ -18,8 +18,8 @@ from effkit import padding
 from effkit.account import Account
 from effkit.advice.examples import Examples, rebuilt
 from effkit.advice.levers import Lever, banded
-from effkit.advice.looping import WARM_UP, wait_ns
-from effkit.advice.scales import LEFT, in_turn, limit_bytes, relative
+from effkit.advice.loop_comparison import LEFT, in_turn, limit_bytes, relative
+from effkit.advice.loop_timing import WARM_UP, wait_ns
 from effkit.lab import SPREAD
 from effkit.padding import EPOCH_CELLS, EPOCH_TIME, PEAK, epoch_rows, input_lengths, plan_at
 from effkit.units import readable

@@ -14,9 +14,9 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from effkit.advice.listening import replaced
+from effkit.advice.step_hooks import replaced
 from effkit.advice.studies import Study
-from effkit.advice.studying import study
+from effkit.advice.study_entry import study
 from effkit.training import forward, own_loss
 
 _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")

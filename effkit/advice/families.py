@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from effkit import operators
-from effkit.advice.listening import RECOMPUTED
+from effkit.advice.step_hooks import RECOMPUTED
 from effkit.captured import Capture
 from effkit.panes.families import of_device, of_host
 from effkit.panes.tables import each_operator

@@ -13,9 +13,9 @@ import pandas as pd
 from effkit import decoder
 from effkit.account import Account
 from effkit.advice.levers import Advice, Lever, ranked
-from effkit.advice.listening import replaced
+from effkit.advice.model_summary import described
 from effkit.advice.overviews import Overview
-from effkit.advice.parts import described
+from effkit.advice.step_hooks import replaced
 from effkit.advice.studies import Study
 from effkit.decoder import CACHE, WEIGHTS
 from effkit.device import synchronize

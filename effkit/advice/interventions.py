@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as checkpointing
 
-from effkit.advice.listening import ASKS, own_code, replaced
+from effkit.advice.step_hooks import ASKS, own_code, replaced
 from effkit.training import drop_gradients
 
 Intervention = Callable[[torch.nn.Module], AbstractContextManager[None]]

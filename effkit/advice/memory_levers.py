@@ -9,9 +9,9 @@ from effkit import activations
 from effkit.account import Account
 from effkit.activations import TIME, Levers
 from effkit.advice import interventions, probing
-from effkit.advice.kept import detached_after, growth_bytes
+from effkit.advice.leaks import detached_after, growth_bytes
 from effkit.advice.levers import Advice, Lever, banded
-from effkit.advice.scales import limit_bytes
+from effkit.advice.loop_comparison import limit_bytes
 from effkit.units import readable
 
 if TYPE_CHECKING:

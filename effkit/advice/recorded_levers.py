@@ -11,7 +11,7 @@ import pandas as pd
 from effkit.account import Account
 from effkit.advice import families
 from effkit.advice.levers import Advice, Lever, banded, ranked
-from effkit.advice.scales import LEFT
+from effkit.advice.loop_comparison import LEFT
 from effkit.captured import Capture
 from effkit.loading import load
 from effkit.loading.fleet import Fleet

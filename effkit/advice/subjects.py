@@ -12,10 +12,10 @@ import torch
 from effkit.account import Account
 from effkit.advice.examples import Examples
 from effkit.advice.experts import Experts
-from effkit.advice.kept import Kept
-from effkit.advice.listening import Heard
+from effkit.advice.leaks import Kept
 from effkit.advice.overviews import Overview
 from effkit.advice.probing import Peaks, Step
+from effkit.advice.step_hooks import Heard
 from effkit.captured import Capture
 from effkit.padding import Plan
 from effkit.receipt import Receipt

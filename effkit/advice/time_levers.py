@@ -13,7 +13,7 @@ from effkit.account import Account
 from effkit.advice import batch_levers, expert_levers, families, interventions, probing
 from effkit.advice.interventions import Intervention
 from effkit.advice.levers import Lever, banded
-from effkit.advice.scales import LEFT, in_turn, limit_bytes
+from effkit.advice.loop_comparison import LEFT, in_turn, limit_bytes
 from effkit.device import Device
 from effkit.units import readable
 

@@ -13,16 +13,16 @@ import torch
 from effkit import activations, padding
 from effkit.account import Account
 from effkit.activations import BACKWARD, FORWARD, OPTIMIZER, PEAK, Observation, observe
-from effkit.advice import expert_levers, experts, families, looping, memory_levers, time_levers
+from effkit.advice import expert_levers, experts, families, loop_timing, memory_levers, time_levers
 from effkit.advice.examples import Examples, drawn, order_kept, why_not_drawn
 from effkit.advice.experts import Experts
-from effkit.advice.kept import Kept, kept
+from effkit.advice.leaks import Kept, kept
 from effkit.advice.levers import Advice, Lever, ranked
-from effkit.advice.listening import listening
+from effkit.advice.model_summary import described
 from effkit.advice.overviews import Overview, ceilings
-from effkit.advice.parts import described
 from effkit.advice.probing import Peaks, Step
-from effkit.advice.restoring import restored
+from effkit.advice.restore_state import restored
+from effkit.advice.step_hooks import listening
 from effkit.advice.studies import Study
 from effkit.device import Device
 from effkit.padding import EPOCH_CELLS
@@ -77,7 +77,7 @@ class TrainingStudy(Study):
             self.epoch = self._epoch()
             self.steps_ns = self._times()
             self.waiting_ns, self.loop_ns = self._wait()
-            self.rows_ns, self.num_operators = looping.rows(
+            self.rows_ns, self.num_operators = loop_timing.rows(
                 self.step, model, self.batches, recomputes=self.heard.num_recomputed > 0, steps_ns=self.steps_ns
             )
 
@@ -160,7 +160,7 @@ class TrainingStudy(Study):
     def _wait(self) -> tuple[float, float]:
         if self.loader is None:
             return 0.0, self.computing_ns
-        return looping.wait_ns(self.step, self.loader, len(self.batches))
+        return loop_timing.wait_ns(self.step, self.loader, len(self.batches))
 
     @cached_property
     def account(self) -> Account:

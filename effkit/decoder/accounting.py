@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from effkit.account import Account
-from effkit.decoder.anatomy import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.costs import PREFILL, START, Run
 from effkit.decoder.memory import CacheBytes
+from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.module_timers import Watched
 from effkit.decoder.setting import Setting
-from effkit.decoder.watching import Watched
 
 TIME = "Time of one generation"
 ROWS = (ENCODER, CROSS_KV, PREFILL, SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT, BETWEEN, START)

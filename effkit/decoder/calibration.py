@@ -11,7 +11,7 @@ import numpy as np
 from effkit.decoder import configurations
 from effkit.decoder.costs import Costs, Run, fit
 from effkit.decoder.memory import Memory, in_weights
-from effkit.decoder.products import Caches, ProductCost
+from effkit.decoder.product_costs import Caches, ProductCost
 from effkit.decoder.setting import Setting
 from effkit.lab import Trust, rms
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from effkit.decoder.anatomy import (
+from effkit.decoder.memory import StepSize
+from effkit.decoder.module_roles import (
     BETWEEN,
     CROSS,
     CROSS_KV,
@@ -19,10 +20,9 @@ from effkit.decoder.anatomy import (
     OUTPUT,
     SELF,
 )
-from effkit.decoder.memory import StepSize
-from effkit.decoder.products import Caches
+from effkit.decoder.module_timers import Watched
+from effkit.decoder.product_costs import Caches
 from effkit.decoder.setting import Setting
-from effkit.decoder.watching import Watched
 from effkit.least_squares import Floats, nonnegative
 
 START, PREFILL = "before and after the steps", "prefill"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from effkit.decoder.anatomy import layers
+from effkit.decoder.module_roles import layers
 
 # what encoder-decoders call it; others: num_hidden_layers
 _DEPTHS = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers")

@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effkit.account import Account
-from effkit.decoder.anatomy import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.calibration import Calibration
+from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.module_timers import Ints
 from effkit.decoder.setting import DTYPES
-from effkit.decoder.watching import Ints
 from effkit.device import Device
 from effkit.lab import calibration_of
 from effkit.timing import elapsed_ns

@@ -11,7 +11,6 @@ import torch
 
 from effkit.account import Account
 from effkit.decoder import accounting, configurations
-from effkit.decoder.altering import rows_ns
 from effkit.decoder.calibration import (
     Calibration,
     Observed,
@@ -23,10 +22,11 @@ from effkit.decoder.costs import Run
 from effkit.decoder.floors import Launches, reading_rate
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
-from effkit.decoder.products import caches, product_cost
+from effkit.decoder.module_timers import Watched, watch
+from effkit.decoder.product_costs import caches, product_cost
+from effkit.decoder.scaling_rules import rows_ns
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.stepping import measure_step
-from effkit.decoder.watching import Watched, watch
 from effkit.lab import Progress, calibration_of, tell
 from effkit.timing import elapsed_ns
 from effkit.training import evaluating

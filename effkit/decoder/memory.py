@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from effkit.decoder import anatomy, configurations
+from effkit.decoder import configurations, module_roles
 from effkit.decoder.setting import DTYPES, Setting
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call their number
@@ -58,12 +58,12 @@ def count(kind: type, config: Any) -> Parameters:
     one = num_parameters(small)
     per_decoder = num_parameters(deep) - one
     per_encoder = num_parameters(without_memory(kind, config, 2, 1)) - one if coded else 0
-    of_part = dict.fromkeys((anatomy.SELF, anatomy.CROSS, anatomy.CROSS_KV, anatomy.FFN), 0)
-    for name, module in anatomy.of_layer(anatomy.layers(deep)[-1]):
+    of_part = dict.fromkeys((module_roles.SELF, module_roles.CROSS, module_roles.CROSS_KV, module_roles.FFN), 0)
+    for name, module in module_roles.of_layer(module_roles.layers(deep)[-1]):
         of_part[name] += num_parameters(module) - _idle(module, config)
-    of_part[anatomy.CROSS] -= of_part[anatomy.CROSS_KV]
+    of_part[module_roles.CROSS] -= of_part[module_roles.CROSS_KV]
     output = small.get_output_embeddings()
-    of_part[anatomy.OUTPUT] = num_parameters(output) if output is not None else 0
+    of_part[module_roles.OUTPUT] = num_parameters(output) if output is not None else 0
     return Parameters(one - per_encoder - per_decoder, per_encoder, per_decoder, of_part)
 
 
@@ -193,8 +193,8 @@ class Memory:
         """What a step of this setting reads."""
         prompt = self.prompt_cells if setting.encoder_layers else setting.input_length
         of_part, cache = self.parameters(setting).of_part, self.cache(setting)
-        layer = sum(of_part[part] for part in (anatomy.SELF, anatomy.CROSS, anatomy.FFN))
-        weights = (setting.depth * layer + of_part[anatomy.OUTPUT]) * _weight_bits(setting) // 8
+        layer = sum(of_part[part] for part in (module_roles.SELF, module_roles.CROSS, module_roles.FFN))
+        weights = (setting.depth * layer + of_part[module_roles.OUTPUT]) * _weight_bits(setting) // 8
         last = prompt + setting.num_steps - 1
         mean = cache.self_attention * (prompt + last) // (2 * last)
         return StepSize(prompt, weights + mean + cache.cross_attention)

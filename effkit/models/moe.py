@@ -14,9 +14,9 @@ from torch import nn
 
 from effkit.models import lsh
 from effkit.models.building import check_counts, chosen_device
+from effkit.models.dispatch_combine import Travel
 from effkit.models.exchange import Exchange, Marks
 from effkit.models.messages import GROUP
-from effkit.models.travelling import Travel
 
 
 class ExpertParallel(nn.Module):

@@ -10,15 +10,15 @@ from effkit.moe.accounting import UNSEEN as UNSEEN
 from effkit.moe.accounting import account
 from effkit.moe.balancing import worth_balancing
 from effkit.moe.cluster import scale, scaling_table
+from effkit.moe.compression_error import output_error
 from effkit.moe.launching import why_no_links
 from effkit.moe.links import delays, link
 from effkit.moe.live import measure, prepare
 from effkit.moe.loads import balanced_placement, imbalance
-from effkit.moe.lossy import output_error
 from effkit.moe.prediction import best_degrees, predict, whatif
+from effkit.moe.rank_spans import timeline
 from effkit.moe.setting import Setting
 from effkit.moe.slowness import find_slow
-from effkit.moe.stretches import timeline
 
 __all__ = [
     "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link", "measure",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from effkit.lab import Progress
-from effkit.moe import nodes, routing
+from effkit.moe import netns, routing
 from effkit.moe.recorded import Run, read
 from effkit.moe.setting import Setting
 
@@ -179,19 +179,19 @@ def _check_detours(detours: Sequence[Slow | None], num_nodes: int) -> None:
 
 
 def _command(folder: Path, num_ranks: int, run: Mapping[str, Any]) -> list[str]:
-    """A process that ends with this one, and that all others end with (:func:`nodes.end_with_parent`)."""
+    """A process that ends with this one, and that all others end with (:func:`netns.end_with_parent`)."""
     per_node = run["ranks_per_node"]
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(per_node)]
-    rank = [nodes.__file__, json.dumps({"folder": str(folder), "parent": "{pid}"})]
+    rank = [netns.__file__, json.dumps({"folder": str(folder), "parent": "{pid}"})]
     plan: dict[str, Any] = {"parent": os.getpid()}
     if not run["link_bytes_per_s"] and not run["slow"]:
         plan["command"] = [*start, "--standalone", *rank]
-        return [sys.executable, nodes.__file__, json.dumps(plan)]
+        return [sys.executable, netns.__file__, json.dumps(plan)]
     num_nodes = num_ranks // per_node
     start += ["--nnodes", str(num_nodes), "--node-rank", "{node}", "--master-addr", "{master}"]
     plan |= {"command": [*start, "--master-port", str(_PORT), *rank], "num_nodes": num_nodes, "folder": str(folder),
              "bytes_per_s": run["link_bytes_per_s"], "slow": run["slow"]}  # fmt: skip
-    return [*_unshare(), sys.executable, nodes.__file__, json.dumps(plan)]
+    return [*_unshare(), sys.executable, netns.__file__, json.dumps(plan)]
 
 
 def _watch(
@@ -202,7 +202,7 @@ def _watch(
     Ranks that have written all they saw are done, whether they then end well, badly, or not at all: the launcher waits
     for them at a barrier of its own, up to five minutes.
     """
-    here = str(Path(nodes.__file__).parents[2])
+    here = str(Path(netns.__file__).parents[2])
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     # the launcher leaves folders of its own behind: they go with ours
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, "TMPDIR": str(folder)}
@@ -255,7 +255,7 @@ def _left(folder: Path) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             words = path.read_bytes()
-            ours = b"effkit.moe.rank" in words or os.fsencode(nodes.__file__) in words
+            ours = b"effkit.moe.rank" in words or os.fsencode(netns.__file__) in words
             if ours and os.fsencode(folder.name) in words and int(path.parent.name) != os.getpid():
                 found.append(int(path.parent.name))
     return found

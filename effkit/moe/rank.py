@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from effkit.device import provenance, synchronize
 from effkit.moe import routing
 from effkit.moe.layers import layer_of
-from effkit.moe.nodes import ask_for, end_with_parent
+from effkit.moe.netns import ask_for, end_with_parent
 from effkit.moe.setting import Setting
 from effkit.whole_files import replacing
 

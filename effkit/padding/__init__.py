@@ -10,19 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from effkit.padding.accounting import account
-from effkit.padding.auditing import Watch, watch
-from effkit.padding.auditing import input_lengths as input_lengths
 from effkit.padding.cost import CostModel, fit_cost
+from effkit.padding.epoch_accounts import EPOCH_CELLS as EPOCH_CELLS
+from effkit.padding.epoch_accounts import EPOCH_TIME as EPOCH_TIME
+from effkit.padding.epoch_accounts import PEAK as PEAK
+from effkit.padding.epoch_accounts import epoch_rows as epoch_rows
+from effkit.padding.loader_audit import Watch, watch
+from effkit.padding.loader_audit import input_lengths as input_lengths
 from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.planning import STRATEGIES, plan
 from effkit.padding.plans import Plan
 from effkit.padding.prediction import plan_at as plan_at
 from effkit.padding.prediction import predict, whatif
 from effkit.padding.sources import lengths
-from effkit.padding.totals import EPOCH_CELLS as EPOCH_CELLS
-from effkit.padding.totals import EPOCH_TIME as EPOCH_TIME
-from effkit.padding.totals import PEAK as PEAK
-from effkit.padding.totals import epoch_rows as epoch_rows
 
 if TYPE_CHECKING:
     from effkit.padding.live import measure

@@ -9,7 +9,7 @@ import numpy as np
 
 from effkit.account import Account
 from effkit.captured import Capture
-from effkit.padding.auditing import Watch
+from effkit.padding.loader_audit import Watch
 from effkit.padding.plans import Plan
 
 

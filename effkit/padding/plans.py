@@ -13,7 +13,7 @@ import pandas as pd
 from effkit.account import Account
 from effkit.padding import flops
 from effkit.padding.buckets import Ints
-from effkit.padding.dealing import straggler
+from effkit.padding.rank_sharding import straggler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,9 +11,17 @@ import pandas as pd
 from effkit.account import Account
 from effkit.lab import Trust, asked, calibration_of, interval
 from effkit.lab.knobs import checked_whole
+from effkit.padding.epoch_accounts import (
+    EPOCH_TIME,
+    LIMIT_KNOBS,
+    PEAK,
+    cells_account,
+    epoch_rows,
+    peak_account,
+    steps_account,
+)
 from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, plan
 from effkit.padding.plans import Plan
-from effkit.padding.totals import EPOCH_TIME, LIMIT_KNOBS, PEAK, cells_account, epoch_rows, peak_account, steps_account
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from effkit.padding.buckets import Ints
-from effkit.padding.dealing import Batched, Step, deal
+from effkit.padding.rank_sharding import Batched, Step, deal
 
 
 class Planned(Batched, Protocol):

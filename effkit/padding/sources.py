@@ -103,7 +103,7 @@ def lengths(
         columns = {name: source[name] for name in (chosen_in, chosen_out) if name}
         source = pd.DataFrame({name: list(column) for name, column in columns.items()})
     if hasattr(source, "batch_sampler") and hasattr(source, "dataset"):  # a DataLoader
-        from effkit.padding.auditing import watch
+        from effkit.padding.loader_audit import watch
 
         return watch(source).run().lengths
     if not isinstance(source, pd.DataFrame):

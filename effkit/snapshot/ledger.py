@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from effkit.snapshot.pairing import distinct, pair
+from effkit.snapshot.alloc_free_pairs import distinct, pair
 from effkit.snapshot.stacks import NOTHING, Stacks
 
 ALLOC, FREE, RESERVE, RETURN, OOM = range(1, 6)

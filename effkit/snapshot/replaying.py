@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from effkit.snapshot.alloc_free_pairs import ALLOCATION_COLUMNS, chosen, moments
 from effkit.snapshot.categories import CATEGORIES, KNOWN_BY, categorise
 from effkit.snapshot.ledger import OOM, RESERVE, RETURN, Ledger
 from effkit.snapshot.mapping import pieces
-from effkit.snapshot.pairing import ALLOCATION_COLUMNS, chosen, moments
 from effkit.snapshot.stacks import NOTHING, Stacks
 from effkit.snapshot.unpickling import unpickle
 

@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from effkit.activations.fake_step import Replayer
 from effkit.activations.levers import Levers
-from effkit.activations.replaying import Replayer
 from lessons.recounted import beside
 
 # COAT (arXiv 2410.19313), Table 2, "Llama-style", in U = batch x sequence x hidden x 2 bytes.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from effkit import models
+from effkit.activations.fake_step import Replayer
 from effkit.activations.levers import Levers
-from effkit.activations.replaying import Replayer
 from lessons.recounted import beside
 
 _MIB = 2**20

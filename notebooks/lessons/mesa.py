@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from effkit import models
 from effkit.activations.compressing import compressed
+from effkit.activations.fake_step import Replayer
 from effkit.activations.gradients import ALL, gradient_error
 from effkit.activations.levers import NONE, Levers
-from effkit.activations.replaying import Replayer
 from effkit.activations.timeline import CATEGORIES
 from lessons.recounted import beside
 

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from effkit.decoder.anatomy import layers
 from effkit.decoder.early_exit import check_depth, exit_at
 from effkit.decoder.memory import in_cache, in_weights
+from effkit.decoder.module_roles import layers
 from effkit.device import synchronize
 from effkit.models import text
 from effkit.training import evaluating

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from effkit import models
-from effkit.decoder.anatomy import like_layers
+from effkit.decoder.module_roles import like_layers
 from effkit.timing import interleaved_ns
 from effkit.training import forward, own_loss, saved_bytes, unchanged
 

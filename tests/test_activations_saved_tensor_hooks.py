@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from effkit.activations.checkpointing import checkpoint
 from effkit.activations.compressing import Compressed, compressed
 from effkit.activations.offloading import Offloaded, Staying, offloaded
-from effkit.activations.packing import Place, is_weight, stage, tensors_away, tensors_in, watch
-from effkit.activations.regions import Once
+from effkit.activations.saved_tensor_hooks import Place, is_weight, stage, tensors_away, tensors_in, watch
+from effkit.activations.storage_views import Once
 
 
 @contextmanager

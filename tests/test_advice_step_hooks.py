@@ -12,7 +12,7 @@ from torch.optim import optimizer as optimizers
 from torch.utils.checkpoint import checkpoint
 
 import effkit as ek
-from effkit.advice.listening import ASKS, RECOMPUTED, listening, own_code, replaced
+from effkit.advice.step_hooks import ASKS, RECOMPUTED, listening, own_code, replaced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = torch.ones(6, 4)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from effkit.activations.counting import HALF_FLOPS, MOVED
+from effkit.activations.op_costs import HALF_FLOPS, MOVED
 from effkit.activations.timeline import Signature, Timeline
 from effkit.operators import CONVOLUTION, RECURRENT, family_of_operator
 

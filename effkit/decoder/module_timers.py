@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from effkit.decoder.anatomy import (
+from effkit.decoder.module_roles import (
     BETWEEN,
     CROSS,
     CROSS_KV,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from effkit.activations.regions import Away, Kept, Once
+from effkit.activations.storage_views import Away, Kept, Once
 
 
 class Place(IntEnum):

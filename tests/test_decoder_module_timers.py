@@ -6,9 +6,9 @@ import transformers as hub
 from torch import nn
 
 import effkit as ek
-from effkit.decoder import anatomy, watching
-from effkit.decoder.anatomy import BETWEEN, CROSS, CROSS_KV, EMBEDDING, FFN, OUTPUT, SELF
+from effkit.decoder import module_roles, module_timers
 from effkit.decoder.generating import prepared, setting_of
+from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, FFN, OUTPUT, SELF
 from effkit.training import evaluating
 
 
@@ -23,7 +23,7 @@ class Ticks:
         return self.now
 
     def ns(self, marks):
-        return watching.np.asarray(marks) - marks[0]
+        return module_timers.np.asarray(marks) - marks[0]
 
 
 TINY = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 2, "decoder_layers": 3,
@@ -53,7 +53,7 @@ def watched(model, num_steps=4, clock=None, **changes):
     setting = setting_of(model, num_steps=num_steps, **changes)
     ready = prepared(model, None, setting)
     with evaluating(ready.model):
-        return watching.watch(ready.model, ready.call, clock)
+        return module_timers.watch(ready.model, ready.call, clock)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -63,7 +63,7 @@ def test_the_parts_of_every_step_sum_to_the_whole(name):
     seen = watched(model)
     coded = model.config.is_encoder_decoder
     assert len(seen.steps) == 4
-    assert list(seen.steps.columns) == list(watching.OF_STEP)
+    assert list(seen.steps.columns) == list(module_timers.OF_STEP)
     assert seen.wall_ns == seen.encoder_ns + int(seen.steps.to_numpy().sum()) + seen.start_ns
     assert seen.start_ns > 0
     assert (seen.encoder_ns > seen.encoder_layers_ns > 0) is coded
@@ -109,17 +109,17 @@ def test_a_generation_that_fails_leaves_no_clocks_behind():
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        watching.watch(model, fail)
+        module_timers.watch(model, fail)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_a_generation_of_another_model_is_refused():
     with pytest.raises(ValueError, match="never ran the model"):
-        watching.watch(MODELS["text"](), lambda: None)
+        module_timers.watch(MODELS["text"](), lambda: None)
 
 
 def test_a_model_without_layers_is_refused():
     model = MODELS["text"]()
     model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(ValueError, match="no list of like decoder layers"):
-        anatomy.layers(model)
+        module_roles.layers(model)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from effkit.snapshot.alloc_free_pairs import chosen, from_events, pair
 from effkit.snapshot.categories import CATEGORIES, KNOWN_BY, categorise
-from effkit.snapshot.pairing import chosen, from_events, pair
 from effkit.snapshot.stacks import BACKWARD, NOTHING, OPTIMIZER, OTHER
 
 

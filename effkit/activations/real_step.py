@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from torch._C._profiler import _RecordFunctionFast
 
-from effkit.activations.counting import FLOPS, HALF_FLOPS
-from effkit.activations.following import Follower
+from effkit.activations.op_costs import FLOPS, HALF_FLOPS
 from effkit.activations.stepping import BACKWARD
+from effkit.activations.storage_tracker import Follower
 from effkit.activations.timeline import CATEGORIES, Ints, Timeline
 from effkit.device import synchronize
 from effkit.gc_disabled import gc_disabled

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from effkit.advice import families
-from effkit.advice.listening import listening
 from effkit.advice.probing import Step
+from effkit.advice.step_hooks import listening
 from effkit.device import synchronize
 from effkit.recording import capture
 from effkit.timing import elapsed_ns

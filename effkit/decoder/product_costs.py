@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from effkit.decoder.anatomy import CROSS, FFN, OUTPUT, SELF
+from effkit.decoder.module_roles import CROSS, FFN, OUTPUT, SELF
 from effkit.timing import elapsed_ns
 
 _WITH_WEIGHTS = (SELF, CROSS, FFN, OUTPUT)

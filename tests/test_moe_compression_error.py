@@ -5,7 +5,7 @@ import torch
 
 from effkit import models
 from effkit.moe import routing
-from effkit.moe.lossy import output_error
+from effkit.moe.compression_error import output_error
 from effkit.moe.setting import Setting
 
 ERRORS = ["output_error_frac", "input_gradient_error_frac", "weight_gradient_error_frac"]

@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from effkit.activations import elsewhere, stepping
-from effkit.activations.following import Follower
+from effkit.activations import gpu_assumptions, stepping
 from effkit.activations.levers import Levers
+from effkit.activations.storage_tracker import Follower
 from effkit.activations.timeline import Timeline
 from effkit.training import Loss, MakeOptimizer, own_loss, residents, still
 
@@ -48,7 +48,7 @@ class Replayer:
     loss, optimizer
         As in :func:`effkit.activations.measure`.
     as_on_gpu
-        Do what differs on a GPU as it is done there (see :mod:`effkit.activations.elsewhere`).
+        Do what differs on a GPU as it is done there (see :mod:`effkit.activations.gpu_assumptions`).
 
     Raises
     ------
@@ -68,7 +68,7 @@ class Replayer:
             self._model = copy.deepcopy(model, placed)
         for parameter in self._model.parameters():
             parameter.grad = None
-        self._loss, self._make = loss or own_loss, elsewhere.at_once(optimizer) if as_on_gpu else optimizer
+        self._loss, self._make = loss or own_loss, gpu_assumptions.at_once(optimizer) if as_on_gpu else optimizer
         self._as_on_gpu = as_on_gpu
         self._updates: dict[str, torch.optim.Optimizer] = {}
 
@@ -115,7 +115,7 @@ class Replayer:
                 stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
             stack.enter_context(self._mode)
             if self._as_on_gpu:
-                stack.enter_context(elsewhere.AsOnGpu())
+                stack.enter_context(gpu_assumptions.AsOnGpu())
             stack.enter_context(torch.random.fork_rng(devices=[]))
             try:
                 yield
@@ -131,9 +131,9 @@ class Replayer:
 def _rounded(timeline: Timeline) -> Timeline:
     """With every allocation in whole blocks, and the workspace that cuBLAS holds from the first product on."""
     size = timeline.allocations["size_bytes"]
-    blocks = -(-size // elsewhere.ROUNDING_BYTES) * elsewhere.ROUNDING_BYTES
+    blocks = -(-size // gpu_assumptions.ROUNDING_BYTES) * gpu_assumptions.ROUNDING_BYTES
     blocks = blocks.where(timeline.allocations["category"] != "offloaded activation", 0)  # those are on the host
-    held = np.full(len(timeline.ops), elsewhere.CUBLAS_BYTES)
+    held = np.full(len(timeline.ops), gpu_assumptions.CUBLAS_BYTES)
     return replace(timeline, allocations=timeline.allocations.assign(size_bytes=blocks), inside_bytes=held)
 
 

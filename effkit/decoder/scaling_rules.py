@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from effkit.decoder.anatomy import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.calibration import Calibration
 from effkit.decoder.costs import PREFILL, START, Costs, RowCost
 from effkit.decoder.memory import StepSize
-from effkit.decoder.products import ProductCost
+from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.product_costs import ProductCost
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.speculating import expected_tokens
 

@@ -9,8 +9,8 @@ import numpy as np
 from effkit.account import Account
 from effkit.padding.buckets import Ints
 from effkit.padding.cost import CostModel
-from effkit.padding.dealing import shares
 from effkit.padding.plans import Plan
+from effkit.padding.rank_sharding import shares
 
 EPOCH_TIME = "Time of one epoch"
 EPOCH_CELLS = "Input cells of one epoch"

@@ -8,7 +8,7 @@ from activation_models import TINY, batch_of, made_timeline, recorded_peak
 from effkit import activations, models
 from effkit.activations.forecasting import Forecaster
 from effkit.activations.levers import Levers
-from effkit.activations.workspace import Workspace, fit, opaque, places
+from effkit.activations.op_workspace import Workspace, fit, opaque, places
 
 torch.set_num_threads(1)
 WEIGHT = (((8, 8),),)

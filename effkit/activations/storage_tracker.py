@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effkit.activations import counting, packing
+from effkit.activations import op_costs, saved_tensor_hooks
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
 
@@ -78,7 +78,7 @@ class Follower(TorchDispatchMode):
                 leave = module.register_forward_hook(lambda *_: self._leave(), always_call=True)
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
-            stack.enter_context(packing.watch(self._keep))
+            stack.enter_context(saved_tensor_hooks.watch(self._keep))
             stack.enter_context(self)
             yield
 
@@ -107,17 +107,17 @@ class Follower(TorchDispatchMode):
                 self._birth(tensor, number)
         self._ops.append(func._schema.name.removeprefix("aten::"))
         weights = tuple(tuple(t.shape) for t in given if self._known.get(t.untyped_storage()._cdata) == -1)
-        half = bool(given) and given[0].dtype in counting.HALF
+        half = bool(given) and given[0].dtype in op_costs.HALF
         self._signatures.append(Signature(self._ops[-1], tuple(tuple(t.shape[1:]) for t in given), weights, half))
-        self._aside.append(packing.at_work())
-        self._work.append(counting.work(func, args, kwargs, out, given, made))
+        self._aside.append(saved_tensor_hooks.at_work())
+        self._work.append(op_costs.work(func, args, kwargs, out, given, made))
         return out
 
     @property
     def _latest(self) -> int:
         """The model's operator that has just run."""
         backwards = range(len(self._ops) - 1, -1, -1)
-        return next((i for i in backwards if self._work[i][counting.MOVED] and not self._aside[i]), 0)
+        return next((i for i in backwards if self._work[i][op_costs.MOVED] and not self._aside[i]), 0)
 
     def _leave(self) -> None:
         if self._modules:
@@ -149,8 +149,8 @@ class Follower(TorchDispatchMode):
             return
         # an output is handed to the hooks detached, an input as it is
         comes_next = original.grad_fn is not None
-        away = {tensor.untyped_storage()._cdata for tensor in packing.tensors_away(kept)}
-        for tensor in packing.tensors_in(kept):
+        away = {tensor.untyped_storage()._cdata for tensor in saved_tensor_hooks.tensors_away(kept)}
+        for tensor in saved_tensor_hooks.tensors_in(kept):
             allocation = self._known.get(tensor.untyped_storage()._cdata, -1)
             if allocation >= 0:
                 self._saved.setdefault(allocation, (self._where, len(self._ops) if comes_next else self._latest))
@@ -167,7 +167,7 @@ class Follower(TorchDispatchMode):
         num_ops = len(self._ops)
         savers = [self._saved.get(i, (module, op)) for i, (op, module, _) in enumerate(self._born)]
         # an operator of the model's that does more than show a tensor in another shape
-        working = np.flatnonzero((np.array(self._work)[:, counting.MOVED] > 0) & ~np.array(self._aside))
+        working = np.flatnonzero((np.array(self._work)[:, op_costs.MOVED] > 0) & ~np.array(self._aside))
         made_for, last = np.array([op for _, op in savers], dtype="int64"), len(working) - 1
         frame = pd.DataFrame(
             {

@@ -14,7 +14,7 @@ from torch import nn
 from effkit import activations
 from effkit.activations.forecasting import Forecaster, Size
 from effkit.activations.levers import Levers
-from effkit.activations.surface import Surface
+from effkit.activations.memory_model import Surface
 
 torch.set_num_threads(1)
 OFF_THE_GRID = {"gpt": (7, 77), "text": (5, 51), "speech": (7, 100), "vision": (7, None)}

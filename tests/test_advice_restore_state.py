@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from effkit.advice.restoring import restored
+from effkit.advice.restore_state import restored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from effkit.activations.regions import Once, PerStorage, Region
+from effkit.activations.storage_views import Once, PerStorage, Region
 
 VIEWS = {
     "flat": lambda x: x.view(-1),

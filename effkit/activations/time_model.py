@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from effkit.activations.counting import FLOPS, HALF_FLOPS, MOVED
 from effkit.activations.levers import NONE, Levers
 from effkit.activations.low_bit import STATES
+from effkit.activations.op_costs import FLOPS, HALF_FLOPS, MOVED
 from effkit.activations.timeline import Ints, Timeline
 from effkit.least_squares import Floats, nonnegative
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from activation_models import made_timeline
 
-from effkit.activations.clock import Clock, Run
 from effkit.activations.levers import Levers
+from effkit.activations.time_model import Clock, Run
 
 COST = {"mm": (1000.0, 0.5, 0.01), "relu": (500.0, 0.25, 0.0), "adam": (2000.0, 1.0, 0.0)}
 PER_OPERATOR = 3000.0

@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 import torch
 
-from effkit.advice.kept import Kept, detached_after, growth_bytes, kept, new_graphs
+from effkit.advice.leaks import Kept, detached_after, growth_bytes, kept, new_graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_heap")
 BATCH = torch.ones(40, 10)
