@@ -12,7 +12,7 @@ Where a class or a field has another name now: change it in ``NAMES`` or ``RENAM
 ``NAMES`` may also name a function that makes the new thing of the old fields. Where figures move on purpose, record
 them anew, and say in the commit which and why::
 
-    python tests/test_unchanged_figures.py --record [padding activations moe decoder captures]
+    PYTHONPATH=notebooks python tests/test_unchanged_figures.py --record [padding activations moe decoder captures]
 
 A lab named alone is measured anew; ``--figures`` in place of ``--record`` keeps the stored calibrations, and stores
 what is predicted from them now.

@@ -66,7 +66,7 @@ def account(capture: Capture, step: str | None = None) -> Account:
     busy = int(overview[["kernel_ns", "memcpy_ns"] if on_device else ["cpu_exec_ns"]].sum().sum())
     whole = max(1, int(by_row.sum()))
     # operators may overlap, on several threads or streams: their shares of the time that any of them ran
-    rows = {row: round(busy * by_row.get(row, 0) / whole) for row in _ROWS}
+    rows = {row: round(busy * int(by_row.get(row, 0)) / whole) for row in _ROWS}
     rest = overview.drop(columns=["start_ns"])
     if rest["not_visible_ns"].notna().any():
         rows[UNSEEN] += int(rest["not_visible_ns"].sum())
