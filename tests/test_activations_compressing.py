@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from effkit.activations.compressing import Compressed, compressed
 from effkit.activations.gradients import gradient_error
-from effkit.activations.quantising import dequantise, quantise
 from effkit.activations.saved_tensor_hooks import is_weight, tensors_in, watch
+from effkit.quantisation import dequantise, quantise
 
 FORMATS = ["int8", "fp8_e4m3", "fp8_e5m2"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effkit import models
-from effkit.activations.expansion import SIGNED, UNSIGNED, pack, unpack
 from effkit.activations.low_bit import LowBitAdamW, update_error
+from effkit.quantisation import SIGNED, UNSIGNED, dequantise_state, quantise_state
 
 FORMATS = ["int8", "fp8_e4m3"]
 
@@ -140,7 +140,7 @@ def test_packing_keeps_shape_sign_zero_and_the_largest(states, forms, expand):
     values[0, :3] = 0
     values[3] = 0  # whole groups of it
     values = values.abs() if forms is UNSIGNED else values
-    back = unpack(pack(values, forms[states], 16, expand=expand), forms[states], values.shape)
+    back = dequantise_state(quantise_state(values, forms[states], 16, expand=expand), forms[states], values.shape)
     assert back.shape == values.shape
     assert (back[values == 0] == 0).all()
     assert (back * values >= 0).all()
@@ -154,7 +154,7 @@ def test_packing_keeps_shape_sign_zero_and_the_largest(states, forms, expand):
 def test_extremes_stay_finite(states):
     # all alike, a range far beyond that of the format, and subnormal
     for values in (torch.full((40,), 3.0), torch.tensor([1e-18, 1.0, 1e18, 0.0]), torch.full((40,), 1e-42)):
-        back = unpack(pack(values, SIGNED[states], 16, expand=True), SIGNED[states], values.shape)
+        back = dequantise_state(quantise_state(values, SIGNED[states], 16, expand=True), SIGNED[states], values.shape)
         assert back.isfinite().all()
         if values.max() > 1e-38:
             assert torch.equal(back == 0, values == 0)

@@ -64,6 +64,7 @@ HOUSE = [
     {"padding", "activations", "moe", "decoder"},
     {"lab"},
     {"models"},
+    {"quantisation"},
     {"whatif", "browsing"},
     {"screen"},
     {"view"},

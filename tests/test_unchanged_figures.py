@@ -40,8 +40,8 @@ from lessons import spiking
 LABS = {"padding": padding, "activations": activations, "moe": moe, "decoder": decoder}
 NAMES = {  # tag in the stored data -> module of effkit, and class
     "account": "account Account",
-    "padding": "padding.live Calibration", "plan": "padding.plans Plan", "padding cost": "padding.cost CostModel",
-    "padding memory": "padding.memory MemoryModel",
+    "padding": "padding.calibration Calibration", "plan": "padding.plans Plan",
+    "padding cost": "padding.cost CostModel", "padding memory": "padding.memory MemoryModel",
     "activations": "activations.live Calibration", "clock": "activations.time_model Clock",
     "workspace": "activations.op_workspace Workspace", "signature": "activations.timeline Signature",
     "moe": "moe.calibration Calibration", "moe costs": "moe.costs Costs", "handing": "moe.costs Handing",

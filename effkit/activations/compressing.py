@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor, strided
 
-from effkit.activations.quantising import Quantised, check_options, dequantise, quantise
 from effkit.activations.saved_tensor_hooks import Place, is_weight, stage
 from effkit.activations.storage_views import Kept, Once, PerStorage, Region
+from effkit.quantisation import Quantised, check_options, dequantise, quantise
 
 # Quantising and restoring take 0.1 ms whatever the size (one CPU core): below this they would save less than 12 KiB.
 _MIN_ELEMENTS = 4096
@@ -49,7 +49,7 @@ def compressed(
     Parameters
     ----------
     dtype, group, num_heads
-        As for :func:`~effkit.activations.quantising.quantise`. With ``group="head"`` a tensor whose last dimension
+        As for :func:`~effkit.quantisation.quantise`. With ``group="head"`` a tensor whose last dimension
         ``num_heads`` does not divide has one scale.
     min_elements
         Tensors with fewer stay as they are.

@@ -13,8 +13,8 @@ from effkit.activations.checkpointing import checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.low_bit import STATES, LowBitAdamW
 from effkit.activations.offloading import offloaded
-from effkit.activations.quantising import FORMATS
 from effkit.lab import check, one_of, share, whole
+from effkit.quantisation import FORMATS
 from effkit.training import MakeOptimizer
 
 NONE = "none"

@@ -109,18 +109,15 @@ def measure(
     ValueError
         For a model without parameters, a batch without tensors, a loss that is no number or needs no gradient.
     """
-    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError("a training step cannot run under inference mode: leave torch.inference_mode() first")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
+    _check_trains(model)
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; given: {repeats}")
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    earlier = base.calibration if base is not None else None
+    earlier = getattr(base, "calibration", None)
     forecaster = earlier.forecaster if earlier else Forecaster(
         model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch
     )  # fmt: skip
-    wanted = complete(base.setting if base is not None else forecaster.rest(), setting)
+    wanted = complete(forecaster.rest() if base is None else base.setting, setting)
     size, levers = parted(wanted)
     timed = [levers, *(_single(model, size, optimizer) if time_levers and not earlier else ())]
     num_runs = len(timed) * (repeats + 2)
@@ -136,11 +133,10 @@ def measure(
         calibration = replace(earlier, observed=here)
     else:
         error = _calibrated(forecaster, model, size, timed, observed)
-        runs = [Run(lever, seen.timeline, seen.durations_ns, sum(spent.values()))
-                for lever, seen, spent in zip(timed, observed, phases, strict=True)]  # fmt: skip
+        clock = _clock(timed, observed, phases) if time_levers else None
         errors = {name: lossy_gradients.measured(model, given, alone, forecaster.loss)
                   for one in timed[1:] for name, alone in lossy_gradients.lossy(one).items()}  # fmt: skip
-        calibration = Calibration(forecaster, here, Clock.fit(runs) if time_levers else None, error, errors, noise)
+        calibration = Calibration(forecaster, here, clock, error, errors, noise)
     return Account.of(
         PEAK, "bytes", here.rows, total=here.peak_bytes, source=here.source, setting=wanted, calibration=calibration,
         companions=(
@@ -151,6 +147,19 @@ def measure(
               if lossy_gradients.lossy(levers) else ()),
         ),
     )  # fmt: skip
+
+
+def _check_trains(model: torch.nn.Module) -> None:
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("a training step cannot run under inference mode: leave torch.inference_mode() first")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
+
+
+def _clock(timed: Sequence[Levers], observed: Sequence[Observation], phases: Sequence[Mapping[str, int]]) -> Clock:
+    """What steps with these levers cost, from the time that each phase took [ns]."""
+    return Clock.fit([Run(lever, seen.timeline, seen.durations_ns, sum(spent.values()))
+                      for lever, seen, spent in zip(timed, observed, phases, strict=True)])  # fmt: skip
 
 
 def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: Any) -> Account:

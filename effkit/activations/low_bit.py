@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from effkit.activations.expansion import SIGNED, UNSIGNED, Packed, pack, unpack
+from effkit.quantisation import SIGNED, UNSIGNED, QuantisedState, dequantise_state, quantise_state
 from effkit.training import PerParameter
 
 STATES = ("float32", *SIGNED)
@@ -92,8 +92,8 @@ def _read(state: dict[str, Any], name: str, parameter: torch.Tensor, settings: d
         return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.preserve_format)
     if settings["states"] == "float32":
         return state[name]
-    packed = Packed(state[name], state[f"{name}_largest"], state[f"{name}_power"])
-    return unpack(packed, _FORMATS[name][settings["states"]], parameter.shape)
+    packed = QuantisedState(state[name], state[f"{name}_largest"], state[f"{name}_power"])
+    return dequantise_state(packed, _FORMATS[name][settings["states"]], parameter.shape)
 
 
 def _write(state: dict[str, Any], name: str, moment: torch.Tensor, settings: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def _write(state: dict[str, Any], name: str, moment: torch.Tensor, settings: dic
         state[name] = moment
         return
     form = _FORMATS[name][settings["states"]]
-    packed = pack(moment, form, settings["group"], expand=settings["expand"])
+    packed = quantise_state(moment, form, settings["group"], expand=settings["expand"])
     state[name], state[f"{name}_largest"], state[f"{name}_power"] = packed
 
 
@@ -150,7 +150,7 @@ def _error(
     exact, changes, lost = [], [], []
     for first, second in pairs:
         m, v = (
-            unpack(pack(moment, form, group, expand=expand), form, moment.shape)
+            dequantise_state(quantise_state(moment, form, group, expand=expand), form, moment.shape)
             for moment, form in ((first, SIGNED[name]), (second, UNSIGNED[name]))
         )
         exact.append((first / (second.sqrt() + eps)).flatten())

@@ -100,11 +100,7 @@ class Follower(TorchDispatchMode):
             out = func(*args, **(kwargs or {}))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        there = {tensor.untyped_storage()._cdata for tensor in given}
-        for tensor in made:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known and storage._cdata not in there:
-                self._birth(tensor, number)
+        self._births(given, made, number)
         self._ops.append(func._schema.name.removeprefix("aten::"))
         weights = tuple(tuple(t.shape) for t in given if self._known.get(t.untyped_storage()._cdata) == -1)
         half = bool(given) and given[0].dtype in op_costs.HALF
@@ -126,6 +122,14 @@ class Follower(TorchDispatchMode):
     @property
     def _where(self) -> str:
         return self._modules[-1] if self._modules else OUTSIDE
+
+    def _births(self, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor], number: int) -> None:
+        """Note the storages that an operator made: its inputs' are somebody else's."""
+        there = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known and storage._cdata not in there:
+                self._birth(tensor, number)
 
     def _birth(self, tensor: torch.Tensor, number: int) -> None:
         storage, allocation = tensor.untyped_storage(), len(self._sizes)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-GROUP = 128  # numbers that share a scale (DeepEP, DeepSeek-V3 2412.19437 section 3.3)
-_LARGEST = 448.0  # of e4m3
+from effkit.quantisation import GROUP, dequantise_rows, quantise_rows
 
 
 def form_of(message_dtype: str, *, forward: bool, out: bool) -> str:
@@ -21,10 +20,7 @@ def pack(rows: torch.Tensor, form: str) -> torch.Tensor:
         return rows.to(torch.bfloat16).contiguous().view(torch.uint8)
     if not len(rows):  # torch does not view nothing as bytes
         return rows.new_empty(0, row_bytes(form, rows.shape[1], rows.element_size()), dtype=torch.uint8)
-    groups = rows.float().reshape(len(rows), -1, GROUP)
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / _LARGEST
-    eighth = (groups / scale).to(torch.float8_e4m3fn).view(rows.shape)
-    return torch.cat([eighth.view(torch.uint8), scale.squeeze(-1).contiguous().view(torch.uint8)], dim=1)
+    return quantise_rows(rows)
 
 
 def unpack(message: torch.Tensor, form: str, hidden: int, dtype: torch.dtype) -> torch.Tensor:
@@ -35,9 +31,7 @@ def unpack(message: torch.Tensor, form: str, hidden: int, dtype: torch.dtype) ->
         return message.view(torch.bfloat16).to(dtype)
     if not len(message):
         return torch.empty(0, hidden, dtype=dtype, device=message.device)
-    eighth = message[:, :hidden].contiguous().view(torch.float8_e4m3fn).float().view(len(message), -1, GROUP)
-    scale = message[:, hidden:].contiguous().view(torch.float32)
-    return (eighth * scale[..., None]).view(len(message), hidden).to(dtype)
+    return dequantise_rows(message, hidden).to(dtype)
 
 
 def row_bytes(form: str, hidden: int, item_bytes: int) -> int:

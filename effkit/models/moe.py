@@ -16,7 +16,7 @@ from effkit.models import lsh
 from effkit.models.building import check_counts, chosen_device
 from effkit.models.dispatch_combine import Travel
 from effkit.models.exchange import Exchange, Marks
-from effkit.models.messages import GROUP
+from effkit.quantisation import GROUP
 
 
 class ExpertParallel(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,9 @@ import pandas as pd
 import torch
 
 from effkit.account import Account
+from effkit.lab import Progress
 from effkit.padding.buckets import Ints
+from effkit.padding.calibration import Calibration
 from effkit.padding.cost import CostModel, fit_cost
 from effkit.padding.epoch_accounts import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
 from effkit.padding.loader_audit import input_lengths
@@ -33,37 +34,11 @@ from effkit.training import (
     unchanged,
 )
 
-Progress = Callable[[int, int], None]
+MakeBatch = Callable[[list[Ints], pd.DataFrame], Any]
+Step = Callable[[Any], object]
 
 _SETTLED_FRAC = 0.05  # two fastest runs that agree so far have found the batch's time
 _PATIENCE = 3  # times ``repeats`` that a batch is run at most
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """What a measurement found, and all that :func:`~effkit.padding.predict` needs.
-
-    Attributes
-    ----------
-    plan
-        The plan that was measured.
-    cost, memory
-        Time and peak memory of a step as functions of its shape.
-    steps
-        One row per measured batch: ``num_rows, input_length, output_length`` [cells], ``whole`` (False for one that
-        was cut down) and its number ``batch`` in the plan (-1), ``dur_ns``, ``peak_bytes``.
-    noise_frac
-        How far the two fastest runs of the same batch lay apart (median of second / fastest - 1).
-    anchor
-        Measured over modelled time of those batches: 1.0 when the model fits perfectly.
-    """
-
-    plan: Plan
-    cost: CostModel
-    memory: MemoryModel
-    steps: pd.DataFrame
-    noise_frac: float
-    anchor: float
 
 
 def measure(
@@ -72,10 +47,10 @@ def measure(
     *,
     num_batches: int | None = None,
     repeats: int = 3,
-    make_batch: Callable[[list[Ints], pd.DataFrame], Any] | None = None,
+    make_batch: MakeBatch | None = None,
     loss: Loss | None = None,
     optimizer: MakeOptimizer | None = None,
-    step: Callable[[Any], object] | None = None,
+    step: Step | None = None,
     also: Plan | None = None,
     base: Account | None = None,
     world_size: int = 1,
@@ -130,60 +105,23 @@ def measure(
         raise TypeError(
             f"measure() cannot make batches for {type(model).__name__}: give make_batch=(rows, lengths) -> batch"
         )
-    own = base is None or base.calibration is None
-    fewest = 3 if own else 1
-    if repeats < 1 or (num_batches is not None and num_batches < fewest):
-        raise ValueError(
-            f"measure() takes repeats >= 1 and num_batches >= {fewest} here; given: {repeats} and {num_batches}"
-        )
-    probes = choose(plan, num_batches, cut_down=own)
-    if also is not None:
-        probes += [Probe(probe.rows) for probe in choose(also, 2, cut_down=False)]
-    num_runs = len(probes) * (repeats + 1)
-    peaks: list[int] = []
-    times: list[list[int]] = [[] for _ in probes]
+    known: Calibration | None = getattr(base, "calibration", None)
+    probes = _probes(plan, also, num_batches, repeats, own=known is None)
+    tell = progress or (lambda done, total: None)
     with unchanged(model):
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
         train(make(probes[0].rows, plan.lengths))  # the optimizer's state exists from here on
-        for i, probe in enumerate(probes):
-            batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
-            _check(batch, probe, plan.lengths)
-            _tell(progress, i, num_runs)
-            drop_gradients(model.parameters())  # those from before would be freed unseen
-            peak, peak_source = peak_memory(
-                lambda batch=batch: train(batch),  # type: ignore[misc]
-                resident_bytes=sum(map(size_bytes, residents(model, update, batch).values())),
-            )
-            peaks.append(peak)
-        for turn in range(_PATIENCE * repeats):
-            for i, probe in enumerate(probes):
-                _tell(progress, min(num_runs - 1, (turn + 1) * len(probes) + i), num_runs)
-                if turn < repeats or _spread(times[i]) > _SETTLED_FRAC:
-                    batch = make(probe.rows, plan.lengths)
-                    times[i].append(elapsed_ns(partial(train, batch)))
+        peaks, peak_source = _peaks(model, make, train, update, probes, plan.lengths, repeats, tell)
+        times = _timed(make, train, probes, plan.lengths, repeats, tell)
     fastest = [min(repeated) for repeated in times]
     steps = pd.DataFrame([probe.shape(plan.lengths) for probe in probes]).assign(dur_ns=fastest, peak_bytes=peaks)
-    attention = "padded" if plan.row_starts is None else "block_mask"
-    if own:
-        cost = fit_cost(steps, attention=attention)
-        memory = fit_memory(steps.rename(columns={"num_rows": "batch_size"}))
-    else:
-        assert base is not None
-        cost, memory = base.calibration.cost, base.calibration.memory
+    cost, memory = (known.cost, known.memory) if known else _fitted(steps, plan)
     whole = steps[steps["whole"]]
     modelled = cost.step_ns(whole["num_rows"], whole["input_length"], whole.get("output_length", 0))
     anchor = float(whole["dur_ns"].sum() / modelled.sum())
     rows, epoch_ns, num_steps = epoch_rows(plan, cost, world_size)
     complete = len(whole) == len(plan.batches)
     noise = float(np.median([_spread(repeated) for repeated in times]))
-    counter = "wall time"
-    if not complete:
-        counter += f" of {len(whole)} of {len(plan.batches)} steps, scaled to the epoch by the fitted cost"
-    counter += f", fastest of {repeats} passes or more"
-    if noise > _SETTLED_FRAC:
-        counter += f"; repeats lie {noise:.0%} apart, so this machine is busy with something else"
-    if world_size > 1:
-        counter += f"; {world_size} ranks run one after another, communication not visible"
     # where every batch was run, their sum is the epoch, without the model's help
     total = int(whole["dur_ns"].sum()) if complete and world_size == 1 else round(anchor * epoch_ns)
     peak = int(whole["peak_bytes"].max())
@@ -192,7 +130,7 @@ def measure(
         "ns",
         rows,
         total=total,
-        source=counter,
+        source=_source(len(whole), len(plan.batches), repeats, noise, world_size),
         basis="derived",
         setting=setting_of(plan, world_size),
         companions=(
@@ -204,9 +142,73 @@ def measure(
     )
 
 
+def _probes(plan: Plan, also: Plan | None, num_batches: int | None, repeats: int, *, own: bool) -> list[Probe]:
+    """The batches to run; more kinds of them where a cost model is to be fitted (``own``)."""
+    fewest = 3 if own else 1
+    if repeats < 1 or (num_batches is not None and num_batches < fewest):
+        raise ValueError(
+            f"measure() takes repeats >= 1 and num_batches >= {fewest} here; given: {repeats} and {num_batches}"
+        )
+    more = [] if also is None else choose(also, 2, cut_down=False)
+    return [*choose(plan, num_batches, cut_down=own), *(Probe(probe.rows) for probe in more)]
+
+
+def _peaks(
+    model: torch.nn.Module, make: MakeBatch, train: Step, update: torch.optim.Optimizer | None,
+    probes: list[Probe], lengths: pd.DataFrame, repeats: int, tell: Progress,
+) -> tuple[list[int], str]:  # fmt: skip
+    """Peak memory of one step on each batch [bytes], and the counter that saw it."""
+    peaks, source = [], ""
+    for i, probe in enumerate(probes):
+        batch = make(probe.rows, lengths)  # one at a time: others would count as its memory
+        _check(batch, probe, lengths)
+        tell(i, len(probes) * (repeats + 1))
+        drop_gradients(model.parameters())  # those from before would be freed unseen
+        peak, source = peak_memory(
+            lambda batch=batch: train(batch),  # type: ignore[misc]
+            resident_bytes=sum(map(size_bytes, residents(model, update, batch).values())),
+        )
+        peaks.append(peak)
+    return peaks, source
+
+
+def _timed(
+    make: MakeBatch, train: Step, probes: list[Probe], lengths: pd.DataFrame, repeats: int, tell: Progress
+) -> list[list[int]]:
+    """Times of steps on each batch [ns], all batches in turn; those that do not settle are run again."""
+    num_runs = len(probes) * (repeats + 1)
+    times: list[list[int]] = [[] for _ in probes]
+    for turn in range(_PATIENCE * repeats):
+        for i, probe in enumerate(probes):
+            tell(min(num_runs - 1, (turn + 1) * len(probes) + i), num_runs)
+            if turn < repeats or _spread(times[i]) > _SETTLED_FRAC:
+                batch = make(probe.rows, lengths)
+                times[i].append(elapsed_ns(partial(train, batch)))
+    return times
+
+
+def _fitted(steps: pd.DataFrame, plan: Plan) -> tuple[CostModel, MemoryModel]:
+    """Time and peak memory of a step as functions of its shape."""
+    attention = "padded" if plan.row_starts is None else "block_mask"
+    return fit_cost(steps, attention=attention), fit_memory(steps.rename(columns={"num_rows": "batch_size"}))
+
+
+def _source(num_run: int, num_batches: int, repeats: int, noise_frac: float, world_size: int) -> str:
+    """What the total was read from, and what to think of it."""
+    source = "wall time"
+    if num_run != num_batches:
+        source += f" of {num_run} of {num_batches} steps, scaled to the epoch by the fitted cost"
+    source += f", fastest of {repeats} passes or more"
+    if noise_frac > _SETTLED_FRAC:
+        source += f"; repeats lie {noise_frac:.0%} apart, so this machine is busy with something else"
+    if world_size > 1:
+        source += f"; {world_size} ranks run one after another, communication not visible"
+    return source
+
+
 def _still_step(
     model: torch.nn.Module, to_loss: Loss, make: MakeOptimizer | None
-) -> tuple[Callable[[Any], object], torch.optim.Optimizer]:
+) -> tuple[Step, torch.optim.Optimizer]:
     """A step that learns nothing, and its optimizer."""
     update = still(model.parameters(), make)
 
@@ -238,8 +240,3 @@ def _spread(times: list[int]) -> float:
     """Second fastest / fastest - 1."""
     fastest, *rest = sorted(times)
     return rest[0] / fastest - 1 if rest else 0.0
-
-
-def _tell(progress: Progress | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)

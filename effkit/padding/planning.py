@@ -121,12 +121,7 @@ LIMITS: Mapping[str, set[str]] = {
 
 
 def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
-    if "input_length" not in lengths or not len(lengths):
-        raise ValueError("plan() takes a non-empty frame with the column input_length; padding.lengths() makes one")
-    if strategy == "bucket2d" and "output_length" not in lengths:
-        raise ValueError("bucket2d needs output lengths, and these lengths have none; use strategy='bucket'")
+    _check_lengths(lengths, strategy)
     cells, size = limits["max_input_cells"], limits["batch_size"]
     if strategy in ("pack", "token_budget") and cells is None:
         raise ValueError(
@@ -137,24 +132,33 @@ def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> N
             f"{strategy} needs a limit: batch_size or max_input_cells (bucket strategies also take memory)"
         )
     for name in ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic"):
-        value = limits[name]
-        if value is not None and np.min(value) <= 0:
-            raise ValueError(f"{name} is positive; given: {value}")
-    if not isinstance(size, (int, np.integer, type(None))) and strategy not in (
-        "bucket",
-        "bucket2d",
-        "optimal",
-    ):
+        if limits[name] is not None and np.min(limits[name]) <= 0:
+            raise ValueError(f"{name} is positive; given: {limits[name]}")
+    if not isinstance(size, (int, np.integer, type(None))) and strategy not in BUCKETED:
         raise ValueError(f"one batch_size per bucket goes with a bucket strategy; {strategy} takes a single number")
-    if cells is not None and (limits["put_back"] or strategy == "pack"):
-        longest = float(lengths["input_length"].max())
-        penalty = limits["quadratic"] if "quadratic" in LIMITS[strategy] else None
-        effective = longest + (longest**2 / penalty if penalty else 0)
-        if effective > cells:
-            raise ValueError(
-                f"the longest example counts {effective:,.0f} cells and max_input_cells is {cells:,}: raise the limit "
-                "or filter the list"
-            )
+    _check_longest(float(lengths["input_length"].max()), strategy, limits)
+
+
+def _check_lengths(lengths: pd.DataFrame, strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    if "input_length" not in lengths or not len(lengths):
+        raise ValueError("plan() takes a non-empty frame with the column input_length; padding.lengths() makes one")
+    if strategy == "bucket2d" and "output_length" not in lengths:
+        raise ValueError("bucket2d needs output lengths, and these lengths have none; use strategy='bucket'")
+
+
+def _check_longest(longest: float, strategy: str, limits: Mapping[str, Any]) -> None:
+    cells = limits["max_input_cells"]
+    if cells is None or not (limits["put_back"] or strategy == "pack"):
+        return
+    penalty = limits["quadratic"] if "quadratic" in LIMITS[strategy] else None
+    effective = longest + (longest**2 / penalty if penalty else 0)
+    if effective > cells:
+        raise ValueError(
+            f"the longest example counts {effective:,.0f} cells and max_input_cells is {cells:,}: raise the limit "
+            "or filter the list"
+        )
 
 
 def _bucketed(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> tuple[Ints, pd.DataFrame]:

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
-from effkit.lab import Trust, asked, calibration_of, interval
+from effkit.lab import asked, calibration_of, interval
 from effkit.lab.knobs import checked_whole
+from effkit.padding.calibration import Calibration
 from effkit.padding.epoch_accounts import (
     EPOCH_TIME,
     LIMIT_KNOBS,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
     from effkit.lab import Progress
-    from effkit.padding.live import Calibration
     from effkit.whatif import WhatIf
 
 _OF_THE_EPOCH = ("strategy", "memory_bytes", "max_length", "world_size")
@@ -62,7 +62,7 @@ def predict(base: Account, **setting: Any) -> Account:
     ValueError
         For an unknown knob, a base without calibration, or limits that no plan can keep.
     """
-    calibration = _calibration(base)
+    calibration = calibration_of(base, Calibration, "padding")
     wanted = complete(base, setting)
     if wanted == dict(base.setting):
         return base
@@ -84,7 +84,7 @@ def predict(base: Account, **setting: Any) -> Account:
         total=total,
         source=f"the cost of {cost.num_steps} measured steps",
         basis="derived",
-        **interval(total, total * band_frac(calibration)),
+        **interval(total, total * calibration.band_frac),
         in_range=in_range,
         setting=wanted,
         companions=(
@@ -94,11 +94,6 @@ def predict(base: Account, **setting: Any) -> Account:
         ),
         calibration=calibration,
     )
-
-
-def band_frac(calibration: Calibration) -> float:
-    """Half-width of the band on an epoch's time, as a fraction: steps left out in turn, and repeats of one step."""
-    return Trust(calibration.cost.error_frac, calibration.noise_frac).band_frac
 
 
 def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +117,7 @@ def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
 
 def plan_at(base: Account, setting: dict[str, Any]) -> Plan:
     """The plan of a full setting, over the lengths that were measured."""
-    calibration = _calibration(base)
+    calibration = calibration_of(base, Calibration, "padding")
     measured = calibration.plan
     lengths = measured.lengths
     if setting["max_length"] < base.setting["max_length"]:
@@ -170,7 +165,7 @@ def whatif(
 
     rest = base.setting
     longest = rest["max_length"]
-    shortest = int(np.percentile(_calibration(base).plan.lengths["input_length"], 50))
+    shortest = int(np.percentile(calibration_of(base, Calibration, "padding").plan.lengths["input_length"], 50))
     peak_mib = base.companion(PEAK).total // _MIB
     limits = {
         "batch_size": ("Batch size [examples]", "Rows per batch, in every bucket"),
@@ -208,9 +203,3 @@ def _choices(rest: str) -> list[str]:
     """Strategies to choose from: packing only where it was measured; and what was measured, if it is none of them."""
     usual = [name for name in STRATEGIES if name != "pack" or name == rest]
     return usual if rest in usual else [rest, *usual]
-
-
-def _calibration(base: Account) -> Calibration:
-    from effkit.padding.live import Calibration  # torch is only needed here
-
-    return calibration_of(base, Calibration, "padding")

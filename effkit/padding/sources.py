@@ -166,8 +166,11 @@ def _manifest(path: Path, input: str | None, output: str | None) -> tuple[pd.Dat
         except msgspec.DecodeError as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
         numbers.append(number)
-    if named:
-        return pd.DataFrame(entries), numbers
+    return pd.DataFrame(entries) if named else _columns(entries), numbers
+
+
+def _columns(entries: list[_Entry]) -> pd.DataFrame:
+    """The fields that any entry has."""
     columns: dict[str, list[Any]] = {}
     for field in _Entry.__struct_fields__:
         if field in ("text", "supervisions"):  # two places for one thing, joined below
@@ -178,7 +181,7 @@ def _manifest(path: Path, input: str | None, output: str | None) -> tuple[pd.Dat
     texts = [entry.text if entry.text is not None else _spoken(entry) for entry in entries]
     if any(text is not None for text in texts):
         columns["text"] = texts
-    return pd.DataFrame(columns, index=range(len(entries))), numbers
+    return pd.DataFrame(columns, index=range(len(entries)))
 
 
 def _spoken(entry: _Entry) -> str | None:
