@@ -70,9 +70,9 @@ def study(
             "study() takes one of: step= with model= and loader=; generate= with model= and inputs=; trace= and "
             f"snapshot=; given: {' and '.join(given) or 'none of them'}"
         )
-    optional = {"loss": loss, "num_batches": num_batches, "num_ranks": num_ranks, "link_bytes_per_s": link_bytes_per_s,
-                "repeats": repeats}  # fmt: skip
-    options: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
+    options = _those_given(
+        loss=loss, num_batches=num_batches, num_ranks=num_ranks, link_bytes_per_s=link_bytes_per_s, repeats=repeats
+    )
     if files:
         from effkit.advice.recorded_study import RecordedStudy
 
@@ -97,6 +97,10 @@ def study(
     from effkit.advice.training_study import TrainingStudy
 
     return TrainingStudy(step, model, loader, **options)
+
+
+def _those_given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _one_of_several_ranks() -> bool:
