@@ -1,9 +1,10 @@
 # Every target sets up what it needs; none needs another to have been run first.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab app test lint notebooks bench ledger record clean help
+.PHONY: lab app test quick lint notebooks bench ledger record clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,8 +43,12 @@ lab: .venv/.lab  ## open JupyterLab on the first notebook
 app: .venv/.app  ## open the what-if page as an app without code, for a class
 	$(BIN)/python notebooks/app
 
-test: .venv/.test .venv/.browser .venv/.peers lint  ## everything that CI runs
-	$(BIN)/python -m pytest
+test: .venv/.test .venv/.browser .venv/.peers lint  ## everything that CI runs: in parallel, then what is timed, alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not timed"
+	$(BIN)/python -m pytest -m timed
+
+quick: .venv/.test lint  ## for daily work: lint, and the tests that take no longer than ten seconds and use no clock
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not timed and not slow" -q
 
 lint: .venv/.test  ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check .

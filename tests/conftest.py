@@ -12,6 +12,19 @@ settings.register_profile("effkit", deadline=None, max_examples=60)
 settings.load_profile("effkit")
 
 
+# Their verdicts rest on a clock, or they start ranks or a browser: `make test` runs them alone, after the others.
+TIMED = {
+    "test_advice_planted", "test_advice_probing", "test_app", "test_browser", "test_decoder_floors",
+    "test_decoder_measure", "test_device", "test_moe_launching", "test_moe_links", "test_moe_measure", "test_timing",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in TIMED:
+            item.add_marker("timed")
+
+
 def matmul_step():
     """A training step in miniature: allocates, computes, frees."""
     import torch
