@@ -33,9 +33,8 @@ def slowed(times: np.ndarray, kind: str, rank: int, peer: int, factor: float) ->
 
 @pytest.mark.parametrize(("num_ranks", "num_rounds", "noise"), MEASURED)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(3))
-def test_twice_as_slow_is_found_in_every_trial(kind, num_ranks, num_rounds, noise, seed):
-    rng = np.random.default_rng([seed, num_ranks, num_rounds, KINDS.index(kind)])
+def test_twice_as_slow_is_found_in_every_trial(kind, num_ranks, num_rounds, noise):
+    rng = np.random.default_rng([0, num_ranks, num_rounds, KINDS.index(kind)])
     for _ in range(TRIALS):
         rank, peer = rng.choice(num_ranks, 2, replace=False)
         found = find_slow(slowed(delays(rng, num_ranks, num_rounds, noise), kind, rank, peer, 2.0))
@@ -45,9 +44,8 @@ def test_twice_as_slow_is_found_in_every_trial(kind, num_ranks, num_rounds, nois
 
 
 @pytest.mark.parametrize(("num_ranks", "num_rounds", "noise"), [*MEASURED, (3, 5, 0.2), (4, 3, 0.2), (64, 2, 0.2)])
-@pytest.mark.parametrize("seed", range(3))
-def test_noise_raises_no_alarm(num_ranks, num_rounds, noise, seed):
-    rng = np.random.default_rng([seed, num_ranks, num_rounds])
+def test_noise_raises_no_alarm(num_ranks, num_rounds, noise):
+    rng = np.random.default_rng([0, num_ranks, num_rounds])
     for _ in range(TRIALS if num_ranks < 64 else 1):
         assert find_slow(delays(rng, num_ranks, num_rounds, noise)) is None
 

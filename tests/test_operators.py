@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 import effkit
 from effkit import operators
 from effkit.operators import (
@@ -122,7 +120,7 @@ KERNELS = {
 # Not classifications: what they list, they list for a reason of their own
 NO_SECOND_LISTS = {
     "activations/checkpointing.py": "whose outputs to keep, in torch's own operators: a choice",
-    "advice/parts.py": "classes of modules",
+    "advice/model_summary.py": "classes of modules",
 }
 
 
@@ -130,9 +128,8 @@ def cases(table, separator):
     return [(family, name.strip()) for family, names in table.items() for name in names.split(separator)]
 
 
-@pytest.mark.parametrize(("family", "name"), cases(OPERATORS, None))
-def test_family_of_an_operator(family, name):
-    assert family_of_operator(name) == family
+def test_family_of_an_operator():
+    assert not [(name, family) for family, name in cases(OPERATORS, None) if family_of_operator(name) != family]
 
 
 def test_nodes_of_autograd_are_autograds_whatever_they_call():
@@ -140,9 +137,8 @@ def test_nodes_of_autograd_are_autograds_whatever_they_call():
         assert family_of_operator(f"autograd::engine::evaluate_function: {name}") == AUTOGRAD
 
 
-@pytest.mark.parametrize(("family", "name"), cases(KERNELS, "\n"))
-def test_family_of_a_kernel(family, name):
-    assert family_of_kernel(name) == family
+def test_family_of_a_kernel():
+    assert not [(name, family) for family, name in cases(KERNELS, "\n") if family_of_kernel(name) != family]
 
 
 def words_of(node):
