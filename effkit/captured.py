@@ -69,16 +69,9 @@ class Capture:
         A step lasts until what it launched has run, and begins no earlier than the step before has ended in this sense,
         so ``start_ns`` and ``dur_ns`` may differ from the marks in ``steps``, which the host makes while it runs ahead.
 
-        Parameters
-        ----------
-        step
-            The annotation that marks a step (``*`` stands for anything); by default the profiler's own marks, and the
-            whole window where there are none. ``attrs["notes"]`` says which, ``attrs["suggestions"]`` what follows.
-
-        Raises
-        ------
-        ValueError
-            When no annotation has that name.
+        ``step`` is the annotation that marks a step (``*`` stands for anything; ValueError when there is none); by
+        default the profiler's own marks count, and the whole window is one step where there are none.
+        ``attrs["notes"]`` says which, ``attrs["suggestions"]`` what follows.
         """
         return breakdown.overview(self._of_ranks("overview", step))
 
@@ -146,48 +139,35 @@ class Capture:
     ) -> Account:
         """What fills the memory at its peak, or at the moment ``at_ns``: an Account in bytes.
 
-        Parameters
-        ----------
-        by
-            ``"category"`` (parameter, gradient, saved activation, …) or ``"stack"`` (where it was allocated).
-        device, rank
-            Of which memory; by default the accelerator's, of the rank with the highest peak.
-
-        Raises
-        ------
-        ValueError
-            When memory was not recorded, or not on that device and rank.
+        ``by`` is ``"category"`` (parameter, gradient, saved activation, …) or ``"stack"`` (where it was allocated);
+        ``device`` and ``rank`` say of which memory, by default the accelerator's, of the rank with the highest peak.
+        ValueError when memory was not recorded, or not on that device and rank.
         """
         recorded, allocations, segments = self._memory_of(device, rank)
-        peak_bytes, source = int(recorded["peak_bytes"]), str(recorded["peak_source"])
+        device, peak_bytes, source = str(recorded["device"]), int(recorded["peak_bytes"]), str(recorded["peak_source"])
         if at_ns is not None:
             peak_bytes = int(snapshot.at(allocations, at_ns)["size_bytes"].sum())
             source = "the allocations alive then"
         return snapshot.account(
-            allocations, peak_bytes=peak_bytes, source=source, device=str(recorded["device"]), by=by,
-            segments=segments, at_ns=at_ns,
-        )  # fmt: skip
+            allocations, peak_bytes=peak_bytes, source=source, device=device, by=by, segments=segments, at_ns=at_ns
+        )
 
     def out_of_memory(self, *, by: str = "stack") -> Account:
         """What was alive when the last request found no memory; the title says who asked, and for how much.
 
-        Raises
-        ------
-        ValueError
-            When no request failed while memory was recorded.
+        ValueError when no request failed while memory was recorded.
         """
         self._chosen_memory(None, None)  # was any recorded at all?
-        failed = [one for one in self._recorded_memory() if one.get("oom")]
+        failed = [memory for memory in self._recorded_memory() if memory.get("oom")]
         if not failed:
             raise ValueError("no request ran out of memory in this recording: memory() says what fills its peak")
-        last = max(failed, key=lambda one: one["oom"]["time_ns"])
+        last = max(failed, key=lambda memory: memory["oom"]["time_ns"])
         oom = last["oom"]
         alive = self.memory(by=by, device=last["device"], rank=last["rank"], at_ns=oom["time_ns"])
-        asked = (
-            f"{readable(oom['asked_bytes'], 'bytes')} asked for by {oom['stack'] or 'a caller that was not recorded'}"
-        )
-        free = readable(oom["device_free_bytes"], "bytes")
-        return replace(alive, title=f"Memory of {last['device']} when {free} were free and {asked}")
+        free, asked = (readable(oom[name], "bytes") for name in ("device_free_bytes", "asked_bytes"))
+        caller = oom["stack"] or "a caller that was not recorded"
+        title = f"Memory of {last['device']} when {free} were free and {asked} asked for by {caller}"
+        return replace(alive, title=title)
 
     def memory_timeline(
         self, *, device: str | None = None, rank: int | None = None, num_points: int = 2000
@@ -209,10 +189,8 @@ class Capture:
         """Which operators and kernels grew, shrank, appeared or went from this capture to another, per step."""
         if not isinstance(other, Capture):
             raise TypeError(f"diff() takes another Capture; given: {type(other).__name__}. Open a file with load(path)")
-        return differences.diff(
-            (self.operators(), self.kernels(), self._num_steps()),
-            (other.operators(), other.kernels(), other._num_steps()),
-        )
+        pair = ((each.operators(), each.kernels(), max(1, len(each.overview()))) for each in (self, other))
+        return differences.diff(*pair)
 
     def tensorboard(self, logdir: str | Path) -> tensorboard.Folder:
         """Write a run folder that the retired TensorBoard plugin shows correctly; what it cannot show is in the result.
@@ -237,14 +215,13 @@ class Capture:
         Any tool can open it and nothing in it is code. It is written beside its place and moved there whole.
         """
         frames = {name: frame for name in storage.FRAMES if (frame := getattr(self, name)) is not None}
-        memory = list(self._recorded_memory())
-        return storage.write(Path(path), frames, {**self.provenance, **({"memory": memory} if memory else {})})
+        memory = {"memory": list(recorded)} if (recorded := self._recorded_memory()) else {}
+        return storage.write(Path(path), frames, {**self.provenance, **memory})
 
     def _of_ranks(self, pane: str, *options: Any) -> list[Any]:
         """The first part of a pane, rank by rank."""
-        if self.events.empty:
-            return [panes.OF_RANK[pane](self.events, *options)]
-        return [panes.OF_RANK[pane](events, *options) for _, events in self.events.groupby("rank")]
+        ranks = [events for _, events in self.events.groupby("rank")] or [self.events]
+        return [panes.OF_RANK[pane](events, *options) for events in ranks]
 
     def _recorded_memory(self) -> Sequence[Mapping[str, Any]]:
         return self.provenance.get("memory", ())
@@ -253,21 +230,19 @@ class Capture:
         recorded = self._recorded_memory()
         if not recorded:
             raise ValueError("memory was not recorded: capture with memory=True, or profile with profile_memory=True")
-        fitting = [one for one in recorded if device in (None, one["device"]) and rank in (None, one["rank"])]
+        fitting = [each for each in recorded if device in (None, each["device"]) and rank in (None, each["rank"])]
         if not fitting:
-            there = ", ".join(f"{one['device']} of rank {one['rank']}" for one in recorded)
-            raise ValueError(f"no memory of device {device} and rank {rank} was recorded; there is {there}")
+            memories = ", ".join(f"{each['device']} of rank {each['rank']}" for each in recorded)
+            raise ValueError(f"no memory of device {device} and rank {rank} was recorded; there is {memories}")
         return max(fitting, key=lambda memory: (memory["device"] != "cpu", memory["peak_bytes"]))
 
     def _memory_of(self, device: str | None, rank: int | None) -> Memory:
         chosen = self._chosen_memory(device, rank)
-        frames = (frame if frame is None else frame[(frame["rank"] == chosen["rank"])
-                                                    & (frame["device"] == chosen["device"])]
-                  for frame in (self.allocations, self.segments))  # fmt: skip
+        frames = (
+            frame if frame is None else frame[(frame["rank"] == chosen["rank"]) & (frame["device"] == chosen["device"])]
+            for frame in (self.allocations, self.segments)
+        )
         return Memory(chosen, *frames)
-
-    def _num_steps(self) -> int:
-        return max(1, len(self.overview()))
 
     def _notes(self) -> list[str]:
         notes = list(self.provenance.get("notes", ()))
@@ -275,22 +250,16 @@ class Capture:
         listed = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         return [*notes, f"ranks {listed} were not recorded: waiting for them counts as moving"] if missing else notes
 
-    def _what_memory(self) -> str:
-        return "not recorded" if self.allocations is None else f"{len(self.allocations):,} allocations"
-
     def __repr__(self) -> str:
         p = self.provenance
+        memory = "memory not recorded" if self.allocations is None else f"memory {len(self.allocations):,} allocations"
+        full = [each["device"] for each in p.get("memory", ()) if each.get("oom")]
         lines = [
-            f"Capture of {p.get('what', 'a run')}: {len(self.steps)} steps, {len(self.events):,} events, "
-            f"memory {self._what_memory()}",
+            f"Capture of {p.get('what', 'a run')}: {len(self.steps)} steps, {len(self.events):,} events, {memory}",
             f"on {p.get('device', 'an unnamed device')}, torch {p.get('torch', 'not visible')}, "
             f"{p.get('date', 'date not visible')}",
             *p.get("left_out", ()),
-            *(
-                f"{one['device']} ran out of memory: see out_of_memory()"
-                for one in p.get("memory", ())
-                if one.get("oom")
-            ),
+            *(f"{device} ran out of memory: see out_of_memory()" for device in full),
             *self._notes(),
         ]
         return "\n  ".join(lines)

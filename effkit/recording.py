@@ -65,8 +65,8 @@ def capture(
 
     Examples
     --------
-    >>> seen = capture(lambda: model(batch).sum().backward(), memory=True)   # doctest: +SKIP
-    >>> seen.steps["dur_ns"].median()                                        # doctest: +SKIP
+    >>> run = capture(lambda: model(batch).sum().backward(), memory=True)   # doctest: +SKIP
+    >>> run.steps["dur_ns"].median()                                        # doctest: +SKIP
     61_300_512.0
     """
     if not callable(step):
@@ -74,21 +74,13 @@ def capture(
     if steps < 1 or warmup < 0:
         raise ValueError(f"capture() takes steps >= 1 and warmup >= 0; given: steps={steps}, warmup={warmup}")
     import torch
-    from torch.profiler import ProfilerActivity, profile, schedule
 
     with _alone("capture()"):
         cuda = torch.cuda.is_available()
         for _ in range(warmup):
             step()
         plain = _timed(step, steps)
-        profiler = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
-            schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
-            profile_memory=memory,
-            record_shapes=shapes,
-            with_stack=stacks,
-        )
-        with profiler:
+        with _profiler(steps, profile_memory=memory, record_shapes=shapes, with_stack=stacks) as profiler:
             step()
             synchronize()
             profiler.step()
@@ -101,19 +93,20 @@ def capture(
     allocations, of_memory = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
     if of_memory and not cuda:
         peak_bytes = of_memory[0]["peak_bytes"]
-    seen = {
+    plain_ns, recorded_ns = statistics.median(plain), statistics.median(recorded)
+    facts = {
         "what": what or getattr(step, "__qualname__", type(step).__name__),
         "settings": dict(settings or {}),
         "options": {"warmup": warmup, "steps": steps, "memory": memory, "shapes": shapes, "stacks": stacks},
-        "step_ns": round(statistics.median(plain)),
-        "step_ns_profiled": round(statistics.median(recorded)),
-        "overhead_frac": round(statistics.median(recorded) / statistics.median(plain) - 1, 4),
+        "step_ns": round(plain_ns),
+        "step_ns_profiled": round(recorded_ns),
+        "overhead_frac": round(recorded_ns / plain_ns - 1, 4),
         "peak_bytes": peak_bytes,
         "peak_source": "torch.cuda.max_memory_allocated" if cuda else
         "profiler's Total Allocated; allocations made before the window are not visible" if memory else "not recorded",
         "memory": of_memory,
     }  # fmt: skip
-    return Capture(read.events, allocations, provenance() | seen)
+    return Capture(read.events, allocations, provenance() | facts)
 
 
 def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple[int, str]:
@@ -136,11 +129,7 @@ def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple
 
 def memory_events(step: Callable[[], object]) -> trace.Trace:
     """Run ``step()`` once and return every allocation and every free, with the host's events around them."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    with _alone("memory_events()"), profile(activities=[ProfilerActivity.CPU, *cuda], profile_memory=True) as profiler:
+    with _alone("memory_events()"), _profiler(profile_memory=True) as profiler:
         step()
         synchronize()
     return trace.read(_exported(profiler))
@@ -152,17 +141,10 @@ def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4) -> 
     The device is waited for before the first recorded step and after the last, not between them: a loop's host runs
     ahead, and so does this one. The last of the ``warmup`` calls (at least 1) is the profiler's own.
     """
-    import torch
-    from torch.profiler import ProfilerActivity, profile, schedule
-
-    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with _alone("trace_of()"):
         for _ in range(warmup - 1):
             step()
-        profiler = profile(
-            activities=[ProfilerActivity.CPU, *cuda], schedule=schedule(wait=0, warmup=1, active=steps, repeat=1)
-        )
-        with profiler:
+        with _profiler(steps) as profiler:
             step()
             synchronize()
             profiler.step()
@@ -172,6 +154,16 @@ def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4) -> 
                     synchronize()
                 profiler.step()
     return _exported(profiler)
+
+
+def _profiler(steps: int | None = None, **options: Any) -> Any:
+    """The profiler of this machine; given a number of steps, it warms up in one and records so many after it."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    plan = None if steps is None else schedule(wait=0, warmup=1, active=steps, repeat=1)
+    return profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, **options)
 
 
 def _peak(memory: pd.DataFrame) -> int:

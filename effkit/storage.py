@@ -31,12 +31,8 @@ _MAY_LACK_TEXT = {*trace.DETAIL_COLUMNS, "stack"}  # of other columns an empty t
 
 def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> Path:
     """Write the file, whole or not at all; equal content makes equal bytes."""
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "provenance": dict(provenance),
-        "columns": {name: {c: str(t) for c, t in frame.dtypes.items()} for name, frame in frames.items()},
-    }
+    columns = {name: {c: str(t) for c, t in frame.dtypes.items()} for name, frame in frames.items()}
+    header = {"format": FORMAT, "version": VERSION, "provenance": dict(provenance), "columns": columns}
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of the file to write, {path / 'capture.zip'} say")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +46,7 @@ def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[st
 def read(path: Path) -> tuple[Frames, dict[str, Any]]:
     """The frames and the provenance of a file that :func:`write` wrote.
 
-    Raises
-    ------
-    ValueError
-        For any other file, a damaged one, one that unpacks to too much, or one of a newer version.
+    ValueError for any other file, a damaged one, one that unpacks to too much, or one of a newer version.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -72,10 +65,9 @@ def _read(archive: zipfile.ZipFile) -> tuple[Frames, dict[str, Any]]:
     header = json.loads(archive.read("capture.json"))
     if not isinstance(header, dict) or header.get("format") != FORMAT or not isinstance(header.get("provenance"), dict):
         raise ValueError(f"its capture.json does not say “{FORMAT}”")
-    if not isinstance(header.get("version"), int) or header["version"] > VERSION:
-        raise ValueError(
-            f"it is of version {header.get('version')} and this effkit reads up to {VERSION}: upgrade effkit"
-        )
+    version = header.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f"it is of version {version} and this effkit reads up to {VERSION}: upgrade effkit")
     frames = {name: _frame(archive, name, columns) for name, columns in header["columns"].items() if name in FRAMES}
     if "events" not in frames:
         raise ValueError("it holds no events")

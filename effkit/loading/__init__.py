@@ -63,28 +63,24 @@ def load(
 def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     if not isinstance(path, str | Path | Sequence):
         raise TypeError(f"load() takes a path or a list of paths; given: {type(path).__name__}")
-    given = [Path(path)] if isinstance(path, str | Path) else list(map(Path, path))
-    found = [file for one in given for file in _inside(one)]
-    absent = next((one for one in found if not one.is_file()), None)
-    if absent or not found:
-        folders = (
-            [one for one in given[0].iterdir() if one.is_dir()] if not found and isinstance(path, str | Path) else []
-        )
-        look = f", for instance of {folders[0]}" if folders else ""
+    paths = [Path(path)] if isinstance(path, str | Path) else list(map(Path, path))
+    files = [file for each in paths for file in (_inside(each) if each.is_dir() else [each])]
+    absent = next((file for file in files if not file.is_file()), None)
+    if absent or not files:
+        nothing_in = paths if not files and isinstance(path, str | Path) else []
+        inner = [folder for each in nothing_in for folder in each.iterdir() if folder.is_dir()]
         raise FileNotFoundError(
             f"no capture at {absent or path}: give the path of a file that Capture.save() wrote, of a profiler trace, "
-            f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)}){look}"
+            f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)})"
+            + (f", for instance of {inner[0]}" if inner else "")
         )
-    return found
+    return files
 
 
-def _inside(path: Path) -> list[Path]:
-    """The files that a folder holds; a path that is none, as it is."""
-    if not path.is_dir():
-        return [path]
-    return sorted((file for file in path.iterdir() if file.name.endswith(_SUFFIXES)), key=_natural)
+def _inside(folder: Path) -> list[Path]:
+    """The captures of a folder, in the order in which people count: rank2 before rank10."""
 
+    def natural(path: Path) -> list[Any]:
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
-def _natural(path: Path) -> list[Any]:
-    """Names in the order in which people count: rank2 before rank10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+    return sorted((file for file in folder.iterdir() if file.name.endswith(_SUFFIXES)), key=natural)

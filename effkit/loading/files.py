@@ -47,13 +47,10 @@ class _Provenance(msgspec.Struct):
 
 def load_file(path: Path, rank: int | None, options: Options) -> Capture:
     """The Capture of one file; ``rank`` None for what the file says."""
-    match kind_of(path):
-        case "saved":
-            return _saved(path, rank)
-        case "snapshot":
-            return _snapshot(path, rank or 0)
-        case _:
-            return _trace(path, rank, options)
+    kind = kind_of(path)
+    if kind == "saved":
+        return _saved(path, rank)
+    return _snapshot(path, rank or 0) if kind == "snapshot" else _trace(path, rank, options)
 
 
 def kind_of(path: Path) -> str:
@@ -77,9 +74,8 @@ def _saved(path: Path, rank: int | None) -> Capture:
         raise ValueError(f"{path} is not a capture that can be read: its provenance is damaged: {error}") from error
     for name, frame in frames.items():
         if damaged := [column for column in frame if _WHOLE.search(column) and not is_integer_dtype(frame[column])]:
-            raise ValueError(
-                f"{path} is not a capture that can be read: its {name} hold no whole numbers in {', '.join(damaged)}"
-            )
+            reason = f"its {name} hold no whole numbers in {', '.join(damaged)}"
+            raise ValueError(f"{path} is not a capture that can be read: {reason}")
     if rank is not None:
         if any(frame["rank"].nunique() > 1 for frame in frames.values()):
             raise ValueError(f"{path} holds several ranks already: load it alone, or give one file per rank")
@@ -105,13 +101,8 @@ def _snapshot(path: Path, rank: int) -> Capture:
 
 def _trace(path: Path, rank: int | None, options: Options) -> Capture:
     # a rank of many is counted, not watched
-    bar = {
-        "delay": SLOW_S,
-        "leave": False,
-        "disable": rank is not None,
-        "total": path.stat().st_size,
-        "desc": path.name,
-    }
+    size_bytes, many = path.stat().st_size, rank is not None
+    bar = {"delay": SLOW_S, "leave": False, "disable": many, "total": size_bytes, "desc": path.name}
     try:
         with path.open("rb") as file, tqdm.wrapattr(file, "read", **bar) as watched:
             read = trace.read(trace.unpacked(watched), rank=rank, details=options.columns, stacks=options.stacks)
@@ -129,7 +120,7 @@ def _trace(path: Path, rank: int | None, options: Options) -> Capture:
 def described(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What a trace's metadata says that a Capture's provenance keeps."""
     devices, job = metadata.get("deviceProperties") or [{}], metadata.get("distributedInfo") or {}
-    found = {"device": devices[0].get("name"), "backend": job.get("backend")}
-    found = {key: value for key, value in found.items() if value is not None}
     world = job.get("world_size")
-    return found | ({"world_size": world} if isinstance(world, int) and 0 < world < 2**20 else {})
+    world = world if isinstance(world, int) and 0 < world < 2**20 else None
+    facts = {"device": devices[0].get("name"), "backend": job.get("backend"), "world_size": world}
+    return {key: value for key, value in facts.items() if value is not None}

@@ -36,9 +36,10 @@ class Digest(NamedTuple):
 
 def digest(path: Path, rank: int, options: Options, step: str | None = None) -> Digest:
     """Read one rank's file and reduce it."""
-    one = load_file(path, rank, options)
-    parts = {name: of_rank(one.events, *([step] if name == "overview" else [])) for name, of_rank in OF_RANK.items()}
-    return Digest(**parts, memory=one.provenance.get("memory", ()))
+    capture = load_file(path, rank, options)
+    marked = {"overview": [step]}  # no other pane asks for steps
+    parts = {name: of_rank(capture.events, *marked.get(name, [])) for name, of_rank in OF_RANK.items()}
+    return Digest(**parts, memory=capture.provenance.get("memory", ()))
 
 
 class Fleet(Capture):
@@ -54,28 +55,22 @@ class Fleet(Capture):
 
     def __init__(self, paths: Sequence[Path], options: Options, client: Any = None) -> None:
         ranks, how, metadata = _ranks(paths)
-        world = metadata.get("world_size", 0)
-        counted = f"{len(paths)} rank{'s' if len(paths) > 1 else ''}"
-        seen = {
-            "what": counted,
+        provenance = {
+            "what": f"{len(paths)} rank{'s' if len(paths) > 1 else ''}",
             **metadata,
             "files": {str(rank): path.name for rank, path in zip(ranks, paths, strict=True)},
             "rank_from": how,
-            "missing_ranks": sorted(set(range(world)) - set(ranks)) if world else [],
+            "missing_ranks": sorted(set(range(metadata.get("world_size", 0))) - set(ranks)),
         }
-        order = sorted(range(len(ranks)), key=ranks.__getitem__)
-        files = [(paths[i], ranks[i]) for i in order]
-        vars(self).update(provenance=seen, _files=files, _options=options, _client=client, _cache={})
+        files = sorted(zip(paths, ranks, strict=True), key=lambda file: file[1])
+        vars(self).update(provenance=provenance, _files=files, _options=options, _client=client, _cache={})
 
     @cached_property
     def events(self) -> pd.DataFrame:
         """All events of all ranks, on the clock of the first rank."""
-        ahead_ns = self._ahead_ns
-        frames = [
-            one.events.assign(start_ns=one.events["start_ns"] - ahead_ns.get(rank, 0))
-            for (_, rank), one in zip(self._files, self._whole, strict=True)
-        ]
-        return pd.concat(frames).sort_values("start_ns", kind="stable", ignore_index=True)
+        events = pd.concat([capture.events for capture in self._whole], ignore_index=True)
+        events["start_ns"] -= events["rank"].map(self._ahead_ns).fillna(0).astype("int64")
+        return events.sort_values("start_ns", kind="stable", ignore_index=True)
 
     @cached_property
     def allocations(self) -> pd.DataFrame | None:
@@ -92,7 +87,7 @@ class Fleet(Capture):
         return [load_file(path, rank, self._options) for path, rank in _shown(self._files, len(self._files))]
 
     def _together(self, name: str) -> pd.DataFrame | None:
-        frames = [frame for one in self._whole if (frame := getattr(one, name)) is not None]
+        frames = [frame for capture in self._whole if (frame := getattr(capture, name)) is not None]
         return pd.concat(frames, ignore_index=True).rename_axis(name.removesuffix("s")) if frames else None
 
     @property
@@ -109,9 +104,8 @@ class Fleet(Capture):
 
     def _digests(self, step: str | None = None) -> list[Digest]:
         if step not in self._cache:
-            self._cache[step] = list(
-                _shown(self._map(partial(digest, options=self._options, step=step)), len(self._files))
-            )
+            digests = self._map(partial(digest, options=self._options, step=step))
+            self._cache[step] = list(_shown(digests, len(self._files)))
         return self._cache[step]
 
     def _map(self, function: Callable[[Path, int], Digest]) -> Iterable[Digest]:
@@ -127,28 +121,25 @@ class Fleet(Capture):
 
     def _of_ranks(self, pane: str, *options: Any) -> list[Any]:
         digests = self._digests(*options) if options else self._any_digests()
-        return [getattr(one, pane) for one in digests]
+        return [getattr(digest, pane) for digest in digests]
 
     def _any_digests(self) -> list[Digest]:
         """Those of any step: only the overview depends on it."""
         return next(iter(self._cache.values()), None) or self._digests()
 
     def _recorded_memory(self) -> Sequence[Mapping[str, Any]]:
-        return [memory for one in self._any_digests() for memory in one.memory]
+        return [memory for digest in self._any_digests() for memory in digest.memory]
 
     def _memory_of(self, device: str | None, rank: int | None) -> Memory:
         chosen = self._chosen_memory(device, rank)
-        path = next(path for path, its in self._files if its == chosen["rank"])
+        path = next(path for path, rank_of_file in self._files if rank_of_file == chosen["rank"])
         return load_file(path, chosen["rank"], self._options)._memory_of(chosen["device"], None)
 
     def __repr__(self) -> str:
         p = self.provenance
-        return "\n  ".join([
-            f"Capture of {p['what']} ({', '.join(map(str, p['files'])) if len(p['files']) < 9 else '…'}), "
-            f"known from {p['rank_from']}",
-            f"on {p.get('device', 'an unnamed device')}",
-            *self._notes(),
-        ])  # fmt: skip
+        ranks = ", ".join(p["files"]) if len(p["files"]) < 9 else "…"
+        first = f"Capture of {p['what']} ({ranks}), known from {p['rank_from']}"
+        return "\n  ".join([first, f"on {p.get('device', 'an unnamed device')}", *self._notes()])
 
 
 def _shown(items: Iterable[Item], total: int) -> Iterable[Item]:
@@ -158,14 +149,13 @@ def _shown(items: Iterable[Item], total: int) -> Iterable[Item]:
 def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:
     """The rank of each file, how it is known, and what the files' metadata says in common."""
     heads = list(map(_head, paths))
-    told = [(head.get("distributedInfo") or {}).get("rank") for head in heads]
-    named = [found and int(found[1]) for found in (_RANK.search(path.name) for path in paths)]
+    recorded = [(head.get("distributedInfo") or {}).get("rank") for head in heads]
+    named = [match and int(match[1]) for match in (_RANK.search(path.name) for path in paths)]
     common = described(heads[0])
-    worlds = {described(head).get("world_size") for head in heads if head}
-    if len(worlds) > 1:
+    if len({described(head).get("world_size") for head in heads if head}) > 1:
         common.pop("world_size", None)
         common["notes"] = ["the files are of different jobs, of unlike numbers of ranks: do not read them as one"]
-    for ranks, how in ((told, "the traces' own metadata"), (named, "the files' names")):
+    for ranks, how in ((recorded, "the traces' own metadata"), (named, "the files' names")):
         if (numbers := _distinct(ranks)) is not None:
             return numbers, how, common
     return list(range(len(paths))), "the order of the files", common

@@ -21,17 +21,16 @@ def clocks(calls: pd.DataFrame) -> pd.DataFrame:
     """
     ranks = sorted(calls["rank"].unique())
     usable = calls[calls["call"].notna() & calls["dur_ns"].notna() & calls["collective"].isin(SYNCHRONISE)]
-    found = pd.DataFrame({"offset_ns": 0, "spread_ns": 0, "num_matched": 0}, index=pd.Index(ranks, name="rank"))
-    found = found.astype("Int64")
-    ends = usable.assign(end=usable["start_ns"] + usable["dur_ns"]).pivot_table(
-        index="call", columns="rank", values="end", aggfunc="first"
-    )
+    columns = ["offset_ns", "spread_ns", "num_matched"]
+    clock = pd.DataFrame(0, index=pd.Index(ranks, name="rank"), columns=columns, dtype="Int64")
+    ends = usable.assign(end=usable["start_ns"] + usable["dur_ns"])
+    ends = ends.pivot_table(index="call", columns="rank", values="end", aggfunc="first")
     uneven = ends.index.isin(usable.loc[usable["collective"] == "all_to_all", "call"])
     for rank in ranks[1:]:
         apart = ends[rank] - ends[ranks[0]] if {rank, ranks[0]} <= set(ends.columns) else pd.Series(dtype="Float64")
         every, even = (_middle(part.dropna()) for part in (apart, apart[~uneven[: len(apart)]]))
-        found.loc[rank] = even if even[2] > 1 and every[1] > 10 * even[1] + _TIGHT_NS else every
-    return found
+        clock.loc[rank] = even if even[2] > 1 and every[1] > 10 * even[1] + _TIGHT_NS else every
+    return clock
 
 
 def _middle(apart: pd.Series[float]) -> list[Any]:

@@ -69,9 +69,8 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     if on_device.empty:  # then operators are what computes, and communication can hide under them
         del parts["cpu_exec_ns"]
         parts = {"cpu_exec_ns": (computing(events),)} | parts
-    frame = pd.DataFrame(
-        {"rank": rank, "step": np.arange(len(starts)), "start_ns": starts, "dur_ns": ends - starts}
-    ).astype("int64")
+    columns = {"rank": rank, "step": np.arange(len(starts)), "start_ns": starts, "dur_ns": ends - starts}
+    frame = pd.DataFrame(columns).astype("int64")
     before: list[pd.DataFrame] = []
     covered = np.zeros(len(starts), dtype="int64")
     for name, frames in parts.items():
@@ -94,9 +93,8 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         notes.append(NO_DEVICE)
     frame = frame.astype(dict.fromkeys((*_DEVICE_PARTS, "not_visible_ns"), "Int64"))
     frame["device_busy_frac"] = frame["device_ns"] / frame["dur_ns"].replace(0, pd.NA).astype("Int64")
-    frame = frame.set_index(["rank", "step"])
     order = ["start_ns", "dur_ns", *PARTS, "hidden_communication_ns", "device_span_ns", "device_busy_frac"]
-    return frame[order], notes
+    return frame.set_index(["rank", "step"])[order], notes
 
 
 def _blind(waits: pd.DataFrame, device: intervals.Covered) -> pd.DataFrame:
@@ -136,10 +134,10 @@ def _span(device: intervals.Covered, starts: Any, ends: Any) -> Any:
         return np.zeros(len(starts), dtype="int64")
     first = np.searchsorted(device.ends, starts, side="right")
     last = np.searchsorted(device.starts, ends, side="left") - 1
-    there = (first < len(device.starts)) & (last >= first)
+    busy = (first < len(device.starts)) & (last >= first)
     first, last = np.minimum(first, len(device.starts) - 1), np.maximum(last, 0)
     span = np.minimum(device.ends[last], ends) - np.maximum(device.starts[first], starts)
-    return np.where(there, span, 0)
+    return np.where(busy, span, 0)
 
 
 def overview(parts: Sequence[tuple[pd.DataFrame, list[str]]]) -> pd.DataFrame:
@@ -158,7 +156,8 @@ _ADVICE: Mapping[str, tuple[float, str]] = {
     "not_visible_ns": (0.10, "waits for device work that was not recorded (launched before the recording, or hidden "
                              "in a graph): it says nothing about whether the device was idle"),
 }  # fmt: skip
-_LAUNCH_BOUND = 0.25
+_LAUNCH_BOUND = 0.25  # of the time, where a device was recorded
+_LAUNCHING = "the device idles while the host runs operators and launches: larger batches, CUDA graphs or torch.compile"
 
 
 def suggestions(frame: pd.DataFrame) -> list[str]:
@@ -167,11 +166,7 @@ def suggestions(frame: pd.DataFrame) -> list[str]:
     if not total:
         return []
     share = {name: float(frame[name].sum() / total) for name in PARTS if frame[name].notna().any()}
-    found = [f"{share[name]:.0%} of the time {word}" for name, (least, word) in _ADVICE.items()
-             if share.get(name, 0) >= least]  # fmt: skip
+    noticeable = {name: word for name, (least, word) in _ADVICE.items() if share.get(name, 0) >= least}
     if "kernel_ns" in share and share["cpu_exec_ns"] >= _LAUNCH_BOUND:
-        found.append(
-            f"{share['cpu_exec_ns']:.0%} of the time the device idles while the host runs operators and launches: "
-            "larger batches, CUDA graphs or torch.compile"
-        )
-    return found
+        noticeable["cpu_exec_ns"] = _LAUNCHING
+    return [f"{share[name]:.0%} of the time {word}" for name, word in noticeable.items()]

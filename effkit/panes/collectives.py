@@ -13,14 +13,7 @@ import pandas as pd
 from effkit.panes.aligning import SYNCHRONISE, clocks
 from effkit.panes.breakdown import communication, computing
 from effkit.trace import intervals, nesting
-from effkit.trace.names import (
-    COLLECTIVE,
-    DEVICE_BACKENDS,
-    ITEM_BYTES,
-    STEP,
-    collective_of_kernel,
-    plain_collective,
-)  # fmt: skip
+from effkit.trace.names import COLLECTIVE, DEVICE_BACKENDS, ITEM_BYTES, STEP, collective_of_kernel, plain_collective
 
 _MOST_RANKS = 2**20
 COLUMNS = (
@@ -49,13 +42,14 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     is_call = (calls["backend"].notna() & (tree["category"] == "user_annotation")).to_numpy()
     owner = nesting.owners(tree, nesting.nearest(parent, is_call), kernels)
     rows = _recorded(tree, parent, calls[is_call], _spans(kernels, owner)) + _foreign(tree, parent, kernels[owner < 0])
-    frame = pd.DataFrame(rows, columns=_ROW)
-    frame = frame.astype({"start_ns": "Int64", "end_ns": "Int64", "num_ranks": "Int64", "size_bytes": "Int64"})
+    whole = dict.fromkeys(("start_ns", "end_ns", "num_ranks", "size_bytes"), "Int64")
+    frame = pd.DataFrame(rows, columns=_ROW).astype(whole)
     frame["rank"] = int(events["rank"].iloc[0]) if len(events) else 0
     frame["dur_ns"] = frame["end_ns"] - frame["start_ns"]
     spans = _exposed_spans(events, kernels, frame)
-    frame["exposed_ns"] = pd.array([pd.NA if one is None else sum(e - b for b, e in one) for one in spans], "Int64")
-    frame["exposed_spans_ns"] = [None if one is None else json.dumps(one) for one in spans]
+    exposed = [pd.NA if of_call is None else sum(end - begin for begin, end in of_call) for of_call in spans]
+    frame["exposed_ns"] = pd.array(exposed, "Int64")
+    frame["exposed_spans_ns"] = [None if of_call is None else json.dumps(of_call) for of_call in spans]
     return frame.sort_values("start_ns", kind="stable", ignore_index=True)[list(COLUMNS)]
 
 
@@ -78,12 +72,12 @@ def _recorded(
     rows = []
     for row, backend, collective in calls[["backend", "collective"]].itertuples():
         call = tree.loc[row]
-        told = tree.loc[around[row]] if around[row] >= 0 else call
+        payload = tree.loc[around[row]] if around[row] >= 0 else call
         inputs = tree.loc[outer[row], "inputs"] if outer[row] >= 0 else None
         notes = _annotations(tree, parent, row) or _annotations(tree, parent, outer[row])
         host = backend not in DEVICE_BACKENDS
         span = (call["start_ns"], call["start_ns"] + call["dur_ns"]) if host else ran.get(row, (None, None))
-        rows.append((plain_collective(collective), backend, *_moved(call, told, inputs), notes,
+        rows.append((plain_collective(collective), backend, *_moved(call, payload, inputs), notes,
                      "host" if host else "device", *span))  # fmt: skip
     return rows
 
@@ -123,20 +117,24 @@ def _listed(text: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _moved(call: pd.Series[Any], told: pd.Series[Any], inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """group, num_ranks, dtype, size_bytes and splits of one call, each None where it was not recorded."""
-    group = next((str(row[name]) for name in ("group", "group_name") for row in (told, call) if _is(row[name])), "")
-    told_ranks = next((row["group_size"] for row in (told, call) if _is(row["group_size"])), None)
-    dtype, size_bytes = _payload(call, told)
-    num_ranks, size_bytes = _plausible(told_ranks, _MOST_RANKS), _plausible(size_bytes, 2**63)
-    return group, num_ranks, dtype, size_bytes, _splits(told, inputs)
+def _moved(call: pd.Series[Any], payload: pd.Series[Any], inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """group, num_ranks, dtype, size_bytes and splits of one call, each None where it was not recorded.
+
+    ``payload`` is the event into which c10d wrote what the call moves.
+    """
+    rows = (payload, call)
+    group = next((str(row[name]) for name in ("group", "group_name") for row in rows if _is(row[name])), "")
+    num_ranks = next((row["group_size"] for row in rows if _is(row["group_size"])), None)
+    dtype, size_bytes = _size(call, payload)
+    bounded = _plausible(num_ranks, _MOST_RANKS), dtype, _plausible(size_bytes, 2**63)
+    return group, *bounded, _splits(payload, inputs)
 
 
-def _payload(call: pd.Series[Any], told: pd.Series[Any]) -> tuple[str | None, int | None]:
+def _size(call: pd.Series[Any], payload: pd.Series[Any]) -> tuple[str | None, int | None]:
     """dtype and bytes of what a rank puts in, from the element count, or from the tensors of an older recording."""
-    if _is(told["num_elements"]) and _is(told["dtype"]):
-        dtype = str(told["dtype"])
-        return dtype, int(told["num_elements"]) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else None
+    if _is(payload["num_elements"]) and _is(payload["dtype"]):
+        dtype = str(payload["dtype"])
+        return dtype, int(payload["num_elements"]) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else None
     tensors = [
         (math.prod(shape), kind)
         for shape, kind in zip(_listed(call["shapes"]), _listed(call["dtypes"]), strict=False)
@@ -145,9 +143,9 @@ def _payload(call: pd.Series[Any], told: pd.Series[Any]) -> tuple[str | None, in
     return (tensors[0][1], sum(count * ITEM_BYTES[kind] for count, kind in tensors)) if tensors else (None, None)
 
 
-def _splits(told: pd.Series[Any], inputs: Any) -> str | None:
+def _splits(payload: pd.Series[Any], inputs: Any) -> str | None:
     arguments = _listed(inputs)  # of alltoall_base_(output, input, group, output splits, input splits, …)
-    splits = _listed(told["splits"]) or (_listed(arguments[4]) if len(arguments) > 4 else [])
+    splits = _listed(payload["splits"]) or (_listed(arguments[4]) if len(arguments) > 4 else [])
     return json.dumps(splits) if splits and all(isinstance(split, int) for split in splits) else None
 
 
@@ -157,29 +155,29 @@ def _plausible(count: int | None, most: int) -> int | None:
 
 def _annotations(tree: pd.DataFrame, parent: Any, row: int) -> str:
     """The annotations around a call, innermost first, without the step's mark and c10d's own."""
-    found = []
+    names = []
     while row >= 0:
         name = str(tree.at[row, "name"])
         if tree.at[row, "category"] == "user_annotation" and not name.startswith(STEP) and not COLLECTIVE.match(name):
-            found.append(name)
+            names.append(name)
         row = parent[row]
-    return " < ".join(found)
+    return " < ".join(names)
 
 
 def _exposed_spans(events: pd.DataFrame, kernels: pd.DataFrame, calls: pd.DataFrame) -> list[Any]:
     """The stretches of each call, from its start, in which nothing is computed [ns]; None where it has no time."""
     works = events[events["category"] == "kernel"].drop(kernels.index)
     starts, ends = intervals.of(computing(events) if works.empty and kernels.empty else works)
-    found: list[Any] = []
+    spans: list[Any] = []
     for begin, end in zip(calls["start_ns"], calls["end_ns"], strict=True):
         if pd.isna(begin):
-            found.append(None)
+            spans.append(None)
             continue
         inside = slice(np.searchsorted(ends, begin, "right"), np.searchsorted(starts, end, "left"))
         opens = np.maximum(np.append(begin, ends[inside]), begin) - begin
         closes = np.minimum(np.append(starts[inside], end), end) - begin
-        found.append(np.stack([opens, closes], axis=1)[opens < closes].tolist())
-    return found
+        spans.append(np.stack([opens, closes], axis=1)[opens < closes].tolist())
+    return spans
 
 
 # What nccl-tests calls bus bandwidth: bytes that cross the slowest link per byte that a rank puts in, for n ranks
@@ -187,11 +185,8 @@ def _exposed_spans(events: pd.DataFrame, kernels: pd.DataFrame, calls: pd.DataFr
 _BUS = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: n - 1,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n,
-    "broadcast": lambda n: 1.0,
-    "reduce": lambda n: 1.0,
-    "send_recv": lambda n: 1.0,
+    **dict.fromkeys(("reduce_scatter", "all_to_all"), lambda n: (n - 1) / n),
+    **dict.fromkeys(("broadcast", "reduce", "send_recv"), lambda n: 1.0),
 }
 # the same, but the more a rank receives the later it leaves: of no use to a clock
 _WAITS = (*SYNCHRONISE, "dispatch", "combine")
@@ -216,9 +211,7 @@ def matched(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def waits(calls: pd.DataFrame) -> pd.DataFrame:
-    """Every call with ``waiting_ns`` (until the last of the recorded ranks came), ``moving_ns`` (the rest of its time)
-    and ``bus_bandwidth_bytes_per_s`` (from moving time alone); absent where no other rank was recorded.
-    """
+    """Every call on the first rank's clock, with what ``Capture.collectives`` says of waiting and moving."""
     clock = clocks(calls)
     start = calls["start_ns"] - calls["rank"].map(clock["offset_ns"]).fillna(0).astype("int64")
     matching = calls["call"].notna() & calls["collective"].isin(_WAITS)
@@ -229,11 +222,8 @@ def waits(calls: pd.DataFrame) -> pd.DataFrame:
     waiting = (last - start).clip(lower=0).astype("Int64")
     waiting = waiting.where(waiting.isna() | (waiting <= calls["dur_ns"]), calls["dur_ns"])
     moving = calls["dur_ns"] - waiting
-    num_ranks = calls["num_ranks"].fillna(0).tolist()
-    per_byte = [
-        _BUS[kind](num) if kind in _BUS and num else pd.NA
-        for kind, num in zip(calls["collective"], num_ranks, strict=True)
-    ]
+    kinds = zip(calls["collective"], calls["num_ranks"].fillna(0).tolist(), strict=True)
+    per_byte = [_BUS[kind](num_ranks) if kind in _BUS and num_ranks else pd.NA for kind, num_ranks in kinds]
     factor = pd.Series(pd.array(per_byte, dtype="Float64"), calls.index)
     speed = calls["size_bytes"] * factor / moving.replace(0, pd.NA).astype("Float64") * 1e9
     return calls.assign(start_ns=start, waiting_ns=waiting, moving_ns=moving, bus_bandwidth_bytes_per_s=speed)
@@ -242,18 +232,15 @@ def waits(calls: pd.DataFrame) -> pd.DataFrame:
 def summary(calls: pd.DataFrame) -> pd.DataFrame:
     """The calls by kind: how many, bytes, waiting and moving time summed over ranks, bus bandwidth, exposed time."""
     sums = ["size_bytes", "dur_ns", "waiting_ns", "moving_ns", "exposed_ns"]
-    groups = calls.groupby(["backend", "collective", "on"], sort=False)
+    moved = calls["bus_bandwidth_bytes_per_s"] * calls["moving_ns"]
+    timed = calls["moving_ns"].astype("Float64").where(moved.notna())  # of the calls whose bandwidth is known
+    groups = calls.assign(moved=moved, timed=timed).groupby(["backend", "collective", "on"], sort=False)
     table = groups[sums].sum(min_count=1).astype("Int64")
     table.insert(0, "calls", groups.size())
     table.insert(1, "num_ranks", groups["num_ranks"].max())
     table["waiting_frac"] = table["waiting_ns"] / table["dur_ns"].replace(0, pd.NA)
-    moved = calls["bus_bandwidth_bytes_per_s"] * calls["moving_ns"]
-    known = calls["moving_ns"].astype("Float64").where(moved.notna())
-    both = pd.DataFrame({"moved": moved, "known": known}).groupby(
-        [calls[name] for name in ("backend", "collective", "on")]
-    )
-    sums_of = both.sum(min_count=1)
-    table["bus_bandwidth_bytes_per_s"] = sums_of["moved"] / sums_of["known"].replace(0, pd.NA)
+    bus = groups[["moved", "timed"]].sum(min_count=1)
+    table["bus_bandwidth_bytes_per_s"] = bus["moved"] / bus["timed"].replace(0, pd.NA)
     return table.sort_values("dur_ns", ascending=False, kind="stable")
 
 
@@ -262,11 +249,8 @@ def doubts(calls: pd.DataFrame) -> list[str]:
     if calls["rank"].nunique() < 2:
         return []
     apart = int((calls["collective"].isin(_WAITS) & calls["dur_ns"].notna() & calls["waiting_ns"].isna()).sum())
-    return (
-        [f"{apart:,} of {len(calls):,} calls could not be matched between the ranks: who waited in them is not visible"]
-        if apart
-        else []
-    )
+    unmatched = f"{apart:,} of {len(calls):,} calls could not be matched between the ranks"
+    return [f"{unmatched}: who waited in them is not visible"] if apart else []
 
 
 def rank_pairs(calls: pd.DataFrame) -> pd.DataFrame:
@@ -284,6 +268,7 @@ def rank_pairs(calls: pd.DataFrame) -> pd.DataFrame:
         for place, receiver in enumerate(members if named else range(num)):
             share = splits[place] / total if splits else 1 / num
             rows.append((call["rank"], receiver, call["size_bytes"] * share, "measured" if splits else "assumed"))
-    frame = pd.DataFrame(rows, columns=["sender", "receiver", "size_bytes", "basis"])
+    columns = ["sender", "receiver", "size_bytes", "basis"]
+    frame = pd.DataFrame(rows, columns=columns)
     frame = frame.groupby(["sender", "receiver", "basis"], as_index=False)["size_bytes"].sum()
-    return frame.astype({"size_bytes": "int64"})[["sender", "receiver", "size_bytes", "basis"]]
+    return frame.astype({"size_bytes": "int64"})[columns]

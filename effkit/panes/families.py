@@ -34,11 +34,11 @@ def of_device(launched: pd.DataFrame, families: Any) -> Any:
     it, else ``other``.
     """
     owner = launched["owner"].to_numpy()
-    asked = np.append(families, NOT_VISIBLE)[owner]
+    of_operator = np.append(families, NOT_VISIBLE)[owner]
     own = _by_name(launched["name"], family_of_kernel)
-    told = ~np.isin(asked, (*UNTOLD, COMMUNICATION, NOT_VISIBLE)) & (own != COMMUNICATION)
+    tells = ~np.isin(of_operator, (*UNTOLD, COMMUNICATION, NOT_VISIBLE)) & (own != COMMUNICATION)
     unknown = np.isin(own, UNTOLD) & (owner < 0)
-    return np.where(told, asked, np.where(unknown, NOT_VISIBLE, own))
+    return np.where(tells, of_operator, np.where(unknown, NOT_VISIBLE, own))
 
 
 def _by_name(names: pd.Series[str], family: Any) -> Any:

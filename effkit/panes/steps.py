@@ -19,7 +19,7 @@ def marks(events: pd.DataFrame, step: str | None = None) -> pd.DataFrame:
     if step is None:
         named = name.str.startswith(STEP)
     elif any(sign in step for sign in "*?["):
-        named = name.isin([given for given in name.unique() if fnmatch.fnmatchcase(given, step)])
+        named = name.isin([text for text in name.unique() if fnmatch.fnmatchcase(text, step)])
     else:
         named = name == step
     marked = named & (events["category"] == "user_annotation")
@@ -29,24 +29,19 @@ def marks(events: pd.DataFrame, step: str | None = None) -> pd.DataFrame:
 def steps(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFrame, str]:
     """The steps of one rank, and in words where they come from.
 
-    ``ProfilerStep#`` marks, or the annotation called ``step``; without marks the whole window is one step.
-
-    Raises
-    ------
-    ValueError
-        When there is no annotation of that name.
+    ``ProfilerStep#`` marks, or the annotation called ``step`` (ValueError when there is none); without marks the whole
+    window is one step.
     """
-    found = marks(events, step)
-    if len(found):
-        return found, f"the annotation “{step}”" if step else "the profiler's step marks"
+    marked = marks(events, step)
+    if len(marked):
+        return marked, f"the annotation “{step}”" if step else "the profiler's step marks"
     if step is not None:
-        there = events.loc[events["category"] == "user_annotation", "name"].unique()[:5]
+        names = ", ".join(events.loc[events["category"] == "user_annotation", "name"].unique()[:5]) or "none"
         raise ValueError(
-            f"no annotation is called “{step}”; there are {', '.join(there) or 'none'}. Give one of these names, or "
-            "a pattern with *"
+            f"no annotation is called “{step}”; there are {names}. Give one of these names, or a pattern with *"
         )
     if events.empty:
-        return found, "no event"
+        return marked, "no event"
     start = int(events["start_ns"].min())
     length = int((events["start_ns"] + events["dur_ns"]).max()) - start
     window = pd.DataFrame({"rank": [int(events["rank"].iloc[0])], "start_ns": [start], "dur_ns": [length]})

@@ -32,8 +32,7 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     folded = (parent >= 0) & (names == names[parent]) & (num_children[parent] == 1)
     standing = nesting.nearest(parent, ~folded)
     above = np.where(parent >= 0, standing[parent], -1)
-    inside = ~folded & (above >= 0)
-    self_ns = dur_ns - np.bincount(above[inside], dur_ns[inside], minlength=len(tree)).astype("int64")
+    self_ns = dur_ns - _sums(np.where(folded, -1, above), dur_ns, len(tree))
 
     on_device = events[events["category"].isin(DEVICE)]
     caller = nesting.owners(tree, nesting.nearest(parent, operator), on_device)
@@ -57,15 +56,10 @@ def operators_of(events: pd.DataFrame) -> pd.DataFrame:
     each, launched = each_operator(events)
     lost = int(launched["dur_ns"][launched["owner"] < 0].sum())
     counted = each[(each["category"] == "cpu_op") & ~each["folded"]]
-    table = pd.DataFrame(
-        {
-            "operator": counted["name"],
-            "shapes": counted["shapes"] if "shapes" in counted else pd.Series(pd.NA, counted.index, dtype="str"),
-            "calls": 1,
-            **{name: counted[name] for name in ("host_total_ns", "host_self_ns", *_DEVICE_TIMES)},
-        }
-    )
-    table = table.groupby(["operator", "shapes"], dropna=False, sort=False).sum().reset_index()
+    shapes = counted["shapes"] if "shapes" in counted else pd.Series(pd.NA, counted.index, dtype="str")
+    table = counted.assign(operator=counted["name"], shapes=shapes, calls=1)
+    sums = ["calls", "host_total_ns", "host_self_ns", *_DEVICE_TIMES]
+    table = table.groupby(["operator", "shapes"], dropna=False, sort=False)[sums].sum().reset_index()
     if lost:
         # launched outside the recording, or outside any operator
         table.loc[len(table)] = ["not visible", pd.NA, 0, 0, 0, lost, lost]
@@ -75,8 +69,8 @@ def operators_of(events: pd.DataFrame) -> pd.DataFrame:
 
 
 def _sums(place: Any, values: Any, length: int) -> Any:
-    there = place >= 0
-    return np.bincount(place[there], values[there], minlength=length).astype("int64")
+    launched = place >= 0
+    return np.bincount(place[launched], values[launched], minlength=length).astype("int64")
 
 
 def operators(parts: Sequence[pd.DataFrame], by_shape: bool = False) -> pd.DataFrame:
@@ -94,18 +88,12 @@ def kernels_of(events: pd.DataFrame) -> pd.DataFrame:
     dur_ns = kernels["dur_ns"]
     percent = kernels.get("occupancy_percent", pd.Series(pd.NA, kernels.index, dtype="Float64"))
     percent = percent.where(percent > 0)  # profilers write 0 where they have no estimate
-    table = pd.DataFrame(
-        {
-            "kernel": kernels["name"],
-            "calls": 1,
-            "total_ns": dur_ns,
-            "min_ns": dur_ns,
-            "max_ns": dur_ns,
-            "known_ns": dur_ns.where(percent.notna(), 0),
-            "occupied_ns": (percent / 100 * dur_ns).fillna(0.0).astype("float64"),
-        }
-    )
-    return _merged(table)
+    table = {
+        "kernel": kernels["name"], "calls": 1, "total_ns": dur_ns, "min_ns": dur_ns, "max_ns": dur_ns,
+        "known_ns": dur_ns.where(percent.notna(), 0),
+        "occupied_ns": (percent / 100 * dur_ns).fillna(0.0).astype("float64"),
+    }  # fmt: skip
+    return _merged(pd.DataFrame(table))
 
 
 def _merged(table: pd.DataFrame) -> pd.DataFrame:

@@ -58,9 +58,8 @@ def _translated(events: pd.DataFrame) -> tuple[list[str], list[str]]:
     lines = []
     for frame, owners in ((tree[shown | launch], owner[shown | launch]), (on_device, kernel_owner)):
         for event, of in zip(frame.to_dict("records"), owners.tolist(), strict=True):
-            category = (
-                "Runtime" if event["category"].endswith(LAUNCHES) else _CATEGORIES.get(event["category"], "Operator")
-            )
+            runtime = event["category"].endswith(LAUNCHES)
+            category = "Runtime" if runtime else _CATEGORIES.get(event["category"], "Operator")
             place = threads.get(event["thread"], event["thread"])
             args: dict[str, Any] = {"External id": of}
             if frame is on_device:

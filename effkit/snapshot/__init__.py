@@ -7,15 +7,6 @@ from effkit.snapshot.trace_counters import from_trace
 from effkit.snapshot.unpickling import unpickle
 
 __all__ = [
-    "ALLOCATION_COLUMNS",
-    "SEGMENT_COLUMNS",
-    "Snapshot",
-    "account",
-    "at",
-    "from_events",
-    "from_trace",
-    "peak_ns",
-    "read",
-    "timeline",
-    "unpickle",
-]
+    "ALLOCATION_COLUMNS", "SEGMENT_COLUMNS", "Snapshot", "account", "at", "from_events", "from_trace", "peak_ns",
+    "read", "timeline", "unpickle",
+]  # fmt: skip

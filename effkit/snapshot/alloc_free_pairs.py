@@ -11,33 +11,23 @@ ALLOCATION_COLUMNS = ("size_bytes", "alloc_ns", "free_ns", "device", "rank", "st
 
 
 def from_events(memory: pd.DataFrame, *, stacks: pd.Series[str] | None = None) -> pd.DataFrame:
-    """Pair each allocation with the free of the same address.
+    """Pair each allocation with the free of the same address: columns ``ALLOCATION_COLUMNS``, in order of birth.
 
-    Parameters
-    ----------
-    memory
-        The memory frame of :func:`effkit.trace.read`, in order of time.
-    stacks
-        Where each event came from, row by row; ``None`` where that was not recorded.
-
-    Returns
-    -------
-    DataFrame
-        Columns ``ALLOCATION_COLUMNS``, indexed by ``allocation`` (0, 1, … in order of birth). ``alloc_ns`` is
-        ``<NA>`` for what was there before the recording began (only its free was seen; these come first);
-        ``free_ns`` is ``<NA>`` for what was still alive at its end. Events of one moment are set 1 ns apart.
+    ``memory`` is the memory frame of :func:`effkit.trace.read`; ``stacks`` says of each of its events where it came
+    from. ``alloc_ns`` is ``<NA>`` for what was there before the recording began (only its free was seen; these come
+    first), ``free_ns`` for what was still alive at its end. Events of one moment are set 1 ns apart.
     """
     sizes = memory["size_bytes"].to_numpy()
     times = distinct(memory["time_ns"].to_numpy())
     birth, death = pair(sizes > 0, memory["address"].to_numpy(), pd.factorize(memory["device"])[0])
-    seen = np.where(birth >= 0, birth, death)  # the event that tells size and place
+    event = np.where(birth >= 0, birth, death)  # which tells size and place
     frame = pd.DataFrame(
         {
-            "size_bytes": np.abs(sizes[seen]),
+            "size_bytes": np.abs(sizes[event]),
             "alloc_ns": moments(times, birth),
             "free_ns": moments(times, death),
-            "device": memory["device"].iloc[seen].array,
-            "rank": memory["rank"].to_numpy()[seen],
+            "device": memory["device"].iloc[event].array,
+            "rank": memory["rank"].to_numpy()[event],
             "stack": chosen([] if stacks is None else stacks, np.full_like(birth, -1) if stacks is None else birth),
             "category": chosen(["unknown"], np.zeros_like(birth)),
             "known_by": chosen(["not recorded"], np.zeros_like(birth)),
@@ -65,7 +55,11 @@ def pair(born: Any, *place: Any) -> tuple[Any, Any]:
 
 
 def distinct(times: Any) -> Any:
-    """Times [ns] that keep their order and never coincide, each moved later by as little as that takes."""
+    """Times [ns] that keep their order and never coincide, each moved later by as little as that takes.
+
+    >>> distinct(np.array([10, 10, 10, 12, 20])).tolist()
+    [10, 11, 12, 13, 20]
+    """
     steps = np.arange(len(times))
     return np.maximum.accumulate(times - steps) + steps
 

@@ -20,21 +20,15 @@ KNOWN_BY = ("not recorded", "stack", "lifetime", "stack and lifetime")
 def categorise(roles: Any, birth: Any, death: Any, parts: Any, *, step_ended: bool) -> tuple[Any, Any]:
     """Places in ``CATEGORIES`` and in ``KNOWN_BY``, one of each per allocation.
 
-    Parameters
-    ----------
-    roles
-        What the stack of each allocation tells, ``NOTHING`` where it was not recorded.
-    birth, death
-        Events, -1 for a birth before the first, ``len(parts)`` or more for a death after the last.
-    parts
-        The part of the step that was running at each event, ``NOTHING`` where the event does not tell.
-    step_ended
-        Whether it is recorded that the last optimizer's step came to its end.
+    ``roles`` is what the stack of each allocation tells, ``NOTHING`` where it was not recorded. ``birth`` and ``death``
+    are events: -1 for a birth before the first, ``len(parts)`` or more for a death after the last. ``parts`` is the
+    part of the step that was running at each event, ``NOTHING`` where the event does not tell. ``step_ended``: it is
+    recorded that the last optimizer's step came to its end.
     """
     never = len(parts) + 1 + (death.max() if len(death) else 0)
-    told = np.flatnonzero(parts != NOTHING)
-    edges = np.flatnonzero(np.diff(parts[told], prepend=-1, append=-1))
-    first, last, kind = told[edges[:-1]], told[edges[1:] - 1], parts[told[edges[:-1]]]
+    events = np.flatnonzero(parts != NOTHING)
+    edges = np.flatnonzero(np.diff(parts[events], prepend=-1, append=-1))
+    first, last, kind = events[edges[:-1]], events[edges[1:] - 1], parts[events[edges[:-1]]]
 
     def next_that(ends: Any) -> Any:
         """For runs counted from each one on: the first event of the first run for which ``ends``; never if none."""

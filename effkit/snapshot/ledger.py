@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from effkit.snapshot.alloc_free_pairs import distinct, pair
 from effkit.snapshot.stacks import NOTHING, Stacks
@@ -30,19 +31,22 @@ class _Block(NamedTuple):
 class Ledger:
     """One device: ``kinds``, ``times`` [ns], ``addresses``, ``sizes`` [bytes] and ``stacks`` of its events.
 
-    Raises
-    ------
-    ValueError
-        When the events do not lead to the final state.
+    ValueError when the events do not lead to the final state.
     """
 
     def __init__(self, trace: list[dict[str, Any]], segments: list[dict[str, Any]], stacks: Stacks) -> None:
         self.ranges = [(segment["address"], segment["address"] + segment["total_size"]) for segment in segments]
         self.blocks = [block for segment in segments for block in _blocks(segment, stacks)]
+        self._active = [block for block in self.blocks if block.state != "inactive"]
         self._read(trace, stacks)
-        self._count()
-        self.levels = self._levels(ALLOC, FREE, self.requested_bytes)
-        self.reserved_levels = self._levels(RESERVE, RETURN, self.reserved_bytes)
+        self.final_bytes = {
+            "requested_bytes": sum(block.requested for block in self._active),
+            "allocated_bytes": sum(block.size for block in self._active if block.state == "active_allocated"),
+            "active_bytes": sum(block.size for block in self._active),
+            "reserved_bytes": sum(block.size for block in self.blocks),
+        }
+        self.levels = self._levels(ALLOC, FREE, self.final_bytes["requested_bytes"])
+        self.reserved_levels = self._levels(RESERVE, RETURN, self.final_bytes["reserved_bytes"])
         if (self.levels > self.reserved_levels).any():
             raise ValueError("its trace allocates more than was reserved")
 
@@ -57,14 +61,6 @@ class Ledger:
         self.times = distinct(times_us * 1000)
         self.stacks = np.array([stacks.number(event.get("frames") or []) for event in trace], dtype="int64")
         self.parts = np.array([*stacks.parts, NOTHING], dtype="int64")[self.stacks]
-
-    def _count(self) -> None:
-        """The bytes of the final state."""
-        self._active = [block for block in self.blocks if block.state != "inactive"]
-        self.reserved_bytes = sum(block.size for block in self.blocks)
-        self.active_bytes = sum(block.size for block in self._active)
-        self.allocated_bytes = sum(block.size for block in self._active if block.state == "active_allocated")
-        self.requested_bytes = sum(block.requested for block in self._active)
 
     def _levels(self, grows: int, shrinks: int, final: int) -> Any:
         """Bytes before the first event, and after each."""
@@ -86,18 +82,20 @@ class Ledger:
         events = np.append(changes, np.arange(len(active)) + len(self.kinds))
 
         birth, death = pair(born, places)
-        seen, here = birth >= 0, death < len(changes)
-        if (death < 0).any() or (sizes[birth] != sizes[death])[seen].any() or _again(places)[death[~seen]].any():
+        has_birth, freed = birth >= 0, death < len(changes)
+        unlike = (sizes[birth] != sizes[death])[has_birth]
+        # without a birth only the first event of a place can end what was there before
+        if (death < 0).any() or unlike.any() or pd.Series(places).duplicated().to_numpy()[death[~has_birth]].any():
             raise ValueError(
                 "its trace does not lead to its final segments; record every action (skip_actions may leave out "
                 "free_requested alone)"
             )
         # Frees that never have a stack of their own repeat that of their allocation, and tell nothing of when.
-        tells = (self.kinds == ALLOC) | (codes[birth] != codes[death])[seen & here].any()
+        tells = (self.kinds == ALLOC) | (codes[birth] != codes[death])[has_birth & freed].any()
         parts = np.where(tells, self.parts, NOTHING)
         # a block keeps the stack that allocated it; a free does not
-        stack = np.where(seen, codes[birth], np.where(here, -1, codes[death]))
-        return sizes[death], np.where(seen, events[birth], -1), events[death], stack, parts
+        stack = np.where(has_birth, codes[birth], np.where(freed, -1, codes[death]))
+        return sizes[death], np.where(has_birth, events[birth], -1), events[death], stack, parts
 
 
 def _blocks(segment: dict[str, Any], stacks: Stacks) -> Iterator[_Block]:
@@ -132,11 +130,3 @@ def _bounded(numbers: Any, limit: int) -> Any:
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < limit):
         raise ValueError("a size or a time in it is beyond all bounds")
     return numbers
-
-
-def _again(places: Any) -> Any:
-    """Whether the same place came up before, event by event."""
-    order = np.argsort(places, kind="stable")
-    again = np.zeros(len(places), dtype=bool)
-    again[order[1:]] = places[order[1:]] == places[order[:-1]]
-    return again

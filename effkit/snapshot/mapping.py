@@ -12,19 +12,12 @@ def pieces(final: Iterable[Range], events: Iterable[tuple[bool, Range]], ended: 
     """(size [bytes], event that reserved it, event that gave it back) of each piece, in order of birth.
 
     Undoes the events from the last one on, since only the end is known in full: an expandable segment is mapped
-    piece by piece, and given back in other pieces.
+    piece by piece, and given back in other pieces. ``final`` are the ranges reserved at the end, whose pieces are given
+    back at ``ended``; ``events`` say whether they reserve (else they give back), and which range. -1 stands for
+    "before the first". ValueError when an event reserves what is not there afterwards, or gives back what is.
 
-    Parameters
-    ----------
-    final
-        Ranges reserved at the end; their pieces are given back at ``ended``.
-    events
-        For each event, whether it reserves (else it gives back), and which range; -1 stands for "before the first".
-
-    Raises
-    ------
-    ValueError
-        When an event reserves what is not there afterwards, or gives back what is.
+    >>> pieces([(0, 8)], [(True, (0, 16)), (False, (8, 16))], ended=2)  # 16 bytes reserved, the upper 8 given back
+    [(8, 0, 1), (8, 0, 2)]
     """
     rows: list[tuple[int, int, int]] = []
     alive = sorted((start, end, ended) for start, end in final)

@@ -19,18 +19,11 @@ _CALLERS = 3
 def timeline(
     allocations: pd.DataFrame, segments: pd.DataFrame | None = None, *, num_points: int = 2000
 ) -> pd.DataFrame:
-    """How full the memory was, device by device.
+    """How full the memory was: ``time_ns``, ``device``, ``allocated_bytes``, ``reserved_bytes``, device by device.
 
-    Parameters
-    ----------
-    num_points
-        Rows per device, at most: the fullest moment of each stretch of time, so that the peak stays exact.
-
-    Returns
-    -------
-    DataFrame
-        ``time_ns``, ``device``, ``allocated_bytes``, ``reserved_bytes`` (``<NA>`` where ``segments`` does not tell),
-        in order of time within each device. A device on which nothing came or went has no rows.
+    At most ``num_points`` rows per device, in order of time: the fullest moment of each stretch, so that the peak stays
+    exact. ``reserved_bytes`` is ``<NA>`` where ``segments`` does not tell. A device on which nothing came or went has
+    no rows.
     """
     if num_points < 1:
         raise ValueError(f"a timeline needs at least one point; given: {num_points}")
@@ -57,13 +50,9 @@ def at(allocations: pd.DataFrame, time_ns: int) -> pd.DataFrame:
 def peak_ns(allocations: pd.DataFrame, device: str) -> int:
     """The first moment [ns] at which most bytes are alive; just before the first event if that is from the start.
 
-    Raises
-    ------
-    ValueError
-        When there is nothing on that device.
+    ValueError when there is nothing on that device.
     """
-    rows = _on(allocations, device)
-    times, levels = _levels(rows)
+    times, levels = _levels(_on(allocations, device))
     return int(times[levels.argmax()])
 
 
@@ -78,23 +67,12 @@ def account(
     at_ns: int | None = None,
     num_rows: int = 12,
 ) -> Account:
-    """What fills the memory of a device at its peak, or at another moment.
+    """What fills the memory of a device at the moment ``at_ns`` [ns]; by default the first with most bytes alive.
 
-    Parameters
-    ----------
-    peak_bytes, source
-        The allocator's own total at that moment [bytes], and which counter that is.
-    by
-        ``"category"``, or ``"stack"``: the ``num_rows`` stacks that hold most, and all others in one row.
-    segments
-        Where given, a companion says how the memory reserved at that moment was used.
-    at_ns
-        The moment [ns]; ``None`` for the first at which most bytes are alive.
-
-    Raises
-    ------
-    ValueError
-        When there is nothing on that device, or ``by`` is neither of these.
+    ``peak_bytes`` is the allocator's own total at that moment, by the counter ``source``. ``by`` is ``"category"``, or
+    ``"stack"``: the ``num_rows`` stacks that hold most, and all others in one row. Where ``segments`` are given, a
+    companion says how the memory reserved at that moment was used. ValueError when there is nothing on that device, or
+    ``by`` is neither of these.
     """
     if by not in ("category", "stack"):
         raise ValueError(f"memory is accounted for by category or by stack; given: {by!r}")
@@ -106,25 +84,25 @@ def account(
         names = names.map({stack: _short(stack) for stack in names.unique()})
     held = alive["size_bytes"].groupby(names).sum().sort_values(ascending=False, kind="stable")
     items = {str(item): int(value) for item, value in held.items()}
-    if by == "stack" and len(items) > num_rows:
-        rest = dict(list(items.items())[num_rows:])
-        items = {item: value for item, value in items.items() if item not in rest}
-        items[f"{len(rest):,} other stacks"] = sum(rest.values())
-    companions = []
+    if by == "stack" and len(held) > num_rows:
+        items = dict(list(items.items())[:num_rows])
+        items[f"{len(held) - num_rows:,} other stacks"] = int(held.iloc[num_rows:].sum())
+    companions: tuple[Account, ...] = ()
     if (reserved := _reserved(segments, device, np.array([moment]))[0]) is not pd.NA:
-        used = sum(items.values())
-        parts = {"allocated": used, "reserved but not allocated": int(reserved) - used}
-        companions.append(
-            Account.of(
-                "Reserved at that moment", "bytes", parts, total=int(reserved), source="the allocator's segments"
-            )
-        )
+        used, total = sum(items.values()), int(reserved)
+        parts = {"allocated": used, "reserved but not allocated": total - used}
+        reserving = "Reserved at that moment", "bytes", parts
+        companions = (Account.of(*reserving, total=total, source="the allocator's segments"),)
     title = f"Memory of {device} at {'its peak' if at_ns is None else f'{at_ns:,} ns'}"
-    return Account.of(title, "bytes", items, total=peak_bytes, source=source, companions=tuple(companions))
+    return Account.of(title, "bytes", items, total=peak_bytes, source=source, companions=companions)
 
 
 def _short(stack: str) -> str:
-    """The innermost callers that are not a library's own, as many as fit on a line."""
+    """The innermost callers that are not a library's own, as many as fit on a line.
+
+    >>> _short("torch/functional.py:7 einsum < code/model.py:12 forward < code/train.py:3 step")
+    'code/model.py:12 forward < code/train.py:3 step'
+    """
     frames = stack.split(" < ")
     own = [frame for frame in frames if not frame.startswith(_LIBRARIES)] or frames
     return " < ".join(own[:_CALLERS]) + (" < …" if len(own) > _CALLERS else "")
@@ -133,8 +111,8 @@ def _short(stack: str) -> str:
 def _on(allocations: pd.DataFrame, device: str) -> pd.DataFrame:
     rows = allocations[allocations["device"] == device]
     if rows.empty:
-        known = ", ".join(sorted(allocations["device"].unique())) or "none"
-        raise ValueError(f"nothing was allocated on {device!r}; devices with allocations: {known}")
+        devices = ", ".join(sorted(allocations["device"].unique())) or "none"
+        raise ValueError(f"nothing was allocated on {device!r}; devices with allocations: {devices}")
     return rows
 
 

@@ -45,12 +45,8 @@ def read(content: bytes, *, rank: int = 0) -> Snapshot:
     """Replay the file that ``torch.cuda.memory._dump_snapshot()`` wrote.
 
     Times are ns since 1970, by the allocator's clock; events of one microsecond are set 1 ns apart, so that they
-    keep their order. Where torch recorded no times (before 2.1) they count the events instead.
-
-    Raises
-    ------
-    ValueError
-        When the content is no snapshot, or its trace does not lead to its final state byte for byte.
+    keep their order. Where torch recorded no times (before 2.1) they count the events instead. ValueError when the
+    content is no snapshot, or its trace does not lead to its final state byte for byte.
     """
     decoded = unpickle(content)
     stacks = Stacks()
@@ -95,16 +91,12 @@ def _allocations(ledger: Ledger, stacks: Stacks, step_ended_us: int) -> pd.DataF
     roles = np.append(stacks.roles, NOTHING).astype("int64")[stack]
     ended = step_ended_us >= ledger.times.max(initial=0) // 1000
     category, known_by = categorise(roles, birth, death, parts, step_ended=ended)
-    return pd.DataFrame(
-        {
-            "size_bytes": sizes,
-            "alloc_ns": moments(ledger.times, birth),
-            "free_ns": moments(ledger.times, death),
-            "stack": chosen(stacks.texts, stack),
-            "category": chosen(CATEGORIES, category),
-            "known_by": chosen(KNOWN_BY, known_by),
-        }
-    )
+    columns = {
+        "size_bytes": sizes, "alloc_ns": moments(ledger.times, birth), "free_ns": moments(ledger.times, death),
+        "stack": chosen(stacks.texts, stack), "category": chosen(CATEGORIES, category),
+        "known_by": chosen(KNOWN_BY, known_by),
+    }  # fmt: skip
+    return pd.DataFrame(columns)
 
 
 def _segments(ledger: Ledger) -> pd.DataFrame:
@@ -113,16 +105,13 @@ def _segments(ledger: Ledger) -> pd.DataFrame:
     ends = (ledger.addresses + ledger.sizes)[changes].tolist()
     events = zip((ledger.kinds[changes] == RESERVE).tolist(), zip(starts, ends, strict=True), strict=True)
     rows = np.array(pieces(ledger.ranges, events, len(changes)), dtype="int64").reshape(-1, 3)
-    times = ledger.times[changes]
-    return pd.DataFrame(
-        {"size_bytes": rows[:, 0], "alloc_ns": moments(times, rows[:, 1]), "free_ns": moments(times, rows[:, 2])}
-    )
+    alloc_ns, free_ns = (moments(ledger.times[changes], rows[:, column]) for column in (1, 2))
+    return pd.DataFrame({"size_bytes": rows[:, 0], "alloc_ns": alloc_ns, "free_ns": free_ns})
 
 
 def _facts(ledger: Ledger, stacks: Stacks) -> dict[str, Any]:
     """Plain data about one device; all sizes in bytes, times in ns."""
-    peak = int(ledger.levels.argmax())
-    num_events = len(ledger.kinds)
+    peak, num_events = int(ledger.levels.argmax()), len(ledger.kinds)
     facts: dict[str, Any] = {
         "num_events": num_events,
         "peak_bytes": int(ledger.levels[peak]),
@@ -133,10 +122,7 @@ def _facts(ledger: Ledger, stacks: Stacks) -> dict[str, Any]:
         else "the final state alone: no events were recorded, an earlier peak is not visible",
         "before_bytes": int(ledger.levels[0]),  # there when the trace begins: its start is missing unless this is 0
         "peak_reserved_bytes": int(ledger.reserved_levels.max()),
-        "requested_bytes": ledger.requested_bytes,
-        "allocated_bytes": ledger.allocated_bytes,
-        "active_bytes": ledger.active_bytes,
-        "reserved_bytes": ledger.reserved_bytes,
+        **ledger.final_bytes,
         "oom": None,
     }
     if (refused := np.flatnonzero(ledger.kinds == OOM)).size:

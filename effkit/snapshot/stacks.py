@@ -45,14 +45,14 @@ class Stacks:
     def number(self, frames: list[dict[str, Any]]) -> int:
         """The number of a stack, -1 for an empty one."""
         same = tuple(map(id, frames))
-        found = self._by_identity.get(same)
-        if found is None:
-            known = self._frame_by_identity.get
-            key = tuple([known(id(frame)) or self._frame(frame) for frame in frames])
+        number = self._by_identity.get(same)
+        if number is None:
+            frame_number = self._frame_by_identity.get
+            key = tuple([frame_number(id(frame)) or self._frame(frame) for frame in frames])
             if key not in self._by_frames:
                 self._by_frames[key] = self._add(key) if key else -1
-            found = self._by_identity[same] = self._by_frames[key]
-        return found
+            number = self._by_identity[same] = self._by_frames[key]
+        return number
 
     def _frame(self, frame: dict[str, Any]) -> int:
         file, name, line = frame["filename"].replace("\\", "/"), frame["name"], int(frame["line"])
@@ -70,13 +70,11 @@ class Stacks:
         *texts, tells = zip(*(self._frames[number] for number in key), strict=True)
         # Python where there is any; else the nodes of the graph that ran backward; else C++
         readable = next(filter(any, texts), ())
-        told = [part for part in tells if part != OTHER]
         self.texts.append(" < ".join([text for text in readable if text][:_STACK_FRAMES]))
+        self.roles.append(next((part for part in tells if part != OTHER), OTHER))
         # within a backward an optimizer may step, and a forward be computed again
-        self.roles.append(told[0] if told else OTHER)
-        self.parts.append(
-            next((part for part in (BACKWARD, OPTIMIZER, FORWARD, PARAMETER, INPUT) if part in told), OTHER)
-        )
+        parts = (BACKWARD, OPTIMIZER, FORWARD, PARAMETER, INPUT)
+        self.parts.append(next((part for part in parts if part in tells), OTHER))
         return len(self.texts) - 1
 
 
@@ -100,7 +98,5 @@ def _short(file: str) -> str:
     >>> _short("/usr/lib/python3/dist-packages/torch/functional.py"), _short("/home/me/code/train.py")
     ('torch/functional.py', 'code/train.py')
     """
-    for packages in ("/site-packages/", "/dist-packages/"):
-        if packages in file:
-            return file.rpartition(packages)[2]
-    return "/".join(file.split("/")[-2:])
+    packages = next((folder for folder in ("/site-packages/", "/dist-packages/") if folder in file), None)
+    return file.rpartition(packages)[2] if packages else "/".join(file.split("/")[-2:])

@@ -28,7 +28,7 @@ def from_trace(
     for (rank, device), events in memory.groupby(["rank", "device"], sort=True):
         allocations = from_events(events, stacks=None if stacks is None else stacks.loc[events.index])
         if stacks is not None:
-            allocations = allocations.assign(**_known(events, stacks.loc[events.index]))
+            allocations = allocations.assign(**_categories(events, stacks.loc[events.index]))
         seen_before = int(allocations.loc[allocations["alloc_ns"].isna(), "size_bytes"].sum())
         start = int(events["total_bytes"].iloc[0] - events["size_bytes"].iloc[0])
         above = max(0, int(events["total_bytes"].max()) - start)
@@ -51,7 +51,7 @@ def _stayed(like: pd.DataFrame, size_bytes: int, device: str, rank: int) -> pd.D
     return pd.DataFrame([row]).astype(like.dtypes.to_dict())
 
 
-def _known(events: pd.DataFrame, stacks: pd.Series[str]) -> dict[str, Any]:
+def _categories(events: pd.DataFrame, stacks: pd.Series[str]) -> dict[str, Any]:
     """``category`` and ``known_by``: autograd's engine and torch's optimizers bear their names among the callers."""
     codes, texts = pd.factorize(stacks)
     parts = np.array([*(_part(text) for text in texts), NOTHING])[codes]

@@ -6,11 +6,12 @@ That no global can be found is not enough: a few damaged bytes make the unpickle
 
 from __future__ import annotations
 
-import gc
 import re
 from io import BytesIO
 from pickle import Unpickler
 from typing import Any, NoReturn
+
+from effkit.gc_disabled import gc_disabled
 
 _ADVICE = "expected a file of torch.cuda.memory._dump_snapshot(); record or copy it again"
 
@@ -41,23 +42,19 @@ class _Plain(Unpickler):
 
 
 def unpickle(content: bytes) -> Any:
-    """The plain data in a pickle of protocol 2 to 5; takes memory in proportion to the file.
+    r"""The plain data in a pickle of protocol 2 to 5; takes memory in proportion to the file.
 
-    Raises
-    ------
-    ValueError
-        When the pickle is damaged, or asks for anything but plain data.
+    ValueError when the pickle is damaged, or asks for anything but plain data.
+
+    >>> unpickle(b"\x80\x04}.")
+    {}
     """
-    collecting = gc.isenabled()
-    gc.disable()  # it would look through millions of fresh objects over and over; none of them is garbage yet
     try:
         _check(content)
-        return _Plain(BytesIO(content)).load()
+        with gc_disabled():  # it would look through millions of fresh objects over and over; none is garbage yet
+            return _Plain(BytesIO(content)).load()
     except Exception as error:  # the unpickler raises almost anything on damaged bytes
         raise ValueError(f"not a memory snapshot: {str(error) or type(error).__name__}; {_ADVICE}") from error
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _check(content: bytes) -> None:

@@ -4,8 +4,6 @@ Times are integer nanoseconds, since 1970 where the trace says from when it coun
 ``category`` keeps Kineto's words; those of torch before 1.13 (``Operator``, ``Kernel``, …) become today's.
 """
 
-from __future__ import annotations
-
 from effkit.trace.decoding import head, unpacked
 from effkit.trace.tidying import DETAIL_COLUMNS, EVENT_COLUMNS, MEMORY_COLUMNS, Trace, read
 

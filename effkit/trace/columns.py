@@ -40,7 +40,7 @@ class Interned:
         self._codes: list[Any] = []
 
     def add(self, values: Sequence[Hashable]) -> Any:
-        """Append values; returns their codes."""
+        """Append values, and return their codes."""
         self._codes.append(np.fromiter(map(self.values.__getitem__, values), "int32", len(values)))
         return self._codes[-1]
 
@@ -107,7 +107,7 @@ def nanoseconds(microseconds: Sequence[float | Decimal]) -> Any:
 
 
 def since(base_ns: int, times_ns: Any, last_ns: Any = 0) -> Any:
-    """Times that count from a base, on the clock of that base, when what lasts so long from then on ends in time."""
+    """Times that count from ``base_ns``, on the clock of that base; ValueError where an end is beyond 64 bits."""
     if int(np.abs(times_ns).max(initial=0)) + int(np.abs(last_ns).max(initial=0)) + abs(base_ns) >= 2**63:
         raise ValueError(_BEYOND)
     return times_ns + base_ns

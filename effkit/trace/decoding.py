@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
@@ -47,7 +48,7 @@ class Metadata(msgspec.Struct, gc=False):
     baseTimeNanoseconds: int | None = None
     host_name: str | None = None
 
-    def known(self) -> dict[str, Any]:
+    def said(self) -> dict[str, Any]:
         return {field: value for field in Metadata.__struct_fields__ if (value := getattr(self, field)) is not None}
 
 
@@ -68,34 +69,26 @@ class Decoder(Generic[Event]):
         self._whole = msgspec.json.Decoder(whole)
 
     def pieces(self, stream: IO[bytes]) -> Iterator[list[Event]]:
-        """Lists of events, in the order of the file.
-
-        Raises
-        ------
-        msgspec.DecodeError, ValueError
-            When the stream is no trace, or a larger one than its compressed size can honestly hold.
-        """
-        head, buffer = self._head(stream)
-        self.metadata |= decoded(msgspec.json.Decoder(Metadata), head + b"]}").known() if head else {}
+        """Lists of events, in the order of the file; msgspec.DecodeError or ValueError where it is no trace."""
+        head, buffer = _opened(stream)
+        self.metadata |= _metadata(head)
         wanted = _PIECE
         while block := stream.read(wanted):
             buffer += block
             cut = _last_between(buffer)
             events = self._piece(buffer, cut[0] + 1) if cut else None
-            if cut is None or events is None:
-                # not between events: inside one, or behind the last; more of it will tell
-                wanted = len(buffer)
-                if wanted > _LONGEST_EVENT:
-                    raise ValueError(f"it holds an event or an error within {wanted:,} bytes")
-                continue
-            yield events
-            del buffer[: cut[1]]
-            wanted = _PIECE
+            if cut and events is not None:
+                yield events
+                del buffer[: cut[1]]
+                wanted = _PIECE
+            # the cut was inside an event, or behind the last one: more of the stream will tell
+            elif (wanted := len(buffer)) > _LONGEST_EVENT:
+                raise ValueError(f"it holds an event or an error within {wanted:,} bytes")
         if not head:
             yield self._list(b"[" + bytes(buffer))
             return
         rest = decoded(self._whole, text := b'{"traceEvents":[' + bytes(buffer))
-        self.metadata |= rest.known()
+        self.metadata |= rest.said()
         yield decoded(self._whole, text).traceEvents if self._too_coarse(rest.traceEvents) else rest.traceEvents
 
     def _list(self, text: bytes) -> list[Event]:
@@ -104,7 +97,7 @@ class Decoder(Generic[Event]):
 
     def _too_coarse(self, events: list[Any]) -> bool:
         """Whether to decode these again, as ``exact`` ones; all that follow are decoded so at once."""
-        # all times of a trace are of one clock: a few tell
+        # all times of a trace are of one clock: its first events tell
         if self._exact is None or not any(event.ts > _EXACT_US for event in events[:_FEW]):
             return False
         self._use(self._exact)
@@ -121,18 +114,21 @@ class Decoder(Generic[Event]):
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
 
-    def _head(self, stream: IO[bytes]) -> tuple[bytes, bytearray]:
-        """Everything up to the bracket that opens the events, and the beginning of what follows."""
-        buffer = bytearray()
-        while block := stream.read(_PIECE if buffer else 2**16):
-            buffer += block
-            if found := _ARRAY.search(buffer):
-                return bytes(buffer[: found.end()]), buffer[found.end() :]
-            if re.match(rb"\s*\[\s*\{", buffer):  # Chrome's other form, that torch's older profiler writes
-                return b"", buffer[buffer.index(b"[") + 1 :]
-            if len(buffer) > _LARGEST_HEAD:
-                break
-        raise ValueError("no traceEvents in it")
+
+def _opened(stream: IO[bytes]) -> tuple[bytes, bytearray]:
+    """Everything up to the bracket that opens the events, and the beginning of what follows."""
+    buffer = bytearray()
+    while len(buffer) <= _LARGEST_HEAD and (block := stream.read(_PIECE if buffer else 2**16)):
+        buffer += block
+        if opening := _ARRAY.search(buffer):
+            return bytes(buffer[: opening.end()]), buffer[opening.end() :]
+        if re.match(rb"\s*\[\s*\{", buffer):  # Chrome's other form, that torch's older profiler writes
+            return b"", buffer[buffer.index(b"[") + 1 :]
+    raise ValueError("no traceEvents in it")
+
+
+def _metadata(head: bytes) -> dict[str, Any]:
+    return decoded(msgspec.json.Decoder(Metadata), head + b"]}").said() if head else {}
 
 
 def unpacked(file: IO[bytes]) -> IO[bytes]:
@@ -163,10 +159,8 @@ class _Unpacked:
 
 def head(path: Path) -> Mapping[str, Any]:
     """The metadata before the events, without reading these; empty where there is none."""
-    decoder = Decoder(msgspec.Raw)
     with path.open("rb") as file:
-        text, _ = decoder._head(unpacked(file))
-    return decoded(msgspec.json.Decoder(Metadata), text + b"]}").known() if text else {}
+        return _metadata(_opened(unpacked(file))[0])
 
 
 def _last_between(buffer: bytearray) -> tuple[int, int] | None:
@@ -174,11 +168,8 @@ def _last_between(buffer: bytearray) -> tuple[int, int] | None:
     reach = 2**12
     while True:
         start = max(0, len(buffer) - reach)
-        found = None
-        for found in _BETWEEN.finditer(buffer, start):  # noqa: B007
-            pass
-        if found:
-            return found.start(), found.end()
+        if gaps := deque(_BETWEEN.finditer(buffer, start), maxlen=1):
+            return gaps[0].span()
         if start == 0:
             return None
         reach *= 8

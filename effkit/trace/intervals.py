@@ -16,10 +16,10 @@ class Covered(NamedTuple):
 
     def before(self, time_ns: Any) -> Any:
         """How much is covered up to each time [ns]."""
-        sums = np.concatenate([[0], np.cumsum(self.ends - self.starts)])
+        sums = np.append(0, np.cumsum(self.ends - self.starts))
         place = np.searchsorted(self.starts, time_ns, side="right")
         # the last stretch that has begun may reach beyond the time
-        reaches = np.concatenate([[0], self.ends])[place]
+        reaches = np.append(0, self.ends)[place]
         return sums[place] - np.maximum(0, reaches - time_ns) * (place > 0)
 
     def within(self, starts_ns: Any, ends_ns: Any) -> Any:
@@ -35,10 +35,11 @@ def union(starts: Any, ends: Any) -> Covered:
     """
     starts, ends = np.asarray(starts, "int64"), np.asarray(ends, "int64")
     order = np.argsort(starts, kind="stable")
-    starts, reach = starts[order], np.maximum.accumulate(ends[order]) if len(ends) else ends
-    new = np.flatnonzero(np.concatenate([[True], starts[1:] > reach[:-1]])) if len(starts) else np.array([], "int64")
-    last = np.concatenate([new[1:] - 1, [len(starts) - 1]]) if len(starts) else new
-    return Covered(starts[new], reach[last])
+    starts, reach = starts[order], np.maximum.accumulate(ends[order])
+    if not len(starts):
+        return Covered(starts, ends)
+    last = np.flatnonzero(starts[1:] > reach[:-1])  # those before a gap
+    return Covered(starts[np.append(0, last + 1)], reach[np.append(last, -1)])
 
 
 def of(events: pd.DataFrame, *more: pd.DataFrame) -> Covered:

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 
 # Categories that older profilers (torch before 1.13) wrote, and today's for the same
 TODAY: Mapping[str, str] = {
-    "Operator": "cpu_op",
-    "Kernel": "kernel",
-    "Runtime": "cuda_runtime",
-    "Memcpy": "gpu_memcpy",
-    "Memset": "gpu_memset",
-}
+    "Operator": "cpu_op", "Kernel": "kernel", "Runtime": "cuda_runtime", "Memcpy": "gpu_memcpy", "Memset": "gpu_memset",
+}  # fmt: skip
 STEP, DATALOADER = "ProfilerStep#", "enumerate(DataLoader)#"
 ANNOTATIONS = (STEP, DATALOADER, "Optimizer.")  # that older profilers call operators
 
@@ -39,14 +35,9 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 
 _KERNEL_COLLECTIVES = {
-    "allreduce": "all_reduce",
-    "allgather": "all_gather",
-    "reducescatter": "reduce_scatter",
-    "broadcast": "broadcast",
-    "sendrecv": "send_recv",
-    "alltoall": "all_to_all",
-    "reduce": "reduce",
-}
+    "allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter", "broadcast": "broadcast",
+    "sendrecv": "send_recv", "alltoall": "all_to_all", "reduce": "reduce",
+}  # fmt: skip
 
 
 def plain_collective(name: str) -> str:
@@ -57,10 +48,7 @@ def plain_collective(name: str) -> str:
     """
     plain = re.sub(r"^_+|_?(base|single|tensor|coalesced)?_*$", "", name.lower())
     squeezed = plain.replace("_", "")
-    for start, usual in _KERNEL_COLLECTIVES.items():
-        if squeezed.startswith(start):
-            return usual
-    return plain
+    return next((usual for start, usual in _KERNEL_COLLECTIVES.items() if squeezed.startswith(start)), plain)
 
 
 def collective_of_kernel(name: str) -> str:
@@ -73,14 +61,10 @@ def collective_of_kernel(name: str) -> str:
     >>> collective_of_kernel("moeA2ACombineKernel")  # of FlashInfer and TensorRT-LLM
     'combine'
     """
-    if found := re.search(r"(?:ep|uccl)::\w*::(\w+)", name):
-        return found[1]
-    if found := re.search(r"moeA2A(Dispatch|Combine)", name):
-        return found[1].lower()
-    if found := re.search("|".join(_KERNEL_COLLECTIVES), _letters(name)):
-        return _KERNEL_COLLECTIVES[found[0]]
-    return "communication"
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z]", "", name.split("(")[0].lower())
+    if word := re.search(r"(?:ep|uccl)::\w*::(\w+)", name):
+        return word[1]
+    if word := re.search(r"moeA2A(Dispatch|Combine)", name):
+        return word[1].lower()
+    letters = re.sub(r"[^a-z]", "", name.split("(")[0].lower())
+    word = re.search("|".join(_KERNEL_COLLECTIVES), letters)
+    return _KERNEL_COLLECTIVES[word[0]] if word else "communication"

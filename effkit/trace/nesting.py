@@ -28,24 +28,22 @@ def parents(frame: pd.DataFrame) -> Any:
     start = frame["start_ns"].to_numpy()
     end = start + frame["dur_ns"].to_numpy()
     order = np.lexsort((-end, start, thread))
-    found = np.full(len(frame), -1, dtype="int64")
+    parent = np.full(len(frame), -1, dtype="int64")
     around: list[int] = []
     ends: list[int] = []
     current = -1
     ordered = zip(order.tolist(), thread[order].tolist(), start[order].tolist(), end[order].tolist(), strict=True)
     for row, at, begins, finishes in ordered:
         if at != current:
-            current = at
-            around.clear()
-            ends.clear()
+            current, around, ends = at, [], []
         while ends and (begins >= ends[-1] or finishes > ends[-1]):
             around.pop()
             ends.pop()
         if around:
-            found[row] = around[-1]
+            parent[row] = around[-1]
         around.append(row)
         ends.append(finishes)
-    return found
+    return parent
 
 
 def nearest(parent: Any, wanted: Any) -> Any:
@@ -76,19 +74,16 @@ def callers(events: pd.DataFrame, memory: pd.DataFrame) -> pd.Series[str]:
     tree = tree[~tree["category"].str.endswith(LAUNCHES) & ~tree["name"].str.startswith(STEP)].reset_index(drop=True)
     above = np.append(parents(tree), -1)
     innermost = _around(tree, above, memory)
-    parent = above.tolist()
-    names = tree["name"].tolist()
-    stacks: dict[int, str | None] = {-1: None}
-    found = []
-    for row in innermost.tolist():
-        if row not in stacks:
-            above, chain = row, list[str]()
-            while above >= 0 and len(chain) < _DEEPEST:
-                chain.append(names[above])
-                above = parent[above]
-            stacks[row] = " < ".join(chain)
-        found.append(stacks[row])
-    return pd.Series(pd.array(found, dtype="str"), memory.index)
+    parent, names = above.tolist(), tree["name"].tolist()
+    rows, place = np.unique(innermost, return_inverse=True)
+    stacks: list[str | None] = []
+    for row in rows.tolist():
+        chain: list[str] = []
+        while row >= 0 and len(chain) < _DEEPEST:
+            chain.append(names[row])
+            row = parent[row]
+        stacks.append(" < ".join(chain) if chain else None)
+    return pd.Series(pd.array(stacks, dtype="str").take(place), memory.index)
 
 
 def _around(tree: pd.DataFrame, above: Any, moments: pd.DataFrame) -> Any:
@@ -99,13 +94,13 @@ def _around(tree: pd.DataFrame, above: Any, moments: pd.DataFrame) -> Any:
     start = tree["start_ns"].to_numpy()
     end = np.append(start + tree["dur_ns"].to_numpy(), np.iinfo("int64").max)
     time = moments["time_ns"].to_numpy()
-    found = np.full(len(moments), -1, dtype="int64")
-    for one in np.unique(at):
-        here, rows = np.flatnonzero(at == one), np.flatnonzero(thread == one)
+    innermost = np.full(len(moments), -1, dtype="int64")
+    for number in np.unique(at):
+        asked, rows = np.flatnonzero(at == number), np.flatnonzero(thread == number)
         rows = rows[np.lexsort((-end[rows], start[rows]))]
         # the last that had begun, or the nearest of those around it that had not ended
-        row = np.append(rows, -1)[np.searchsorted(start[rows], time[here], side="right") - 1]
-        while (over := end[row] <= time[here]).any():
+        row = np.append(rows, -1)[np.searchsorted(start[rows], time[asked], side="right") - 1]
+        while (over := end[row] <= time[asked]).any():
             row = np.where(over, above[row], row)
-        found[here] = row
-    return found
+        innermost[asked] = row
+    return innermost

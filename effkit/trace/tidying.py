@@ -17,9 +17,7 @@ from effkit.trace.columns import Interned, Sparse, nanoseconds, since
 from effkit.trace.decoding import Decoder
 from effkit.trace.names import ANNOTATIONS, DEVICE, SPANS, STACKS, TODAY
 
-EVENT_COLUMNS = (
-    "name", "category", "start_ns", "dur_ns", "rank", "process", "thread", "stream", "correlation",
-)  # fmt: skip
+EVENT_COLUMNS = ("name", "category", "start_ns", "dur_ns", "rank", "process", "thread", "stream", "correlation")
 MEMORY_COLUMNS = ("time_ns", "address", "size_bytes", "total_bytes", "device", "rank", "process", "thread")
 
 _OPERATORS = ("cpu_op", "user_annotation")
@@ -81,23 +79,15 @@ class Trace(NamedTuple):
 def read(
     source: bytes | IO[bytes], *, rank: int | None = None, details: Sequence[str] = (), stacks: bool = False
 ) -> Trace:
-    """Decode one trace, piece by piece, keeping only the columns that are asked for.
+    """Decode one trace (its text, or a stream of that), piece by piece; ValueError when it is no Chrome trace.
 
-    Parameters
-    ----------
-    source
-        Its text, or a stream of that.
-    rank
-        What to write into ``rank``; by default what the trace says, else 0.
-    details
-        Which of ``DETAIL_COLUMNS`` to keep beside ``EVENT_COLUMNS``; those that no event has are left out.
-    stacks
-        Keep the events of Python functions.
+    ``rank`` fills the column ``rank``; by default what the trace says, else 0. Of ``DETAIL_COLUMNS`` those in
+    ``details`` are kept that an event has. ``stacks`` keeps the events of Python functions.
 
-    Raises
-    ------
-    ValueError
-        When the source is not a Chrome trace.
+    >>> event = '{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 1.5, "dur": 2, "pid": 1, "tid": 1}'
+    >>> read(f'{{"traceEvents": [{event}]}}'.encode()).events[["name", "start_ns", "dur_ns"]]
+           name  start_ns  dur_ns
+    0  aten::mm      1500    2000
     """
     if unknown := set(details) - set(_DETAILS):
         raise ValueError(f"no such column: {', '.join(sorted(unknown))}; there are {', '.join(DETAIL_COLUMNS)}")
@@ -110,8 +100,7 @@ def read(
                 frames.add(piece)
         metadata = decoder.metadata
         base_ns = metadata.get("baseTimeNanoseconds", 0)
-        if rank is None:
-            rank = _rank(metadata)
+        rank = _rank(metadata) if rank is None else rank
         return Trace(frames.events(base_ns, rank), frames.memory(base_ns, rank), metadata, frames.num_left_out)
     except (msgspec.DecodeError, ValueError, OverflowError, TypeError, RecursionError, MemoryError) as error:
         reason = str(error) or "it takes more memory than there is"
@@ -150,8 +139,7 @@ class _Columns:
         self.num_left_out = 0
         self._num_rows = 0
         self._strings = {name: Interned() for name in ("name", "category", "process", "thread")}
-        self._times: dict[str, list[Any]] = {"start_ns": [], "dur_ns": []}
-        self._numbers: dict[str, list[Any]] = {"stream": [], "correlation": []}
+        self._numbers: dict[str, list[Any]] = {"start_ns": [], "dur_ns": [], "stream": [], "correlation": []}
         self._details = {name: Sparse(_DETAILS[name].kind) for name in details}
         self._memory: dict[str, list[Any]] = {"time_ns": [], "address": [], "size_bytes": [], "total_bytes": []}
         self._places = {name: Interned() for name in ("device", "process", "thread")}  # of memory
@@ -168,33 +156,24 @@ class _Columns:
         categories = self._strings["category"].add([event.cat for event in kept])
         self._strings["process"].add([event.pid for event in kept])
         self._strings["thread"].add([event.tid for event in kept])
-        self._times["start_ns"].append(nanoseconds([event.ts for event in kept]))
-        self._times["dur_ns"].append(nanoseconds([event.dur for event in kept]))
         args = [event.args for event in kept]
-        self._add_numbers(args)
+        streams = [_ABSENT if a is None or not isinstance(a.stream, int) else a.stream for a in args]
+        links = [_ABSENT if a is None or a.correlation is None else a.correlation for a in args]
+        self._numbers["start_ns"].append(nanoseconds([event.ts for event in kept]))
+        self._numbers["dur_ns"].append(nanoseconds([event.dur for event in kept]))
+        self._numbers["stream"].append(np.array(streams, "int64"))
+        self._numbers["correlation"].append(np.array(links, "int64"))
         self._add_details(args, names, categories)
         self._num_rows += len(kept)
 
-    def _add_numbers(self, args: list[Any]) -> None:
-        streams = [_ABSENT if a is None or not isinstance(a.stream, int) else a.stream for a in args]
-        links = [_ABSENT if a is None or a.correlation is None else a.correlation for a in args]
-        self._numbers["stream"].append(np.array(streams, "int64"))
-        self._numbers["correlation"].append(np.array(links, "int64"))
-
     def _add_memory(self, moments: list[Any]) -> None:
         args = [event.args for event in moments]
-        host = [a.device_type == _CPU_DEVICE for a in args]
-        for name, values in {
-            "time_ns": nanoseconds([event.ts for event in moments]),
-            "address": np.array([a.address or 0 for a in args], "uint64"),
-            "size_bytes": np.array([a.bytes or 0 for a in args], "int64"),
-            # older profilers do not say it
-            "total_bytes": np.array([_ABSENT if a.total is None else a.total for a in args], "int64"),
-        }.items():
-            self._memory[name].append(values)
-        self._places["device"].add(
-            ["cpu" if on_host else f"device{a.device_id}" for on_host, a in zip(host, args, strict=True)]
-        )
+        totals = [_ABSENT if a.total is None else a.total for a in args]  # older profilers do not say it
+        self._memory["time_ns"].append(nanoseconds([event.ts for event in moments]))
+        self._memory["address"].append(np.array([a.address or 0 for a in args], "uint64"))
+        self._memory["size_bytes"].append(np.array([a.bytes or 0 for a in args], "int64"))
+        self._memory["total_bytes"].append(np.array(totals, "int64"))
+        self._places["device"].add(["cpu" if a.device_type == _CPU_DEVICE else f"device{a.device_id}" for a in args])
         self._places["process"].add([event.pid for event in moments])
         self._places["thread"].add([event.tid for event in moments])
 
@@ -213,21 +192,20 @@ class _Columns:
             column.add(rows + self._num_rows, map(bytes, values) if detail.kind is msgspec.Raw else values)
 
     def events(self, base_ns: int, rank: int) -> pd.DataFrame:
-        times = {name: np.concatenate(parts) for name, parts in self._times.items()}
-        order = np.argsort(times["start_ns"], kind="stable")
-        numbers = {name: np.concatenate(parts)[order] for name, parts in self._numbers.items()}
-        masked = {name: pd.arrays.IntegerArray(values, values == _ABSENT) for name, values in numbers.items()}
-        category = self._strings["category"].column(order, lambda category: TODAY.get(category, category))
+        numbers = {name: np.concatenate(parts) for name, parts in self._numbers.items()}
+        order = np.argsort(numbers["start_ns"], kind="stable")
+        strings = self._strings
         frame = pd.DataFrame(
             {
-                "name": self._strings["name"].column(order),
-                "category": category,
-                "start_ns": since(base_ns, times["start_ns"], times["dur_ns"])[order],
-                "dur_ns": times["dur_ns"][order],
+                "name": strings["name"].column(order),
+                "category": strings["category"].column(order, lambda category: TODAY.get(category, category)),
+                "start_ns": since(base_ns, numbers["start_ns"], numbers["dur_ns"])[order],
+                "dur_ns": numbers["dur_ns"][order],
                 "rank": np.full(len(order), rank, "int64"),
-                "process": self._strings["process"].column(order),
-                "thread": self._strings["thread"].column(order),
-                **masked,
+                "process": strings["process"].column(order),
+                "thread": strings["thread"].column(order),
+                "stream": _masked(numbers["stream"][order]),
+                "correlation": _masked(numbers["correlation"][order]),
                 **{name: detail.column(order) for name, detail in self._details.items() if len(detail)},
             }
         )
@@ -238,16 +216,19 @@ class _Columns:
     def memory(self, base_ns: int, rank: int) -> pd.DataFrame:
         numbers = {name: np.concatenate(parts) for name, parts in self._memory.items()}
         order = np.argsort(numbers["time_ns"], kind="stable")
-        total = numbers["total_bytes"][order]
         return pd.DataFrame(
             {
                 "time_ns": since(base_ns, numbers["time_ns"])[order],
                 "address": numbers["address"][order],
                 "size_bytes": numbers["size_bytes"][order],
-                "total_bytes": pd.arrays.IntegerArray(total, total == _ABSENT),
+                "total_bytes": _masked(numbers["total_bytes"][order]),
                 "device": self._places["device"].column(order),
                 "rank": np.full(len(order), rank, "int64"),
                 "process": self._places["process"].column(order),
                 "thread": self._places["thread"].column(order),
             }
         )
+
+
+def _masked(numbers: Any) -> Any:
+    return pd.arrays.IntegerArray(numbers, numbers == _ABSENT)
