@@ -81,9 +81,8 @@ class Account:
         if unknown:
             raise ValueError(f"basis is one of {', '.join(BASES)}; given: {', '.join(sorted(map(str, unknown)))}")
         if self.frame.index.has_duplicates:
-            raise ValueError(
-                f"an item may stand in one row only: {list(self.frame.index[self.frame.index.duplicated()])}"
-            )
+            twice = list(self.frame.index[self.frame.index.duplicated()])
+            raise ValueError(f"an item may stand in one row only: {twice}")
         if (self.low is None) != (self.high is None):
             raise ValueError("a band has both a low and a high end; give both or neither")
         if self.low is not None and self.high is not None and not self.low <= self.total <= self.high:
@@ -91,22 +90,13 @@ class Account:
 
     @classmethod
     def of(
-        cls,
-        title: str,
-        unit: str,
-        rows: Mapping[str, int],
-        *,
-        total: int,
-        source: str,
-        basis: str | Mapping[str, str] = "measured",
-        **more: Any,
-    ) -> Account:
+        cls, title: str, unit: str, rows: Mapping[str, int], *, total: int, source: str,
+        basis: str | Mapping[str, str] = "measured", **more: Any,
+    ) -> Account:  # fmt: skip
         """An Account from a mapping ``item -> value [unit]``; ``basis`` is one word for all rows or one per item."""
         bases = [basis if isinstance(basis, str) else basis[item] for item in rows]
-        frame = pd.DataFrame(
-            {"value": pd.array([int(v) for v in rows.values()], dtype="int64"), "basis": bases},
-            index=pd.Index(list(rows), name="item"),
-        )
+        values = pd.array([int(value) for value in rows.values()], dtype="int64")
+        frame = pd.DataFrame({"value": values, "basis": bases}, index=pd.Index(list(rows), name="item"))
         return cls(title=title, unit=unit, frame=frame, total=int(total), source=source, **more)
 
     @property
@@ -166,8 +156,8 @@ class Account:
         for account in self.companions:
             if account.title == title:
                 return account
-        there = ", ".join(f"“{account.title}”" for account in self.companions) or "none"
-        raise ValueError(f"“{self.title}” has no companion “{title}”; there: {there}")
+        titles = ", ".join(f"“{account.title}”" for account in self.companions) or "none"
+        raise ValueError(f"“{self.title}” has no companion “{title}”; there: {titles}")
 
     def with_companions(self, *companions: Account) -> Account:
         """The same Account with these beside it."""
@@ -180,14 +170,10 @@ class Account:
         return view.account(self, ax)
 
     def _lines(self) -> list[tuple[str, str, str, str]]:
-        share = [*self.share, self.residual / self.total if self.total else 0.0]
-        items = [*self.frame.index, "residual"]
-        values = [*self.frame["value"], self.residual]
-        bases = [*self.frame["basis"], ""]
-        return [
-            (str(item), readable(value, self.unit), f"{fraction:.1%}", basis)
-            for item, value, fraction, basis in zip(items, values, share, bases, strict=True)
-        ]
+        rows = [*zip(self.frame.index, self.frame["value"], self.frame["basis"], strict=True),
+                ("residual", self.residual, "")]  # fmt: skip
+        return [(str(item), readable(value, self.unit), f"{value / self.total if self.total else 0.0:.1%}", basis)
+                for item, value, basis in rows]  # fmt: skip
 
     def headline(self) -> str:
         """The total with its band, in words, on one line."""
@@ -199,10 +185,8 @@ class Account:
     def __repr__(self) -> str:
         lines = self._lines()
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        body = "\n".join(
-            f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in lines
-        )
-        return f"{self.headline()}\n{body}\n  total from {self.source}"
+        rows = (f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in lines)
+        return "\n".join([self.headline(), *rows, f"  total from {self.source}"])
 
     def _repr_html_(self) -> str:
         caption = f"{html.escape(self.headline())}<br>total from {html.escape(self.source)}"

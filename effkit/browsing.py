@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import ipywidgets as widgets
@@ -47,9 +46,7 @@ class MemoryBrowser(Screen):
         by = widgets.Dropdown(options=["category", "stack"], description="Rows by", layout=wide, style=label,
                               tooltip="What the memory is, or where it was allocated")  # fmt: skip
         self.controls = {"moment": moment, "by": by}
-        self.screen = widgets.HTML().add_class("effkit-screen")
-        super().__init__([widgets.HBox([moment, box, widgets.HTML(f"● peak at {peak}")]), by, self.screen])
-        self.add_class("effkit-memory")
+        super().__init__([widgets.HBox([moment, box, widgets.HTML(f"● peak at {peak}")]), by], "memory")
         for control in self.controls.values():
             control.observe(self._show, names="value")
         self.result: Account
@@ -65,15 +62,11 @@ class MemoryBrowser(Screen):
             by=self.controls["by"].value, at_ns=self.time_ns, device=self._device, rank=self._rank
         )
         after_ms = (self.time_ns - int(self._timeline["time_ns"].min())) / 1e6
-        largest = [
-            f"{item} {readable(int(size), 'bytes')}" for item, size in self.result.frame["value"].head(3).items()
-        ]
+        rows = self.result.frame["value"].head(3)
+        largest = [f"{item} {readable(int(size), 'bytes')}" for item, size in rows.items()]
         sentence = f"{readable(self.result.total, 'bytes')} allocated after {after_ms:,.1f} ms"
         sentence += f": {'; '.join(largest)}." if largest else "."
-        self.screen.value = (
-            f'<p role="status" aria-live="polite">{html.escape(sentence)}</p>'
-            + self._picture.svg(self.result, self.time_ns, label=sentence)
-        )  # fmt: skip
+        self._tell(sentence, self._picture.svg(self.result, self.time_ns, label=sentence))
 
     def __repr__(self) -> str:
         return f"MemoryBrowser of {self._timeline['device'].iloc[0]}"

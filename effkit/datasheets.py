@@ -24,6 +24,7 @@ class Datasheet:
     date: str
 
 
+_DTYPES = ("float32", "tf32", "float16", "bfloat16", "float8_e4m3fn")
 # name, the driver's name, TFLOP/s (float32 vector, tf32, 16-bit and float8 matrix; vendors quote sparse rates first,
 # these are the dense ones), GB/s, GB of memory, source, date
 _ROWS = (
@@ -38,19 +39,9 @@ _ROWS = (
 
 DATASHEETS: Mapping[str, Datasheet] = {
     name: Datasheet(
-        name,
-        pattern,
-        {
-            dtype: rate * 1e12
-            for dtype, rate in (
-                ("float32", float32), ("tf32", tf32), ("float16", half), ("bfloat16", half), ("float8_e4m3fn", float8),
-            )
-            if rate is not None
-        },
-        bandwidth * 1e9,
-        memory * 2**30,
-        source,
-        date,
+        name, pattern,
+        {dtype: rate * 1e12 for dtype, rate in zip(_DTYPES, (float32, tf32, half, half, float8), strict=True) if rate},
+        bandwidth * 1e9, memory * 2**30, source, date,
     )
     for name, pattern, float32, tf32, half, float8, bandwidth, memory, source, date in _ROWS
 }  # fmt: skip

@@ -95,15 +95,12 @@ class Device:
         sheet = self.datasheet
         published = dict(sheet.rate_flops_per_s) if sheet else {}
         rows = {
-            f"matrix rate {dtype} [FLOP/s]": (rate, published.get(dtype))
-            for dtype, rate in self.rate_flops_per_s.items()
-        }
-        rows["memory bandwidth [B/s]"] = (
-            self.bandwidth_bytes_per_s,
-            sheet.bandwidth_bytes_per_s if sheet else None,
-        )
-        rows["memory [B]"] = (self.memory_bytes, sheet.memory_bytes if sheet else None)
-        rows["operator overhead [ns]"] = (self.launch_overhead_ns, None)
+            **{f"matrix rate {dtype} [FLOP/s]": (rate, published.get(dtype))
+               for dtype, rate in self.rate_flops_per_s.items()},
+            "memory bandwidth [B/s]": (self.bandwidth_bytes_per_s, sheet and sheet.bandwidth_bytes_per_s),
+            "memory [B]": (self.memory_bytes, sheet and sheet.memory_bytes),
+            "operator overhead [ns]": (self.launch_overhead_ns, None),
+        }  # fmt: skip
         frame = pd.DataFrame.from_dict(rows, orient="index", columns=["measured", "published"]).astype("Float64")
         frame["reached_frac"] = frame["measured"] / frame["published"]
         frame["source"] = f"{sheet.source}, {sheet.date}" if sheet else "no datasheet held"
@@ -166,9 +163,8 @@ def _measure() -> Device:
     import torch
 
     cuda = torch.cuda.is_available()
-    where = "cuda" if cuda else "cpu"
-    size = 4096 if cuda else 768
-    dtypes = [torch.float32, torch.bfloat16, torch.float16] if cuda else [torch.float32, torch.bfloat16]
+    where, size = ("cuda", 4096) if cuda else ("cpu", 768)
+    dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if cuda else [])]
     rates = {str(dtype).removeprefix("torch."): _matrix_rate(dtype, size, where) for dtype in dtypes}
 
     source = torch.ones(2**28 if cuda else 2**24, device=where)  # 1 GiB or 64 MiB: far more than any cache
@@ -183,16 +179,11 @@ def _measure() -> Device:
 
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else _host_memory()
     return Device(
-        name=_name(),
-        kind=where,
-        num_threads=torch.get_num_threads(),
-        rate_flops_per_s=rates,
+        name=_name(), kind=where, num_threads=torch.get_num_threads(), rate_flops_per_s=rates,
         bandwidth_bytes_per_s=2 * source.nbytes / copy_ns * 1e9,
-        launch_overhead_ns=round(_fastest_ns(hundred, seconds=0.3) / 100),
-        memory_bytes=memory,
-        torch_version=torch.__version__,
-        measured_on=datetime.date.today().isoformat(),
-    )
+        launch_overhead_ns=round(_fastest_ns(hundred, seconds=0.3) / 100), memory_bytes=memory,
+        torch_version=torch.__version__, measured_on=datetime.date.today().isoformat(),
+    )  # fmt: skip
 
 
 def _matrix_rate(dtype: Any, size: int, where: str) -> float:

@@ -52,9 +52,8 @@ class Receipt:
 
     def __post_init__(self) -> None:
         if self.predicted.unit != self.measured.unit:
-            raise ValueError(
-                f"a receipt compares like with like; given: {self.predicted.unit} and {self.measured.unit}"
-            )
+            units = f"{self.predicted.unit} and {self.measured.unit}"
+            raise ValueError(f"a receipt compares like with like; given: {units}")
 
     @property
     def error(self) -> float:
@@ -70,19 +69,11 @@ class Receipt:
     def frame(self) -> pd.DataFrame:
         """One row per quantity: predicted, low, high, measured [unit], error (signed fraction), and two verdicts."""
         rows = [
-            {
-                "quantity": guess.title,
-                "unit": guess.unit,
-                "predicted": guess.total,
-                "low": guess.low,
-                "high": guess.high,
-                "measured": truth.total,
-                "error": _error(guess.total, truth.total),
-                "within_band": _within(guess, truth),
-                "in_range": guess.in_range,
-            }
+            {"quantity": guess.title, "unit": guess.unit, "predicted": guess.total, "low": guess.low,
+             "high": guess.high, "measured": truth.total, "error": _error(guess.total, truth.total),
+             "within_band": _within(guess, truth), "in_range": guess.in_range}
             for guess, truth in self._pairs()
-        ]
+        ]  # fmt: skip
         return pd.DataFrame(rows).set_index("quantity").astype({"low": "Int64", "high": "Int64"})
 
     def _pairs(self) -> Iterable[tuple[Account, Account]]:
@@ -113,38 +104,28 @@ class Receipt:
             if not content.endswith(b"\n"):
                 text.write("\n")
             if header != ",".join(LEDGER_COLUMNS):
-                raise ValueError(
-                    f"{path} is not an error ledger: its first line is {header[:80]!r}. Choose another file"
-                )
+                first = repr(header[:80])
+                raise ValueError(f"{path} is not an error ledger: its first line is {first}. Choose another file")
+        setting, provenance = (json.dumps(dict(facts), sort_keys=True, default=str)
+                               for facts in (self.setting, self.provenance))  # fmt: skip
         for quantity, row in self.frame.iterrows():
             cells = [row["unit"], row["predicted"], row["low"], row["high"], row["measured"]]
             blank = ["" if pd.isna(cell) else cell for cell in cells]
-            writer.writerow(
-                [lab, model, knob, json.dumps(dict(self.setting), sort_keys=True, default=str), quantity, *blank,
-                 f"{row['error']:.6f}", row["in_range"], json.dumps(dict(self.provenance), sort_keys=True, default=str)]
-            )  # fmt: skip
+            writer.writerow([lab, model, knob, setting, quantity, *blank, f"{row['error']:.6f}", row["in_range"],
+                             provenance])  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         whole_files.append(path, text.getvalue().encode())
 
     def sentence(self) -> str:
         """The receipt of the main quantity in one sentence."""
-        guess, truth = self.predicted, self.measured
+        guess = self.predicted
         verdict = "inside the band" if self.within_band else "outside the band" if guess.predicted else "no band given"
         tail = "" if guess.in_range else "; the prediction had gone beyond its calibrated range"
-        return (
-            f"Receipt: predicted {readable(guess.total, guess.unit)}, measured "
-            f"{readable(truth.total, truth.unit)}, error {self.error:+.1%}, {verdict}{tail}."
-        )
+        return f"Receipt: {_beside(guess, self.measured)}, {verdict}{tail}."
 
     def __repr__(self) -> str:
-        lines = [self.sentence()]
-        for guess, truth in list(self._pairs())[1:]:
-            error = _error(guess.total, truth.total)
-            lines.append(
-                f"  {guess.title}: predicted {readable(guess.total, guess.unit)}, "
-                f"measured {readable(truth.total, truth.unit)}, error {error:+.1%}"
-            )
-        return "\n".join(lines)
+        others = [f"  {guess.title}: {_beside(guess, truth)}" for guess, truth in list(self._pairs())[1:]]
+        return "\n".join([self.sentence(), *others])
 
     def _repr_html_(self) -> str:
         rows = [
@@ -161,9 +142,14 @@ def _error(predicted: float, measured: float) -> float:
     return predicted / measured - 1
 
 
+def _beside(guess: Account, truth: Account) -> str:
+    predicted, measured = (readable(account.total, account.unit) for account in (guess, truth))
+    return f"predicted {predicted}, measured {measured}, error {_error(guess.total, truth.total):+.1%}"
+
+
 def _band(predicted: Account) -> str:
     if predicted.low is None or predicted.high is None:
-        return "none" if predicted.low is None else "exact"
+        return "none"
     if predicted.low >= predicted.high:
         return "exact"
     return f"{readable(predicted.low, predicted.unit)} … {readable(predicted.high, predicted.unit)}"

@@ -5,20 +5,29 @@ from __future__ import annotations
 import base64
 import html
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import ipywidgets as widgets
 
 
 class Screen(widgets.VBox):
-    """What the widgets of this library share. A subclass has ``screen``, and draws itself in ``_png``."""
+    """What the widgets of this library share: rows of controls, and under them a screen. A subclass draws ``_png``."""
 
-    screen: widgets.HTML
+    def __init__(self, children: Sequence[widgets.Widget], name: str, below: Sequence[widgets.Widget] = ()) -> None:
+        self.screen = widgets.HTML().add_class("effkit-screen")
+        super().__init__([*children, self.screen, *below])
+        self.add_class(f"effkit-{name}")
 
     def shown(self) -> str:
         """The sentence on the screen, read back from the trait that the browser draws."""
         match = re.search(r"<p [^>]*>(.*?)</p>", self.screen.value, flags=re.DOTALL)
         return html.unescape(re.sub(r"<[^>]+>", "", match.group(1))) if match else ""
+
+    def _tell(self, sentence: str, rest: str = "", *, alert: bool = False, style: str = "") -> None:
+        """Put a sentence on the screen, which screen readers read out, and below it HTML: a picture, a table."""
+        role = 'role="alert" aria-live="assertive"' if alert else 'role="status" aria-live="polite"'
+        self.screen.value = f"<p {role}{style}>{html.escape(sentence)}</p>{rest}"
 
     def _png(self) -> bytes:
         raise NotImplementedError

@@ -83,12 +83,9 @@ class WhatIf(Screen):
     """
 
     def __init__(
-        self,
-        base: Account,
-        predict: Callable[..., Account],
-        knobs: Sequence[Slider | Choice],
+        self, base: Account, predict: Callable[..., Account], knobs: Sequence[Slider | Choice],
         measure: Callable[..., Account] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.base = base
         self.result = base
         self.receipts: list[Receipt] = []
@@ -101,22 +98,16 @@ class WhatIf(Screen):
         self.controls: dict[str, Any] = {}
         self._scales = {knob.name: knob.scale for knob in knobs if isinstance(knob, Slider) and knob.scale != 1}
         rows = [self._row(knob) for knob in knobs]
-        self.screen = widgets.HTML().add_class("effkit-screen")
         self._button = widgets.Button(
             description="Measure it", button_style="primary", disabled=measure is None,
             tooltip="Run this setting on the live model" if measure else "No live model was given",
         ).add_class("effkit-measure")  # fmt: skip
-        self._stopper = widgets.Button(description="Stop", disabled=True, tooltip="End the measurement").add_class(
-            "effkit-stop"
-        )
-        self._bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(visibility="hidden")).add_class(
-            "effkit-progress"
-        )
+        self._stopper = widgets.Button(description="Stop", disabled=True, tooltip="End the measurement")
+        self._bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(visibility="hidden"))
         self._button.on_click(self._measure_in_background)
         self._stopper.on_click(lambda _: self._stop.set())
-        buttons = widgets.HBox([self._button, self._stopper, self._bar])
-        super().__init__([*rows, self.screen, buttons])
-        self.add_class("effkit-whatif")
+        buttons = [self._button, self._stopper.add_class("effkit-stop"), self._bar.add_class("effkit-progress")]
+        super().__init__(rows, "whatif", [widgets.HBox(buttons)])
         for control in self.controls.values():
             control.observe(self._changed, names="value")
         self._show()
@@ -169,14 +160,9 @@ class WhatIf(Screen):
             parts = [control]
         else:
             start = rest if rest is not None else knob.rest if knob.rest is not None else knob.low
-            bounds = {
-                "min": min(knob.low, start),
-                "max": max(knob.high, start),
-                "step": knob.step,
-                "value": start,
-            }
-            shown = {"readout_format": knob.readout_format, "layout": wide, "style": label}
-            control = widgets.IntSlider(**bounds, **shown, description=knob.label, tooltip=knob.tooltip)
+            bounds = {"min": min(knob.low, start), "max": max(knob.high, start), "step": knob.step, "value": start}
+            control = widgets.IntSlider(**bounds, description=knob.label, tooltip=knob.tooltip, layout=wide,
+                                        style=label, readout_format=knob.readout_format)  # fmt: skip
             # a slider has no accessible name; a box with a description has one, and takes any number
             box = widgets.BoundedIntText(**bounds, description=f"type {knob.label.partition(' [')[0].lower()}",
                                          tooltip=f"{knob.label}: {knob.tooltip}")  # fmt: skip
@@ -193,7 +179,7 @@ class WhatIf(Screen):
             self.result = self._predict(self.base, **self.setting)
         except ValueError as error:  # a setting that cannot be kept is said on the screen, where it was made
             self._refusal = str(error)
-            self.screen.value = f'<p role="alert" aria-live="assertive">{html.escape(str(error))}</p>'
+            self._tell(self._refusal, alert=True)
             return
         self._refusal = ""
         self._show()
@@ -202,9 +188,8 @@ class WhatIf(Screen):
         with self._drawing:  # one figure, and two threads while something is measured
             receipt = self._receipt()
             sentence = self._sentence(receipt)
-            self.screen.value = (
-                f'<p role="status" aria-live="polite" style="line-height:1.5">{html.escape(sentence)}</p>'
-                + self._picture.svg(self.result, receipt, label=sentence)
+            self._tell(
+                sentence, self._picture.svg(self.result, receipt, label=sentence), style=' style="line-height:1.5"'
             )
 
     def _receipt(self) -> Receipt | None:
@@ -236,12 +221,9 @@ class WhatIf(Screen):
         try:
             self.measure()
         except Stopped:
-            self._say("Stopped: no receipt for this setting.")
+            self._tell("Stopped: no receipt for this setting.", self.screen.value, alert=True)
         except Exception as error:  # in a thread nobody else would show it
-            self._say(f"The measurement failed: {error}")
-
-    def _say(self, sentence: str) -> None:
-        self.screen.value = f'<p role="alert" aria-live="assertive">{html.escape(sentence)}</p>' + self.screen.value
+            self._tell(f"The measurement failed: {error}", self.screen.value, alert=True)
 
     def __repr__(self) -> str:
         return f"WhatIf over {', '.join(self.controls)}"

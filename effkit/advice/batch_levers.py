@@ -42,15 +42,15 @@ def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
     examples = study.examples
     if examples is None:
         return []
-    found = []
+    levers: list[Lever | None] = []
     if study.epoch is not None and examples.watched is not None:
         findings = examples.watched.findings
         grouping = next((sentence for sentence in findings if "grouping" in sentence), None)
-        found += [_bucketed(study, examples, study.epoch, grouping),
-                  _larger(study, examples, study.epoch, grouping, budget_bytes)]  # fmt: skip
+        levers += [_bucketed(study, examples, study.epoch, grouping),
+                   _larger(study, examples, study.epoch, grouping, budget_bytes)]  # fmt: skip
     if study.waiting_ns >= _WAITING_FRAC * study.account.total:
-        found.append(_workers(study, examples))
-    return [lever for lever in found if lever is not None]
+        levers.append(_workers(study, examples))
+    return [lever for lever in levers if lever is not None]
 
 
 def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str | None) -> Lever | None:
@@ -60,19 +60,17 @@ def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str
     size = epoch.setting["batch_size"]
     counts = [num for num in _BUCKETS if num * size <= len(examples.items)] or [1]
     best = min((padding.predict(epoch, strategy="bucket", batch_size=size, num_buckets=num) for num in counts),
-               key=lambda one: one.total)  # fmt: skip
+               key=lambda predicted: predicted.total)  # fmt: skip
     found = f"{share:.0%} of the input cells are padding, and {_left(best):.0%} would be"
     if _groups(examples.loader) and grouping is not None:
         found = f"{grouping}; in buckets {_left(best):.0%} would be"
     effects = ["batches hold examples of like length"]
-    before, after = (_peak(one) for one in (epoch, best))
+    before, after = _peak(epoch), _peak(best)
     if after > 1.01 * before:
         effects.append(f"the peak rises by {after / before - 1:.0%}")
     num = best.setting["num_buckets"]
-    code = (
-        f"plan = padding.plan(padding.lengths(...), 'bucket', batch_size={size}, num_buckets={num})\n"
-        "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(), collate_fn=...)"
-    )
+    code = (f"plan = padding.plan(padding.lengths(...), 'bucket', batch_size={size}, num_buckets={num})\n"
+            "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(), collate_fn=...)")  # fmt: skip
     return Lever(
         "padding", "batches of like length", found, study.account, _of_epoch(study, epoch, best), code, tuple(effects),
         group="batches", run=lambda: _measured(study, examples, epoch, best.setting), keep=study._noted,
@@ -88,19 +86,19 @@ def _larger(
     sizes = [size * growth for growth in _GROWTHS if 2 * size * growth <= len(examples.items)]
     if overhead < _SMALL_FRAC or not sizes:
         return None
-    strategy: dict[str, Any] = {"strategy": "random"}
-    if _groups(examples.loader) and grouping is None:
-        strategy = {"strategy": "bucket", "num_buckets": 4}
+    grouped = _groups(examples.loader) and grouping is None
+    strategy: dict[str, Any] = {"strategy": "bucket", "num_buckets": 4} if grouped else {"strategy": "random"}
     limit = limit_bytes(budget_bytes) - study.memory.total
-    guesses = {one: padding.predict(epoch, batch_size=one, **strategy) for one in sizes}
-    fitting = [one for one, guess in guesses.items() if _peak(guess) - _peak(epoch) <= limit]
-    hoped = min((guesses[one].total for one in fitting), default=epoch.total)
+    guesses = {larger: padding.predict(epoch, batch_size=larger, **strategy) for larger in sizes}
+    fitting = [larger for larger, guess in guesses.items() if _peak(guess) - _peak(epoch) <= limit]
+    hoped = min((guesses[larger].total for larger in fitting), default=epoch.total)
     if hoped > (1 - _WORTH_TRYING_FRAC) * epoch.total:
         return None
     # beyond what was run so far: a few batches of that size join the calibration
     with study.held():
         calibrated = study.measured_plan(padding.plan(epoch.calibration.plan.lengths, "random", batch_size=fitting[-1]))
-    best = min((padding.predict(calibrated, batch_size=one, **strategy) for one in fitting), key=lambda one: one.total)
+    best = min((padding.predict(calibrated, batch_size=larger, **strategy) for larger in fitting),
+               key=lambda predicted: predicted.total)  # fmt: skip
     largest = best.setting["batch_size"]
     effects = [f"{largest // size} times fewer optimizer steps: the learning rate has to follow"]
     grown = _peak(best) - _peak(epoch)
@@ -111,8 +109,7 @@ def _larger(
         f"{overhead:.0%} of a step of {size} examples does not grow with them", study.account,
         _of_epoch(study, calibrated, best), f"loader = DataLoader(dataset, batch_size={largest}, ...)", tuple(effects),
         group="batches", run=lambda: _measured(study, examples, calibrated, best.setting), keep=study._noted,
-        use=lambda: rebuilt(examples.loader, batch_sampler=None, batch_size=largest,
-                            sampler=examples.loader.sampler),
+        use=lambda: rebuilt(examples.loader, batch_sampler=None, batch_size=largest, sampler=examples.loader.sampler),
     )  # fmt: skip
 
 
@@ -121,20 +118,20 @@ def _workers(study: Training, examples: Examples) -> Lever | None:
     step, load, cpu = study.loop_ns - study.waiting_ns, examples.loading_ns, examples.loading_cpu_ns
     scale = study.account.total / study.loop_ns
     cores = os.cpu_count() or 1
-    there = examples.loader.num_workers
+    workers = examples.loader.num_workers
 
     def predicted(num: int) -> float:
         busy = (step * min(cores, torch.get_num_threads()) + cpu) / cores
         return scale * max(step, load / num, busy)
 
-    times = {num: predicted(num) for num in _WORKERS if num > there}
+    times = {num: predicted(num) for num in _WORKERS if num > workers}
     if not times:
         return None
     num = next(num for num, taken in times.items() if taken <= 1.02 * min(times.values()))
     base = study.account
     account = banded(base, {LEFT: round(times[num])}, times[num], _LOADER_DOUBT_FRAC * times[num],
                      "the longest of a step, a share of loading, and all processors' work")  # fmt: skip
-    who = f"{there} processes" if there else "the training process itself"
+    who = f"{workers} processes" if workers else "the training process itself"
     return Lever(
         "data loading", f"{num} loader processes",
         f"a step waits {readable(round(study.waiting_ns), 'ns')} for a batch, which {who} makes in "
@@ -153,11 +150,11 @@ def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
     scale of both does not matter. How wrong their ratio may be shows when measured steps are left out in turn; and by
     what the model is off at a step that it has not seen, it may be off at the change.
     """
-    known = epoch.calibration
+    calibration = epoch.calibration
     total = study.computing_ns * predicted.total / epoch.total + study.waiting_ns
     change = abs(1 - predicted.total / epoch.total)
-    doubt = SPREAD * math.hypot(ratio_error(epoch, predicted.setting), known.cost.error_frac * change)
-    half = study.computing_ns * (doubt + SPREAD * max(_LEAST_DOUBT_FRAC, known.noise_frac))
+    doubt = SPREAD * math.hypot(ratio_error(epoch, predicted.setting), calibration.cost.error_frac * change)
+    half = study.computing_ns * (doubt + SPREAD * max(_LEAST_DOUBT_FRAC, calibration.noise_frac))
     account = banded(study.account, {LEFT: round(total)}, total, half, predicted.source)
     return replace(account, in_range=predicted.in_range)
 
@@ -165,14 +162,14 @@ def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
 def ratio_error(epoch: Account, setting: Mapping[str, Any]) -> float:
     """Standard error of the time at another setting over the time as it is: the jackknife (Efron 1979), each measured
     step left out of the cost model in turn."""
-    known = epoch.calibration
-    now, then = known.plan, plan_at(epoch, dict(setting))
+    calibration = epoch.calibration
+    now, then, measured = calibration.plan, plan_at(epoch, dict(setting)), calibration.steps
 
     def ratio(steps: pd.DataFrame) -> float:
-        cost = padding.fit_cost(steps, attention=known.cost.attention)
+        cost = padding.fit_cost(steps, attention=calibration.cost.attention)
         return epoch_rows(then, cost)[1] / epoch_rows(now, cost)[1]
 
-    ratios = np.array([ratio(known.steps.drop(index=one)) for one in known.steps.index])
+    ratios = np.array([ratio(measured.drop(index=left_out)) for left_out in measured.index])
     return float(np.sqrt((len(ratios) - 1) * np.var(ratios)))
 
 
@@ -187,15 +184,15 @@ def _with_workers(study: Training, examples: Examples, num: int) -> Account:
     """The loop over the same batches with other loaders, in turn."""
     loader, groups = examples.loader, [list(group) for group in examples.groups]
     warmed = [*(groups * WARM_UP)[:WARM_UP], *groups]
-    found: dict[int, float] = {}
+    fastest: dict[int, float] = {}  # by number of processes
     with study.held():
         study.step(study.batches[0])
         for workers in (loader.num_workers, num) * 2:
             other = rebuilt(loader, batch_sampler=warmed if workers else groups, num_workers=workers,
                             persistent_workers=False)  # fmt: skip
             taken = wait_ns(study.step, other, len(groups))[1]
-            found[workers] = min(taken, found.get(workers, taken))
-    whole = study.account.total * found[num] / found[loader.num_workers]
+            fastest[workers] = min(taken, fastest.get(workers, taken))
+    whole = study.account.total * fastest[num] / fastest[loader.num_workers]
     return relative(study, 1.0, waiting_ns=max(0.0, whole - study.computing_ns))
 
 
@@ -210,14 +207,13 @@ def _peak(epoch: Account) -> int:
 
 def _groups(loader: Any) -> bool:
     """Whether this loader has a way of its own to put batches together."""
-    return type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) not in (
-        RandomSampler, SequentialSampler,
-    )  # fmt: skip
+    usual = RandomSampler, SequentialSampler
+    return type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) not in usual
 
 
 def _loader(loader: Any, **limits: Any) -> Any:
     """A DataLoader over the whole dataset in batches of like length: every example is read once for its length."""
-    found = [int(np.asarray(input_lengths(loader.collate_fn([loader.dataset[i]]))[0])[0])
-             for i in range(len(loader.dataset))]  # fmt: skip
-    planned = padding.plan(pd.DataFrame({"input_length": found}), **limits)
+    lengths = [int(np.asarray(input_lengths(loader.collate_fn([loader.dataset[i]]))[0])[0])
+               for i in range(len(loader.dataset))]  # fmt: skip
+    planned = padding.plan(pd.DataFrame({"input_length": lengths}), **limits)
     return rebuilt(loader, batch_sampler=planned.batch_sampler())

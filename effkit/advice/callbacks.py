@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from effkit.advice.step_hooks import replaced
@@ -24,12 +24,9 @@ _LOGS = ("log", "log_dict")  # of a LightningModule: they write into the trainer
 
 
 def trainer_callback(
-    *,
-    loss: Callable[[Any], Any] | None = None,
-    num_batches: int | None = None,
-    num_ranks: int | None = None,
+    *, loss: Callable[[Any], Any] | None = None, num_batches: int | None = None, num_ranks: int | None = None,
     link_bytes_per_s: float | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """A ``transformers.TrainerCallback`` that studies the training as it begins, and lets it go on unchanged.
 
     ::
@@ -42,10 +39,7 @@ def trainer_callback(
     ``args`` say bf16 or fp16), backward, the optimizer's own step. A loss of the trainer's own, clipping and
     accumulation are left out.
 
-    Parameters
-    ----------
-    loss, num_batches, num_ranks, link_bytes_per_s
-        Of :func:`effkit.study`.
+    Its options are those of :func:`effkit.study`.
 
     Returns
     -------
@@ -84,12 +78,9 @@ def trainer_callback(
 
 
 def lightning_callback(
-    *,
-    loss: Callable[[Any], Any] | None = None,
-    num_batches: int | None = None,
-    num_ranks: int | None = None,
+    *, loss: Callable[[Any], Any] | None = None, num_batches: int | None = None, num_ranks: int | None = None,
     link_bytes_per_s: float | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """A Lightning ``Callback`` that studies the training as it begins, and lets it go on unchanged.
 
     ::
@@ -101,10 +92,7 @@ def lightning_callback(
     A step is the module's ``training_step`` in the trainer's precision, backward, and its optimizer's step; what the
     module logs meanwhile is not kept. Clipping, accumulation and other hooks are left out.
 
-    Parameters
-    ----------
-    loss, num_batches, num_ranks, link_bytes_per_s
-        Of :func:`effkit.study`.
+    Its options are those of :func:`effkit.study`.
 
     Returns
     -------
@@ -194,12 +182,9 @@ def own_loader(loader: Any) -> Any:
 
 def _moved(batch: Any, model: torch.nn.Module) -> Any:
     device = next(model.parameters()).device
-    return tree_map(lambda one: one.to(device) if isinstance(one, torch.Tensor) else one, _plain(batch))
-
-
-def _plain(batch: Any) -> Any:
-    """transformers' BatchEncoding and its like are mappings that torch does not look into."""
-    return dict(batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else batch
+    # transformers' BatchEncoding and its like are mappings that torch does not look into
+    plain = dict(batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else batch
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), plain)
 
 
 def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,52 +78,42 @@ def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Expert
     chosen: dict[int, int] = {}
     begun: dict[int, int] = {}
     spent = [0]
-    hooks = []
 
     def before(module: torch.nn.Module, _: Any) -> None:
         begun[id(module)] = time.perf_counter_ns()
 
-    def after(number: int) -> Callable[..., None]:
-        def note(module: Any, _: Any, output: Any) -> None:
-            spent[0] += time.perf_counter_ns() - begun[id(module)]
-            if isinstance(module, ExpertParallel):
-                counts[number].append(module.kept_counts.numpy().copy())
-                chosen[number] = module.top_k
+    def after(number: int, module: Any, *_: Any) -> None:
+        spent[0] += time.perf_counter_ns() - begun[id(module)]
+        if isinstance(module, ExpertParallel):
+            counts[number].append(module.kept_counts.numpy().copy())
+            chosen[number] = module.top_k
 
-        return note
+    def routed(number: int, _: Any, __: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else ()
+        index = next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
+        if index is not None:
+            num = _sizes(layers[number])[0]
+            counts[number].append(torch.bincount(index.reshape(-1).cpu(), minlength=num).numpy())
+            chosen[number] = index.shape[-1]
 
-    def routed(number: int) -> Callable[..., None]:
-        def note(_: Any, __: Any, output: Any) -> None:
-            given = output if isinstance(output, tuple) else ()
-            index = next((one for one in given if not one.is_floating_point()), None)
-            if index is not None:
-                num = _sizes(layers[number])[0]
-                counts[number].append(torch.bincount(index.reshape(-1).cpu(), minlength=num).numpy())
-                chosen[number] = index.shape[-1]
-
-        return note
-
-    for number, layer in enumerate(layers):
-        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after(number))]
-        if (gate := _gate(layer)) is not None and not isinstance(layer, ExpertParallel):
-            hooks.append(gate.register_forward_hook(routed(number)))
-    try:
+    with ExitStack() as hooks:
+        for number, layer in enumerate(layers):
+            hooks.callback(layer.register_forward_pre_hook(before).remove)
+            hooks.callback(layer.register_forward_hook(partial(after, number)).remove)
+            if (gate := _gate(layer)) is not None and not isinstance(layer, ExpertParallel):
+                hooks.callback(gate.register_forward_hook(partial(routed, number)).remove)
         for step in steps:
             before_step = [len(of_layer) for of_layer in counts]
             step()
             for of_layer, first in zip(counts, before_step, strict=True):
                 if of_layer[first:]:  # micro-batches belong to one step
                     of_layer[first:] = [np.sum(of_layer[first:], axis=0)]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    seen = [number for number, of_layer in enumerate(counts) if of_layer]
-    if not seen:
+    visible = [number for number, of_layer in enumerate(counts) if of_layer]
+    if not visible:
         return None
-    worst = max(seen, key=lambda number: float(np.mean([one.max() / one.mean() for one in counts[number]])))
-    loads = np.stack(counts[worst])
+    worst = max(visible, key=lambda number: float(np.mean([load.max() / load.mean() for load in counts[number]])))
+    loads, top_k = np.stack(counts[worst]), chosen[worst]
     num, hidden, ffn = _sizes(layers[worst])
-    top_k = chosen[worst]
     tokens = round(loads.sum(axis=1).mean() / top_k)
     return Experts(len(layers), num, top_k, hidden, ffn, tokens, loads, spent[0] / len(steps))
 
@@ -136,17 +128,13 @@ def _sizes(layer: Any) -> tuple[int, int, int]:
         return layer.num_experts, layer.hidden, int(next(iter(layer.inner.values())).shape[1])
     experts = layer.experts
     num = getattr(experts, "num_experts", None) or len(experts)
-    first = next(
-        (parameter for parameter in experts.parameters() if parameter.dim() == 2), None
-    )  # [out, in] of a Linear
-    hidden, ffn = (
-        next((size for name in names if (size := getattr(experts, name, None))), None)
-        for names in (("hidden_dim", "hidden_size"), ("intermediate_dim", "intermediate_size"))
-    )
+    # of a Linear, shape [out, in]
+    first = next((parameter for parameter in experts.parameters() if parameter.dim() == 2), None)
+    hidden, ffn = (getattr(experts, f"{name}_dim", None) or getattr(experts, f"{name}_size", None)
+                   for name in ("hidden", "intermediate"))  # fmt: skip
     if first is not None:
         hidden, ffn = hidden or first.shape[1], ffn or first.shape[0]
     if not hidden or not ffn:
-        raise ValueError(
-            f"the widths of {type(experts).__name__} are not visible: neither attributes nor weights say them"
-        )
+        kind = type(experts).__name__
+        raise ValueError(f"the widths of {kind} are not visible: neither attributes nor weights say them")
     return int(num), int(hidden), int(ffn)

@@ -72,22 +72,20 @@ class GenerationStudy(Study):
             self.base = decoder.measure(model, self.inputs, base=self.known, repeats=repeats, cache=self.call.cache,
                                         num_beams=self.call.num_beams, **sizes)  # fmt: skip
         if abs(self.call.wall_ns / self.base.total - 1) > _APART_FRAC:
-            self.unseen.append(
-                f"what else your call does: it took {readable(self.call.wall_ns, 'ns')} once, and "
-                f"{readable(self.base.total, 'ns')} as the lab runs it (greedy, so many steps, warmed up)"
-            )
+            once, in_lab = readable(self.call.wall_ns, "ns"), readable(self.base.total, "ns")
+            self.unseen.append(f"what else your call does: it took {once} once, and {in_lab} as the lab runs it "
+                               "(greedy, so many steps, warmed up)")  # fmt: skip
 
     def _look(self) -> Overview:
-        beside = {one.title: one for one in self.base.companions}
-        held = {title: beside[title].total for title in (WEIGHTS, CACHE) if title in beside}
+        held = {account.title: account.total for title in (WEIGHTS, CACHE)
+                for account in self.base.companions if account.title == title}  # fmt: skip
         memory = Account.of("Memory of one generation", "bytes", held, total=sum(held.values()),
                             source="the parameters and the cache that the generation left")  # fmt: skip
-        others = tuple(one for one in self.base.companions if one.title not in held)
-        config = self.model.config
+        others = tuple(account for account in self.base.companions if account.title not in held)
         found = [described(self.model),
                  f"{self.call.batch} sequences, {self.call.num_steps} steps, cache {self.call.cache}, "
                  + ("greedy" if self.call.num_beams == 1 else f"{self.call.num_beams} beams")]  # fmt: skip
-        if getattr(config, "is_encoder_decoder", False):
+        if getattr(self.model.config, "is_encoder_decoder", False):
             found.append("an encoder that runs once, and a decoder that runs at every step")
         return Overview((self.base, memory, *others[:2]), self._ceilings(), tuple(found), tuple(self.unseen))
 
@@ -134,7 +132,8 @@ class GenerationStudy(Study):
         setting = self.known.calibration.setting
         if not setting.encoder_layers or setting.decoder_layers <= _SHALLOW or self.call.num_beams > 1:
             return []
-        share = next((one.total for one in self.base.companions if one.title == "Decoder's share of the time"), None)
+        shares = (account.total for account in self.base.companions if account.title == "Decoder's share of the time")
+        share = next(shares, None)
         found = f"{setting.decoder_layers} decoder layers run at each of {self.call.num_steps} steps, and "
         found += f"take {share / 1e6:.0%} of the time" if share is not None else "take most of the time"
         changes = {"decoder_layers": _SHALLOW, "hold_parameters": "on", "cache": self.call.cache}
@@ -165,8 +164,8 @@ class GenerationStudy(Study):
         wanted: dict[str, Any] = self._now | dict(changes)
 
         def run() -> Account:
-            then = decoder.measure(self.model, self.inputs, base=self.known, repeats=self.repeats, **wanted)
-            return _scaled(then, scale)
+            return _scaled(decoder.measure(self.model, self.inputs, base=self.known, repeats=self.repeats, **wanted),
+                           scale)  # fmt: skip
 
         predicted = _scaled(decoder.predict(self.known, **wanted), scale)
         if not predicted.predicted:  # the calibration's own rest: what it measured is known as well as its repetitions

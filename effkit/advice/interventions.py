@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,34 +25,31 @@ def numbers_not_waited_for(model: torch.nn.Module) -> Iterator[None]:
     costs, not to train: libraries get true numbers, an optimizer's step too.
     """
     native = {name: getattr(torch.Tensor, name) for name in (*ASKS, "unbind", "__iter__")}
-    mine: dict[Any, bool] = {}
-
-    def own(code: Any) -> bool:
-        found = mine.get(code)
-        if found is None:
-            found = mine[code] = own_code(code.co_filename)
-        return found
+    own = cache(own_code)
 
     def item(self: torch.Tensor) -> Any:
-        if not own(sys._getframe(1).f_code):
+        if not own(sys._getframe(1).f_code.co_filename):
             return native["item"](self)
         return 0.0 if self.is_floating_point() else 0
 
     def to_float(self: torch.Tensor) -> float:
-        return 0.0 if own(sys._getframe(1).f_code) else float(native["__float__"](self))
+        return 0.0 if own(sys._getframe(1).f_code.co_filename) else float(native["__float__"](self))
 
     def tolist(self: torch.Tensor) -> Any:
-        if not own(sys._getframe(1).f_code):
+        if not own(sys._getframe(1).f_code.co_filename):
             return native["tolist"](self)
         return native["tolist"](torch.zeros(self.shape, dtype=self.dtype))
 
+    def read_by_library(vector: torch.Tensor, code: Any) -> bool:
+        return vector.dim() != 1 or not len(vector) or vector.requires_grad or not own(code.co_filename)
+
     def elements(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.dim() != 1 or not len(self) or self.requires_grad or not own(sys._getframe(1).f_code):
+        if read_by_library(self, sys._getframe(1).f_code):
             return native["unbind"](self, *args, **kwargs)
         return (self[0],) * len(self)
 
     def each(self: torch.Tensor) -> Iterator[Any]:
-        if self.dim() != 1 or not len(self) or self.requires_grad or not own(sys._getframe(1).f_code):
+        if read_by_library(self, sys._getframe(1).f_code):
             return iter(native["__iter__"](self))
         return iter((self[0],) * len(self))
 
@@ -88,10 +86,8 @@ def nothing_recomputed(model: torch.nn.Module) -> Iterator[None]:
     def kept(*_: Any, **__: Any) -> Iterator[None]:
         yield
 
-    with (
-        replaced(checkpointing, "CheckpointFunction", Kept),
-        replaced(checkpointing, "_checkpoint_without_reentrant_generator", kept),
-    ):
+    generator = "_checkpoint_without_reentrant_generator"
+    with replaced(checkpointing, "CheckpointFunction", Kept), replaced(checkpointing, generator, kept):
         yield
 
 

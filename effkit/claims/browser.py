@@ -31,20 +31,15 @@ class ClaimsBrowser(Screen):
 
     def __init__(self) -> None:
         frame = claims()
-        choices = {
-            "theme": words(frame["theme"]),
-            "resource": words(frame["resource"]),
-            "status": sorted(frame["status"].unique()),
-        }
+        choices = {"theme": words(frame["theme"]), "resource": words(frame["resource"]),
+                   "status": sorted(frame["status"].unique())}  # fmt: skip
         self.controls = {
             name: widgets.Dropdown(options=[_ALL, *options], description=name.capitalize(),
                                    tooltip=f"Only rows of one {name}", layout=widgets.Layout(width="290px"))
             for name, options in choices.items()
         }  # fmt: skip
         self._picture = ClaimsPicture()
-        self.screen = widgets.HTML().add_class("effkit-screen")
-        super().__init__([widgets.HBox(list(self.controls.values())), self.screen])
-        self.add_class("effkit-claims")
+        super().__init__([widgets.HBox(list(self.controls.values()))], "claims")
         self.result: pd.DataFrame
         for control in self.controls.values():
             control.observe(self._show, names="value")
@@ -55,13 +50,12 @@ class ClaimsBrowser(Screen):
         drawn = {}
         for paper in self.result.index:
             row = rows()[paper]
-            published = row.published
-            if published is None or published.low is None or published.high is None:
+            if (published := row.published) is None or published.low is None or published.high is None:
                 continue
             _, _, per_one = UNITS[row.unit]
-            low, high = published.low / per_one, published.high / per_one
-            if row.theirs.startswith("over"):
-                high = low  # open to the right: its end is what is claimed at least
+            # "over" is open to the right: its end is what is claimed at least
+            end = published.low if row.theirs.startswith("over") else published.high
+            low, high = published.low / per_one, end / per_one
             drawn[paper] = {"unit": row.unit, "ours": row.ours, "low": low, "high": high, "status": row.status}
         return pd.DataFrame.from_dict(drawn, orient="index", columns=["unit", "ours", "low", "high", "status"])
 
@@ -77,13 +71,9 @@ class ClaimsBrowser(Screen):
             for paper, row in frame.iterrows()
         )  # fmt: skip
         style = ' style="text-align:left;font-size:smaller;line-height:1.3"'
-        self.screen.value = (
-            f'<p role="status" aria-live="polite">{html.escape(sentence)}</p>'
-            + picture.replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
-            + '<div style="max-height:420px;overflow:auto">'
-            + markup.table(["paper", *_SHOWN, "notebook"], cells, attributes=style)
-            + "</div>"
-        )
+        picture = picture.replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
+        table = markup.table(["paper", *_SHOWN, "notebook"], cells, attributes=style)
+        self._tell(sentence, f'{picture}<div style="max-height:420px;overflow:auto">{table}</div>')
 
     def __repr__(self) -> str:
         return f"ClaimsBrowser of {len(rows())} papers"

@@ -43,25 +43,19 @@ class Finding:
             return None
         _, unit, per_one = UNITS[self.claim.unit]
         value = round(self.value * per_one)
-        found = Account.of(self.claim.figure, unit, {"here": value}, total=value, source=self.claim.scale)
-        return Receipt(published, found)
+        measured = Account.of(self.claim.figure, unit, {"here": value}, total=value, source=self.claim.scale)
+        return Receipt(published, measured)
 
     def __repr__(self) -> str:
         row = self.claim
         gap = "" if row.gap is None else f" (theirs / ours: {row.gap:+.1%})"
-        ours = figure(row.ours, row.unit)
-        between = "" if math.isnan(row.ours_low) else (
-            f", between {figure(row.ours_low, row.unit)} and {figure(row.ours_high, row.unit)}"
-        )  # fmt: skip
-        said = (
-            "this run agrees"
-            if self.agrees
-            else f"THIS RUN SAYS {figure(self.value, row.unit)}, the table is not of it"
-        )
+        ours, low, high = (figure(value, row.unit) for value in (row.ours, row.ours_low, row.ours_high))
+        between = "" if math.isnan(row.ours_low) else f", between {low} and {high}"
+        differs = f"THIS RUN SAYS {figure(self.value, row.unit)}, the table is not of it"
         return (
             f"{row.paper} (arXiv {row.arxiv}): {row.figure}\n"
             f"  theirs: {row.theirs_in_words}; ours: {ours}{between}{gap}\n"
-            f"  {row.status}; {said}"
+            f"  {row.status}; {'this run agrees' if self.agrees else differs}"
         )
 
 
@@ -82,9 +76,9 @@ def check(paper: str, value: float) -> Finding:
     ValueError
         When the value is not finite.
     """
-    known = rows()
-    if paper not in known:
-        raise KeyError(f"{paper!r} is no paper of the table; expected one of {', '.join(known)}")
+    table = rows()
+    if paper not in table:
+        raise KeyError(f"{paper!r} is no paper of the table; expected one of {', '.join(table)}")
     if not math.isfinite(value):
         raise ValueError(f"the figure for {paper} is {value}, expected a finite number: the cell before went wrong")
-    return Finding(known[paper], float(value))
+    return Finding(table[paper], float(value))

@@ -26,11 +26,29 @@ UNITS: Mapping[str, tuple[str, str, int]] = {
     "frac": ("{:.3g}%", "ppm", 1_000_000),
     "correlation": ("{:.2f}", "ppm", 1_000_000),
 }
+_COLUMNS = (
+    "paper",
+    "arxiv",
+    "claim",
+    "resource",
+    "theme",
+    "status",
+    "figure",
+    "ours",
+    "theirs",
+    "gap",
+    "scale",
+    "link",
+)
 _FIGURE = re.compile(r"(?:(over|under|up to|about) )?([\d.]+)(?: to ([\d.]+))?")
 
 
 def figure(value: float, unit: str) -> str:
-    """A figure as a person reads it: ``2.5 times``, ``55.2%``, ``0.93``."""
+    """A figure as a person reads it.
+
+    >>> figure(2.5, "times"), figure(0.552, "frac"), figure(0.93, "correlation")
+    ('2.5 times', '55.2%', '0.93')
+    """
     words, _, _ = UNITS[unit]
     return words.format(value * 100 if unit == "frac" else value)
 
@@ -86,20 +104,12 @@ class Claim:
             return None
         words, first, second = match.groups()
         _, unit, per_one = UNITS[self.unit]
-        low = float(first)
-        high = float(second or first)
+        low, high = float(first), float(second or first)
         middle = (low + high) / 2
         band = {"over": (low, 1000 * low), "under": (0.0, low), "up to": (0.0, low)}.get(words, (low, high))
-        return Account.of(
-            self.figure,
-            unit,
-            {"as published": round(middle * per_one)},
-            total=round(middle * per_one),
-            source=f"arXiv {self.arxiv}",
-            basis="assumed",
-            low=round(band[0] * per_one),
-            high=round(band[1] * per_one),
-        )
+        total, low, high = (round(value * per_one) for value in (middle, *band))
+        return Account.of(self.figure, unit, {"as published": total}, total=total, source=f"arXiv {self.arxiv}",
+                          basis="assumed", low=low, high=high)  # fmt: skip
 
     @property
     def gap(self) -> float | None:
@@ -115,8 +125,9 @@ class Claim:
         if match is None:
             return self.theirs or "no number"
         words, first, second = match.groups()
-        value = figure(float(second or first), self.unit)
-        return " ".join(filter(None, (words, f"{_bare(float(first), self.unit)} to" if second else "", value)))
+        scale = 100 if self.unit == "frac" else 1
+        begin = f"{float(first) * scale:.3g} to" if second else ""
+        return " ".join(filter(None, (words, begin, figure(float(second or first), self.unit))))
 
     @property
     def link(self) -> str:
@@ -124,17 +135,9 @@ class Claim:
         return f"{self.notebook}#{urllib.parse.quote(self.section.replace(' ', '-'))}"
 
 
-def _bare(value: float, unit: str) -> str:
-    return f"{value * 100 if unit == 'frac' else value:.3g}"
-
-
-def _value(text: str, number: bool) -> Any:
-    return float(text or "nan") if number else text
-
-
 @cache
 def rows() -> Mapping[str, Claim]:
-    """All of them by name of the paper.
+    """All rows of the table, by name of the paper.
 
     Raises
     ------
@@ -147,13 +150,11 @@ def rows() -> Mapping[str, Claim]:
             f"the table of claims is not beside effkit (expected {' or '.join(map(str, PATHS))}): "
             "install effkit with pip, or from a checkout with pip install -e ."
         )
-    numbers = {one.name for one in fields(Claim) if one.type == "float"}
+    numbers = {column.name for column in fields(Claim) if column.type == "float"}
     with path.open(newline="", encoding="utf-8") as file:
-        found = [
-            Claim(**{name: _value(value, name in numbers) for name, value in row.items()})
-            for row in csv.DictReader(file)
-        ]
-    return {row.paper: row for row in found}
+        cells: list[dict[str, Any]] = list(csv.DictReader(file))
+    table = [Claim(**row | {name: float(row[name] or "nan") for name in numbers}) for row in cells]
+    return {row.paper: row for row in table}
 
 
 def claims(*, theme: str | None = None, resource: str | None = None, status: str | None = None) -> pd.DataFrame:
@@ -177,35 +178,18 @@ def claims(*, theme: str | None = None, resource: str | None = None, status: str
     ValueError
         For a theme or a resource that no row has, or an unknown status.
     """
-    frame = pd.DataFrame(
-        {
-            "paper": row.paper,
-            "arxiv": row.arxiv,
-            "claim": row.claim,
-            "resource": row.resource,
-            "theme": row.theme,
-            "status": row.status,
-            "figure": row.figure,
-            "ours": figure(row.ours, row.unit),
-            "theirs": row.theirs_in_words,
-            "gap": row.gap,
-            "scale": row.scale,
-            "link": row.link,
-        }
-        for row in rows().values()
-    ).set_index("paper")
-    frame["gap"] = frame["gap"].astype("Float64")
-    fitting = pd.Series(True, index=frame.index)
+    cells = [vars(row) | {"ours": figure(row.ours, row.unit), "theirs": row.theirs_in_words, "gap": row.gap,
+                          "link": row.link} for row in rows().values()]  # fmt: skip
+    frame = whole = pd.DataFrame(cells)[list(_COLUMNS)].set_index("paper").astype({"gap": "Float64"})
     for name, wanted in (("theme", theme), ("resource", resource)):
         if wanted is not None:
-            known = words(frame[name])
-            if wanted not in known:
-                raise ValueError(f"{name} is {wanted!r}, expected one of {', '.join(known)}")
-            fitting &= frame[name].str.split("; ").map(lambda given, wanted=wanted: wanted in given)
-    frame = frame[fitting]
+            if wanted not in words(whole[name]):
+                raise ValueError(f"{name} is {wanted!r}, expected one of {', '.join(words(whole[name]))}")
+            frame = frame.loc[[wanted in cell.split("; ") for cell in frame[name]]]
     if status is not None:
-        if not any(known.startswith(status) for known in (*STATUSES, NOT_TESTABLE)):
-            raise ValueError(f"status is {status!r}, expected the beginning of {', '.join((*STATUSES, NOT_TESTABLE))}")
+        statuses = (*STATUSES, NOT_TESTABLE)
+        if not any(word.startswith(status) for word in statuses):
+            raise ValueError(f"status is {status!r}, expected the beginning of {', '.join(statuses)}")
         frame = frame[frame["status"].str.startswith(status)]
     return frame
 

@@ -10,20 +10,6 @@ from effkit.view.steps import front, live_bytes
 from effkit.view.style import GREY, OKABE_ITO, colour
 
 __all__ = [
-    "GREY",
-    "OKABE_ITO",
-    "PANES",
-    "Comparison",
-    "MemoryPicture",
-    "account",
-    "colour",
-    "curves",
-    "delays",
-    "front",
-    "live_bytes",
-    "page",
-    "plan",
-    "policies",
-    "roofline",
-    "timeline",
-]
+    "GREY", "OKABE_ITO", "PANES", "Comparison", "MemoryPicture", "account", "colour", "curves", "delays", "front",
+    "live_bytes", "page", "plan", "policies", "roofline", "timeline",
+]  # fmt: skip

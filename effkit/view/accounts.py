@@ -46,26 +46,16 @@ def plan(plan: Any, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
     for batch in range(min(num_batches, len(plan.batches))):
         rows = sorted((int(lengths[row].sum()) for row in plan.rows(batch)), reverse=True)
         spots = range(position, position + len(rows))
-        ax.bar(
-            spots,
-            rows[0],
-            width=1.0,
-            color=NAMED["padding"],
-            alpha=0.45,
-            label="padding" if batch == 0 else None,
-        )
-        ax.bar(spots, rows, width=1.0, color=NAMED["real"], label="real" if batch == 0 else None)
+        ax.bar(spots, rows[0], width=1.0, color=NAMED["padding"], alpha=0.45, label=None if batch else "padding")
+        ax.bar(spots, rows, width=1.0, color=NAMED["real"], label=None if batch else "real")
         ticks.append(position + len(rows) / 2 - 0.5)
         position += len(rows) + max(1, len(rows) // 8)
     ax.set_xticks(ticks, [str(i) for i in range(len(ticks))])
     ax.set_xlabel("batch (one bar per row)")
     ax.set_ylabel("input cells")
     ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the legend
-    ax.set_title(
-        f"{plan.strategy}: {plan.account().share['padding']:.0%} of the cells are padding",
-        loc="left",
-        fontsize=10,
-    )
+    padding = plan.account().share["padding"]
+    ax.set_title(f"{plan.strategy}: {padding:.0%} of the cells are padding", loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     return ax

@@ -24,12 +24,11 @@ class ClaimsPicture:
         self._figure.clear()
         groups = [rows[rows["unit"] == unit] for unit in ("times", "frac")]
         tall = max(1, *map(len, groups))
-        self._figure.set_size_inches(9.6, 1.3 + 0.26 * tall)
+        height = 1.3 + 0.26 * tall
+        self._figure.set_size_inches(9.6, height)
         for ax, group, title in zip(self._figure.subplots(1, 2), groups, ("ratio [times]", "share [%]"), strict=True):
             self._group(ax, group, title, tall)
-        self._figure.subplots_adjust(
-            left=0.17, right=0.985, wspace=0.5, top=1 - 0.5 / (1.3 + 0.26 * tall), bottom=0.62 / (1.3 + 0.26 * tall)
-        )
+        self._figure.subplots_adjust(left=0.17, right=0.985, wspace=0.5, top=1 - 0.5 / height, bottom=0.62 / height)
         return self._figure
 
     def _group(self, ax: Any, group: pd.DataFrame, title: str, tall: int) -> None:

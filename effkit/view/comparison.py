@@ -32,10 +32,8 @@ class Comparison:
         self._ax.set_ylim(-0.6, 2.6)
         self._ax.axis("off")
         self._items: dict[str, list[Rectangle]] = {}
-        names = ("measured", "predicted", "measured here")
-        self._labels = [
-            self._ax.text(0, 2 - row, name, ha="right", va="center", fontsize=9) for row, name in enumerate(names)
-        ]
+        self._labels = [self._ax.text(0, 2 - row, name, ha="right", va="center", fontsize=9)
+                        for row, name in enumerate(("measured", "predicted", "measured here"))]  # fmt: skip
         self._values = [self._ax.text(0, 2 - row, "", va="center", fontsize=9) for row in range(3)]
         (self._whisker,) = self._ax.plot([], [], color="black", marker="|", markersize=9, linewidth=1.5, zorder=4)
         self._outline = Rectangle((0, 0.65), 0, 0.7, fill=False, edgecolor="#D55E00", linestyle="--", linewidth=2)
@@ -58,15 +56,14 @@ class Comparison:
         notes = ("", "" if result.in_range else "  outside the calibrated range",
                  f"  error {receipt.error:+.1%}" if receipt else "")  # fmt: skip
         reach = max(max(bar.total, bar.high or 0) for bar in bars if bar is not None) or 1
-        for row, bar in enumerate(bars):
+        for row, (bar, label, value) in enumerate(zip(bars, self._labels, self._values, strict=True)):
             self._bar(row, bar)
-        self._name()
-        for row, bar in enumerate(bars):
-            self._labels[row].set_visible(bar is not None)
-            self._labels[row].set_position((-0.01 * reach, 2 - row))
-            self._values[row].set_text("" if bar is None else readable(bar.total, bar.unit) + notes[row])
+            label.set_visible(bar is not None)
+            label.set_position((-0.01 * reach, 2 - row))
+            value.set_text("" if bar is None else readable(bar.total, bar.unit) + notes[row])
             end = 0 if bar is None else max(bar.total, bar.high or 0, bar.total - bar.residual)
-            self._values[row].set_position((end + 0.012 * reach, 2 - row))
+            value.set_position((end + 0.012 * reach, 2 - row))
+        self._name()
         band = [end for end in (result.low, result.high) if end is not None]
         self._whisker.set_data(band, [1] * len(band))
         self._outline.set_width(result.total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.colors import to_rgb
@@ -24,29 +24,24 @@ _BAR_INCHES, _AROUND_INCHES, _LINE_INCHES, _WIDTH_INCHES = 0.5, 0.66, 0.175, 7.6
 _BELOW_POINTS = 24  # from the axis to its legend: room for the numbers at the ticks
 _ROOM_FRAC = 0.06  # of a bar, which its share can be written on
 # An overview has more rows than the palette has colours, and neighbours must not look alike
-_COLOURS: Mapping[str, str] = {
-    "waiting for data": "#CC79A7",
-    "data loading": "#CC79A7",
-    "matrix products": "#0072B2",
-    "computing": "#0072B2",
-    "attention": "#56B4E9",
-    "norms and softmax": "#009E73",
-    "elementwise and other": "#A6DCCB",
-    "kernels without an operator": "#8CC4E6",
-    "recomputation": "#F3C7A6",
-    "optimizer": "#7A5195",
-    "clearing gradients": "#D3C2DE",
-    "asking for numbers": "#F0E442",
-    "copies": "#E69F00",
-    "host busy, device idle": "#999999",
-    "host between operators": "#CFCFCF",
-    "host and idle": "#CFCFCF",
-    "all-to-all moving": "#D55E00",
-    "all-to-all waiting": "#F3C7A6",
-    "other collectives moving": "#7A5195",
-    "other collectives waiting": "#D3C2DE",
-    "step not begun or over": "#F0A3C8",
-}
+_ITEMS = {
+    "#CC79A7": ("waiting for data", "data loading"),
+    "#0072B2": ("matrix products", "computing"),
+    "#56B4E9": ("attention",),
+    "#009E73": ("norms and softmax",),
+    "#A6DCCB": ("elementwise and other",),
+    "#8CC4E6": ("kernels without an operator",),
+    "#F3C7A6": ("recomputation", "all-to-all waiting"),
+    "#7A5195": ("optimizer", "other collectives moving"),
+    "#D3C2DE": ("clearing gradients", "other collectives waiting"),
+    "#F0E442": ("asking for numbers",),
+    "#E69F00": ("copies",),
+    "#999999": ("host busy, device idle",),
+    "#CFCFCF": ("host between operators", "host and idle"),
+    "#D55E00": ("all-to-all moving",),
+    "#F0A3C8": ("step not begun or over",),
+}  # fmt: skip
+_COLOURS = NAMED | {item: colour for colour, items in _ITEMS.items() for item in items}
 
 
 def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
@@ -135,12 +130,11 @@ def _drawn(one: Account, ax: Axes) -> None:
 
 def _face(item: str, items: Sequence[str]) -> str:
     """The word's own colour; else one of the palette that no other row has."""
-    own = {**NAMED, **_COLOURS}
-    if item in own:
-        return own[item]
-    taken = {own[other] for other in items if other in own}
-    free = [one for one in OKABE_ITO if one not in taken] or list(OKABE_ITO)
-    nameless = [other for other in items if other not in own]
+    if item in _COLOURS:
+        return _COLOURS[item]
+    taken = {_COLOURS[other] for other in items if other in _COLOURS}
+    free = [shade for shade in OKABE_ITO if shade not in taken] or list(OKABE_ITO)
+    nameless = [other for other in items if other not in _COLOURS]
     return free[nameless.index(item) % len(free)]
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _MOST_BARS = 12
 _LONGEST_NAME = 44
 _WORTH_NAMING = 0.005
+_PARTS = {f"{word.replace(' ', '_')}_ns": word for word in (
+    "kernel", "exposed communication", "memcpy", "dataloader", "not visible", "cpu exec", "idle")}  # fmt: skip
 
 
 def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -32,10 +34,10 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes(ax, (7.4, 1.3 + 0.3 * len(bars)))
     left = pd.Series(0.0, bars.index)
     names = [f"{'rank' if means else 'step'} {number}" for number in bars.index]
-    parts = [name for name in bars if name in _PARTS and bars[name].notna().any() and bars[name].sum() > 0]
-    for name in parts:
-        word = _PARTS[name]
-        width = bars[name].astype("float64").fillna(0.0)
+    for name in bars.columns.intersection(list(_PARTS), sort=False):
+        word, width = _PARTS[name], bars[name].astype("float64").fillna(0.0)
+        if width.sum() <= 0:
+            continue
         share = width.sum() / bars["dur_ns"].sum()
         label = f"{word} {share:.0%}" if share >= _WORTH_NAMING else None
         ax.barh(names, width, left=left, color=NAMED[word], hatch="//" if word == "not visible" else None,
@@ -45,21 +47,9 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     unit_axis(ax.xaxis, "ns")
     ax.set_title(f"Where the time of a step goes{', on average' if means else ''}", loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(
-        loc="upper center", bbox_to_anchor=(0.45, -0.3 / (0.5 + 0.2 * len(bars))), ncols=4, frameon=False, fontsize=9
-    )
+    below = -0.3 / (0.5 + 0.2 * len(bars))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, below), ncols=4, frameon=False, fontsize=9)
     return ax
-
-
-_PARTS = {
-    "kernel_ns": "kernel",
-    "exposed_communication_ns": "exposed communication",
-    "memcpy_ns": "memcpy",
-    "dataloader_ns": "dataloader",
-    "not_visible_ns": "not visible",
-    "cpu_exec_ns": "cpu exec",
-    "idle_ns": "idle",
-}
 
 
 def operators(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -122,10 +112,8 @@ def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         return _nothing(ax, "no collective was recorded")
     ax = axes(ax, (7.4, 1.3 + 0.4 * len(frame)))
     names = [f"{collective} ({backend or 'other'})" for backend, collective, *_ in frame.index]
-    waiting, moving, total = (
-        frame[column].astype("Float64").fillna(0.0).astype("float64")
-        for column in ("waiting_ns", "moving_ns", "dur_ns")
-    )
+    waiting, moving, total = (frame[column].astype("Float64").fillna(0.0).astype("float64")
+                              for column in ("waiting_ns", "moving_ns", "dur_ns"))  # fmt: skip
     ax.barh(names, waiting, color=NAMED["waiting"], label="waiting", height=0.6)
     ax.barh(names, moving, left=waiting, color=NAMED["moving"], label="moving", height=0.6)
     if (unknown := total - waiting - moving).sum() > 0:
@@ -192,14 +180,9 @@ def memory(account: Account, ax: Axes | None = None) -> Axes:
 
 
 PANES: Mapping[str, Callable[..., Axes]] = {
-    "overview": overview,
-    "operators": operators,
-    "kernels": kernels,
-    "communication": communication,
-    "rank_pairs": rank_pairs,
-    "memory": memory,
-    "memory_timeline": memory_timeline,
-}
+    "overview": overview, "operators": operators, "kernels": kernels, "communication": communication,
+    "rank_pairs": rank_pairs, "memory": memory, "memory_timeline": memory_timeline,
+}  # fmt: skip
 
 
 class MemoryPicture:
