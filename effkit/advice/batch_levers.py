@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +154,7 @@ def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
     change = abs(1 - predicted.total / epoch.total)
     doubt = SPREAD * math.hypot(ratio_error(epoch, predicted.setting), calibration.cost.error_frac * change)
     half = study.computing_ns * (doubt + SPREAD * max(_LEAST_DOUBT_FRAC, calibration.noise_frac))
-    account = banded(study.account, {LEFT: round(total)}, total, half, predicted.source)
-    return replace(account, in_range=predicted.in_range)
+    return banded(study.account, {LEFT: round(total)}, total, half, predicted.source, in_range=predicted.in_range)
 
 
 def ratio_error(epoch: Account, setting: Mapping[str, Any]) -> float:

@@ -23,29 +23,15 @@ _KEPT = ("generator", "epoch")
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Examples that a map-style DataLoader would deliver, in its order.
-
-    Attributes
-    ----------
-    loader
-        Where they come from.
-    items
-        The examples themselves, as the dataset gave them.
-    groups
-        Their numbers in the dataset, batch by batch.
-    watched
-        What the batches show: lengths, padding; None where they show neither masks nor lengths.
-    loading_ns, loading_cpu_ns
-        To make one batch in this process, wall and processor time.
-    """
+    """Examples that a map-style DataLoader would deliver, in its order."""
 
     loader: DataLoader[Any]
-    items: Sequence[Any]
-    groups: tuple[tuple[int, ...], ...]
-    watched: Watch | None
+    items: Sequence[Any]  # the examples, as the dataset gave them
+    groups: tuple[tuple[int, ...], ...]  # their numbers in the dataset, batch by batch
+    watched: Watch | None  # what the batches show: lengths, padding; None where they show neither masks nor lengths
     why_unseen: str
-    loading_ns: int
-    loading_cpu_ns: int
+    loading_ns: int  # wall time to make one batch in this process
+    loading_cpu_ns: int  # processor time of the same
 
     @property
     def sizes(self) -> list[int]:
@@ -127,10 +113,8 @@ def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
         "multiprocessing_context": loader.multiprocessing_context, "generator": loader.generator,
         "drop_last": loader.drop_last if changes.get("batch_size") else False,
     } | changes  # fmt: skip
-    if arguments["num_workers"] and loader.prefetch_factor is not None:
-        arguments.setdefault("prefetch_factor", loader.prefetch_factor)
     if arguments["num_workers"]:
-        arguments.setdefault("persistent_workers", True)
+        arguments = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": True} | arguments
     return DataLoader(loader.dataset, **arguments)
 
 

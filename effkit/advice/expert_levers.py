@@ -71,9 +71,9 @@ def _predicted(layer: Account, changes: Mapping[str, Any]) -> Account:
     At the measured setting the prediction is the measurement: what the cost model is wrong by acts on the change, and
     only the noise of both runs on the whole.
     """
-    predicted, known = moe.predict(layer, **changes), layer.calibration
-    noise = SPREAD * _MEDIAN_ERROR * known.noise_frac / math.sqrt(_ROUNDS)
-    half = known.band_frac * abs(layer.total - predicted.total) + max(_LEAST_NOISE, noise) * layer.total
+    predicted, calibration = moe.predict(layer, **changes), layer.calibration
+    noise = SPREAD * _MEDIAN_ERROR * calibration.noise_frac / math.sqrt(_ROUNDS)
+    half = calibration.band_frac * abs(layer.total - predicted.total) + max(_LEAST_NOISE, noise) * layer.total
     return replace(predicted, **interval(predicted.total, half))
 
 

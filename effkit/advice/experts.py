@@ -20,28 +20,16 @@ _SKEWS = np.arange(0.0, 4.001, 0.05)
 
 @dataclass(frozen=True)
 class Experts:
-    """The expert layers of a model, all of one shape.
-
-    Attributes
-    ----------
-    num_layers, num_experts, top_k, hidden, ffn
-        How many layers, experts in each, choices per token; widths of the model and of an expert's inside.
-    num_tokens
-        Of a step.
-    loads
-        Tokens on each expert of the most uneven layer, shape [num_steps, num_experts].
-    forward_ns
-        All layers' forward, per step.
-    """
+    """The expert layers of a model, all of one shape."""
 
     num_layers: int
-    num_experts: int
-    top_k: int
-    hidden: int
-    ffn: int
-    num_tokens: int
-    loads: Array
-    forward_ns: float
+    num_experts: int  # of each layer
+    top_k: int  # experts that a token is sent to
+    hidden: int  # width of the model
+    ffn: int  # width of an expert's inside
+    num_tokens: int  # of a step
+    loads: Array  # tokens on each expert of the most uneven layer, shape [num_steps, num_experts]
+    forward_ns: float  # of all layers, per step
 
     @property
     def popularity(self) -> Array:
@@ -58,7 +46,11 @@ class Experts:
         return float(np.round(_SKEWS[int(np.argmin(errors))], 2))
 
     def placement(self, num_ranks: int) -> tuple[int, ...]:
-        """The rank that holds each expert, the most popular first, when neighbours share a rank."""
+        """The rank that holds each expert, the most popular first, when neighbours share a rank.
+
+        >>> Experts(1, 4, 1, 8, 8, 10, np.array([[1, 2, 3, 4]]), 0.0).placement(num_ranks=2)
+        (1, 1, 0, 0)
+        """
         order = np.argsort(-self.popularity, kind="stable")
         return tuple(int(expert * num_ranks // self.num_experts) for expert in order)
 

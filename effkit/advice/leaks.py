@@ -24,22 +24,12 @@ _LEAST_BYTES = 256  # of growth per step: counters and the like
 
 @dataclass(frozen=True)
 class Kept:
-    """What a step adds to memory for good.
+    """What a step adds to memory for good."""
 
-    Attributes
-    ----------
-    growth_bytes
-        Per step.
-    num_tensors, own_bytes
-        Tensors with a graph that a step leaves behind, and what they would still hold without it.
-    holders
-        Names of what holds them, where these could be found.
-    """
-
-    growth_bytes: int
-    num_tensors: int = 0
-    own_bytes: int = 0
-    holders: tuple[str, ...] = ()
+    growth_bytes: int  # per step
+    num_tensors: int = 0  # with a graph, that a step leaves behind
+    own_bytes: int = 0  # what they would still hold without their graph
+    holders: tuple[str, ...] = ()  # names of what holds them, where these could be found
 
 
 def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = ()) -> Kept:
@@ -47,10 +37,10 @@ def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = ()) 
     growth = growth_bytes(lambda: step(batch), parameters)
     if growth < _LEAST_BYTES:
         return Kept(max(0, growth))
-    with new_graphs() as found:
+    with new_graphs() as tensors_left:
         for _ in range(_STEPS):
             step(batch)
-        left = found()
+        left = tensors_left()
         named = [(tensor, name) for tensor in left if (name := _holder(tensor, left))]
         held = [tensor for tensor, _ in named] or left  # the others are held by the graphs of these
         distinct = {tensor.untyped_storage()._cdata: tensor for tensor in held}
@@ -95,11 +85,11 @@ def new_graphs() -> Iterator[Callable[[], list[torch.Tensor]]]:
     """Which tensors with a graph have come into the world in this context and are still there."""
     before = {id(tensor): tensor for tensor in _with_graph()}  # held, so that no later one can have its place
 
-    def found() -> list[torch.Tensor]:
+    def tensors_left() -> list[torch.Tensor]:
         gc.collect()
         return [tensor for tensor in _with_graph() if id(tensor) not in before]
 
-    yield found
+    yield tensors_left
 
 
 def detached_after(step: Step) -> Step:
@@ -121,10 +111,10 @@ def _with_graph() -> list[torch.Tensor]:
     return [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.grad_fn is not None]
 
 
-def _holder(tensor: torch.Tensor, found: list[torch.Tensor]) -> str | None:
+def _holder(tensor: torch.Tensor, left: list[torch.Tensor]) -> str | None:
     """The name of what holds it in Python; None where only a graph does."""
     for holder in gc.get_referrers(tensor):
-        if holder is found or isinstance(holder, FrameType):
+        if holder is left or isinstance(holder, FrameType):
             continue
         if name := _name_in(holder, tensor):
             return name

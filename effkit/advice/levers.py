@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import pandas as pd
@@ -150,18 +150,15 @@ class Advice(Sequence[Lever]):
         effects. With a number of steps, and with a price, also ``gpu_hours`` and ``money`` saved over the run, alone.
         """
         rows = []
+        columns = ["lever", "kind", "gain_frac", "least_frac", "most_frac", "after_those_above", "but"]
         for lever, more in zip(self.levers, self._increments(), strict=True):
-            least, most = lever.gain_band
-            row: dict[str, Any] = {
-                "lever": lever.name, "kind": lever.kind, "gain_frac": lever.gain_frac, "least_frac": least,
-                "most_frac": most, "after_those_above": more, "but": "; ".join(lever.side_effects),
-            }  # fmt: skip
+            cells = lever.name, lever.kind, lever.gain_frac, *lever.gain_band, more, "; ".join(lever.side_effects)
+            row: dict[str, Any] = dict(zip(columns, cells, strict=True))
             if self.num_steps and lever.base.unit == "ns":
                 row["gpu_hours"] = lever.gain_frac * self._hours(lever.base)
                 if self.price_per_hour is not None:
                     row["money"] = row["gpu_hours"] * self.price_per_hour
             rows.append(row)
-        columns = ["lever", "kind", "gain_frac", "least_frac", "most_frac", "after_those_above", "but"]
         return pd.DataFrame(rows, columns=None if rows else columns).set_index("lever")
 
     @property
@@ -174,14 +171,14 @@ class Advice(Sequence[Lever]):
 
     def _increments(self) -> list[float]:
         """Levers of one group are one problem; those of two act on what the other leaves."""
-        left, done, found = 1.0, set[str](), []
+        left, done, increments = 1.0, set[str](), []
         for lever in self.levers:
             group = lever.group or lever.kind
             more = 0.0 if group in done else left * lever.gain_frac
             done.add(group)
             left -= more
-            found.append(more)
-        return found
+            increments.append(more)
+        return increments
 
     def __repr__(self) -> str:
         if not self.levers:
@@ -221,10 +218,6 @@ def ranked(goal: str, candidates: Sequence[Lever], **more: Any) -> Advice:
 
 def banded(base: Account, rows: dict[str, int], total: float, half_width: float, source: str, **more: Any) -> Account:
     """A prediction in the form of its base."""
-    total = max(0, round(total))
-    margin = max(0, round(half_width))
-    return replace(
-        Account.of(base.title, base.unit, rows, total=total, source=source, basis="derived",
-                   low=max(0, total - margin), high=total + margin, setting=dict(base.setting)),
-        **more,
-    )  # fmt: skip
+    total, margin = max(0, round(total)), max(0, round(half_width))
+    return Account.of(base.title, base.unit, rows, total=total, source=source, basis="derived",
+                      low=max(0, total - margin), high=total + margin, setting=dict(base.setting), **more)  # fmt: skip

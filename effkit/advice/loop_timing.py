@@ -68,6 +68,5 @@ def rows(
     before, after = taken[:num], taken[2 * num + 1 :]  # the later ones begin at the second batch
     plain_ns = sum(map(min, before, [after[-1], *after[:-1]]))
     scale = sum(steps_ns) / plain_ns / num
-    found = families.rows_ns(recorded, plain_ns)
     operators = int((recorded.events["category"] == "cpu_op").sum()) // num
-    return Rows({name: value * scale for name, value in found.items()}, operators)
+    return Rows({name: value * scale for name, value in families.rows_ns(recorded, plain_ns).items()}, operators)

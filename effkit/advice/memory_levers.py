@@ -39,32 +39,33 @@ def advise(study: Training, budget_bytes: int | None, **more: Any) -> Advice:
 
 
 def _leak(study: Training, num_steps: int) -> Lever | None:
-    seen = study.kept
-    if not seen.num_tensors:
+    kept = study.kept
+    if not kept.num_tensors:
         return None
     peak = study.memory
     title = f"Memory after {num_steps:,} steps"
 
-    def after(growth: int, **more: Any) -> Account:
-        rows = {"peak of one step": peak.total, "kept from step to step": growth * num_steps}
-        return Account.of(title, "bytes", rows, total=sum(rows.values()), **more)
+    def rows(growth: int) -> dict[str, int]:
+        return {"peak of one step": peak.total, "kept from step to step": growth * num_steps}
 
-    base = after(seen.growth_bytes, source="the allocator, over three steps, times their number")
-    left = min(seen.own_bytes, seen.growth_bytes)
-    slack = num_steps * max(round(0.02 * seen.growth_bytes), 512)
-    predicted = banded(base, {"peak of one step": peak.total, "kept from step to step": left * num_steps},
-                       peak.total + left * num_steps, slack, "what these tensors themselves hold")  # fmt: skip
-    held = f" in {', '.join(seen.holders)}" if seen.holders else ""
+    def after(growth: int, source: str) -> Account:
+        return Account.of(title, "bytes", rows(growth), total=sum(rows(growth).values()), source=source)
+
+    base = after(kept.growth_bytes, "the allocator, over three steps, times their number")
+    left = rows(min(kept.own_bytes, kept.growth_bytes))
+    slack = num_steps * max(round(0.02 * kept.growth_bytes), 512)
+    predicted = banded(base, left, sum(left.values()), slack, "what these tensors themselves hold")
+    held = f" in {', '.join(kept.holders)}" if kept.holders else ""
 
     def run() -> Account:
         with study.held():
             growth = growth_bytes(lambda: detached(study.largest), study.model.parameters())
-        return after(max(0, growth), source="the allocator, over three steps, each cut from its graph")
+        return after(max(0, growth), "the allocator, over three steps, each cut from its graph")
 
     detached = detached_after(study.step)
     return Lever(
         "leak", "keep values, not graphs",
-        f"every step leaves {readable(seen.growth_bytes, 'bytes')} behind: {seen.num_tensors} tensors{held} hold the "
+        f"every step leaves {readable(kept.growth_bytes, 'bytes')} behind: {kept.num_tensors} tensors{held} hold the "
         "graph that made them",
         base, predicted, "total = total + loss.detach()   # or loss.item()", run=run, use=lambda: detached,
         keep=study._noted,
@@ -124,7 +125,7 @@ def _fitting(study: Training, limit: float, notes: list[str]) -> list[Lever]:
 def _lab_lever(study: Training, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:
     levers = Levers(**changes)
     words = ", ".join(f"{name}={value}" for name, value in changes.items())
-    before, after = (one.companion(TIME).total for one in (base, predicted))
+    before, after = (account.companion(TIME).total for account in (base, predicted))
     effects = [f"a step takes {after / before - 1:+.0%}, predicted"]
     if not levers.lossless:
         effects.append("gradients or updates are no longer exact")

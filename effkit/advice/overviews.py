@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -73,8 +73,9 @@ class Overview:
 
     def __repr__(self) -> str:
         lines = [*self.found, *map(repr, self.accounts)]
-        for name, row in self.ceilings.iterrows():
-            lines.append(f"{name}: {row['reached_frac']:.1%} of {row['ceiling_text']}")
+        lines += [
+            f"{name}: {row['reached_frac']:.1%} of {row['ceiling_text']}" for name, row in self.ceilings.iterrows()
+        ]
         lines += [f"not visible: {sentence}" for sentence in self.unseen]
         return "\n".join(lines)
 
@@ -88,7 +89,7 @@ class Overview:
         ]  # fmt: skip
         caption = "How near to this device's ceilings"
         table = markup.table(["", "reached", "of"], ceilings, caption=caption) if ceilings else ""
-        return f"<ul>{found}{unseen}</ul>" + "".join(one._repr_html_() for one in self.accounts) + table
+        return f"<ul>{found}{unseen}</ul>" + "".join(account._repr_html_() for account in self.accounts) + table
 
 
 def ceilings(device: Device, *, step_ns: float, forward_flops: int, half: bool, real_frac: float | None,
@@ -97,22 +98,20 @@ def ceilings(device: Device, *, step_ns: float, forward_flops: int, half: bool, 
     dtype = "bfloat16" if half else "float32"
     rate = device.rate_flops_per_s[dtype]
     seconds = step_ns / 1e9
-    rows: dict[str, tuple[float, float, str, str]] = {}
-
-    def add(name: str, reached: float, ceiling: float, text: str, definition: str) -> None:
-        rows[name] = (reached, ceiling, text, definition)
-
     text = f"{rate / 1e9:,.0f} GFLOP/s measured in {dtype}"
-    add("model FLOPs utilisation", 3 * forward_flops / seconds, rate, text, MFU_DEFINITION)
+    rows: dict[str, tuple[float, float, str, str]] = {}
+    rows["model FLOPs utilisation"] = 3 * forward_flops / seconds, rate, text, MFU_DEFINITION
     if real_frac is not None:
-        add("the same without padding", 3 * forward_flops * real_frac / seconds, rate, text,
-            "as above, times the real share of the input cells")  # fmt: skip
-    launches = num_operators * device.launch_overhead_ns
-    add("launch floor", launches, step_ns, readable(round(step_ns), "ns") + " of the step",
+        rows["the same without padding"] = (3 * forward_flops * real_frac / seconds, rate, text,
+                                            "as above, times the real share of the input cells")  # fmt: skip
+    rows["launch floor"] = (
+        num_operators * device.launch_overhead_ns, step_ns, readable(round(step_ns), "ns") + " of the step",
         f"{num_operators:,} operators x {device.launch_overhead_ns / 1e3:.1f} us, the time from one tiny operator to "
-        "the next")  # fmt: skip
+        "the next",
+    )  # fmt: skip
     if peak_bytes is not None and device.memory_bytes:
-        add("memory", peak_bytes, device.memory_bytes, readable(device.memory_bytes, "bytes"), "peak over capacity")
+        capacity = readable(device.memory_bytes, "bytes")
+        rows["memory"] = peak_bytes, device.memory_bytes, capacity, "peak over capacity"
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["reached", "ceiling", "ceiling_text", "definition"])
     frame.insert(2, "reached_frac", frame["reached"] / frame["ceiling"])
     return frame.rename_axis("of")
@@ -123,12 +122,9 @@ NO_CEILINGS = pd.DataFrame(columns=["reached", "ceiling", "reached_frac", "ceili
 
 def changes(before: Sequence[Account], after: Sequence[Account]) -> pd.DataFrame:
     """Row by row, the accounts of two overviews that have one title: before, after, difference, ratio."""
-    pairs: list[tuple[str, Any]] = []
-    for account in before:
-        other = next((one for one in after if one.title == account.title and one.unit == account.unit), None)
-        if other is not None:
-            table = account.compare(other).rename(columns={"value": "before", "other": "after"})
-            pairs.append((account.title, table))
-    if not pairs:
+    others = {(account.title, account.unit): account for account in reversed(after)}
+    tables = {account.title: account.compare(others[account.title, account.unit])
+              for account in before if (account.title, account.unit) in others}  # fmt: skip
+    if not tables:
         raise ValueError("these two studies have no account in common: compare studies of one kind of run")
-    return pd.concat(dict(pairs), names=["account", "item"])
+    return pd.concat(tables, names=["account", "item"]).rename(columns={"value": "before", "other": "after"})

@@ -86,8 +86,8 @@ def savings(
 ) -> dict[str, Saving]:
     """Run small steps with each intervention and without any, in turn; the fastest of each counts."""
     everything = {PLAIN: without_intervening, **interventions}
-    calls = {(name, i): under(one, model, step, batch)
-             for name, one in everything.items() for i, batch in enumerate(tried)}  # fmt: skip
+    calls = {(name, i): under(intervention, model, step, batch)
+             for name, intervention in everything.items() for i, batch in enumerate(tried)}  # fmt: skip
     spread: list[float] = []
 
     def fastest(times: list[int]) -> float:
@@ -96,13 +96,11 @@ def savings(
         return first
 
     taken = elapsed_ns(partial(step, tried[-1]))
-    found = interleaved_ns(calls, max(_FEWEST, min(_MOST, _BUDGET_NS // taken)), fastest)
+    times = interleaved_ns(calls, max(_FEWEST, min(_MOST, _BUDGET_NS // taken)), fastest)
     noise = float(np.median(spread))
-    plain = tuple(float(found[PLAIN, i]) for i in range(len(tried)))
-    return {
-        name: Saving(plain, tuple(plain[i] - found[name, i] for i in range(len(tried))), noise)
-        for name in interventions
-    }
+    plain = tuple(float(times[PLAIN, i]) for i in range(len(tried)))
+    return {name: Saving(plain, tuple(ns - times[name, i] for i, ns in enumerate(plain)), noise)
+            for name in interventions}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,17 +121,17 @@ class Peaks:
         with intervention(self.model):
             self.step(batch)  # the state of a steady step
             gc.collect()
-            there = self.there(batch, let_go=self.let_go or intervention is gradients_to_none)
-            peak, _ = peak_memory(lambda: self.step(batch), resident_bytes=sum(map(size_bytes, there.values())))
+            resident = self.there(batch, let_go=self.let_go or intervention is gradients_to_none)
+            peak, _ = peak_memory(lambda: self.step(batch), resident_bytes=sum(map(size_bytes, resident.values())))
         return peak
 
     def there(self, batch: Any, *, let_go: bool) -> dict[str, list[torch.Tensor]]:
         """What is in memory all through a steady step, by category: gradients too, unless they are let go of, now."""
         if let_go:
             drop_gradients(self.model.parameters())
-        found = residents(self.model, self.optimizers, batch)
+        resident = residents(self.model, self.optimizers, batch)
         held = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return found | {"gradient": held} if held else found
+        return resident | {"gradient": held} if held else resident
 
     def at_full(self, tried: Sequence[Any], full: Any, intervention: Intervention) -> tuple[int, int]:
         """Peak of a whole batch with an intervention, from two parts of it; and half the width of its band [bytes].
@@ -141,10 +139,10 @@ class Peaks:
         A step's memory is a constant and so much per row. The two parts without the intervention, against the whole
         batch, tell how far that holds.
         """
-        sizes = [rows_of(one) or 1 for one in tried]
+        sizes = [rows_of(part) or 1 for part in tried]
         whole = rows_of(full) or sizes[-1]
-        guess = _line(sizes, [self.of(one, intervention) for one in tried], whole)
-        plain = _line(sizes, [self.of(one) for one in tried], whole)
+        guess = _line(sizes, [self.of(part, intervention) for part in tried], whole)
+        plain = _line(sizes, [self.of(part) for part in tried], whole)
         return round(guess), round(abs(plain - self.of(full)) + 0.01 * guess)
 
 

@@ -31,9 +31,7 @@ _BOUNDS = (
     "measured"
 )
 _LABS = {
-    "saved activation": "ek.activations",
-    "recomputed activation": "ek.activations",
-    "workspace": "ek.activations",
+    **dict.fromkeys(("saved activation", "recomputed activation", "workspace"), "ek.activations"),
     "optimizer state": "ek.activations (LowBitAdamW)",
     "gradient": "ek.activations (gradients at once used up)",
     "parameter": "ek.decoder.roofline, or a model of fewer or narrower weights",
@@ -65,9 +63,8 @@ def of_time(study: Recorded, goal: str, **more: Any) -> Advice:
     blind = int(base.frame["value"].get(NOT_VISIBLE, 0))
     notes = [_BOUNDS] if levers else [f"no row that a lever could shorten takes {_LEAST_FRAC:.0%} of the step"]
     if blind >= least:
-        notes.append(
-            f"{blind / base.total:.0%} of the step is device work that was not recorded: nothing is said of it"
-        )
+        share = f"{blind / base.total:.0%}"
+        notes.append(f"{share} of the step is device work that was not recorded: nothing is said of it")
     return replace(ranked(goal, levers, **more), notes=tuple(notes))
 
 
@@ -77,21 +74,16 @@ def of_memory(memory: Account | None, budget_bytes: int | None, **more: Any) -> 
         return Advice("memory", (), notes=("memory is not visible: it was not recorded; give snapshot=",), **more)
     largest = str(memory.frame["value"].idxmax())
     size = int(memory.frame["value"].max())
+    lab = _LABS.get(largest)
+    look = "look at Capture.memory(by='stack') to see where it was allocated"
+    look = f"measure the model live in {lab}" if lab else look
     notes = [f"what a lever saves cannot be predicted from files; the largest part of the peak of "
-             f"{readable(memory.total, 'bytes')} is {largest}, {readable(size, 'bytes')}: "
-             f"{_lab(largest)}"]  # fmt: skip
+             f"{readable(memory.total, 'bytes')} is {largest}, {readable(size, 'bytes')}: {look}"]  # fmt: skip
     if budget_bytes is not None:
         over = memory.total - budget_bytes
         notes.append(f"the peak exceeds {readable(budget_bytes, 'bytes')} by {readable(over, 'bytes')}" if over > 0
                      else f"the peak is within {readable(budget_bytes, 'bytes')}")  # fmt: skip
     return Advice("memory", (), notes=tuple(notes), **more)
-
-
-def _lab(category: str) -> str:
-    lab = _LABS.get(category)
-    if lab is None:
-        return "look at Capture.memory(by='stack') to see where it was allocated"
-    return f"measure the model live in {lab}"
 
 
 def _lever(base: Account, bound: _Bound) -> Lever:
@@ -133,11 +125,8 @@ def _communication(study: Recorded, base: Account) -> list[_Bound]:
     waiting, moving = (float(values[values.index.str.endswith(f" {word}")].sum()) for word in ("waiting", "moving"))
     unseen = max(0.0, exposed - waiting - moving)
     slowest = ranks.setting["slowest_rank"]
-    overlap = replace(
-        overlap,
-        amount_ns=moving + unseen,
-        found=f"{_share(moving + unseen, base)} is communication that moves bytes while nothing computes",
-    )
+    found = f"{_share(moving + unseen, base)} is communication that moves bytes while nothing computes"
+    overlap = replace(overlap, amount_ns=moving + unseen, found=found)
     return [overlap, _Bound(
         "waiting for ranks", "give all ranks equal work",
         f"{_share(waiting, base)}, the mean over ranks, waits for the last one to come; rank {slowest} has the longest "
@@ -179,14 +168,14 @@ def _waits_per_step(study: Recorded) -> tuple[float, str]:
     """How often a step waits until the device is done, and in what: operators of all ranks, calls of one rank."""
     calls = study.operators["calls"]
     asked = float(calls.get("aten::_local_scalar_dense", calls.get("aten::item", 0))) / study.num_steps
-    one = study.inside
-    if isinstance(one, Fleet):
+    rank = study.inside
+    if isinstance(rank, Fleet):
         if not isinstance(study.trace, str | Path):
             return asked, "aten::item"
-        whole = load(Path(study.trace) / next(iter(one.provenance["files"].values())))  # one of them shows what all do
-        one = within_steps(whole, whole.overview(study.step))
-    calls = one.events[one.events["category"].str.endswith(LAUNCHES)]
-    waited = int(calls["name"].str.contains(WAITS).sum()) / max(1, len(one.overview(study.step)))
+        whole = load(Path(study.trace) / next(iter(rank.provenance["files"].values())))  # one of them shows what all do
+        rank = within_steps(whole, whole.overview(study.step))
+    calls = rank.events[rank.events["category"].str.endswith(LAUNCHES)]
+    waited = int(calls["name"].str.contains(WAITS).sum()) / max(1, len(rank.overview(study.step)))
     return max((asked, "aten::item"), (waited, "cudaStreamSynchronize and its like"))
 
 

@@ -27,6 +27,7 @@ from effkit.units import readable
 
 TIME, RANKS = "Time of one step", "One step of all ranks, waiting told from moving"
 COPIES, NO_OPERATOR = "copies", "kernels without an operator"
+_FROM = "steps from "  # begins the note that says what marks a step
 _OUTSIDE_FRAC = 0.05  # of the kernels' time, that may lie outside of the steps before a word is due
 # part of Capture.overview() -> row; kernel_ns becomes a row per family, and so does cpu_exec_ns without a device
 _ROWS = {
@@ -75,10 +76,10 @@ class RecordedStudy(Study):
             raise ValueError(f"some of the ranks in {named[0]} recorded a device and some did not, so that their mean "
                              "means nothing: give the files of either alone")  # fmt: skip
         if memory is not None and not _holds_memory(memory):
-            raise ValueError(
-                f"no memory is in {named[-1]}: snapshot= takes what torch.cuda.memory._dump_snapshot() wrote"
-            )
-        self.of_memory = next((one for one in (memory, self.capture) if one is not None and _holds_memory(one)), None)
+            raise ValueError(f"no memory is in {named[-1]}: snapshot= takes what torch.cuda.memory._dump_snapshot() "
+                             "wrote")  # fmt: skip
+        self.of_memory = next((part for part in (memory, self.capture) if part is not None and _holds_memory(part)),
+                              None)  # fmt: skip
 
     @cached_property
     def parts(self) -> pd.DataFrame:
@@ -112,26 +113,25 @@ class RecordedStudy(Study):
         """One step, the mean over steps and ranks; None without a trace."""
         if self.capture is None:
             return None
-        rows: dict[str, float] = {}
         whole = "kernel_ns" if self.saw_device else "cpu_exec_ns"
-        for name, share in self._shares(whole).items():
-            rows[name] = share * _mean(self.parts[whole])
-        for part, row in _ROWS.items():
-            if part != whole and self.parts[part].notna().all():
-                rows[row] = _mean(self.parts[part])
+        rows = {name: share * _mean(self.parts[whole]) for name, share in self._shares().items()}
+        rows |= {row: _mean(self.parts[part]) for part, row in _ROWS.items()
+                 if part != whole and self.parts[part].notna().all()}  # fmt: skip
         shown = {row: round(value) for row, value in rows.items() if value >= 1}
         basis = {row: "derived" if row in (*_COMPUTING, NO_OPERATOR) else "measured" for row in shown}
-        source = next(
-            (note for note in self.parts.attrs["notes"] if note.startswith("steps from ")), "the recorded steps"
-        )
+        source = (self._marks or ["the recorded steps"])[0].removeprefix(_FROM)
         return Account.of(
             TIME, "ns", shown, basis=basis, total=round(_mean(self.parts["dur_ns"])),
-            source=f"{source.removeprefix('steps from ')}, the mean over {self.num_steps:,} of them"
-                   if self.num_steps > 1 else source.removeprefix("steps from "),
+            source=f"{source}, the mean over {self.num_steps:,} of them" if self.num_steps > 1 else source,
             setting={"num_ranks": self.num_ranks, "num_steps": self.num_steps},
         )  # fmt: skip
 
-    def _shares(self, whole: str) -> dict[str, float]:
+    @property
+    def _marks(self) -> list[str]:
+        """The notes that say what marks a step."""
+        return [note for note in self.parts.attrs["notes"] if note.startswith(_FROM)]
+
+    def _shares(self) -> dict[str, float]:
         """How the time of kernels, or of operators, is divided between families; they sum to 1.
 
         Copies and communication have rows of their own: what they take on the device is not shared out again.
@@ -180,18 +180,18 @@ class RecordedStudy(Study):
     _why_no_ranks = ""
 
     def _look(self) -> Overview:
-        accounts = [one for one in (self.time, self.of_ranks, self.memory) if one is not None]
+        accounts = [account for account in (self.time, self.of_ranks, self.memory) if account is not None]
         return Overview(tuple(accounts), NO_CEILINGS, tuple(self._found()), tuple(self._unseen()))
 
     def _found(self) -> list[str]:
         found = []
-        for one in {id(one): one for one in (self.capture, self.of_memory) if one is not None}.values():
-            p = one.provenance
+        for capture in (self.capture, self.of_memory):
+            facts = {} if capture is None else capture.provenance
             # a snapshot does not say on what device it was taken
-            if p.get("device") and (one is self.capture or self.capture is None):
-                found.append(str(p["device"]))
-            if p.get("torch"):
-                found.append(f"torch {p['torch']}")
+            if facts.get("device") and (capture is self.capture or self.capture is None):
+                found.append(str(facts["device"]))
+            if facts.get("torch"):
+                found.append(f"torch {facts['torch']}")
         if self.capture is not None:
             found.append(self._ranks_and_steps(self.capture))
         if self.memory is not None:
@@ -201,12 +201,11 @@ class RecordedStudy(Study):
     def _ranks_and_steps(self, capture: Capture) -> str:
         world = capture.provenance.get("world_size")
         of = f" of {world}" if world and world > self.num_ranks else ""
-        marked = [note for note in self.parts.attrs["notes"] if note.startswith("steps from ")]
         ranks = f"{self.num_ranks}{of} ranks" if of or self.num_ranks > 1 else "one rank"
         per_rank = sorted(set(self.parts.groupby(level="rank").size()))
         steps = f"{per_rank[0]} steps" if per_rank != [1] else "one step"
         steps = f"{per_rank[0]} to {per_rank[-1]} steps" if len(per_rank) > 1 else steps
-        return f"{ranks}, {steps}{' each' if self.num_ranks > 1 else ''}: {'; '.join(marked)}"
+        return f"{ranks}, {steps}{' each' if self.num_ranks > 1 else ''}: {'; '.join(self._marks)}"
 
     def _device_of_memory(self) -> str:
         assert self.of_memory is not None
@@ -219,7 +218,7 @@ class RecordedStudy(Study):
         ]
         if self.capture is None:
             return [*unseen, "time: a memory snapshot has none; give trace= as well"]
-        notes = [note for note in self.parts.attrs["notes"] if not note.startswith(("steps from ", NO_DEVICE))]
+        notes = [note for note in self.parts.attrs["notes"] if not note.startswith((_FROM, NO_DEVICE))]
         if NO_DEVICE in self.parts.attrs["notes"]:
             unseen.append("what a device did: none was recorded, so that operators count by their time on the host")
         if not self.capture.provenance.get("torch"):
@@ -232,8 +231,7 @@ class RecordedStudy(Study):
 
     def _unseen_ranks(self, capture: Capture) -> list[str]:
         unseen = []
-        missing = capture.provenance.get("missing_ranks") or ()
-        if missing:
+        if missing := capture.provenance.get("missing_ranks"):
             listed = ", ".join(map(str, list(missing)[:8])) + (", …" if len(missing) > 8 else "")
             unseen.append(f"what ranks {listed} did: there is no file of them, and waiting for them counts as moving")
         assert self.time is not None, "there is a trace"

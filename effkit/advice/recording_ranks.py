@@ -80,5 +80,5 @@ def _endless(loader: Any) -> Iterator[Any]:
 def _rank() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    told = os.environ.get("RANK", "")  # torchrun counts ranks, whether they form a group or not
-    return int(told) if told.isdecimal() else 0
+    rank = os.environ.get("RANK", "")  # torchrun counts ranks, whether they form a group or not
+    return int(rank) if rank.isdecimal() else 0

@@ -28,16 +28,7 @@ _NAMES = re.compile(r"<metadata>.*?</metadata>| xmlns(?::\w+)?=\"[^\"]*\"", re.D
 
 
 def write(study: Reported, path: Path, advice: Advice) -> Path:
-    """Write the page; whole, or not at all.
-
-    Parameters
-    ----------
-    study
-        Whose overview and receipts are shown.
-    path
-        Where to: a file in a folder that exists.
-    advice
-        To show.
+    """Write the page, with the study's overview and receipts, to a file in a folder that exists; whole, or not at all.
 
     Raises
     ------
@@ -81,7 +72,7 @@ def page(study: Reported, advice: Advice) -> str:
 
 def _picture(overview: Overview) -> Markup:
     """The accounts as bars; what they say is in the alternative text, and in the tables below."""
-    shown = [one for one in overview.accounts if one.unit in ("ns", "bytes")]
+    shown = [account for account in overview.accounts if account.unit in ("ns", "bytes")]
     if not shown:
         return Markup()
     from matplotlib import pyplot
@@ -93,7 +84,7 @@ def _picture(overview: Overview) -> Markup:
     assert figure is not None, "axes are on a figure"
     for patch in (figure.patch, *(ax.patch for ax in figure.axes)):
         patch.set_alpha(0)  # light or dark, the page shows through
-    label = ". ".join(_in_words(one) for one in shown)
+    label = ". ".join(map(_in_words, shown))
     try:
         drawn = svg(figure, label=label)
     finally:
@@ -102,9 +93,9 @@ def _picture(overview: Overview) -> Markup:
     return Markup(drawn.replace("stroke: #000000", "stroke: currentColor"))
 
 
-def _in_words(one: Account) -> str:
-    rows = ", ".join(f"{item} {share:.0%}" for item, share in one.share.items() if share >= 0.005)
-    return f"{one.headline()}: {rows}"
+def _in_words(account: Account) -> str:
+    rows = ", ".join(f"{item} {share:.0%}" for item, share in account.share.items() if share >= 0.005)
+    return f"{account.headline()}: {rows}"
 
 
 def _width(share: str) -> str:
@@ -130,6 +121,5 @@ def _saved(row: pd.Series[Any]) -> list[str]:
 
 
 def _where(receipt: Receipt) -> str:
-    p = receipt.provenance
-    facts = [str(p[name]) for name in ("date", "device") if p.get(name)]
-    return ", ".join([*facts, *([f"torch {p['torch']}"] if p.get("torch") else [])])
+    words = {"date": "{}", "device": "{}", "torch": "torch {}"}
+    return ", ".join(word.format(fact) for name, word in words.items() if (fact := receipt.provenance.get(name)))

@@ -31,7 +31,7 @@ def restored(model: torch.nn.Module) -> Iterator[dict[torch.optim.Optimizer, Any
     seen: dict[torch.optim.Optimizer, Any] = {}
 
     def keep(parameters: Iterable[torch.Tensor]) -> None:
-        before.update({one: one.detach().to("cpu", copy=True) for one in parameters if one not in before})
+        before.update({tensor: tensor.detach().to("cpu", copy=True) for tensor in parameters if tensor not in before})
 
     def noted(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if optimizer not in seen:
@@ -40,7 +40,6 @@ def restored(model: torch.nn.Module) -> Iterator[dict[torch.optim.Optimizer, Any
                 keep(group["params"])
 
     keep(model.parameters())
-
     hook = register_optimizer_step_pre_hook(noted)
     drawn = random.getstate(), np.random.get_state()  # noqa: NPY002  (the generators that other people's code uses)
     with unchanged(model):
@@ -59,5 +58,5 @@ def restored(model: torch.nn.Module) -> Iterator[dict[torch.optim.Optimizer, Any
 
 def _on_host(state: Any) -> Any:
     """A copy of an optimizer's state, its tensors in host memory: the device may have no room for a second one."""
-    return tree_map(lambda one: one.detach().to("cpu", copy=True) if isinstance(one, torch.Tensor) else copy.copy(one),
-                    state)  # fmt: skip
+    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, torch.Tensor)
+                    else copy.copy(leaf), state)  # fmt: skip

@@ -25,33 +25,18 @@ _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), 
 class Heard:
     """What one step did.
 
-    Attributes
-    ----------
-    asked
-        Place in the user's code -> how often it asked for a number.
-    num_recomputed, recomputing_ns
-        Modules whose forward ran in backward, and how long that took.
-    let_go
-        Whether no parameter had a gradient when backward began: True also where the step before had left some. False
-        where gradients stay, and backward adds to them; None where there was no backward.
-    zeroed
-        Whether ``zero_grad`` was told to write zeros.
-    autocast
-        Whether a module ran under autocast.
-    forwards
-        Calls of the model itself.
-    phases
-        ``backward`` and ``optimizer``, in the order in which they began.
+    ``let_go``: no parameter had a gradient when backward began, also where the step before had left some. False where
+    gradients stay, and backward adds to them; None where there was no backward.
     """
 
-    asked: Counter[str] = field(default_factory=Counter)
-    num_recomputed: int = 0
-    recomputing_ns: int = 0
+    asked: Counter[str] = field(default_factory=Counter)  # place in the user's code -> how often it asked for a number
+    num_recomputed: int = 0  # modules whose forward ran in backward
+    recomputing_ns: int = 0  # how long that took
     let_go: bool | None = None
-    zeroed: bool = False
-    autocast: bool = False
-    forwards: int = 0
-    phases: list[str] = field(default_factory=list)
+    zeroed: bool = False  # zero_grad was told to write zeros
+    autocast: bool = False  # a module ran under autocast
+    forwards: int = 0  # calls of the model itself
+    phases: list[str] = field(default_factory=list)  # backward and optimizer, in the order in which they began
 
     @property
     def num_asked(self) -> int:
@@ -161,5 +146,5 @@ def own_code(filename: str) -> bool:
 
 
 def _place(filename: str, function: str, line: int) -> str:
-    where = "" if "ipykernel" in filename or filename.startswith("<") else f"{Path(filename).name}, "
-    return f"{where}{function}(), line {line}"
+    file = "" if "ipykernel" in filename or filename.startswith("<") else f"{Path(filename).name}, "
+    return f"{file}{function}(), line {line}"

@@ -35,14 +35,9 @@ class Study:
         return self._overview
 
     def advise(
-        self,
-        goal: str = "time",
-        *,
-        budget_bytes: int | None = None,
-        price_per_hour: float | None = None,
-        num_steps: int | None = None,
-        num_devices: int = 1,
-    ) -> Advice:
+        self, goal: str = "time", *, budget_bytes: int | None = None, price_per_hour: float | None = None,
+        num_steps: int | None = None, num_devices: int = 1,
+    ) -> Advice:  # fmt: skip
         """What would help, ranked by predicted gain; nothing whose band includes "no gain".
 
         Parameters
@@ -64,16 +59,13 @@ class Study:
         """
         if goal not in GOALS:
             raise ValueError(f"goal is one of {', '.join(GOALS)}; given: {goal!r}")
-        positive = {"budget_bytes": budget_bytes, "price_per_hour": price_per_hour, "num_steps": num_steps,
-                    "num_devices": num_devices}  # fmt: skip
-        for name, value in positive.items():
+        run: dict[str, Any] = {"price_per_hour": price_per_hour, "num_steps": num_steps, "num_devices": num_devices}
+        for name, value in ({"budget_bytes": budget_bytes} | run).items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is more than 0; given: {value}")
         if goal == "cost" and (price_per_hour is None or num_steps is None):
             raise ValueError("goal='cost' takes price_per_hour= and num_steps=, to count hours and money with")
-        return self._advise(
-            goal, budget_bytes, price_per_hour=price_per_hour, num_steps=num_steps, num_devices=num_devices
-        )
+        return self._advise(goal, budget_bytes, **run)
 
     def compare(self, other: Study) -> pd.DataFrame:
         """This study before, the other after: the rows of their accounts, side by side.

@@ -10,20 +10,11 @@ from effkit.advice.studies import Study
 
 
 def study(
-    step: Callable[..., object] | None = None,
-    model: Any = None,
-    loader: Any = None,
-    *,
-    generate: Any = None,
-    inputs: Any = None,
-    trace: str | Path | None = None,
-    snapshot: str | Path | None = None,
-    loss: Callable[[Any], Any] | None = None,
-    num_batches: int | None = None,
-    num_ranks: int | None = None,
-    link_bytes_per_s: float | None = None,
-    repeats: int | None = None,
-) -> Study:
+    step: Callable[..., object] | None = None, model: Any = None, loader: Any = None, *,
+    generate: Any = None, inputs: Any = None, trace: str | Path | None = None, snapshot: str | Path | None = None,
+    loss: Callable[[Any], Any] | None = None, num_batches: int | None = None, num_ranks: int | None = None,
+    link_bytes_per_s: float | None = None, repeats: int | None = None,
+) -> Study:  # fmt: skip
     """Look at one's own model as a whole: where its time and memory go, what would help, and by how much.
 
     Whatever is run, the model and its optimizers come out as they went in.
@@ -63,16 +54,16 @@ def study(
         For a training loop on one of several ranks: see :func:`effkit.advice.record`.
     """
     files = trace is not None or snapshot is not None
-    given = [name for name, there in (("step", step is not None), ("generate", generate is not None),
-                                      ("trace or snapshot", files)) if there]  # fmt: skip
+    kinds = {"step": step is not None, "generate": generate is not None, "trace or snapshot": files}
+    given = [name for name, is_given in kinds.items() if is_given]
     if len(given) != 1:
         raise TypeError(
             "study() takes one of: step= with model= and loader=; generate= with model= and inputs=; trace= and "
             f"snapshot=; given: {' and '.join(given) or 'none of them'}"
         )
-    options = _those_given(
-        loss=loss, num_batches=num_batches, num_ranks=num_ranks, link_bytes_per_s=link_bytes_per_s, repeats=repeats
-    )
+    options: dict[str, Any] = {"loss": loss, "num_batches": num_batches, "num_ranks": num_ranks,
+                               "link_bytes_per_s": link_bytes_per_s, "repeats": repeats}  # fmt: skip
+    options = {name: value for name, value in options.items() if value is not None}
     if files:
         from effkit.advice.recorded_study import RecordedStudy
 
@@ -99,12 +90,8 @@ def study(
     return TrainingStudy(step, model, loader, **options)
 
 
-def _those_given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _one_of_several_ranks() -> bool:
     import torch
 
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return group and torch.distributed.get_world_size() > 1

@@ -41,9 +41,7 @@ class _Idea:
 
 def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
     """Everything that what was seen speaks for, whether it saves time or not."""
-    return [
-        *batch_levers.levers(study, budget_bytes), *_interventions(study, budget_bytes), *expert_levers.levers(study),
-    ]  # fmt: skip
+    return batch_levers.levers(study, budget_bytes) + _interventions(study, budget_bytes) + expert_levers.levers(study)
 
 
 def _ideas(study: Training) -> list[_Idea]:
@@ -99,8 +97,8 @@ def _interventions(study: Training, budget_bytes: int | None) -> list[Lever]:
     with study.held():
         tried = probing.probes(study.batches, study.steps_ns)
         study.step(tried[0])
-        found = probing.savings(study.step, study.model, tried, {idea.kind: idea.intervention for idea in ideas})
-        return [lever for idea in ideas if (lever := _lever(study, idea, found[idea.kind], tried, budget_bytes))]
+        savings = probing.savings(study.step, study.model, tried, {idea.kind: idea.intervention for idea in ideas})
+        return [lever for idea in ideas if (lever := _lever(study, idea, savings[idea.kind], tried, budget_bytes))]
 
 
 def _lever(
@@ -125,6 +123,6 @@ def _lever(
 
 def measured_beside(study: Training, intervention: Intervention) -> Account:
     """Every batch with the intervention and without it, in turn."""
-    now, then = ([interventions.under(one, study.model, study.step, batch) for batch in study.batches]
-                 for one in (interventions.without_intervening, intervention))  # fmt: skip
+    now, then = ([interventions.under(way, study.model, study.step, batch) for batch in study.batches]
+                 for way in (interventions.without_intervening, intervention))  # fmt: skip
     return in_turn(study, now, then)

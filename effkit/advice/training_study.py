@@ -84,9 +84,9 @@ class TrainingStudy(Study):
     @contextmanager
     def held(self) -> Iterator[None]:
         """Steps may be run inside; afterwards the model is as it was."""
-        with restored(self.model) as seen, order_kept(self.loader):
+        with restored(self.model) as optimizers, order_kept(self.loader):
             yield
-            self.optimizers = tuple(seen)
+            self.optimizers = tuple(optimizers)
 
     @property
     def computing_ns(self) -> float:
@@ -121,26 +121,21 @@ class TrainingStudy(Study):
         return self.examples.batches
 
     def _say_what_is_unseen(self) -> None:
+        say = self.unseen.append
         if self.examples is not None and self.examples.watched is None:
-            self.unseen.append(self.examples.why_unseen)
+            say(self.examples.why_unseen)
         if any(hasattr(module, "_orig_mod") for module in self.model.modules()):
-            self.unseen.append("what is inside compiled modules: their operators are fused, and have no modules left")
+            say("what is inside compiled modules: their operators are fused, and have no modules left")
         if "backward" not in self.heard.phases:
-            self.unseen.append(
-                "the backward pass: no loss.backward() was heard, so that all of a step counts as forward"
-            )
+            say("the backward pass: no loss.backward() was heard, so that all of a step counts as forward")
         if self.heard.forwards == 0:
-            self.unseen.append(
-                "the model's own forward: the step does not call it, so that levers on it may do nothing"
-            )
+            say("the model's own forward: the step does not call it, so that levers on it may do nothing")
         if self.num_ranks < 2 and experts.layers_of(self.model):
-            self.unseen.append("what uneven experts cost: on one rank they cost nothing; give num_ranks=")
+            say("what uneven experts cost: on one rank they cost nothing; give num_ranks=")
 
     def _epoch(self) -> Account | None:
         """The padding lab's account of these batches, which predicts other ones."""
-        if self.examples is None or self.examples.watched is None:
-            return None
-        return self.measured_plan(None)
+        return None if self.examples is None or self.examples.watched is None else self.measured_plan(None)
 
     def measured_plan(self, also: padding.Plan | None) -> Account:
         """The batches as they were delivered, by the padding lab; with larger ones in the calibration, if given."""
@@ -190,7 +185,7 @@ class TrainingStudy(Study):
         """The step of the largest batch, every operator followed and every allocation recorded."""
         with self.held():
             self.step(self.largest)
-            there = self.peaks.there(self.largest, let_go=self.peaks.let_go)
+            residents = self.peaks.there(self.largest, let_go=self.peaks.let_go)
 
             def run(enter: Callable[[str], None]) -> None:
                 enter(FORWARD)
@@ -198,7 +193,7 @@ class TrainingStudy(Study):
                 with listening(self.model, lambda phase: enter(phases[phase])):
                     self.step(self.largest)
 
-            return observe(run, self.model, there)
+            return observe(run, self.model, residents)
 
     @cached_property
     def kept(self) -> Kept:
@@ -216,7 +211,7 @@ class TrainingStudy(Study):
         ValueError
             When the lab cannot run this model's step: the output has no loss, say.
         """
-        own = [type(one) for one in self.optimizers if type(one) is not torch.optim.AdamW]
+        own = [type(optimizer) for optimizer in self.optimizers if type(optimizer) is not torch.optim.AdamW]
         make = partial(own[0], **self.optimizers[0].defaults) if own else None
         return activations.measure(self.model, self.largest, loss=self.loss, optimizer=make, time_levers=True)
 
@@ -228,8 +223,8 @@ class TrainingStudy(Study):
     @cached_property
     def memory(self) -> Account:
         """Peak of the step that takes longest, by what fills it."""
-        seen = self.observed
-        return Account.of(PEAK, "bytes", seen.rows, total=seen.peak_bytes, source=seen.source)
+        step = self.observed
+        return Account.of(PEAK, "bytes", step.rows, total=step.peak_bytes, source=step.source)
 
     @cached_property
     def experts(self) -> Experts | None:

@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import ScaledTranslation
 
 from effkit.account import Account
-from effkit.view.accounts import account
+from effkit.view import accounts as usual
 from effkit.view.style import NAMED, OKABE_ITO
 
 if TYPE_CHECKING:
@@ -64,52 +64,48 @@ def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Seq
     ValueError
         When there is nothing to draw, or too few axes are given.
     """
-    fitting = [one for one in accounts if one.unit in _UNITS]
-    shown = [one for one in fitting if len(one.frame) > 1] or fitting
+    fitting = [account for account in accounts if account.unit in _UNITS]
+    shown = [account for account in fitting if len(account.frame) > 1] or fitting
     if not shown:
         raise ValueError("page() draws accounts in ns or bytes; given: none of these")
     if axes is None:
         axes = _places(shown)
     if len(axes) < len(shown):
         raise ValueError(f"page() takes an axes for each of the {len(shown)} accounts; given: {len(axes)}")
-    for one, ax in zip(shown, axes, strict=False):
-        _drawn(one, ax)
+    for account, ax in zip(shown, axes, strict=False):
+        _drawn(account, ax)
     return list(axes[: len(shown)])
 
 
 def _places(shown: Sequence[Account]) -> Sequence[Axes]:
     from matplotlib import pyplot  # only to make the figure that a notebook shows
 
-    height = sum(_BAR_INCHES + _AROUND_INCHES + _LINE_INCHES * _num_lines(one) for one in shown)
+    height = sum(_BAR_INCHES + _AROUND_INCHES + _LINE_INCHES * _num_lines(account) for account in shown)
     layout = ConstrainedLayoutEngine(h_pad=0.09, hspace=0.04)
     _, places = pyplot.subplots(len(shown), 1, figsize=(_WIDTH_INCHES, height), layout=layout, squeeze=False)
     return list(places[:, 0])
 
 
-def _names(one: Account) -> list[str]:
-    return [f"{item} {share:.1%}" for item, share in one.share.items()]
-
-
-def _columns(one: Account) -> int:
+def _columns(account: Account) -> int:
     """Of its legend: as many as fit into the width."""
-    longest = max(map(len, _names(one)), default=1)
+    longest = max((len(f"{item} {share:.1%}") for item, share in account.share.items()), default=1)
     return max(1, min(_COLUMNS, int(_WIDTH_INCHES / (_LETTER_INCHES * longest + _BESIDE_INCHES))))
 
 
-def _num_lines(one: Account) -> int:
+def _num_lines(account: Account) -> int:
     """Of its legend."""
-    return math.ceil((len(one.frame) + bool(one.residual) + one.predicted) / _columns(one))
+    return math.ceil((len(account.frame) + bool(account.residual) + account.predicted) / _columns(account))
 
 
-def _drawn(one: Account, ax: Axes) -> None:
+def _drawn(account: Account, ax: Axes) -> None:
     """The usual picture of an account, with rows told apart and the legend at a fixed distance.
 
     The usual legend hangs a share of the axes' height below them: under one another, where the height is found by
     making room for legends, they would lie on each other.
     """
-    account(one, ax)
-    items = [str(item) for item in one.frame.index]
-    for position, (item, share) in enumerate(one.share.items()):
+    usual.account(account, ax)
+    items = [str(item) for item in account.frame.index]
+    for position, (item, share) in enumerate(account.share.items()):
         bar = ax.containers[position][0]
         face = _face(str(item), items)
         bar.set(facecolor=face, edgecolor="white", linewidth=0.6)
@@ -124,8 +120,8 @@ def _drawn(one: Account, ax: Axes) -> None:
     assert figure is not None
     below = ax.transAxes + ScaledTranslation(0, -_BELOW_POINTS / 72, figure.dpi_scale_trans)
     ax.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0,
-              ncols=_columns(one), frameon=False, fontsize=8.5, handlelength=1.2, handleheight=0.9, columnspacing=1.4,
-              labelspacing=0.35)  # fmt: skip
+              ncols=_columns(account), frameon=False, fontsize=8.5, handlelength=1.2, handleheight=0.9,
+              columnspacing=1.4, labelspacing=0.35)  # fmt: skip
 
 
 def _face(item: str, items: Sequence[str]) -> str:
