@@ -37,7 +37,7 @@ _LEAST_DOUBT_FRAC = 0.02  # of a step
 
 
 def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
-    """All that the loader and what it shows admit."""
+    """Levers on the batches, where these show lengths, and on the loader, where steps wait for it."""
     examples = study.examples
     if examples is None:
         return []
@@ -143,11 +143,11 @@ def _workers(study: Training, examples: Examples) -> Lever | None:
 
 
 def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
-    """The padding lab's prediction of these examples, as time per step as it was.
+    """The padding lab's prediction of these examples, as time per step of the loop as it is.
 
-    The lab's band is for the time of an epoch. Here two epochs are compared, by one cost model: what is wrong with the
-    scale of both does not matter. How wrong their ratio may be shows when measured steps are left out in turn; and by
-    what the model is off at a step that it has not seen, it may be off at the change.
+    The lab's band is for the time of an epoch. Here one cost model predicts two epochs, and an error in the scale of
+    both cancels. The band of their ratio has two parts: the jackknife's standard error of the ratio, and the model's
+    error on steps that it has not seen, times the change.
     """
     calibration = epoch.calibration
     total = study.computing_ns * predicted.total / epoch.total + study.waiting_ns

@@ -199,4 +199,4 @@ def _precision(trainer: Any) -> AbstractContextManager[Any]:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """In place of a module's log(): the study is nothing that the training did."""
+    """Takes the place of a module's log(): a studied step writes nothing into the training's log."""

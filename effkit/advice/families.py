@@ -43,9 +43,9 @@ def row(family: str) -> str:
 def rows_ns(capture: Capture, plain_ns: float) -> dict[str, float]:
     """The rows of all steps of a live capture [ns], without what recording cost.
 
-    Each event costs its caller the same: what the recorded steps took more than plain ones, over their events, is taken
-    from whatever was around the event. On a GPU operators count by their kernels, and the host's row is the time in
-    which no kernel runs.
+    Recording costs the same for every event: the time that recorded steps took more than plain ones, over the number
+    of events. This cost is subtracted from the time of the event around it. On a GPU operators count by their kernels,
+    and the host's row is the time in which no kernel runs.
 
     Parameters
     ----------
@@ -71,9 +71,9 @@ def rows_ns(capture: Capture, plain_ns: float) -> dict[str, float]:
         nested = np.bincount(parent[inside], dur[inside], minlength=len(each))
         spent = np.maximum(0.0, dur - nested - cost * children)
         host = recorded_ns - dur[~inside].sum() - cost * (~inside).sum()
-    rows = pd.Series(spent).groupby([known or row(family) for known, family in zip(around, own, strict=True)]).sum()
+    rows = pd.Series(spent).groupby([marked or row(family) for marked, family in zip(around, own, strict=True)]).sum()
     rows[HOST] = rows.get(HOST, 0.0) + max(0.0, host)
-    scale = plain_ns / rows.sum()  # an event that cost more than it took counts as nothing: what that adds goes again
+    scale = plain_ns / rows.sum()  # events shorter than their cost count as 0, so that the rows sum to more
     return {row: scale * float(rows[row]) for row in ROWS if rows.get(row, 0.0) > 0}
 
 

@@ -82,7 +82,7 @@ def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Param
 
 @contextmanager
 def new_graphs() -> Iterator[Callable[[], list[torch.Tensor]]]:
-    """Which tensors with a graph have come into the world in this context and are still there."""
+    """Yields a function that lists the tensors with a graph that were made in this context and are still alive."""
     before = {id(tensor): tensor for tensor in _with_graph()}  # held, so that no later one can have its place
 
     def tensors_left() -> list[torch.Tensor]:

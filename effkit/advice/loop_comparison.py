@@ -24,7 +24,7 @@ def limit_bytes(budget_bytes: int | None) -> float:
 
 
 def in_turn(study: Training, now: Sequence[Call], then: Sequence[Call]) -> Account:
-    """What all of the one calls take beside all of the others, each the fastest of several."""
+    """Time of the calls ``then`` relative to the calls ``now``, run in turn, each the fastest of several runs."""
     with study.held():
         study.step(study.batches[0])
         times = interleaved_ns(dict(enumerate([*now, *then])), _REPEATS, min)
@@ -33,7 +33,7 @@ def in_turn(study: Training, now: Sequence[Call], then: Sequence[Call]) -> Accou
 
 
 def relative(study: Training, computing_ratio: float, waiting_ns: float | None = None) -> Account:
-    """What was measured beside the base, on the base's scale."""
+    """An Account of the base's time per step, its computing scaled by a measured ratio, its waiting as given [ns]."""
     waiting = study.waiting_ns if waiting_ns is None else waiting_ns
     total = round(study.computing_ns * computing_ratio + waiting)
     return Account.of(

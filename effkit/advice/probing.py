@@ -37,8 +37,8 @@ class Saving:
     def over(self, steps_ns: Sequence[float]) -> tuple[float, float]:
         """What it would save in all of these steps, and half the width of its band [ns].
 
-        In proportion to their time, or a fixed part and one in proportion: the middle of both, and the band holds
-        both, and twice the noise of each step.
+        Two models: saving in proportion to time, and a fixed saving per step plus one in proportion. The prediction is
+        the mean of both; the band holds both, and adds two standard errors of noise.
         """
         plain, saved = np.array(self.plain_ns), np.array(self.saved_ns)
         steps = np.array(steps_ns, dtype="float64")

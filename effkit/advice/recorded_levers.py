@@ -53,7 +53,7 @@ class _Bound:
 
 
 def of_time(study: Recorded, goal: str, **more: Any) -> Advice:
-    """What the rows of the step's time admit."""
+    """Levers that bound what could be saved of the rows of a step's time."""
     base = study.time
     if base is None:
         return Advice(goal, (), notes=("time is not visible: no trace was given; give trace= as well",), **more)

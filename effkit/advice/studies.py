@@ -1,4 +1,4 @@
-"""Study: what one was told about a model, what it costs now, and what would help."""
+"""Study: one model or one run, what it costs now, and what would help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""study(): the door."""
+"""study(): chooses the kind of study by what is given, and checks it."""
 
 from __future__ import annotations
 
@@ -74,9 +74,8 @@ def study(
         from effkit.advice.generation_study import GenerationStudy
 
         return GenerationStudy(generate, model, inputs, **options)
-    if not any(True for _ in getattr(model, "parameters", tuple)()):
-        raise TypeError(f"model is a module with parameters, the one that step() trains; given: {type(model).__name__}")
-    if num_batches is not None and num_batches < 1:
+    _check_parameters(model)
+    if options.get("num_batches", 1) < 1:
         raise ValueError(f"num_batches is 1 or more; given: {num_batches}")
     if not callable(step):
         raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")
@@ -88,6 +87,11 @@ def study(
     from effkit.advice.training_study import TrainingStudy
 
     return TrainingStudy(step, model, loader, **options)
+
+
+def _check_parameters(model: Any) -> None:
+    if not any(True for _ in getattr(model, "parameters", tuple)()):
+        raise TypeError(f"model is a module with parameters, the one that step() trains; given: {type(model).__name__}")
 
 
 def _one_of_several_ranks() -> bool:

@@ -1,4 +1,4 @@
-"""What levers and reports may ask of a study: they know no more of it, and it may know them."""
+"""Protocols: what levers and reports may ask of a study, so that they need not import the studies that use them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Levers on the time of a training step: what the batches, the loader and the step itself leave on the table."""
+"""Levers on the time of a training step: on its batches, its loader, its experts, and on how the step is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FASTER = 1.2  # bfloat16 products than float32 ones
 
 @dataclass(frozen=True)
 class _Idea:
-    """An intervention that what was seen speaks for."""
+    """An intervention, and what the study saw (``found``) that is a reason to try it."""
 
     kind: str
     name: str
@@ -40,7 +40,7 @@ class _Idea:
 
 
 def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
-    """Everything that what was seen speaks for, whether it saves time or not."""
+    """All levers that the study has a reason to try, whether they save time or not."""
     return batch_levers.levers(study, budget_bytes) + _interventions(study, budget_bytes) + expert_levers.levers(study)
 
 

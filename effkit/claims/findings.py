@@ -14,7 +14,7 @@ _ROUNDING = 5e-3  # of a figure that is computed and not measured: what three di
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure beside the table's row, which it agrees with or not.
+    """A figure of this run beside the table's row for it.
 
     Attributes
     ----------
