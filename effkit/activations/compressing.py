@@ -33,11 +33,7 @@ class Compressed(NamedTuple):
 
 @contextmanager
 def compressed(
-    dtype: str = "int8",
-    group: int | str = 128,
-    *,
-    num_heads: int | None = None,
-    min_elements: int = _MIN_ELEMENTS,
+    dtype: str = "int8", group: int | str = 128, *, num_heads: int | None = None, min_elements: int = _MIN_ELEMENTS
 ) -> Iterator[None]:
     """Keep what autograd saves in this context in eight bits per value, until backward.
 

@@ -106,10 +106,7 @@ def _write(state: dict[str, Any], name: str, moment: torch.Tensor, settings: dic
 
 
 def update_error(
-    states: torch.optim.Optimizer | Iterable[tuple[torch.Tensor, torch.Tensor]],
-    *,
-    group: int = 128,
-    eps: float = 1e-8,
+    states: torch.optim.Optimizer | Iterable[tuple[torch.Tensor, torch.Tensor]], *, group: int = 128, eps: float = 1e-8
 ) -> pd.DataFrame:
     """How far Adam's update u = m / (sqrt(v) + eps) moves when m and v are kept in each format.
 

@@ -28,12 +28,7 @@ POSITIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 LEVERS = ("checkpoint", "micro_batches", "autocast", "compress", "optimizer_states")  # that are combined
 
 
-def front(
-    base: Account,
-    *,
-    levers: Sequence[str] = LEVERS,
-    lossless: bool = False,
-) -> pd.DataFrame:
+def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = False) -> pd.DataFrame:
     """Predicted time and peak memory of combinations of levers, at the size that was measured.
 
     The search begins with the plain step and adds one lever at a time to what is on the front so far (no other
