@@ -16,9 +16,9 @@ from ledger_rows import begun, replace_rows
 import effkit as ek
 from effkit import activations
 from effkit.activations import stepping
+from effkit.activations.levers import complete, parted
 from effkit.activations.live import TIME
 from effkit.activations.lossy_gradients import NOISE
-from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import PEAK
 from effkit.device import provenance, synchronize
 from effkit.timing import elapsed_ns

@@ -22,6 +22,9 @@ def nonnegative(design: Floats, target: Floats) -> Floats:
         Shape ``[num_rows, num_terms]``, at most 8 terms.
     target
         Shape ``[num_rows]``.
+
+    >>> nonnegative(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([2.0, -1.0])).tolist()
+    [2.0, 0.0]
     """
     num_rows, num_terms = design.shape
     scale = np.abs(design).max(axis=0)

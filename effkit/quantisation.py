@@ -84,10 +84,8 @@ def quantise(x: Tensor, dtype: str = "int8", group: int | str = 128, num_heads: 
         values, scale = flat[cut].view(grid), scales[of_groups].view(per_group)
         shared = [dim for dim, num in enumerate(per_group) if num == 1]
         low, high = values.amin(shared, keepdim=True).float(), values.amax(shared, keepdim=True).float()
-        if lows is None:
-            scale.copy_(torch.maximum(high, -low).div_(form.largest))
-        else:
-            scale.copy_(high.sub_(low).div_(form.largest))
+        scale.copy_((torch.maximum(high, -low) if lows is None else high.sub_(low)).div_(form.largest))
+        if lows is not None:
             lows[of_groups].view(per_group).copy_(low)
         # a group of equal values has no step, and all of its codes are 0
         per_step = scale.reciprocal().nan_to_num_(nan=0.0, posinf=0.0)
@@ -124,22 +122,17 @@ def _layout(
     shape: tuple[int, ...], scales: Tensor, group: int | str
 ) -> Iterator[tuple[slice, tuple[int, ...], slice, tuple[int, ...]]]:
     """Which values, as what grid [rows, ...], go with which scales, as what [rows or 1, ...] that broadcasts to it."""
-    num = prod(shape)
-    if num == 0:
-        return
-    if group == "tensor":
+    num, heads = prod(shape), scales.numel()
+    if num and group == "tensor":
         yield slice(None), (num, 1), slice(None), (1, 1)
-        return
-    if group == "head":
-        heads = scales.numel()
+    elif num and group == "head":
         yield slice(None), (-1, heads, shape[-1] // heads), slice(None), (1, heads, 1)
-        return
-    assert isinstance(group, int)
-    whole, rest = divmod(num, group)
-    if whole:
-        yield slice(whole * group), (whole, group), slice(whole), (whole, 1)
-    if rest:
-        yield slice(whole * group, None), (1, rest), slice(whole, None), (1, 1)
+    elif isinstance(group, int):
+        whole, rest = divmod(num, group)
+        if whole:
+            yield slice(whole * group), (whole, group), slice(whole), (whole, 1)
+        if rest:
+            yield slice(whole * group, None), (1, rest), slice(whole, None), (1, 1)
 
 
 def _chunks(values: Tensor, scale: Tensor, low: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -205,7 +198,11 @@ def dequantise_state(state: QuantisedState, form: Format, shape: torch.Size) -> 
 
 
 def quantise_rows(rows: Tensor) -> Tensor:
-    """Rows [num_rows, hidden] in E4M3, and behind each the float32 scales of its groups of 128: uint8 bytes."""
+    """Rows [num_rows, hidden] in E4M3, and behind each the float32 scales of its groups of 128: uint8 bytes.
+
+    >>> quantise_rows(torch.ones(2, 256)).shape  # a byte per value, and two scales of four bytes
+    torch.Size([2, 264])
+    """
     groups = rows.float().reshape(len(rows), rows.shape[1] // GROUP, GROUP)
     scale = groups.abs().amax(-1).clamp(min=1e-12) / E4M3.largest
     codes = (groups / scale[..., None]).to(E4M3.dtype).view(rows.shape)

@@ -22,10 +22,13 @@ def elapsed_ns(call: Callable[[], object]) -> int:
     return time.perf_counter_ns() - start
 
 
-def interleaved_times_ns(calls: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, list[int]]:
-    """Times of each call [ns]: all once, ``repeats`` times after a warm-up that is not counted.
+def interleaved_ns(
+    calls: Mapping[Key, Callable[[], object]], repeats: int, pick: Callable[[list[int]], float] = statistics.median
+) -> dict[Key, int]:
+    """Time of each call [ns]: all run once, ``repeats`` times after a warm-up that is not counted.
 
-    Each time in another order, so that none always finds the caches as the same other left them.
+    Each time in another order, so that none always finds the caches as the same other left them. ``pick`` makes one
+    time of a call's: their median, or ``min`` where other work on the machine is the only noise.
 
     Raises
     ------
@@ -38,14 +41,4 @@ def interleaved_times_ns(calls: Mapping[Key, Callable[[], object]], repeats: int
     for turn in range(repeats + 1):
         for key in random.Random(turn).sample(list(calls), len(calls)):
             times[key].append(elapsed_ns(calls[key]))
-    return {key: taken[1:] for key, taken in times.items()}
-
-
-def interleaved_ns(
-    calls: Mapping[Key, Callable[[], object]], repeats: int, pick: Callable[[list[int]], float] = statistics.median
-) -> dict[Key, int]:
-    """Time of each call [ns], one of its :func:`interleaved_times_ns`.
-
-    ``pick`` makes one time of a call's: their median, or ``min`` where other work on the machine is the only noise.
-    """
-    return {key: round(pick(times)) for key, times in interleaved_times_ns(calls, repeats).items()}
+    return {key: round(pick(taken[1:])) for key, taken in times.items()}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 Loss = Callable[[Any], torch.Tensor]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -39,10 +40,8 @@ def still(parameters: Any, make: MakeOptimizer | None = None) -> torch.optim.Opt
 
 def loss_of(closure: Callable[[], Any] | None) -> Any:
     """What the closure given to an optimizer's step returns, run with gradients; None without one."""
-    if closure is None:
-        return None
     with torch.enable_grad():
-        return closure()
+        return None if closure is None else closure()
 
 
 class PerParameter(torch.optim.Optimizer):
@@ -67,23 +66,16 @@ def residents(
 ) -> dict[str, list[torch.Tensor]]:
     """What is in memory all through a step, by category; a storage that several share stands once."""
     updates = [] if update is None else [update] if isinstance(update, torch.optim.Optimizer) else update
-    state = [value for one in updates for of_one in one.state.values()
-             for value in torch.utils._pytree.tree_leaves(of_one)]  # fmt: skip
-    groups = {
-        "parameter": model.parameters(),
-        "buffer": model.buffers(),
-        "optimizer state": state,
-        "input": torch.utils._pytree.tree_leaves(batch),
-    }
-    seen: set[int] = set()
-    found: dict[str, list[torch.Tensor]] = {}
-    for category, tensors in groups.items():
-        found[category] = []
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in seen:
-                seen.add(key)
-                found[category].append(tensor)
-    return found
+    states = [list(optimizer.state.values()) for optimizer in updates]
+    tensors: dict[str, list[torch.Tensor]] = {"parameter": [], "buffer": [], "optimizer state": [], "input": []}
+    storages: set[int] = set()
+    values = [list(model.parameters()), list(model.buffers()), states, batch]
+    for category, leaves in zip(tensors, map(tree_leaves, values), strict=True):
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and (key := leaf.untyped_storage()._cdata) not in storages:
+                storages.add(key)
+                tensors[category].append(leaf)
+    return tensors
 
 
 def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -129,27 +121,3 @@ def evaluating(*models: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
-
-
-def saved_bytes(forward: Callable[[], object], known: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages that autograd saves for backward in this call, each once.
-
-    Parameters
-    ----------
-    forward
-        Its output is dropped; no backward is run.
-    known
-        What is in memory anyway, parameters and inputs: their storages are left out.
-    """
-    outside = {tensor.untyped_storage()._cdata for tensor in known}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in outside:
-            kept[storage._cdata] = storage  # held, so that no later one can have its address
-        return tensor.detach()  # an alias, since a node that kept its own output would hold itself
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())

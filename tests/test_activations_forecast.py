@@ -9,8 +9,8 @@ from activation_models import SMALL, TINY, batch_of, mixture_of_experts, recorde
 from torch import nn
 
 from effkit import activations, models
-from effkit.activations.forecasting import Forecaster, Size
-from effkit.activations.levers import Levers
+from effkit.activations.forecasting import Forecaster
+from effkit.activations.levers import Levers, Size
 from effkit.activations.timeline import CATEGORIES
 
 torch.set_num_threads(1)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effkit import activations, models
-from effkit.activations.forecasting import Forecaster, Size
-from effkit.activations.levers import KNOBS, Levers
+from effkit.activations.forecasting import Forecaster
+from effkit.activations.levers import KNOBS, Levers, Size
 from effkit.activations.timeline import Timeline
 
 torch.set_num_threads(1)

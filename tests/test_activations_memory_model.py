@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effkit import activations
-from effkit.activations.forecasting import Forecaster, Size
-from effkit.activations.levers import Levers
+from effkit.activations.forecasting import Forecaster
+from effkit.activations.levers import Levers, Size
 from effkit.activations.memory_model import Surface
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from effkit import Account, activations, decoder, lab, moe, padding
-from effkit.activations import settings
+from effkit.activations import levers
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def test_the_labs_refuse_half_a_token_in_the_same_words(wrong):
         "num_tokens": lambda: moe.Setting(num_tokens=wrong),
         "num_steps": lambda: decoder.Setting(2, num_steps=wrong),
         "micro_batches": lambda: activations.Levers(micro_batches=wrong),
-        "batch_size": lambda: settings.complete({"batch_size": 4, "micro_batches": 1}, {"batch_size": wrong}),
+        "batch_size": lambda: levers.complete({"batch_size": 4, "micro_batches": 1}, {"batch_size": wrong}),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match=rf"^{name} is a whole number from 1 on; given: {wrong!r}$"):

@@ -7,10 +7,9 @@ import pytest
 import torch
 from activation_models import assert_same, state_of
 from torch import nn
-from torch.nn import functional
 from transformers import BatchEncoding
 
-from effkit.training import forward, own_loss, residents, saved_bytes, size_bytes, still, unchanged
+from effkit.training import forward, own_loss, residents, size_bytes, still, unchanged
 
 
 class Sum(nn.Module):
@@ -171,13 +170,3 @@ def test_it_is_given_back_when_the_step_raises(model):
     with pytest.raises(RuntimeError, match="in the middle"):
         interrupted()
     assert_same(state_of(model), before)
-
-
-def test_saved_storages_count_once_and_what_is_known_does_not():
-    weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8)
-    assert saved_bytes(lambda: (x @ weight).exp().sum(), [weight, x]) == 4 * 8 * 4, "the exponential's own output"
-    assert saved_bytes(lambda: (x @ weight).exp().sum(), [weight]) == 2 * 4 * 8 * 4, "and x"
-    y = torch.ones(4, 8, requires_grad=True)
-    assert saved_bytes(lambda: y * y, []) == 4 * 8 * 4
-    with torch.no_grad():
-        assert saved_bytes(lambda: functional.gelu(y), []) == 4 * 8 * 4, "as if gradients were wanted"

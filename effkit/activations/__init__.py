@@ -6,13 +6,12 @@ Beside the public names, ``effkit.advice`` asks to ``observe`` a step of its own
 
 from __future__ import annotations
 
-from effkit.activations.accounting import account
 from effkit.activations.checkpointing import blocks, checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error
 from effkit.activations.levers import Levers
 from effkit.activations.live import TIME as TIME
-from effkit.activations.live import measure
+from effkit.activations.live import account, measure
 from effkit.activations.low_bit import LowBitAdamW, update_error
 from effkit.activations.offloading import offloaded
 from effkit.activations.planning import cheapest, front

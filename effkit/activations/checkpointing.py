@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -40,17 +41,17 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """
     lists = list(_lists(model))
     compound = [members for members in lists if all(any(member.children()) for member in members)]
-    found = [member for members in compound or lists for member in members]
-    if not found:
+    layers = dict.fromkeys(member for members in compound or lists for member in members)  # one used again is one
+    if not layers:
         raise ValueError(
             f"{type(model).__name__} has no ModuleList or Sequential with two layers of one class: put its repeated "
             "layers into one"
         )
-    return list(dict.fromkeys(found))  # a layer that is used again is one block
+    return list(layers)
 
 
 def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
-    members = [child for child in module.children() if any(True for _ in child.parameters())]
+    members = [child for child in module.children() if next(child.parameters(), None) is not None]
     if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(member) for member in members}) < len(members):
         yield members
     else:
@@ -95,7 +96,6 @@ def checkpoint(model: nn.Module, every: int = 1, *, keep: str | None = None) -> 
 
 @contextmanager
 def _recomputed(block: nn.Module, keep: str | None) -> Iterator[None]:
-    own = block.__dict__.get("forward")
     forward = block.forward
 
     @wraps(forward)
@@ -111,14 +111,8 @@ def _recomputed(block: nn.Module, keep: str | None) -> Iterator[None]:
 
         return recompute(call, *leaves, use_reentrant=False, context_fn=partial(_contexts, block, keep))
 
-    block.forward = run
-    try:
+    with mock.patch.object(block, "forward", run):
         yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
 
 
 def _contexts(block: nn.Module, keep: str | None) -> tuple[Any, Any]:
@@ -166,8 +160,7 @@ def _uncached(value: Any) -> Any:
     """The argument, or ``None`` for a key-value cache of transformers that is still empty."""
     if not hasattr(value, "get_seq_length"):
         return value
-    num = value.get_seq_length()
-    if num:
+    if num := value.get_seq_length():
         raise ValueError(
             f"a block to recompute was given a key-value cache that holds {num} positions and would be filled twice: "
             "call the model with use_cache=False"

@@ -17,14 +17,9 @@ _MIN_ELEMENTS = 4096
 
 
 class Compressed(NamedTuple):
-    """What is kept in place of a saved tensor.
+    """What is kept in place of a saved tensor: how it lies in its region of the storage, and the region's values.
 
-    Attributes
-    ----------
-    region
-        Which region of the storage that is, and how the tensor lies in it.
-    values
-        The region in eight bits, shared by its views: a :class:`Quantised`, or that in host memory.
+    ``values``, shared by the region's views, holds a :class:`Quantised`, or that in host memory.
     """
 
     region: Region
@@ -55,9 +50,8 @@ def compressed(
 
     def in_region(original: Tensor, region: Region) -> Quantised:
         flat = region.cut(original)
-        if group != "head":
+        if num_heads is None:
             return quantise(flat, dtype, group)
-        assert num_heads is not None
         if original.ndim == 0 or original.shape[-1] % num_heads:
             return quantise(flat, dtype, "tensor")
         return quantise(flat.view(-1, original.shape[-1]), dtype, group, num_heads)

@@ -16,14 +16,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -41,14 +35,9 @@ _MOST_PARTS = 2  # micro-batches after the second repeat it
 class Replayer:
     """A fake copy of a model, on which steps are replayed at any batch and with any levers.
 
-    Parameters
-    ----------
-    model
-        A real model, or one on the meta device; it is copied, not touched.
-    loss, optimizer
-        As in :func:`effkit.activations.measure`.
-    as_on_gpu
-        Do what differs on a GPU as it is done there (see :mod:`effkit.activations.gpu_assumptions`).
+    The model, real or on the meta device, is copied, not touched; ``loss`` and ``optimizer`` are those of
+    :func:`effkit.activations.measure`. With ``as_on_gpu``, what differs on a GPU is done as it is done there (see
+    :mod:`effkit.activations.gpu_assumptions`).
 
     Raises
     ------
@@ -61,24 +50,21 @@ class Replayer:
         as_on_gpu: bool = False,
     ) -> None:  # fmt: skip
         self._mode = _Valued()
-        placed = {
-            id(tensor): self._placed(tensor) for tensor in (*model.parameters(), *model.buffers()) if tensor.is_meta
-        }
-        with FakeCopyMode(self._mode):
+        tensors = (*model.parameters(), *model.buffers())
+        placed = {id(tensor): self._placed(tensor) for tensor in tensors if tensor.is_meta}
+        with fake_tensor.FakeCopyMode(self._mode):
             self._model = copy.deepcopy(model, placed)
         for parameter in self._model.parameters():
             parameter.grad = None
-        self._loss, self._make = loss or own_loss, gpu_assumptions.at_once(optimizer) if as_on_gpu else optimizer
-        self._as_on_gpu = as_on_gpu
+        self._loss, self._as_on_gpu = loss or own_loss, as_on_gpu
+        self._make = gpu_assumptions.at_once(optimizer) if as_on_gpu else optimizer
         self._updates: dict[str, torch.optim.Optimizer] = {}
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake CPU tensor for one on the meta device, where operators such as attention go other ways."""
         with self._mode:
             placed = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-        if isinstance(tensor, torch.nn.Parameter):
-            return torch.nn.Parameter(placed, tensor.requires_grad)
-        return placed
+        return torch.nn.Parameter(placed, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else placed
 
     def replay(self, batch: Any, levers: Levers) -> Timeline:
         """One steady step on a batch, real or fake, of which two micro-batches stand for all.
@@ -119,12 +105,12 @@ class Replayer:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             try:
                 yield
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
                 raise ValueError(
                     f"the shapes of this step depend on the values of its activations ({error}), as in a mixture of "
                     "experts that drops no token: such a step can be measured, not forecast"
                 ) from error
-            except UnsupportedOperatorException as error:
+            except fake_tensor.UnsupportedOperatorException as error:
                 raise ValueError(f"a step with the operator {error} can be measured, not forecast") from error
 
 
@@ -137,7 +123,7 @@ def _rounded(timeline: Timeline) -> Timeline:
     return replace(timeline, allocations=timeline.allocations.assign(size_bytes=blocks), inside_bytes=held)
 
 
-class _Valued(FakeTensorMode):
+class _Valued(fake_tensor.FakeTensorMode):
     """Fake tensors of which indices and masks have values: models branch on these."""
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
@@ -148,17 +134,14 @@ class _Valued(FakeTensorMode):
         if isinstance(out, FakeTensor) and out.constant is None and _small(out) and _makes_values(func, args, kwargs):
             with no_dispatch():
                 out = func(*args, **(kwargs or {}))
-            return self.valued(out)
+            return self.valued(out)  # fakes are made under dispatch
         return out
 
     def valued(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake of a real tensor, with its values if these are indices or a mask."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        converted: torch.Tensor = self.fake_tensor_converter.from_real_tensor(
-            self, tensor, make_constant=_small(tensor)
-        )
-        return converted
+        return self.fake_tensor_converter.from_real_tensor(self, tensor, make_constant=_small(tensor))
 
 
 def _small(tensor: torch.Tensor) -> bool:

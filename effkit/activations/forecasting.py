@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from effkit.activations import op_workspace, stepping
 from effkit.activations.fake_step import Replayer
 from effkit.activations.gpu_assumptions import ASSUMED
-from effkit.activations.levers import Levers
+from effkit.activations.levers import Levers, Size
 from effkit.activations.memory_model import Surface
 from effkit.activations.op_workspace import Workspace
 from effkit.activations.real_step import Observation, observe
@@ -26,14 +27,6 @@ _SMOOTH_FRAC = 0.01
 _DOUBT_ELSEWHERE_FRAC = 0.08
 _FEWEST_ROWS = 2  # at 1, libraries take other ways than at any other size
 _CALIBRATED_ROWS = (_FEWEST_ROWS, _FEWEST_ROWS + 1)
-
-
-@dataclass(frozen=True)
-class Size:
-    """Rows of a batch, and the length of its sequences where it has any."""
-
-    num_rows: int
-    num_cells: int | None
 
 
 class Peak(NamedTuple):
@@ -59,12 +52,8 @@ class Forecaster:
     device
         ``"cuda"``: as on a GPU, wherever the model is.
 
-    Attributes
-    ----------
-    size
-        Around which it forecasts, and at which it does so exactly: the example's, unless another is set.
-    basis, assumptions, doubt_frac
-        How its forecasts are known, what they assume, and how far that may be off.
+    It forecasts around ``size``, and exactly at it: the example's, unless another is set. ``basis``, ``assumptions``
+    and ``doubt_frac`` say how its forecasts are known, what they assume, and how far that may be off.
     """
 
     def __init__(
@@ -80,8 +69,7 @@ class Forecaster:
         self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
         self.loss, self.make_optimizer = loss or own_loss, optimizer
         self._make = make_batch or (lambda num_rows, num_cells: stepping.resized(batch, num_rows, num_cells))
-        self._example = Size(stepping.rows(batch), stepping.length(batch))
-        self.size = self._example
+        self.size = self._example = Size(stepping.rows(batch), stepping.length(batch))
         self.workspace = Workspace({}, {})
         self._timelines: dict[tuple[Size, Levers], Timeline] = {}
         self._surfaces: dict[Levers, Surface | str] = {}  # or why there is none
@@ -121,23 +109,23 @@ class Forecaster:
                 self._surfaces[levers] = self._checked(self._fitted(levers), levers)
             except ValueError as error:  # kept as well: the next move of a slider need not find it out again
                 self._surfaces[levers] = str(error)
-        found = self._surfaces[levers]
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+        surface = self._surfaces[levers]
+        if isinstance(surface, str):
+            raise ValueError(surface)
+        return surface
 
     def _fitted(self, levers: Levers) -> Surface:
         parts, rows, cells = levers.micro_batches, self.size.num_rows, self.size.num_cells
         span = [parts * max(_FEWEST_ROWS, rows // (4 * parts)), parts * max(2 * _FEWEST_ROWS, 4 * rows // parts)]
         lengths = _thirds(cells // 4, 2 * cells) if cells else [None]
-        sizes = [Size(r, c) for r in span for c in lengths]
+        sizes = [Size(num_rows, num_cells) for num_rows in span for num_cells in lengths]
         try:
             timelines = [self.timeline(size, levers) for size in sizes]
         except (RuntimeError, IndexError, ValueError):
             if not cells:
                 raise
             # longer than the model has positions for
-            sizes = [Size(r, c) for r in span for c in _thirds(cells // 4, cells)]
+            sizes = [Size(num_rows, num_cells) for num_rows in span for num_cells in _thirds(cells // 4, cells)]
             timelines = [self.timeline(size, levers) for size in sizes]
         return Surface.fit([astuple(size) for size in sizes], timelines)
 
@@ -182,13 +170,13 @@ class Forecaster:
                 surface = self.surface(levers)
                 if levers not in self._times:
                     sizes = [Size(*setting) for setting in surface.settings]
-                    self._times[levers] = np.array([self._by_clock(one, levers, clock) for one in sizes])
+                    self._times[levers] = np.array([self._by_clock(size, levers, clock) for size in sizes])
                 return surface.amount(self._times[levers], size.num_rows, size.num_cells)
         return self._by_clock(size, levers, clock)
 
     def _by_clock(self, size: Size, levers: Levers, clock: Clock) -> float:
-        num_cells, usual = ((one.num_cells or 1) * one.num_rows for one in (size, self.size))
-        return clock.step_ns(self.timeline(size, levers), levers, num_cells / usual)
+        growth = (size.num_cells or 1) * size.num_rows / ((self.size.num_cells or 1) * self.size.num_rows)
+        return clock.step_ns(self.timeline(size, levers), levers, growth)
 
     def calibrate(self, model: torch.nn.Module, *levers: Levers) -> None:
         """Run two or three small steps of the real model, to learn what its operators allocate inside themselves.
@@ -199,23 +187,20 @@ class Forecaster:
         sizes = [Size(rows, cells) for rows in _CALIBRATED_ROWS]
         if cells:
             sizes.append(Size(_FEWEST_ROWS, (cells + 1) // 2))
-        settings = [(size, one) for one in (Levers(), *levers) for size in sizes]
-        observed = [self.observe(model, self.batch(size), one).timeline for size, one in settings]
-        replayed = [self._replayer.replay(self.batch(size), one) for size, one in settings]
+        settings = [(size, combination) for combination in (Levers(), *levers) for size in sizes]
+        observed = [self.observe(model, self.batch(size), combination).timeline for size, combination in settings]
+        replayed = [self._replayer.replay(self.batch(size), combination) for size, combination in settings]
         self.workspace = op_workspace.fit(observed, replayed)
-        self._timelines.clear()
-        self._surfaces.clear()
-        self._times.clear()
+        for forecasts in (self._timelines, self._surfaces, self._times):
+            forecasts.clear()
 
     def observe(self, model: torch.nn.Module, batch: Any, levers: Levers) -> Observation:
         """A real step, followed."""
         with unchanged(model):
             update = still(model.parameters(), levers.optimizer(self.make_optimizer))
-            stepping.run(model, batch, self.loss, update, levers)  # the optimizer's state exists from here on
-            return observe(
-                lambda enter: stepping.run(model, batch, self.loss, update, levers, enter), model,
-                residents(model, update, batch),
-            )  # fmt: skip
+            step = partial(stepping.run, model, batch, self.loss, update, levers)
+            step()  # the optimizer's state exists from here on
+            return observe(step, model, residents(model, update, batch))
 
 
 def _thirds(low: int, high: int) -> list[int]:

@@ -17,13 +17,9 @@ _Gradients = dict[str, Tensor]
 
 
 def gradient_error(
-    model: nn.Module,
-    batch: Any,
-    levers: Callable[[], AbstractContextManager[Any]],
-    *,
-    loss: Loss | None = None,
+    model: nn.Module, batch: Any, levers: Callable[[], AbstractContextManager[Any]], *, loss: Loss | None = None,
     batches: Sequence[Any] | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """The error of the gradient under levers, per parameter and in all, beside the noise between minibatches.
 
     Forward and backward run once plainly, once under the levers and once per other batch, all with the same random
@@ -59,22 +55,19 @@ def gradient_error(
     exact = _gradients(model, batch, to_loss, nullcontext())
     figures = _compare(exact, _gradients(model, batch, to_loss, levers()))
     noise = [_compare(exact, _gradients(model, other, to_loss, nullcontext())) for other in batches or []]
-    names = ["relative_error", "cosine"]
     mean = sum(noise) / len(noise) if noise else figures * float("nan")
     table = figures.join(mean.add_prefix("noise_"))
     sizes = [gradient.numel() for gradient in exact.values()]
     table.insert(0, "num_elements", [*sizes, sum(sizes)])
-    return table.rename_axis("parameter").reset_index()[
-        ["parameter", "num_elements", *names, *(f"noise_{name}" for name in names)]
-    ]
+    return table.rename_axis("parameter").reset_index()
 
 
 def _gradients(model: nn.Module, batch: Any, to_loss: Loss, levers: AbstractContextManager[Any]) -> _Gradients:
     """Gradients by name, with the model's own left alone."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with unchanged(model), torch.enable_grad(), levers:
-        found = torch.autograd.grad(to_loss(forward(model, batch)), list(parameters.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+        gradients = torch.autograd.grad(to_loss(forward(model, batch)), list(parameters.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
 def _compare(exact: _Gradients, other: _Gradients) -> pd.DataFrame:
@@ -84,9 +77,8 @@ def _compare(exact: _Gradients, other: _Gradients) -> pd.DataFrame:
         g = gradient.double()
         # a parameter that another batch does not reach, as an expert of a mixture, has a gradient of 0
         h = other[name].double() if name in other else torch.zeros_like(g)
-        rows[name] = [
-            float(value) for value in ((h - g).square().sum(), g.square().sum(), h.square().sum(), (g * h).sum())
-        ]
+        sums = (h - g).square().sum(), g.square().sum(), h.square().sum(), (g * h).sum()
+        rows[name] = [float(amount) for amount in sums]
     squares = pd.DataFrame.from_dict(rows, orient="index", columns=["error", "exact", "other", "product"])
     squares.loc[ALL] = squares.sum()
     relative = (squares["error"] / squares["exact"]) ** 0.5

@@ -1,10 +1,10 @@
-"""Levers: which of the memory savers are in force, as one setting that a step is run, replayed or predicted with."""
+"""Levers: which of the memory savers are in force; and settings: the levers and the size of the batch, as knobs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from effkit.activations.checkpointing import checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.low_bit import STATES, LowBitAdamW
 from effkit.activations.offloading import offloaded
-from effkit.lab import check, one_of, share, whole
+from effkit.lab import asked, check, one_of, share, whole
+from effkit.lab.knobs import checked_share, checked_whole
 from effkit.quantisation import FORMATS
 from effkit.training import MakeOptimizer
 
@@ -75,19 +76,17 @@ class Levers:
     @contextmanager
     def applied(self, model: torch.nn.Module) -> Iterator[None]:
         """The levers on a model's forward pass, in force until the context is left; what backward needs stays."""
-        kind = next(model.parameters()).device.type
         with ExitStack() as stack:
             if self.checkpoint_every:
-                stack.enter_context(
-                    checkpoint(model, self.checkpoint_every, keep=None if self.keep == NONE else self.keep)
-                )
+                keep = None if self.keep == NONE else self.keep
+                stack.enter_context(checkpoint(model, self.checkpoint_every, keep=keep))
             if self.compress != NONE:
                 stack.enter_context(compressed(self.compress, self.group))
             if self.offload_frac:
                 stack.enter_context(offloaded(self.offload_frac))
-            stack.enter_context(
-                nullcontext() if self.autocast == NONE else torch.autocast(kind, getattr(torch, self.autocast))
-            )
+            if self.autocast != NONE:
+                kind = next(model.parameters()).device.type
+                stack.enter_context(torch.autocast(kind, getattr(torch, self.autocast)))
             yield
 
     def optimizer(self, make: MakeOptimizer | None) -> MakeOptimizer | None:
@@ -101,4 +100,47 @@ class Levers:
         return lambda parameters: LowBitAdamW(parameters, states=self.optimizer_states)
 
 
+@dataclass(frozen=True)
+class Size:
+    """Rows of a batch, and the length of its sequences where it has any."""
+
+    num_rows: int
+    num_cells: int | None
+
+
+SIZE_KNOBS = ("batch_size", "length", "keep_frac")
 KNOBS = tuple(field.name for field in fields(Levers))
+
+
+def complete(rest: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting ``rest`` with these changes, as a full setting.
+
+    Raises
+    ------
+    ValueError
+        For a knob that there is not, or that this model has no use for.
+    """
+    changes = asked(changes, (*SIZE_KNOBS, *KNOBS))
+    useless = sorted(name for name in ("length", "keep_frac") if name in changes and name not in rest)
+    if useless:
+        raise ValueError(f"batches of this model have no sequence dimension: leave out {' and '.join(useless)}")
+    wanted = {**rest, **changes}
+    for name in ("batch_size", "length"):
+        if name in wanted:
+            wanted[name] = checked_whole(name, wanted[name], 1)
+    if "keep_frac" in wanted:
+        checked_share("keep_frac", wanted["keep_frac"], positive=True)
+    _, levers = parted(wanted)  # the levers check themselves
+    if wanted["micro_batches"] > wanted["batch_size"]:
+        raise ValueError(
+            f"a batch of {wanted['batch_size']} cannot be cut into {wanted['micro_batches']} micro-batches: use fewer"
+        )
+    return {**wanted, **asdict(levers)}
+
+
+def parted(setting: Mapping[str, Any]) -> tuple[Size, Levers]:
+    """The size of the batch, tokens that are dropped before the first layer left out, and the levers."""
+    cells = setting.get("length")
+    if cells is not None:
+        cells = max(1, round(cells * setting["keep_frac"]))
+    return Size(setting["batch_size"], cells), Levers(**{name: setting[name] for name in KNOBS})

@@ -1,4 +1,4 @@
-"""measure(): one steady training step, what fills its peak, and how long it takes."""
+"""measure(): one steady training step, what fills its peak, and how long it takes; account(): a recorded peak."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from effkit.account import Account
 from effkit.activations import lossy_gradients, op_workspace, stepping
 from effkit.activations.checkpointing import blocks
-from effkit.activations.forecasting import Forecaster, MakeBatch, Size
-from effkit.activations.levers import COMPRESSIONS, Levers
+from effkit.activations.forecasting import Forecaster, MakeBatch
+from effkit.activations.levers import COMPRESSIONS, Levers, Size, complete, parted
 from effkit.activations.low_bit import STATES
 from effkit.activations.real_step import Observation
-from effkit.activations.settings import complete, parted
 from effkit.activations.storage_tracker import OUTSIDE
 from effkit.activations.time_model import Clock, Run
 from effkit.activations.timeline import PEAK, Timeline
+from effkit.captured import Capture
 from effkit.device import synchronize
 from effkit.lab import Progress
 from effkit.training import Loss, MakeOptimizer, still, unchanged
@@ -29,20 +29,11 @@ TIME = "Time of one step"
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What a measurement found, and all that :func:`~effkit.activations.predict` needs.
+    """What :func:`~effkit.activations.predict` needs of a measurement.
 
-    Attributes
-    ----------
-    forecaster
-        Replays of this model.
-    observed
-        The step that was measured, operator by operator.
-    clock
-        Time of a step; ``None`` where levers were not timed.
-    error_frac
-        The replay of the measured step over its measured peak, minus 1.
-    errors, noise
-        Gradient error of each lossy lever that was run, and the gradient's noise between half batches.
+    ``observed`` is the step that was measured, ``clock`` the time of a step (``None`` where levers were not timed),
+    ``error_frac`` the replay of the measured step over its measured peak, minus 1; ``errors`` and ``noise`` are the
+    gradient's, of each lossy lever that was run and between half batches.
     """
 
     forecaster: Forecaster
@@ -54,18 +45,10 @@ class Calibration:
 
 
 def measure(
-    model: torch.nn.Module,
-    batch: Any,
-    *,
-    loss: Loss | None = None,
-    optimizer: MakeOptimizer | None = None,
-    make_batch: MakeBatch | None = None,
-    repeats: int = 3,
-    time_levers: bool = False,
-    base: Account | None = None,
-    progress: Progress | None = None,
-    **setting: Any,
-) -> Account:
+    model: torch.nn.Module, batch: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
+    make_batch: MakeBatch | None = None, repeats: int = 3, time_levers: bool = False, base: Account | None = None,
+    progress: Progress | None = None, **setting: Any,
+) -> Account:  # fmt: skip
     """The peak memory of one steady training step, by what it is for; and the step's time.
 
     A step runs once so that the optimizer has its state, once with every operator followed and every allocation
@@ -123,30 +106,42 @@ def measure(
     num_runs = len(timed) * (repeats + 2)
     tell = progress or (lambda done, total: None)
     observed = []
-    for i, one in enumerate(timed):
+    for i, combination in enumerate(timed):
         tell(i, num_runs)
-        observed.append(forecaster.observe(model, forecaster.batch(size), one))
+        observed.append(forecaster.observe(model, forecaster.batch(size), combination))
     phases = _timed(forecaster, model, size, timed, repeats, lambda done: tell(len(timed) + done, num_runs))
-    here, given = observed[0], forecaster.batch(size)
-    noise = lossy_gradients.noise(model, given, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
+    step, batch = observed[0], forecaster.batch(size)
+    noise = lossy_gradients.noise(model, batch, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
     if earlier:
-        calibration = replace(earlier, observed=here)
+        calibration = replace(earlier, observed=step)
     else:
         error = _calibrated(forecaster, model, size, timed, observed)
         clock = _clock(timed, observed, phases) if time_levers else None
-        errors = {name: lossy_gradients.measured(model, given, alone, forecaster.loss)
-                  for one in timed[1:] for name, alone in lossy_gradients.lossy(one).items()}  # fmt: skip
-        calibration = Calibration(forecaster, here, clock, error, errors, noise)
-    return Account.of(
-        PEAK, "bytes", here.rows, total=here.peak_bytes, source=here.source, setting=wanted, calibration=calibration,
-        companions=(
-            Account.of(TIME, "ns", phases[0], total=sum(phases[0].values()), source=f"wall time, fastest of {repeats}",
-                       setting=wanted),
-            saved_account(here.timeline, here.kept_bytes, "operator", "the allocator when backward began"),
-            *((lossy_gradients.measured(model, given, levers, forecaster.loss), *noise)
-              if lossy_gradients.lossy(levers) else ()),
-        ),
-    )  # fmt: skip
+        errors = {name: lossy_gradients.measured(model, batch, lever, forecaster.loss)
+                  for lever in timed[1:] for name in lossy_gradients.lossy(lever)}  # fmt: skip
+        calibration = Calibration(forecaster, step, clock, error, errors, noise)
+    companions = [
+        Account.of(TIME, "ns", phases[0], total=sum(phases[0].values()), source=f"wall time, fastest of {repeats}",
+                   setting=wanted),
+        saved_account(step.timeline, step.kept_bytes, "operator", "the allocator when backward began"),
+    ]  # fmt: skip
+    if lossy_gradients.lossy(levers):
+        companions += [lossy_gradients.measured(model, batch, levers, forecaster.loss), *noise]
+    return Account.of(PEAK, "bytes", step.rows, total=step.peak_bytes, source=step.source, setting=wanted,
+                      calibration=calibration, companions=tuple(companions))  # fmt: skip
+
+
+def account(recorded: Capture, *, by: str = "category", device: str | None = None, rank: int | None = None) -> Account:
+    """The peak of a capture, live or loaded, by ``"category"`` or ``"stack"``: see :meth:`Capture.memory`.
+
+    A recording tells categories by stacks and lifetimes, and what these do not tell is *unknown*; :func:`measure`
+    follows the live step and knows them all.
+    """
+    if not isinstance(recorded, Capture):
+        raise TypeError(
+            f"account() takes a Capture, from capture(memory=True) or load(); given: {type(recorded).__name__}"
+        )
+    return recorded.memory(by=by, device=device, rank=rank)
 
 
 def _check_trains(model: torch.nn.Module) -> None:
@@ -158,8 +153,8 @@ def _check_trains(model: torch.nn.Module) -> None:
 
 def _clock(timed: Sequence[Levers], observed: Sequence[Observation], phases: Sequence[Mapping[str, int]]) -> Clock:
     """What steps with these levers cost, from the time that each phase took [ns]."""
-    return Clock.fit([Run(lever, seen.timeline, seen.durations_ns, sum(spent.values()))
-                      for lever, seen, spent in zip(timed, observed, phases, strict=True)])  # fmt: skip
+    return Clock.fit([Run(levers, step.timeline, step.durations_ns, sum(spent.values()))
+                      for levers, step, spent in zip(timed, observed, phases, strict=True)])  # fmt: skip
 
 
 def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: Any) -> Account:
@@ -177,8 +172,8 @@ def _calibrated(
 ) -> float:
     """Teach the forecaster what a replay does not see, if there is any; its error on the step that was measured."""
     try:
-        if any(op_workspace.opaque(seen.timeline) for seen in observed):
-            forecaster.calibrate(model, *{half: None for one in timed for half in one.half})
+        if any(op_workspace.opaque(step.timeline) for step in observed):
+            forecaster.calibrate(model, *dict.fromkeys(half for combination in timed for half in combination.half))
         predicted = int(forecaster.timeline(size, timed[0]).levels().sum(axis=0).max())
     except ValueError:  # this step can be measured, not forecast; who asks for a forecast is told why
         return float("nan")
@@ -187,8 +182,8 @@ def _calibrated(
 
 def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None) -> list[Levers]:
     """Each lever alone, those that this model and batch admit."""
-    singles = [Levers(compress=form) for form in COMPRESSIONS[1:3]]
-    singles += [Levers(offload_frac=1.0), Levers(autocast="bfloat16")]
+    singles = [*(Levers(compress=form) for form in COMPRESSIONS[1:3]), Levers(offload_frac=1.0),
+               Levers(autocast="bfloat16")]  # fmt: skip
     if size.num_rows > 1:
         singles.append(Levers(micro_batches=2))
     if optimizer is None:
@@ -215,27 +210,23 @@ def _timed(
             for i, lever in enumerate(timed):
                 watch = _Stopwatch()
                 stepping.run(model, batch, forecaster.loss, updates[lever.optimizer_states], lever, watch)
+                watch()
                 if turn:  # the first makes the optimizer's state, and warms up
-                    spent[i].append(watch.stop())
+                    spent[i].append(watch.spent)
     return [min(steps, key=lambda phases: sum(phases.values())) for steps in spent]
 
 
 class _Stopwatch:
-    """Time spent in each phase [ns]."""
+    """Called as each phase begins, and with no phase at the end of the step; ``spent`` is the time of each [ns]."""
 
     def __init__(self) -> None:
-        self._spent: dict[str, int] = {}
+        self.spent: dict[str, int] = {}
         self._phase, self._since = "", 0
         synchronize()
 
-    def __call__(self, phase: str) -> None:
+    def __call__(self, phase: str = "") -> None:
         synchronize()
         now = time.perf_counter_ns()
         if self._phase:
-            self._spent[self._phase] = self._spent.get(self._phase, 0) + now - self._since
+            self.spent[self._phase] = self.spent.get(self._phase, 0) + now - self._since
         self._phase, self._since = phase, time.perf_counter_ns()
-
-    def stop(self) -> dict[str, int]:
-        """The step is over."""
-        self("")
-        return self._spent

@@ -8,29 +8,27 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import torch
 
 from effkit.account import Account
 from effkit.activations import stepping
-from effkit.activations.gradients import ALL, gradient_error
+from effkit.activations.gradients import gradient_error
 from effkit.activations.levers import NONE, Levers
 from effkit.training import Loss
 
 ERROR, NOISE = "Gradient error", "Gradient noise between half batches"
-_MILLION = 1_000_000
 _SPREAD = 2  # an error seen once, at one batch and one state of the weights, is known to about this factor
 
 
-def lossy(levers: Levers) -> dict[str, Levers]:
-    """Of the levers in force those that change the gradient, each alone, by name."""
-    return {f"{name} {value}": Levers(**{name: value}) for name in ("compress", "autocast")
-            if (value := getattr(levers, name)) != NONE}  # fmt: skip
+def lossy(levers: Levers) -> list[str]:
+    """Names of the levers in force that change the gradient."""
+    return [f"{name} {form}" for name in ("compress", "autocast") if (form := getattr(levers, name)) != NONE]
 
 
 def measured(model: torch.nn.Module, batch: Any, levers: Levers, loss: Loss) -> Account:
     """The relative error of the gradient under these levers [ppm]."""
-    errors = gradient_error(model, batch, lambda: levers.applied(model), loss=loss).set_index("parameter")
-    error = _ppm(errors.loc[ALL, "relative_error"])
+    error = _ppm(gradient_error(model, batch, lambda: levers.applied(model), loss=loss)["relative_error"])
     return Account.of(ERROR, "ppm", {" and ".join(lossy(levers)): error}, total=error,
                       source="|g' - g| / |g| over all parameters, on this batch")  # fmt: skip
 
@@ -40,18 +38,18 @@ def noise(model: torch.nn.Module, batch: Any, loss: Loss) -> tuple[Account, ...]
     if stepping.rows(batch) < 2:
         return ()
     first, second = stepping.parts(batch, 2)
-    noises = gradient_error(model, first, nullcontext, loss=loss, batches=[second]).set_index("parameter")
-    amount = _ppm(noises.loc[ALL, "noise_relative_error"])
-    return (Account.of(NOISE, "ppm", {"noise": amount}, total=amount, source="the same, between half batches"),)
+    noise = _ppm(gradient_error(model, first, nullcontext, loss=loss, batches=[second])["noise_relative_error"])
+    return (Account.of(NOISE, "ppm", {"noise": noise}, total=noise, source="the same, between half batches"),)
 
 
 def predicted(levers: Levers, errors: Mapping[str, Account], noise: tuple[Account, ...]) -> tuple[Account, ...]:
     """The errors of the levers in force, each seen alone, as if independent; and the noise that was seen."""
-    known = {name: errors[name].total ** 2 for name in lossy(levers) if name in errors}
-    if not known or len(known) < len(lossy(levers)):
+    names = lossy(levers)
+    if not names or not errors.keys() >= set(names):
         return ()
-    total = round(math.sqrt(sum(known.values())))
-    rows = {name: round(total * square / (sum(known.values()) or 1)) for name, square in known.items()}
+    squares = {name: errors[name].total ** 2 for name in names}
+    total = round(math.sqrt(sum(squares.values())))
+    rows = {name: round(total * square / (sum(squares.values()) or 1)) for name, square in squares.items()}
     return (
         Account.of(ERROR, "ppm", rows, total=total, basis="derived", source="each lever alone, added in quadrature",
                    low=total // _SPREAD, high=total * _SPREAD),
@@ -60,5 +58,6 @@ def predicted(levers: Levers, errors: Mapping[str, Account], noise: tuple[Accoun
     )  # fmt: skip
 
 
-def _ppm(value: Any) -> int:
-    return round(float(value) * _MILLION)
+def _ppm(errors: pd.Series[float]) -> int:
+    """Of all parameters together, the last row."""
+    return round(float(errors.iloc[-1]) * 1_000_000)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from effkit.quantisation import SIGNED, UNSIGNED, QuantisedState, dequantise_state, quantise_state
+from effkit.quantisation import SIGNED, UNSIGNED, Format, QuantisedState, dequantise_state, quantise_state
 from effkit.training import PerParameter
 
 STATES = ("float32", *SIGNED)
@@ -39,17 +39,9 @@ class LowBitAdamW(PerParameter):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        states: str = "int8",
-        group: int = 128,
-        expand: bool = True,
-    ) -> None:
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, states: str = "int8", group: int = 128, expand: bool = True,
+    ) -> None:  # fmt: skip
         if states not in STATES:
             raise ValueError(f"states is one of {', '.join(STATES)}; given: {states!r}")
         if group < 1:
@@ -128,14 +120,9 @@ def update_error(
         (what COAT reports), whose ratios are the squares of those of ``error_frac``; ``lost_frac``, the part
         of second moments above 0 that became 0.
     """
-    pairs = [
-        (first.detach().float(), second.detach().float())
-        for first, second in (
-            [(state["exp_avg"], state["exp_avg_sq"]) for state in states.state.values()]
-            if isinstance(states, torch.optim.Optimizer)
-            else states
-        )
-    ]
+    if isinstance(states, torch.optim.Optimizer):
+        states = [(state["exp_avg"], state["exp_avg_sq"]) for state in states.state.values()]
+    pairs = [(first.detach().float(), second.detach().float()) for first, second in states]
     if not pairs:
         raise ValueError("update_error is of states after at least one step; given: none; train a little first")
     return pd.DataFrame([_error(pairs, name, group, eps, expand) for name in SIGNED for expand in (False, True)])
@@ -144,22 +131,20 @@ def update_error(
 def _error(
     pairs: list[tuple[torch.Tensor, torch.Tensor]], name: str, group: int, eps: float, expand: bool
 ) -> dict[str, Any]:
+    def restored(moment: torch.Tensor, form: Format) -> torch.Tensor:
+        return dequantise_state(quantise_state(moment, form, group, expand=expand), form, moment.shape)
+
     exact, changes, lost = [], [], []
     for first, second in pairs:
-        m, v = (
-            dequantise_state(quantise_state(moment, form, group, expand=expand), form, moment.shape)
-            for moment, form in ((first, SIGNED[name]), (second, UNSIGNED[name]))
-        )
+        m, v = restored(first, SIGNED[name]), restored(second, UNSIGNED[name])
         exact.append((first / (second.sqrt() + eps)).flatten())
         changes.append((m / (v.sqrt() + eps)).flatten() - exact[-1])
         lost.append((v == 0)[second > 0])
     update, change = torch.cat(exact), torch.cat(changes)
     some = update != 0
     return {
-        "states": name,
-        "expand": expand,
-        "error_frac": float(change.norm() / update.norm()),
+        "states": name, "expand": expand, "error_frac": float(change.norm() / update.norm()),
         "median_error_frac": float((change[some] / update[some]).abs().median()),
         "mean_squared_error": float(change.square().mean()),
         "lost_frac": float(torch.cat(lost).float().mean()),
-    }
+    }  # fmt: skip

@@ -19,12 +19,8 @@ class Surface:
     Shapes are products of B and S, and attention's at most of B and S²; a peak is not of that form, since it moves from
     operator to operator, but the largest of these is.
 
-    Attributes
-    ----------
-    coefficients
-        Shape [num_terms, num_categories, num_ops], of the model's own operators.
-    settings, timelines
-        What was replayed: batch sizes and sequence lengths (``None`` where there is none), and the replays.
+    ``coefficients`` [num_terms, num_categories, num_ops] are of the model's own operators; ``settings`` are the batch
+    sizes and sequence lengths (``None`` where there is none) that were replayed, ``timelines`` the replays.
     """
 
     coefficients: Floats
@@ -54,8 +50,7 @@ class Surface:
         terms = np.array(_terms(num_rows, num_cells))
         totals = terms @ self._totals[:, first:last]
         op = first + int(totals.argmax())
-        at_peak: Floats = terms @ self.coefficients[:, :, op]
-        return at_peak, op
+        return terms @ self.coefficients[:, :, op], op
 
     def amount(self, amounts: Floats, num_rows: int, num_cells: int | None) -> float:
         """Any other amount that grows as the levels do, such as time, from what it is at each of the settings."""
@@ -63,9 +58,8 @@ class Surface:
 
     def covers(self, num_rows: int, num_cells: int | None) -> bool:
         """Whether this lies between the sizes that were replayed."""
-        rows, cells = zip(*self.settings, strict=True)
-        known = [cell for cell in cells if cell is not None]
-        inside = num_cells is None or min(known) <= num_cells <= max(known)
+        rows, lengths = zip(*self.settings, strict=True)
+        inside = num_cells is None or min(lengths) <= num_cells <= max(lengths)
         return inside and min(rows) <= num_rows <= max(rows)
 
 
@@ -78,8 +72,5 @@ def _solved(settings: Sequence[tuple[int, int | None]], amounts: Floats) -> Floa
 
 
 def _terms(num_rows: int, num_cells: int | None) -> list[float]:
-    b = float(num_rows)
-    if num_cells is None:
-        return [1.0, b]
-    s = float(num_cells)
-    return [1.0, b, s, b * s, s * s, b * s * s]
+    b, s = float(num_rows), float(num_cells or 0)
+    return [1.0, b] if num_cells is None else [1.0, b, s, b * s, s * s, b * s * s]

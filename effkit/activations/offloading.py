@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -150,22 +151,14 @@ class _Sent(Away):
     def _set_out(self) -> None:
         with _on(self.stream):
             # allocated on the side stream, so that it need not wait for what the current one has yet to do
-            self.ahead = tree_map_only(
-                Tensor, lambda copy: copy.to(self.device, non_blocking=True, copy=True), self.kept
-            )
+            self.ahead = tree_map_only(Tensor, lambda x: x.to(self.device, non_blocking=True, copy=True), self.kept)
             self.arrival = None if self.stream is None else self.stream.record_event()
 
 
-_STREAMS: dict[torch.device, Any] = {}
-
-
+@cache
 def _stream_of(device: torch.device) -> Any:
     """The stream for copies of this GPU, the same for all contexts; none on other devices."""
-    if device.type != "cuda":
-        return None
-    if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
-    return _STREAMS[device]
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _on(stream: Any) -> AbstractContextManager[Any]:

@@ -21,24 +21,16 @@ def work(
     FLOPs are torch's own count of matrix products, convolutions and attention; a view moves nothing.
     """
     moved = 0 if func.is_view else sum(tensor.nbytes for tensor in (*given, *made))
-    count: Any = _COUNTS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+    count = _COUNTS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
     flops = int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
     half = bool(flops) and given[0].dtype in HALF
     return 1, 0 if half else flops, flops if half else 0, moved
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **more: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
-
-
-def _attention_backward(
-    gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **more: Any
-) -> int:
-    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
-
-
 # torch counts attention on GPUs only
-_COUNTS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
+_COUNTS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda query, key, value, *_, **more: sdpa_flop_count(query.shape, key.shape, value.shape),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **more: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape),
+}  # fmt: skip

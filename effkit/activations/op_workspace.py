@@ -23,12 +23,8 @@ def opaque(timeline: Timeline) -> bool:
 
     Convolutions, recurrent layers, and on a CPU products in half precision.
     """
-    return halved(timeline) or any(family_of_operator(name) in OPAQUE for name in set(timeline.ops))
-
-
-def halved(timeline: Timeline) -> bool:
-    """Whether a step computes products in half precision."""
-    return bool(timeline.work[:, HALF_FLOPS].any())
+    halved = bool(timeline.work[:, HALF_FLOPS].any())
+    return halved or any(family_of_operator(name) in OPAQUE for name in set(timeline.ops))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,19 +40,15 @@ class Workspace:
     def applied(self, timeline: Timeline) -> Timeline:
         """A replayed timeline with what the replay did not see."""
         moved = timeline.work[:, MOVED]
-        inside = np.array([_at(self.inside, signature, (), x) or 0
-                           for signature, x in zip(timeline.signatures, moved, strict=True)])  # fmt: skip
-        frame = timeline.allocations.copy()
-        births = frame["birth"].to_numpy()
-        sizes = frame["size_bytes"].to_numpy().copy()
+        inside = [_at(self.inside, signature, (), x) or 0
+                  for signature, x in zip(timeline.signatures, moved, strict=True)]  # fmt: skip
+        births = timeline.allocations["birth"].to_numpy()
+        sizes = timeline.allocations["size_bytes"].to_numpy().copy()
         for row, (op, place) in enumerate(zip(births, places(births), strict=True)):
             size = _at(self.outputs, timeline.signatures[op], (place,), moved[op])
             sizes[row] = sizes[row] if size is None else size
-        return replace(
-            timeline,
-            inside_bytes=timeline.inside_bytes + inside.astype("int64"),
-            allocations=frame.assign(size_bytes=sizes),
-        )
+        return replace(timeline, allocations=timeline.allocations.assign(size_bytes=sizes),
+                       inside_bytes=timeline.inside_bytes + np.array(inside, dtype="int64"))  # fmt: skip
 
 
 def fit(observed: Sequence[Timeline], replayed: Sequence[Timeline]) -> Workspace:
@@ -74,29 +66,28 @@ def fit(observed: Sequence[Timeline], replayed: Sequence[Timeline]) -> Workspace
             if expected.get(key, points) != points:
                 outputs[key] += points
     # of one size alone nobody can tell a constant from a rate: then the operators with the same weights tell
-    inside, outputs = (
-        {key: points for key, points in found.items() if not isinstance(key[0], Signature) or len(set(points)) > 1}
-        for found in (inside, outputs)
-    )
-    return Workspace({key: _line(points) for key, points in inside.items() if any(y for _, y in points)},
-                     {key: _line(points) for key, points in outputs.items()})  # fmt: skip
+    inside_lines, output_lines = (
+        {key: _line(points) for key, points in samples.items()
+         if not isinstance(key[0], Signature) or len(set(points)) > 1}
+        for samples in (inside, outputs)
+    )  # fmt: skip
+    return Workspace({key: line for key, line in inside_lines.items() if any(y for _, y in inside[key])}, output_lines)
 
 
 def places(births: Any) -> Any:
     """Of each allocation, in order of birth: how many the same operator made before it."""
-    first = np.searchsorted(births, births, "left")
-    return np.arange(len(births)) - first
+    return np.arange(len(births)) - np.searchsorted(births, births, "left")
 
 
 def _sizes(timeline: Timeline, moved: dict[Signature, int]) -> dict[Any, list[tuple[int, int]]]:
     """Bytes read and written, and size of each thing returned, by what returned it."""
-    found: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+    samples: dict[Any, list[tuple[int, int]]] = defaultdict(list)
     births = timeline.allocations["birth"].to_numpy()
     for op, place, size in zip(births, places(births), timeline.allocations["size_bytes"], strict=True):
         signature = timeline.signatures[op]
         for key in _keys(signature, (place,)):
-            found[key].append((moved.get(signature, 0), int(size)))
-    return found
+            samples[key].append((moved.get(signature, 0), int(size)))
+    return samples
 
 
 def _keys(signature: Signature, place: tuple[int, ...]) -> tuple[Any, Any]:
@@ -104,11 +95,8 @@ def _keys(signature: Signature, place: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def _at(lines: dict[Any, Line], signature: Signature, place: tuple[int, ...], x: int) -> int | None:
-    for key in _keys(signature, place):
-        if key in lines:
-            a, b = lines[key]
-            return max(0, round(a + b * int(x)))
-    return None
+    line = next((lines[key] for key in _keys(signature, place) if key in lines), None)
+    return None if line is None else max(0, round(line[0] + line[1] * int(x)))
 
 
 def _line(points: Sequence[tuple[int, int]]) -> Line:

@@ -16,15 +16,13 @@ from effkit.units import readable
 
 # each lever's positions, from one that is off; of two on the list the later saves more, as a rule
 POSITIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "checkpoint": (
-        {"checkpoint_every": 1, "keep": "matmul"}, {"checkpoint_every": 2}, {"checkpoint_every": 1},
-    ),
+    "checkpoint": ({"checkpoint_every": 1, "keep": "matmul"}, {"checkpoint_every": 2}, {"checkpoint_every": 1}),
     "micro_batches": ({"micro_batches": 2}, {"micro_batches": 4}),
     "autocast": ({"autocast": "bfloat16"},),
     "compress": ({"compress": "int8"},),
     "offload": ({"offload_frac": 0.5}, {"offload_frac": 1.0}),
     "optimizer_states": ({"optimizer_states": "int8"}, {"optimizer_states": "fp8_e4m3"}),
-}  # fmt: skip
+}
 LEVERS = ("checkpoint", "micro_batches", "autocast", "compress", "optimizer_states")  # that are combined
 
 
@@ -61,18 +59,16 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
     tried: dict[Levers, tuple[int, int]] = {}
     new = [Levers()]
     while new:
-        for one in new:
-            tried[one] = _predicted(base, one)
+        tried |= {combination: _predicted(base, combination) for combination in new}
         best = _on_front(tried)
-        new = [more for one in best for more in _further(one, levers)
+        further = dict.fromkeys(more for combination in best for more in _further(combination, levers))
+        new = [more for more in further
                if more not in tried and (more.lossless or not lossless) and _possible(base, more)]  # fmt: skip
-        new = list(dict.fromkeys(new))
-    chosen = set(_on_front(tried))
-    names = {", ".join(f"{k}={v}" for k, v in one.changed.items()) or "plain": one for one in tried}
-    rows = [{"setting": name, "peak_bytes": tried[one][0], "step_ns": tried[one][1], "lossless": one.lossless,
-             "on_front": one in chosen} for name, one in names.items()]  # fmt: skip
-    table = pd.DataFrame(rows).sort_values("step_ns", kind="stable", ignore_index=True)
-    table.attrs["settings"] = {name: one.changed for name, one in names.items()}
+    rows = [(_name(combination), *figures, combination.lossless, combination in best)
+            for combination, figures in tried.items()]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["setting", "peak_bytes", "step_ns", "lossless", "on_front"])
+    table = table.sort_values("step_ns", kind="stable", ignore_index=True)
+    table.attrs["settings"] = {_name(combination): combination.changed for combination in tried}
     return table
 
 
@@ -99,12 +95,15 @@ def cheapest(base: Account, budget_bytes: int, *, levers: Sequence[str] = LEVERS
     )
 
 
+def _name(levers: Levers) -> str:
+    return ", ".join(f"{knob}={value}" for knob, value in levers.changed.items()) or "plain"
+
+
 def _predicted(base: Account, levers: Levers) -> tuple[int, int]:
     account = predict(base, **asdict(levers))
-    times = [companion.total for companion in account.companions if companion.title == TIME]
-    if not times or base.calibration.clock is None:
+    if base.calibration.clock is None:
         raise ValueError("the time of levers was not measured: measure(..., time_levers=True) does that")
-    return account.total, times[0]
+    return account.total, account.companion(TIME).total
 
 
 def _possible(base: Account, levers: Levers) -> bool:
@@ -120,9 +119,8 @@ def _further(levers: Levers, names: Sequence[str]) -> Iterator[Levers]:
 
 def _on_front(points: Mapping[Levers, tuple[int, int]]) -> list[Levers]:
     """Those than which no other is smaller and at least as quick, in order of time."""
-    best, smallest = [], None
-    for one, (peak, _) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
-        if smallest is None or peak < smallest:
-            best.append(one)
-            smallest = peak
+    best: list[Levers] = []
+    for combination in sorted(points, key=lambda levers: points[levers][::-1]):
+        if not best or points[combination][0] < points[best[-1]][0]:
+            best.append(combination)
     return best

@@ -10,10 +10,9 @@ import pandas as pd
 from effkit.account import Account
 from effkit.activations import lossy_gradients, op_workspace
 from effkit.activations.forecasting import Forecaster, MakeBatch
-from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS
+from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, complete, parted
 from effkit.activations.live import TIME, Calibration, measure, saved_account
 from effkit.activations.low_bit import STATES
-from effkit.activations.settings import complete, parted
 from effkit.activations.timeline import CATEGORIES, PEAK, RESIDENTS, Timeline
 from effkit.lab import Progress, Trust, calibration_of, interval
 from effkit.training import Loss, MakeOptimizer
@@ -59,16 +58,9 @@ def predict(base: Account, **setting: Any) -> Account:
 
 
 def forecast(
-    model: torch.nn.Module,
-    batch_like: Any,
-    *,
-    loss: Loss | None = None,
-    optimizer: MakeOptimizer | None = None,
-    make_batch: MakeBatch | None = None,
-    device: str | None = None,
-    calibrate: bool | None = None,
-    **setting: Any,
-) -> Account:
+    model: torch.nn.Module, batch_like: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
+    make_batch: MakeBatch | None = None, device: str | None = None, calibrate: bool | None = None, **setting: Any,
+) -> Account:  # fmt: skip
     """The peak of a training step before it is run: of this model at any size, with any levers in force.
 
     The whole step is replayed on fake tensors: no memory, and no arithmetic. Convolutions and recurrent layers have
@@ -93,16 +85,10 @@ def forecast(
 
 
 def largest_batch(
-    model: torch.nn.Module,
-    batch_like: Any,
-    budget_bytes: int,
-    *,
-    loss: Loss | None = None,
-    optimizer: MakeOptimizer | None = None,
-    make_batch: MakeBatch | None = None,
-    device: str | None = None,
+    model: torch.nn.Module, batch_like: Any, budget_bytes: int, *, loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None, make_batch: MakeBatch | None = None, device: str | None = None,
     **setting: Any,
-) -> int:
+) -> int:  # fmt: skip
     """The largest batch size whose step fits into ``budget_bytes``, found without running out of memory.
 
     Raises
@@ -120,8 +106,8 @@ def largest_batch(
 
     fits, fails = setting["batch_size"], 2 * setting["batch_size"]
     if (needed := peak_bytes(fits)) > budget_bytes:
-        held = _predicted(forecaster, complete(forecaster.rest(), setting)).frame["value"]
-        resident = int(held.reindex(RESIDENTS).fillna(0).sum())
+        amounts = _predicted(forecaster, complete(forecaster.rest(), setting)).frame["value"]
+        resident = int(amounts.reindex(RESIDENTS).fillna(0).sum())
         raise ValueError(
             f"a budget of {readable(budget_bytes, 'bytes')} holds no step of this model: a batch of {fits} needs "
             f"{readable(needed, 'bytes')}, {readable(resident, 'bytes')} of it for parameters and what stays with them"
@@ -161,12 +147,13 @@ def live_bytes(account: Account) -> pd.DataFrame:
 
 
 def _timeline(account: Account) -> Timeline:
-    held = account.calibration
-    if isinstance(held, Calibration) and not account.predicted:
-        return held.observed.timeline
-    if not isinstance(held, Calibration | Forecaster):
+    calibration = account.calibration
+    if isinstance(calibration, Calibration) and not account.predicted:
+        return calibration.observed.timeline
+    forecaster = calibration.forecaster if isinstance(calibration, Calibration) else calibration
+    if not isinstance(forecaster, Forecaster):
         raise ValueError("this account has no timeline; those of activations.measure(), predict() and forecast() have")
-    return (held.forecaster if isinstance(held, Calibration) else held).timeline(*parted(account.setting))
+    return forecaster.timeline(*parted(account.setting))
 
 
 def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = None, *, repeats: int = 3) -> WhatIf:
@@ -218,8 +205,8 @@ def _forecaster(
     forecaster = Forecaster(model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device)
     forecaster.size, levers = parted(complete(forecaster.rest(), setting))
     if calibrate is None:
-        real = device is None and not any(parameter.is_meta for parameter in model.parameters())
-        calibrate = real and op_workspace.opaque(forecaster.timeline(forecaster.size, levers))
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        calibrate = device is None and not on_meta and op_workspace.opaque(forecaster.timeline(forecaster.size, levers))
     if calibrate:
         forecaster.calibrate(model, *levers.half)
     return forecaster
@@ -232,8 +219,7 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     error = abs(calibration.error_frac) if calibration else 0.0
     trust = Trust(error, least_frac=max(_LEAST_BAND_FRAC, forecaster.doubt_frac))
     companions: list[Account] = []
-    if calibration is not None and calibration.clock is not None:
-        clock = calibration.clock
+    if calibration is not None and (clock := calibration.clock) is not None:
         time_ns = round(forecaster.step_ns(size, levers, clock))
         companions = [Account.of(
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",

@@ -12,7 +12,6 @@ import torch
 from torch._C._profiler import _RecordFunctionFast
 
 from effkit.activations.op_costs import FLOPS, HALF_FLOPS
-from effkit.activations.stepping import BACKWARD
 from effkit.activations.storage_tracker import Follower
 from effkit.activations.timeline import CATEGORIES, Ints, Timeline
 from effkit.device import synchronize
@@ -39,9 +38,8 @@ class Observation(NamedTuple):
 
     def forward_flops(self) -> tuple[int, int]:
         """FLOPs of the forward pass in single precision, and in half."""
-        work, segments = self.timeline.work, self.timeline.segments
-        backward = next((part.first for part in segments if part.phase == BACKWARD), len(work))
-        return int(work[:backward, FLOPS].sum()), int(work[:backward, HALF_FLOPS].sum())
+        work = self.timeline.work[: self.timeline.backward]
+        return int(work[:, FLOPS].sum()), int(work[:, HALF_FLOPS].sum())
 
 
 def observe(
@@ -63,34 +61,31 @@ def observe(
         synchronize()
         torch.cuda.reset_peak_memory_stats()
     with gc_disabled():  # what an earlier step left in cycles would die during this one, and pass for its own
-        read = memory_events(follow)
+        recording = memory_events(follow)
     counted = torch.cuda.max_memory_allocated() if cuda else None
     timeline = follower.timeline()
-    kind = "cuda" if cuda else "cpu"
-    memory = read.memory[read.memory["device"].str.startswith(kind)].reset_index(drop=True)
-    marks = read.events[read.events["name"].str.startswith(_MARK)]
-    number = marks["name"].str.removeprefix(_MARK).astype("int64").to_numpy()
-    order = np.argsort(number)
+    memory = recording.memory[recording.memory["device"].str.startswith("cuda" if cuda else "cpu")]
+    marks = recording.events[recording.events["name"].str.startswith(_MARK)]
+    order = np.argsort(marks["name"].str.removeprefix(_MARK).astype("int64").to_numpy())
     starts = marks["start_ns"].to_numpy()[order]
     ends = starts + marks["dur_ns"].to_numpy()[order]
     times, totals = memory["time_ns"].to_numpy(), memory["total_bytes"].to_numpy("int64")
     before = int(totals[0] - memory["size_bytes"].iloc[0]) if len(memory) else 0
-    inside = _inside(timeline, starts, ends, times, np.append(before, totals))
+    levels = np.append(before, totals)
     at = int(totals.argmax()) if len(memory) else -1
     op = int(np.searchsorted(starts, times[at], "right")) - 1 if at >= 0 else -1
     rows = dict(timeline.resident_bytes) | _alive(memory.iloc[: at + 1], follower, timeline, op)
-    resident = sum(timeline.resident_bytes.values())
+    source = "torch.cuda.max_memory_allocated"
     if counted is None:
-        counted = resident + (max(0, int(totals[at]) - before) if at >= 0 else 0)
+        counted = sum(timeline.resident_bytes.values()) + (max(0, int(totals[at]) - before) if at >= 0 else 0)
         source = "resident tensors + the profiler's Total Allocated"
-    else:
-        source = "torch.cuda.max_memory_allocated"
-    rows = {name: rows[name] for name in CATEGORIES if rows.get(name)}
-    backward = next((segment.first for segment in timeline.segments if segment.phase == BACKWARD), len(starts))
-    levels = np.append(before, totals)
     # nothing is kept for a backward pass that never comes
-    kept = int(levels[np.searchsorted(times, starts[backward], "left")]) - before if backward < len(starts) else 0
-    return Observation(replace(timeline, inside_bytes=inside), ends - starts, rows, counted, source, kept)
+    backward = starts[timeline.backward : timeline.backward + 1]
+    kept = int(levels[np.searchsorted(times, backward[0], "left")]) - before if len(backward) else 0
+    return Observation(
+        replace(timeline, inside_bytes=_inside(timeline, starts, ends, times, levels)), ends - starts,
+        {name: rows[name] for name in CATEGORIES if rows.get(name)}, counted, source, kept,
+    )  # fmt: skip
 
 
 def _inside(timeline: Timeline, starts: Any, ends: Any, times: Any, levels: Any) -> Ints:
@@ -106,7 +101,7 @@ def _alive(memory: pd.DataFrame, follower: Follower, timeline: Timeline, op: int
     last = memory.drop_duplicates("address", keep="last")
     alive = last[last["size_bytes"] > 0].set_index("address")["size_bytes"]
     frame = timeline.allocations
-    here = frame[(frame["birth"] <= op) & (frame["death"] > op)]
-    category = pd.Series(here["category"].astype("str").to_numpy(), index=follower.addresses[here.index])
+    followed = frame[(frame["birth"] <= op) & (frame["death"] > op)]
+    category = pd.Series(followed["category"].astype("str").to_numpy(), index=follower.addresses[followed.index])
     purpose = category[~category.index.duplicated()].reindex(alive.index).fillna("workspace")
     return {str(name): int(amount) for name, amount in alive.groupby(purpose.to_numpy()).sum().items()}

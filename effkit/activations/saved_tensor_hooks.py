@@ -75,13 +75,12 @@ def stage(place: Place, pack: Callable[[Tensor, Kept], Kept], unpack: Callable[[
 def _pack(stages: tuple[_Stage, ...], tensor: Tensor) -> _Packed:
     with _busy():
         # An alias from the start: a node that kept its own output would hold itself, and never be freed.
-        alias = tensor.detach()
-        kept: Kept = alias
+        kept = alias = tensor.detach()
         for stage in stages:
             kept = stage.pack(tensor, kept)
         kept = alias if kept is tensor else kept
-        as_it_is = any(held is alias for held in tensors_in(kept))
-        return _Packed(stages, kept, alias if as_it_is else None, tensor._version)
+        unchanged = any(part is alias for part in tensors_in(kept))
+        return _Packed(stages, kept, alias if unchanged else None, tensor._version)
 
 
 def _unpack(packed: _Packed) -> Tensor:
@@ -122,11 +121,8 @@ def watch(seen: Callable[[Tensor, Kept], None]) -> Iterator[None]:
     Saved several times, it is seen several times: deduplicate by storage before adding bytes. Regions under
     ``torch.utils.checkpoint`` show their inputs only, and what selective checkpointing caches is not seen.
 
-    Parameters
-    ----------
-    seen
-        Gets the tensor as the operation saves it and what is kept in its stead after all other stages: an alias of
-        the tensor when none changed it, else a NamedTuple; :func:`tensors_in` lists the tensors in either.
+    ``kept`` is what is kept in its stead after all other stages: an alias of the tensor when none changed it, else a
+    NamedTuple; :func:`tensors_in` lists the tensors in either.
     """
 
     def pack(original: Tensor, kept: Kept) -> Kept:

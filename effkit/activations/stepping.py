@@ -18,14 +18,9 @@ Enter = Callable[[str], Any]
 
 
 def run(
-    model: torch.nn.Module,
-    batch: Any,
-    loss: Loss,
-    update: torch.optim.Optimizer,
-    levers: Levers,
-    enter: Enter = lambda phase: None,
-    most_parts: int | None = None,
-) -> None:
+    model: torch.nn.Module, batch: Any, loss: Loss, update: torch.optim.Optimizer, levers: Levers,
+    enter: Enter = lambda phase: None, most_parts: int | None = None,
+) -> None:  # fmt: skip
     """Forward and backward of every micro-batch, then the optimizer's step; ``enter`` hears which phase begins.
 
     With ``most_parts`` the micro-batches after these are left out.
@@ -84,13 +79,13 @@ def parts(batch: Any, count: int) -> Iterator[Any]:
         return
     first = 0
     for i in range(count):
-        here = size // count + (i < size % count)
-        yield tree_map_only(torch.Tensor, partial(_narrowed, first, here), batch)
-        first += here
+        num_rows = size // count + (i < size % count)
+        yield tree_map_only(torch.Tensor, partial(_narrowed, first, num_rows), batch)
+        first += num_rows
 
 
-def _narrowed(first: int, count: int, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.narrow(0, first, count) if tensor.dim() else tensor
+def _narrowed(first: int, num_rows: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.narrow(0, first, num_rows) if tensor.dim() else tensor
 
 
 def resized(batch: Any, num_rows: int, num_cells: int | None = None) -> Any:
@@ -99,25 +94,23 @@ def resized(batch: Any, num_rows: int, num_cells: int | None = None) -> Any:
     Dimension 0 becomes ``num_rows``; every later dimension that is as large as the batch's sequence length becomes
     ``num_cells``. Where that rule does not fit, make the batches yourself.
     """
-    old_rows, old_cells = rows(batch), length(batch)
-    if num_cells is None or old_cells is None:
-        num_cells = old_cells
+    old_cells = length(batch)
+    new_cells = old_cells if old_cells is None or num_cells is None else num_cells
+    if (num_rows, new_cells) == (rows(batch), old_cells):
+        return batch
 
     def fit(tensor: torch.Tensor) -> torch.Tensor:
         for dim, size in enumerate(tensor.shape):
-            wanted = num_rows if dim == 0 else num_cells if size == old_cells else size
-            if wanted is not None and wanted != size:
-                where = torch.arange(wanted, device=tensor.device) % size
-                tensor = tensor.index_select(dim, where)
+            new_size = num_rows if dim == 0 else new_cells if size == old_cells else size
+            if new_size is not None and new_size != size:
+                tensor = tensor.index_select(dim, torch.arange(new_size, device=tensor.device) % size)
         return tensor
 
-    if (num_rows, num_cells) == (old_rows, old_cells):
-        return batch
     return tree_map_only(torch.Tensor, fit, batch)
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
-    found = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-    if not found:
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
         raise ValueError("a batch holds tensors: a mapping of keyword arguments, a tuple of arguments, or one tensor")
-    return found
+    return tensors

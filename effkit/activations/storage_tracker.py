@@ -23,27 +23,19 @@ OUTSIDE = ""  # of any module
 class Follower(TorchDispatchMode):
     """Sees every operator below autograd, on real tensors or on fake ones, and learns of each storage's death.
 
-    Parameters
-    ----------
-    residents
-        What is there all the time, by category: not counted again.
-    mark
-        Number of an operator -> a context to run it in; given for real tensors only, whose addresses are noted too.
+    ``residents`` are there all the time, by category, and not counted again. ``mark`` makes a context to run an
+    operator in, from its number; it is given for real tensors only, whose addresses are noted too.
     """
 
     def __init__(
-        self,
-        residents: Mapping[str, Sequence[torch.Tensor]],
+        self, residents: Mapping[str, Sequence[torch.Tensor]],
         mark: Callable[[int], AbstractContextManager[Any]] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._mark = mark or (lambda number: nullcontext())
-        # fake storages have no address
-        self._address: Callable[[torch.UntypedStorage], int] = (
-            (lambda storage: storage.data_ptr()) if mark else lambda _: 0
-        )
+        self._mark = mark or nullcontext
+        self._has_addresses = mark is not None  # fake storages have none
         self._ops: list[str] = []
-        self._known: dict[int, int] = {}  # storage -> its allocation, -1 for a resident
+        self._allocation_of: dict[int, int] = {}  # storage -> its allocation, -1 for a resident
         self._refs: list[Any] = []
         self._sizes: list[int] = []
         self._born: list[tuple[int, str, bool]] = []  # operator, module, while a forward was computed again
@@ -64,7 +56,7 @@ class Follower(TorchDispatchMode):
             self._resident_bytes[category] = 0
             for tensor in tensors:
                 storage = tensor.untyped_storage()
-                self._known[storage._cdata] = -1
+                self._allocation_of[storage._cdata] = -1
                 self._refs.append(storage)
                 self._resident_bytes[category] += storage.nbytes()
 
@@ -74,10 +66,9 @@ class Follower(TorchDispatchMode):
         self._parameters = list(model.parameters())
         with ExitStack() as stack:
             for name, module in model.named_modules():
-                enter = module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name))
-                leave = module.register_forward_hook(lambda *_: self._leave(), always_call=True)
-                stack.callback(enter.remove)
-                stack.callback(leave.remove)
+                # handles are contexts: leaving one removes the hook
+                stack.enter_context(module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
+                stack.enter_context(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
             stack.enter_context(saved_tensor_hooks.watch(self._keep))
             stack.enter_context(self)
             yield
@@ -87,7 +78,7 @@ class Follower(TorchDispatchMode):
         self._modules.clear()
         if phase == OPTIMIZER:
             self._gradients = {
-                self._known[g.untyped_storage()._cdata] for p in self._parameters if (g := p.grad) is not None
+                self._allocation_of[g.untyped_storage()._cdata] for p in self._parameters if (g := p.grad) is not None
             }
         # cutting off the first micro-batch belongs to it
         self._segments.append(Segment(phase, len(self._ops) if self._segments else 0))
@@ -102,7 +93,7 @@ class Follower(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self._births(given, made, number)
         self._ops.append(func._schema.name.removeprefix("aten::"))
-        weights = tuple(tuple(t.shape) for t in given if self._known.get(t.untyped_storage()._cdata) == -1)
+        weights = tuple(tuple(t.shape) for t in given if self._allocation_of.get(t.untyped_storage()._cdata) == -1)
         half = bool(given) and given[0].dtype in op_costs.HALF
         self._signatures.append(Signature(self._ops[-1], tuple(tuple(t.shape[1:]) for t in given), weights, half))
         self._aside.append(saved_tensor_hooks.at_work())
@@ -125,10 +116,10 @@ class Follower(TorchDispatchMode):
 
     def _births(self, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor], number: int) -> None:
         """Note the storages that an operator made: its inputs' are somebody else's."""
-        there = {tensor.untyped_storage()._cdata for tensor in given}
+        inputs = {tensor.untyped_storage()._cdata for tensor in given}
         for tensor in made:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known and storage._cdata not in there:
+            key = tensor.untyped_storage()._cdata
+            if key not in self._allocation_of and key not in inputs:
                 self._birth(tensor, number)
 
     def _birth(self, tensor: torch.Tensor, number: int) -> None:
@@ -136,15 +127,15 @@ class Follower(TorchDispatchMode):
         again = bool(self._modules) and self._segments[-1].phase == BACKWARD
         # what waits in host memory does not count on a GPU
         self._sizes.append(storage.nbytes() if tensor.device.type == self._device_type else 0)
-        self._addresses.append(self._address(storage))
+        self._addresses.append(storage.data_ptr() if self._has_addresses else 0)
         self._born.append((number, self._where, again))
         key = storage._cdata
 
         def dead(_: Any) -> None:
-            self._known.pop(key, None)
+            self._allocation_of.pop(key, None)
             self._deaths[allocation] = len(self._ops)
 
-        self._known[key] = allocation
+        self._allocation_of[key] = allocation
         self._refs.append(weakref.ref(storage, dead))
 
     def _keep(self, original: torch.Tensor, kept: Any) -> None:
@@ -155,7 +146,7 @@ class Follower(TorchDispatchMode):
         comes_next = original.grad_fn is not None
         away = {tensor.untyped_storage()._cdata for tensor in saved_tensor_hooks.tensors_away(kept)}
         for tensor in saved_tensor_hooks.tensors_in(kept):
-            allocation = self._known.get(tensor.untyped_storage()._cdata, -1)
+            allocation = self._allocation_of.get(tensor.untyped_storage()._cdata, -1)
             if allocation >= 0:
                 self._saved.setdefault(allocation, (self._where, len(self._ops) if comes_next else self._latest))
                 if tensor.untyped_storage()._cdata in away:
@@ -173,15 +164,13 @@ class Follower(TorchDispatchMode):
         # an operator of the model's that does more than show a tensor in another shape
         working = np.flatnonzero((np.array(self._work)[:, op_costs.MOVED] > 0) & ~np.array(self._aside))
         made_for, last = np.array([op for _, op in savers], dtype="int64"), len(working) - 1
-        frame = pd.DataFrame(
-            {
-                "size_bytes": np.array(self._sizes, dtype="int64"),
-                "birth": np.array([op for op, *_ in self._born], dtype="int64"),
-                "death": np.array([self._deaths.get(i, num_ops) for i in range(len(self._born))], dtype="int64"),
-                "module": [module for module, _ in savers],
-                "operator": [self._ops[op] for op in working[np.searchsorted(working, made_for).clip(max=last)]],
-            }
-        )
+        frame = pd.DataFrame({
+            "size_bytes": np.array(self._sizes, dtype="int64"),
+            "birth": np.array([op for op, *_ in self._born], dtype="int64"),
+            "death": np.array([self._deaths.get(i, num_ops) for i in range(len(self._born))], dtype="int64"),
+            "module": [module for module, _ in savers],
+            "operator": [self._ops[op] for op in working[np.searchsorted(working, made_for).clip(max=last)]],
+        })  # fmt: skip
         category = pd.Categorical(self._categories(frame), categories=CATEGORIES)
         return Timeline(
             tuple(self._ops), frame.assign(category=category), self._resident_bytes, tuple(self._segments),
@@ -195,19 +184,13 @@ class Follower(TorchDispatchMode):
         birth, death = frame["birth"].to_numpy(), frame["death"].to_numpy()
         crossed = np.searchsorted(backwards, birth, "right")  # the next backward
         starts = np.append(backwards, len(self._ops) + 1)[crossed]
-        made_forward = np.array([self._phase_at(op) == FORWARD for op in birth], dtype=bool)
-        kept = made_forward & (death > starts)
-        names = []
-        for i, (_, _, again) in enumerate(self._born):
-            if i in self._gradients:
-                names.append("gradient")
-            elif i in self._on_host:
-                names.append("offloaded activation")
-            elif i in self._saved or kept[i]:
-                names.append("saved activation")
-            else:
-                names.append("recomputed activation" if again else "workspace")
-        return names
-
-    def _phase_at(self, op: int) -> str:
-        return next(segment.phase for segment in reversed(self._segments) if segment.first <= op)
+        phase = np.searchsorted([segment.first for segment in self._segments], birth, "right") - 1
+        in_forward = np.array([segment.phase == FORWARD for segment in self._segments])
+        kept = in_forward[phase] & (death > starts)
+        return [
+            "gradient" if i in self._gradients
+            else "offloaded activation" if i in self._on_host
+            else "saved activation" if i in self._saved or kept[i]
+            else "recomputed activation" if again else "workspace"
+            for i, (_, _, again) in enumerate(self._born)
+        ]  # fmt: skip

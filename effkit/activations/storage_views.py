@@ -108,7 +108,7 @@ class PerStorage:
 
     def once(self, region: Region, make: Callable[[], Kept]) -> Once:
         """The one of this region, made now if there is none."""
-        found = self._made.get(region.key)
-        if found is None:
-            found = self._made[region.key] = Once(make())
-        return found
+        values = self._made.get(region.key)
+        if values is None:
+            values = self._made[region.key] = Once(make())
+        return values

@@ -40,16 +40,9 @@ class Clock:
     checkpointing decides about each of the *deciding* in Python. Each lever was run once alone: by what that run took
     more or less, its combinations are corrected, in proportion to how much of the lever is in force.
 
-    Attributes
-    ----------
-    costs
-        (name, whether in half precision) -> ns per call, per byte and per FLOP.
-    weights
-        ``s``, ``p`` [ns], ``q`` [ns].
-    corrections
-        Lever -> ns at full force; the plain step's is under ``None``.
-    error_frac
-        Root mean square of the relative errors on the runs before they were corrected.
+    ``costs`` maps (name, whether in half precision) to ns per call, per byte and per FLOP; ``weights`` are ``s``,
+    ``p`` [ns] and ``q`` [ns]; ``corrections`` maps a lever to ns at full force, ``None`` to the plain step's;
+    ``error_frac`` is the root mean square of the relative errors on the runs before they were corrected.
     """
 
     costs: dict[tuple[str, bool], Floats]
@@ -72,9 +65,7 @@ class Clock:
         short = truth - parts @ weights
         plain = next(short[i] for i, run in enumerate(runs) if not _forces(run.levers))
         corrections: dict[Hashable, float] = {None: float(plain)}
-        for i, run in enumerate(runs):
-            for lever in _forces(run.levers):
-                corrections[lever] = float(short[i] - plain)
+        corrections |= {lever: float(short[i] - plain) for i, run in enumerate(runs) for lever in _forces(run.levers)}
         return cls(costs, weights, corrections, float(np.sqrt(np.mean(np.square(short / truth)))))
 
     def step_ns(self, timeline: Timeline, levers: Levers, growth: float = 1.0) -> float:
@@ -91,20 +82,16 @@ class Clock:
 
 def _forces(levers: Levers) -> dict[Hashable, float]:
     """Which levers are in force, and how much: 1 where they were run alone."""
-    forces: dict[Hashable, float] = {}
-    if levers.checkpoint_every:
-        forces["checkpoint", levers.keep] = 1 / levers.checkpoint_every
-    if levers.compress != NONE:
-        forces["compress", levers.compress] = 1.0
-    if levers.offload_frac:
-        forces["offload"] = levers.offload_frac
-    if levers.micro_batches > 1:
-        forces["micro_batches"] = 2 * (1 - 1 / levers.micro_batches)
-    if levers.autocast != NONE:
-        forces["autocast", levers.autocast] = 1.0
-    if levers.optimizer_states != "float32":
-        forces["optimizer_states", levers.optimizer_states] = 1.0
-    return forces
+    every = levers.checkpoint_every
+    forces: dict[Hashable, float] = {
+        ("checkpoint", levers.keep): 1 / every if every else 0.0,
+        ("compress", levers.compress): float(levers.compress != NONE),
+        "offload": levers.offload_frac,
+        "micro_batches": 2 * (1 - 1 / levers.micro_batches),
+        ("autocast", levers.autocast): float(levers.autocast != NONE),
+        ("optimizer_states", levers.optimizer_states): float(levers.optimizer_states != "float32"),
+    }
+    return {lever: force for lever, force in forces.items() if force}
 
 
 def _features(timeline: Timeline) -> tuple[list[tuple[str, bool]], Floats]:
@@ -122,12 +109,11 @@ def _cost(points: Sequence[tuple[Floats, float]], floor_ns: float) -> Floats:
     moved = design[:, 1]
     if moved.max() > _APART * moved.min():
         return nonnegative(design / duration[:, None], np.ones(len(duration)))
-    rate = 2 if design[0, 2] else 1
-    cost = np.array([min(floor_ns, duration.mean()), 0.0, 0.0])
-    if design[0, rate]:
-        cost[rate] = max(0.0, duration.mean() - floor_ns) / design[:, rate].mean()
-    else:
-        cost[0] = duration.mean()
+    rate, mean_ns = (2 if design[0, 2] else 1), duration.mean()
+    if not design[0, rate]:
+        return np.array([mean_ns, 0.0, 0.0])
+    cost = np.array([min(floor_ns, mean_ns), 0.0, 0.0])
+    cost[rate] = max(0.0, mean_ns - floor_ns) / design[:, rate].mean()
     return cost
 
 

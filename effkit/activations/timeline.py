@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from effkit.activations.stepping import BACKWARD
+
 PEAK = "Peak memory of one step"
 CATEGORIES = (
     "parameter", "buffer", "optimizer state", "input", "gradient", "saved activation", "offloaded activation",
@@ -76,11 +78,15 @@ class Timeline:
         lasts = [*(segment.first for segment in self.segments[1:]), len(self.ops)]
         return [s.phase for s, last in zip(self.segments, lasts, strict=True) for _ in range(s.first, last)]
 
+    @property
+    def backward(self) -> int:
+        """The first operator of the backward pass; the number of operators where there is none."""
+        return next((segment.first for segment in self.segments if segment.phase == BACKWARD), len(self.ops))
+
     def levels(self) -> Ints:
         """Bytes alive during each operator, by category: shape [num_categories, num_ops]."""
         change = np.zeros((len(CATEGORIES), len(self.ops) + 1), dtype="int64")
-        category = self.allocations["category"].cat.codes.to_numpy()
-        size = self.allocations["size_bytes"].to_numpy()
+        category, size = self.allocations["category"].cat.codes.to_numpy(), self.allocations["size_bytes"].to_numpy()
         np.add.at(change, (category, self.allocations["birth"].to_numpy()), size)
         np.add.at(change, (category, self.allocations["death"].to_numpy()), -size)
         levels = change.cumsum(axis=1)[:, :-1]
@@ -104,20 +110,18 @@ class Timeline:
 
     def with_optimizer_of(self, other: Timeline) -> Timeline:
         """Forward and backward of this step, then the optimizer's step of another of the same model."""
-        here, there = self.segments[-1].first, other.segments[-1].first
-        mine = self.allocations[self.allocations["birth"] < here]
+        end, start = self.segments[-1].first, other.segments[-1].first
+        before = self.allocations[self.allocations["birth"] < end]
         # gradients and what else backward leaves live to the end of the other optimizer's step, as to that of this one
-        death = mine["death"]
-        mine = mine.assign(death=death.where(death <= here, death + here + len(other.ops) - there - len(self.ops)))
-        theirs = other.allocations[other.allocations["birth"] >= there]
-        theirs = theirs.assign(birth=theirs["birth"] + here - there, death=theirs["death"] + here - there)
-        joined: Any = {
-            name: np.concatenate([getattr(self, name)[:here], getattr(other, name)[there:]])
-            for name in ("work", "aside", "inside_bytes")
-        }
+        death = before["death"]
+        before = before.assign(death=death.where(death <= end, death + end + len(other.ops) - start - len(self.ops)))
+        after = other.allocations[other.allocations["birth"] >= start]
+        after = after.assign(birth=after["birth"] + end - start, death=after["death"] + end - start)
+        joined: Any = {name: np.concatenate([getattr(self, name)[:end], getattr(other, name)[start:]])
+                       for name in ("work", "aside", "inside_bytes")}  # fmt: skip
         return replace(
-            self, ops=self.ops[:here] + other.ops[there:], signatures=self.signatures[:here] + other.signatures[there:],
-            allocations=pd.concat([mine, theirs], ignore_index=True), resident_bytes=other.resident_bytes, **joined,
+            self, ops=self.ops[:end] + other.ops[start:], signatures=self.signatures[:end] + other.signatures[start:],
+            allocations=pd.concat([before, after], ignore_index=True), resident_bytes=other.resident_bytes, **joined,
         )  # fmt: skip
 
     def times_run(self, micro_batches: int) -> Ints:
@@ -131,9 +135,8 @@ class Timeline:
     @property
     def retained(self) -> pd.DataFrame:
         """The allocations that the first forward leaves for its backward."""
-        frame, backward = self.allocations, self.segments[1].first
-        kept = frame["category"].isin(["saved activation", "offloaded activation"])
-        return frame[kept & (frame["birth"] < backward)]
+        kept = self.allocations["category"].isin(["saved activation", "offloaded activation"])
+        return self.allocations[kept & (self.allocations["birth"] < self.segments[1].first)]
 
 
 def rows_at(levels: Any) -> dict[str, int]:

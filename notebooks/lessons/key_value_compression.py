@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from effkit.timing import interleaved_ns
-from effkit.training import saved_bytes
+from lessons.saved_for_backward import saved_bytes
 
 PUBLISHED_SAVED_FRAC = 0.34  # PixArt-Sigma (arXiv 2403.04692), at 4K, second-hand: "about 34%" of time, not of FLOPs
 

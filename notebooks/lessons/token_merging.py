@@ -19,7 +19,8 @@ from torch.nn import functional
 from effkit import models
 from effkit.decoder.module_roles import like_layers
 from effkit.timing import interleaved_ns
-from effkit.training import forward, own_loss, saved_bytes, unchanged
+from effkit.training import forward, own_loss, unchanged
+from lessons.saved_for_backward import saved_bytes
 
 
 def merge_tokens(

@@ -12,9 +12,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit.training import saved_bytes
 from lessons.generators.flows import FlowModel, FlowTraining
 from lessons.meter import reproducible
+from lessons.saved_for_backward import saved_bytes
 
 NOISE = 0.7  # eta of the published settings
 NUM_GROUPS, GROUP_SIZE = 6, 12  # rollouts of an iteration
