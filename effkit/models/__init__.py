@@ -27,17 +27,9 @@ __all__ = ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "te
 
 
 def convolutional(
-    *,
-    width: int = 32,
-    stages: int = 3,
-    blocks_per_stage: int = 2,
-    image: int = 32,
-    channels: int = 3,
-    classes: int = 10,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> Convolutional:
+    *, width: int = 32, stages: int = 3, blocks_per_stage: int = 2, image: int = 32, channels: int = 3,
+    classes: int = 10, device: str | None = None, dtype: torch.dtype | None = None, seed: int = 0,
+) -> Convolutional:  # fmt: skip
     """A residual convolutional image classifier (ResNet, arXiv 1512.03385).
 
     Its first stage has ``width`` channels, and each later one twice as many on half the side; there are
@@ -50,26 +42,11 @@ def convolutional(
 
 
 def expert_parallel(
-    hidden: int = 64,
-    ffn: int = 128,
-    num_experts: int = 8,
-    top_k: int = 2,
-    *,
-    capacity_factor: float = 0.0,
-    pad: bool = False,
-    num_chunks: int = 1,
-    num_chunks_backward: int = 0,
-    compress: str = "none",
-    num_hashes: int = 4,
-    compensate: bool = False,
-    message_dtype: str = "same",
-    owner: Sequence[int] | None = None,
-    group: Any = None,
-    barriers: bool = False,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> ExpertParallel:
+    hidden: int = 64, ffn: int = 128, num_experts: int = 8, top_k: int = 2, *, capacity_factor: float = 0.0,
+    pad: bool = False, num_chunks: int = 1, num_chunks_backward: int = 0, compress: str = "none", num_hashes: int = 4,
+    compensate: bool = False, message_dtype: str = "same", owner: Sequence[int] | None = None, group: Any = None,
+    barriers: bool = False, device: str | None = None, dtype: torch.dtype | None = None, seed: int = 0,
+) -> ExpertParallel:  # fmt: skip
     """An expert-parallel mixture of experts, to put into a model of your own.
 
     A layer, not a model: ``layer(x)`` takes tokens [num_tokens, hidden] and returns tokens of the same shape, no loss.
@@ -99,19 +76,10 @@ def expert_parallel(
 
 
 def gpt(
-    *,
-    layers: int = 4,
-    hidden: int = 128,
-    ffn: int | None = None,
-    heads: int = 4,
-    vocabulary: int = 1000,
-    max_input_cells: int = 1024,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> Gpt:
+    *, layers: int = 4, hidden: int = 128, ffn: int | None = None, heads: int = 4, vocabulary: int = 1000,
+    max_input_cells: int = 1024, dropout: float = 0.0, attention: str = "sdpa", device: str | None = None,
+    dtype: torch.dtype | None = None, seed: int = 0,
+) -> Gpt:  # fmt: skip
     """A GPT-2, decoder-only language model with learned positions for rows of ``max_input_cells`` [tokens] at most.
 
     ``ffn`` is 4 x hidden unless given. ``dropout`` is of embeddings, attention and residuals; 0 keeps steps repeatable.
@@ -121,15 +89,9 @@ def gpt(
 
 
 def recurrent(
-    *,
-    layers: int = 2,
-    hidden: int = 128,
-    vocabulary: int = 1000,
-    dropout: float = 0.0,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> Recurrent:
+    *, layers: int = 2, hidden: int = 128, vocabulary: int = 1000, dropout: float = 0.0, device: str | None = None,
+    dtype: torch.dtype | None = None, seed: int = 0,
+) -> Recurrent:  # fmt: skip
     """An LSTM language model; embeddings are as wide as ``hidden``, and ``dropout`` is between layers.
 
     >>> recurrent(layers=1).random_batch(2, length=8)["input_ids"].shape
@@ -139,20 +101,10 @@ def recurrent(
 
 
 def speech(
-    *,
-    encoder_layers: int = 4,
-    decoder_layers: int = 2,
-    hidden: int = 128,
-    ffn: int | None = None,
-    heads: int = 2,
-    vocabulary: int = 1000,
-    max_input_cells: int = 6000,
-    max_output_cells: int = 1024,
-    dropout: float = 0.0,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> Speech:
+    *, encoder_layers: int = 4, decoder_layers: int = 2, hidden: int = 128, ffn: int | None = None, heads: int = 2,
+    vocabulary: int = 1000, max_input_cells: int = 6000, max_output_cells: int = 1024, dropout: float = 0.0,
+    device: str | None = None, dtype: torch.dtype | None = None, seed: int = 0,
+) -> Speech:  # fmt: skip
     """A Speech2Text encoder-decoder (arXiv 2010.05171).
 
     ``ffn`` is 4 x hidden unless given. It has positions for inputs of ``max_input_cells`` [10 ms frames] and outputs of
@@ -162,18 +114,10 @@ def speech(
 
 
 def text(
-    *,
-    layers: int = 4,
-    hidden: int = 128,
-    ffn: int | None = None,
-    heads: int = 4,
-    kv_heads: int | None = None,
-    vocabulary: int = 1000,
-    max_input_cells: int = 8192,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
+    *, layers: int = 4, hidden: int = 128, ffn: int | None = None, heads: int = 4, kv_heads: int | None = None,
+    vocabulary: int = 1000, max_input_cells: int = 8192, device: str | None = None, dtype: torch.dtype | None = None,
     seed: int = 0,
-) -> Text:
+) -> Text:  # fmt: skip
     """A Llama, decoder-only language model (arXiv 2302.13971), whose rows may hold several packed documents.
 
     ``ffn`` is 4 x hidden and ``kv_heads`` equals ``heads`` unless given; ``max_input_cells`` is the longest row
@@ -186,21 +130,10 @@ def text(
 
 
 def vision(
-    *,
-    layers: int = 4,
-    hidden: int = 128,
-    ffn: int | None = None,
-    heads: int = 4,
-    image: int = 32,
-    patch: int = 4,
-    channels: int = 3,
-    classes: int = 10,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> Vision:
+    *, layers: int = 4, hidden: int = 128, ffn: int | None = None, heads: int = 4, image: int = 32, patch: int = 4,
+    channels: int = 3, classes: int = 10, dropout: float = 0.0, attention: str = "sdpa", device: str | None = None,
+    dtype: torch.dtype | None = None, seed: int = 0,
+) -> Vision:  # fmt: skip
     """A ViT image classifier (arXiv 2010.11929) of (``image`` / ``patch``)² patches and one class token.
 
     Images have ``image`` x ``image`` pixels and ``channels``. ``ffn`` is 4 x hidden unless given; ``dropout`` 0 keeps

@@ -47,17 +47,10 @@ class _Expected:
 
 
 def scale(
-    base: Account,
-    num_ranks: int,
-    *,
-    node_size: int = 8,
-    intra: tuple[float, float] | None = None,
-    inter: tuple[float, float] | None = None,
-    num_nics_per_node: int = 0,
-    overlap_frac: float | None = None,
-    imbalance: float = 1.0,
-    **changes: Any,
-) -> Account:
+    base: Account, num_ranks: int, *, node_size: int = 8, intra: tuple[float, float] | None = None,
+    inter: tuple[float, float] | None = None, num_nics_per_node: int = 0, overlap_frac: float | None = None,
+    imbalance: float = 1.0, **changes: Any,
+) -> Account:  # fmt: skip
     """A step of the measured layer on ``num_ranks`` ranks of a cluster: what is computed as measured, links as assumed.
 
     An exchange takes ``alpha + max(bytes to ranks of the node / intra, bytes to other nodes / inter)``, the formula
@@ -157,17 +150,10 @@ def scale(
 
 
 def scaling_table(
-    base: Account,
-    sizes: Sequence[int] = SIZES,
-    *,
-    node_size: int = 8,
-    intra: tuple[float, float] | None = None,
-    inter: tuple[float, float] | None = None,
-    num_nics_per_node: int = 0,
-    overlap_frac: float | None = None,
-    imbalance: float = 1.0,
-    **changes: Any,
-) -> pd.DataFrame:
+    base: Account, sizes: Sequence[int] = SIZES, *, node_size: int = 8, intra: tuple[float, float] | None = None,
+    inter: tuple[float, float] | None = None, num_nics_per_node: int = 0, overlap_frac: float | None = None,
+    imbalance: float = 1.0, **changes: Any,
+) -> pd.DataFrame:  # fmt: skip
     """:func:`scale` at several numbers of ranks: a row per size.
 
     Indexed by ``num_ranks``: ``total_ns``, ``low_ns``, ``high_ns``; ``computing_ns``, ``moving_ns`` (exposed),

@@ -40,23 +40,11 @@ _ENVIRONMENT = {
 
 
 def launch(
-    settings: Sequence[Setting],
-    num_ranks: int,
-    *,
-    num_rounds: int = 3,
-    num_steps: int = 4,
-    barriers: bool = False,
-    link_bytes_per_s: float = 0.0,
-    ranks_per_node: int = 0,
-    slow: Slow | Sequence[Slow | None] | None = None,
-    links: int = 0,
-    delays: int = 0,
-    delay_bytes: int = 2**16,
-    profile: str | Path | None = None,
-    backend: str = "auto",
-    timeout_s: float = 120.0,
-    progress: Progress | None = None,
-) -> Run:
+    settings: Sequence[Setting], num_ranks: int, *, num_rounds: int = 3, num_steps: int = 4, barriers: bool = False,
+    link_bytes_per_s: float = 0.0, ranks_per_node: int = 0, slow: Slow | Sequence[Slow | None] | None = None,
+    links: int = 0, delays: int = 0, delay_bytes: int = 2**16, profile: str | Path | None = None, backend: str = "auto",
+    timeout_s: float = 120.0, progress: Progress | None = None,
+) -> Run:  # fmt: skip
     """Run these settings in turn, ``num_rounds`` times ``num_steps`` steps of each, on ranks of their own.
 
     Parameters

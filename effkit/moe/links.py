@@ -127,15 +127,9 @@ class Link:
 
 
 def link(
-    num_ranks: int = 2,
-    *,
-    link_bytes_per_s: float = 0.0,
-    ranks_per_node: int = 0,
-    num_repeats: int = 9,
-    backend: str = "auto",
-    timeout_s: float = 120.0,
-    progress: Progress | None = None,
-) -> Link:
+    num_ranks: int = 2, *, link_bytes_per_s: float = 0.0, ranks_per_node: int = 0, num_repeats: int = 9,
+    backend: str = "auto", timeout_s: float = 120.0, progress: Progress | None = None,
+) -> Link:  # fmt: skip
     """Time all-to-alls between ranks of their own, 1 KiB to 4 MiB to each, and fit an alpha and a bandwidth.
 
     The clock runs from the first rank's arrival to the last one's departure, for a rank that comes early may be sent to
@@ -195,16 +189,10 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
 
 
 def delays(
-    num_ranks: int = 4,
-    *,
-    num_rounds: int = 10,
-    quickest_of: int = 3,
-    slow: Slow | Sequence[Slow | None] | None = None,
-    link_bytes_per_s: float = 100e6,
-    size_bytes: int = DELAY_BYTES,
-    timeout_s: float = 120.0,
+    num_ranks: int = 4, *, num_rounds: int = 10, quickest_of: int = 3, slow: Slow | Sequence[Slow | None] | None = None,
+    link_bytes_per_s: float = 100e6, size_bytes: int = DELAY_BYTES, timeout_s: float = 120.0,
     progress: Progress | None = None,
-) -> Array:
+) -> Array:  # fmt: skip
     """Times [ns] of one message from each rank to each other, live: what :func:`find_slow` looks at.
 
     One pair talks at a time, over its own way through a link that all ranks share, each on a node of its own.

@@ -24,22 +24,11 @@ COPIES = "Token copies in one step"
 
 
 def measure(
-    setting: Setting | None = None,
-    num_ranks: int = 2,
-    *,
-    base: Account | None = None,
-    levers: Sequence[str] = (),
-    link_bytes_per_s: float | None = None,
-    ranks_per_node: int | None = None,
-    num_rounds: int = 3,
-    num_steps: int = 3,
-    barriers: bool = False,
-    profile: str | Path | None = None,
-    backend: str = "auto",
-    timeout_s: float = 180.0,
-    progress: Progress | None = None,
-    **changes: Any,
-) -> Account:
+    setting: Setting | None = None, num_ranks: int = 2, *, base: Account | None = None, levers: Sequence[str] = (),
+    link_bytes_per_s: float | None = None, ranks_per_node: int | None = None, num_rounds: int = 3, num_steps: int = 3,
+    barriers: bool = False, profile: str | Path | None = None, backend: str = "auto", timeout_s: float = 180.0,
+    progress: Progress | None = None, **changes: Any,
+) -> Account:  # fmt: skip
     """Run an expert-parallel layer on ranks of its own; an Account in ns of a step, forward and backward.
 
     Rows are means over the ranks; each rank's phases and its waiting (until the last rank has come to an exchange) and
