@@ -28,53 +28,53 @@ def rows_ns(step: Step) -> dict[str, float]:
     """The mean over ranks of each phase's time, ``ROWS`` in order; only time that no computing hides counts as
     waiting or moving. ``HANDING``: between computing and an exchange, when neither goes on. ``END``: until the slowest
     rank is done. A row that never occurs is left out."""
-    found: dict[str, float] = defaultdict(float)
+    rows: dict[str, float] = defaultdict(float)
     done = max(rank.end_ns for rank in step.ranks)
-    found[END] = sum(done - rank.end_ns for rank in step.ranks) / len(step.ranks)
+    rows[END] = sum(done - rank.end_ns for rank in step.ranks) / len(step.ranks)
     for rank in range(len(step.ranks)):
         for name, time_ns in _of_rank(step, rank).items():
-            found[name] += time_ns / len(step.ranks)
-    return {name: found[name] for name in ROWS if name in found}
+            rows[name] += time_ns / len(step.ranks)
+    return {name: rows[name] for name in ROWS if name in rows}
 
 
 def communication_ns(step: Step) -> dict[str, float]:
     """The mean over ranks of the time in collectives, by kind: ``dispatch exposed``, ``dispatch hidden``, …"""
-    found: dict[str, float] = defaultdict(float)
+    times: dict[str, float] = defaultdict(float)
     num_ranks = len(step.ranks)
     for rank, of_rank in enumerate(step.ranks):
-        seen = _of_rank(step, rank)
+        phases = _of_rank(step, rank)
         for kind in TRAVELS:
             calls = [call for call in of_rank.calls if call.kind in (kind, kind + BARRIER)]
             if calls:
                 busy = sum(call.end_ns - call.start_ns for call in calls)
-                exposed = min(busy, seen.get(f"{kind} waiting", 0) + seen.get(f"{kind} moving", 0))
-                found[f"{kind} exposed"] += exposed / num_ranks
-                found[f"{kind} hidden"] += (busy - exposed) / num_ranks
-    return dict(found)
+                exposed = min(busy, phases.get(f"{kind} waiting", 0) + phases.get(f"{kind} moving", 0))
+                times[f"{kind} exposed"] += exposed / num_ranks
+                times[f"{kind} hidden"] += (busy - exposed) / num_ranks
+    return dict(times)
 
 
 def _of_rank(step: Step, rank: int) -> dict[str, float]:
-    found: dict[str, float] = defaultdict(float)
+    """Time of each row on one rank, but for the end [ns]."""
+    rows: dict[str, float] = defaultdict(float)
     pieces = list(pieces_of(step, rank))
     for name, begin, end in step.ranks[rank].phases:
         if name not in TRAVELS:
-            found[name] += end - begin
+            rows[name] += end - begin
             continue
         left = float(end - begin)
         for label, start, stop in pieces:
             if (common := min(end, stop) - max(begin, start)) > 0:
-                found[label] += common
+                rows[label] += common
                 left -= common
         if left > 0:
-            found[HANDING] += left
-    return found
+            rows[HANDING] += left
+    return rows
 
 
 def pieces_of(step: Step, rank: int) -> Iterable[tuple[str, int, int]]:
     """The collectives of one rank, cut where the last of the ranks came: (``dispatch waiting``, begin, end), …
 
-    The n-th collective of a rank is the n-th of every other. Where the ranks met at a barrier before it, that was the
-    waiting.
+    The n-th collective of a rank is the n-th of every other. A barrier before a collective is its waiting.
     """
     last = [max(other.calls[n].start_ns for other in step.ranks) for n in range(len(step.ranks[rank].calls))]
     met = False
@@ -96,10 +96,8 @@ def typical(steps: Sequence[Step], of_step: Any) -> dict[str, float]:
     for step in steps:
         by_number[step.number].append(of_step(step))
     names = dict.fromkeys(name for rows in by_number.values() for row in rows for name in row)
-    return {
-        name: float(np.mean([np.median([row.get(name, 0.0) for row in rows]) for rows in by_number.values()]))
-        for name in names
-    }
+    return {name: float(np.mean([np.median([row.get(name, 0.0) for row in rows]) for rows in by_number.values()]))
+            for name in names}  # fmt: skip
 
 
 def phases_by_place(rank: OfRank) -> dict[tuple[bool, str, str], float]:
@@ -108,23 +106,20 @@ def phases_by_place(rank: OfRank) -> dict[tuple[bool, str, str], float]:
     The place is ``before`` the experts' first piece, ``during`` the pieces, or ``after`` the last one: what a pipeline
     can hide lies in the middle.
     """
-    found: dict[tuple[bool, str, str], float] = defaultdict(float)
+    times: dict[tuple[bool, str, str], float] = defaultdict(float)
     for forward in (True, False):
         phases = [phase for phase in rank.phases if (phase[1] < rank.turn_ns) == forward]
-        experts = [i for i, phase in enumerate(phases) if phase[0] == "experts"]
-        arrive = "dispatch" if forward else "combine"
+        names = [name for name, _, _ in phases]
+        if "experts" not in names:
+            continue
+        first, last = names.index("experts"), len(names) - 1 - names[::-1].index("experts")
+        # the first piece is unpacked between its arrival and the experts, the last one packed right after them
+        if names[max(0, first - 2) : first] == ["dispatch" if forward else "combine", "compress"]:
+            first -= 1
+        if names[last + 1 : last + 2] == ["compress"]:
+            last += 1
         for i, (name, begin, end) in enumerate(phases):
-            if name in TRAVELS or not experts:
-                continue
-            # the first piece is unpacked between its arrival and the experts
-            first = experts[0] - (1 if phases[experts[0] - 1][0] == "compress" and _came(phases, experts[0] - 2, arrive)
-                                  else 0)  # fmt: skip
-            packed = experts[-1] + (1 if experts[-1] + 1 < len(phases) and phases[experts[-1] + 1][0] == "compress"
-                                    else 0)  # fmt: skip
-            place = "before" if i < first else "after" if i > packed else "during"
-            found[forward, place, name] += end - begin
-    return dict(found)
-
-
-def _came(phases: Sequence[tuple[str, int, int]], at: int, kind: str) -> bool:
-    return at >= 0 and phases[at][0] == kind
+            if name not in TRAVELS:
+                place = "before" if i < first else "after" if i > last else "during"
+                times[forward, place, name] += end - begin
+    return dict(times)

@@ -23,7 +23,7 @@ SIZES = (8, 16, 32, 64, 128, 256, 512)
 BYTES = "Bytes that a rank sends to others in one step"
 WAITING = "waiting for the most loaded rank"
 BOOKKEEPING = "Tables of experts by ranks, beyond the measured ones"
-_LINK_BAND_FRAC = 0.11  # the worst miss of the same formula on DeepEP's published table (effkit.moe.deepep)
+_LINK_BAND_FRAC = 0.11  # the worst miss of the same formula on DeepEP's published table (lessons, deepep)
 _COUNT_BYTES = 8  # of one expert's count
 
 
@@ -94,50 +94,40 @@ def scale(
         For a base without calibration, ranks that do not fill nodes or cannot share the experts, a link that was
         neither measured nor given, or numbers that cannot be.
     """
-    known = calibration_of(base, Calibration, "moe")
+    calibration = calibration_of(base, Calibration, "moe")
     _check(num_ranks, node_size, num_nics_per_node, overlap_frac, imbalance, intra, inter)
-    setting = _setting(known, num_ranks, changes)
-    within = min(node_size, num_ranks)
-    fast = Level(*intra) if intra else _measured(known, within)
-    if num_ranks > node_size and inter is None:
-        raise ValueError(f"{num_ranks} ranks are {num_ranks // node_size} nodes of {node_size}: give inter=(alpha_ns, "
-                         "bytes_per_s) of a NIC")  # fmt: skip
-    nics = num_nics_per_node or within
-    slow = Level(inter[0], inter[1] * nics / within) if inter and num_ranks > node_size else None
-    mean, most = (_computed(known, setting, num_ranks, load) for load in (1.0, imbalance))
-    size = _expected(known, setting, 1, num_ranks).rows[0, 0]
-    way = _Way(num_ranks, within, fast, slow)
-    moving, hidden, sent = _exchanged(setting, size, way, overlap_frac, mean["experts"])
-    moving_most, _, _ = _exchanged(setting, size * imbalance, way, overlap_frac, most["experts"])
-    tables_ns = sum(mean.pop(BOOKKEEPING).values())
-    most.pop(BOOKKEEPING)
-    rows: dict[str, float] = {name: sum(of.values()) for name, of in mean.items()}
-    waiting = sum(sum(of.values()) for of in most.values()) - sum(rows.values())
+    setting = _setting(calibration, num_ranks, changes)
+    way = _way(calibration, num_ranks, node_size, intra, inter, num_nics_per_node)
+    mean, most = (_computed(calibration, setting, num_ranks, load) for load in (1.0, imbalance))
+    tables_ns, _ = (sum(phases.pop(BOOKKEEPING).values()) for phases in (mean, most))
+    num_rows = _expected(calibration, setting, 1, num_ranks).rows[0, 0]
+    moving, hidden, sent = _exchanged(setting, num_rows, way, overlap_frac, mean["experts"])
+    moving_most, _, _ = _exchanged(setting, num_rows * imbalance, way, overlap_frac, most["experts"])
+    rows: dict[str, float] = {name: sum(times.values()) for name, times in mean.items()}
+    waiting = sum(sum(times.values()) for times in most.values()) - sum(rows.values())
     waiting += sum(moving_most.values()) - sum(moving.values())
     moving["dispatch"] += way.dur_ns(*way.split(_COUNT_BYTES * setting.num_experts * num_ranks))
     if setting.backward and setting.num_replicas and num_ranks > 1:
-        weights = 2 * setting.num_replicas * setting.hidden * setting.ffn * ITEM_BYTES[setting.dtype]
-        # a ring: every rank sends all but its own share, twice, to its neighbour; one rank of a node to the next node
-        ring = 2 * weights * (num_ranks - 1) / num_ranks
-        moving["replicas"] = way.dur_ns(ring, ring * nics / within)
+        moving["replicas"] = _replicas_ns(setting, way)
     rows |= {f"{kind} moving": time_ns for kind, time_ns in moving.items()}
-    basis = dict.fromkeys(rows, "derived") | {f"{kind} moving": "assumed" for kind in moving}
     if waiting > 0:
-        rows[WAITING], basis[WAITING] = waiting, "assumed"
+        rows[WAITING] = waiting
     whole = {name: round(time_ns) for name, time_ns in rows.items()}
     total = sum(whole.values())
+    basis = {name: "assumed" if name == WAITING or name.endswith(" moving") else "derived" for name in whole}
     assumed = sum(time_ns for name, time_ns in whole.items() if basis[name] == "assumed")
-    half_width = known.band_frac * (total - assumed) + _LINK_BAND_FRAC * assumed
-    exposed = {f"{kind} exposed": round(time_ns) for kind, time_ns in moving.items()}
-    exposed |= {f"{kind} hidden": round(time_ns) for kind, time_ns in hidden.items()}
+    half_width = calibration.band_frac * (total - assumed) + _LINK_BAND_FRAC * assumed
+    exposed = {f"{kind} {word}": round(time_ns) for word, times in (("exposed", moving), ("hidden", hidden))
+               for kind, time_ns in times.items()}  # fmt: skip
     return Account.of(
-        TIME, "ns", whole, total=total, basis=basis, source=f"the costs measured on {known.num_ranks} ranks, and links "
-        f"that are assumed, for {num_ranks} ranks", **interval(total, half_width), in_range=False,
-        setting={**setting.plain(), "num_ranks": num_ranks, "node_size": node_size, "intra_alpha_ns": fast.alpha_ns,
-                 "intra_bytes_per_s": fast.bytes_per_s, "inter_alpha_ns": inter[0] if inter else None,
-                 "inter_bytes_per_s": inter[1] if inter else None, "num_nics_per_node": nics,
-                 "overlap_frac": overlap_frac, "imbalance": imbalance},
-        calibration=known,
+        TIME, "ns", whole, total=total, basis=basis, source=f"the costs measured on {calibration.num_ranks} ranks, and "
+        f"links that are assumed, for {num_ranks} ranks", **interval(total, half_width), in_range=False,
+        setting={**setting.plain(), "num_ranks": num_ranks, "node_size": node_size,
+                 "intra_alpha_ns": way.fast.alpha_ns, "intra_bytes_per_s": way.fast.bytes_per_s,
+                 "inter_alpha_ns": inter[0] if inter else None, "inter_bytes_per_s": inter[1] if inter else None,
+                 "num_nics_per_node": way.num_nics, "overlap_frac": overlap_frac,
+                 "imbalance": imbalance},
+        calibration=calibration,
         companions=(
             Account.of(COMMUNICATION, "ns", exposed, total=sum(exposed.values()), basis="assumed",
                        source="alpha and bytes over the assumed links"),
@@ -149,12 +139,8 @@ def scale(
     )  # fmt: skip
 
 
-def scaling_table(
-    base: Account, sizes: Sequence[int] = SIZES, *, node_size: int = 8, intra: tuple[float, float] | None = None,
-    inter: tuple[float, float] | None = None, num_nics_per_node: int = 0, overlap_frac: float | None = None,
-    imbalance: float = 1.0, **changes: Any,
-) -> pd.DataFrame:  # fmt: skip
-    """:func:`scale` at several numbers of ranks: a row per size.
+def scaling_table(base: Account, sizes: Sequence[int] = SIZES, **cluster: Any) -> pd.DataFrame:
+    """:func:`scale` at several numbers of ranks, a row per size; ``cluster`` are the other keywords of :func:`scale`.
 
     Indexed by ``num_ranks``: ``total_ns``, ``low_ns``, ``high_ns``; ``computing_ns``, ``moving_ns`` (exposed),
     ``waiting_ns``; ``hidden_ns``; ``moving_frac`` of the total; ``between_nodes_frac`` of the bytes that leave a rank;
@@ -167,80 +153,80 @@ def scaling_table(
     """
     rows = []
     for num_ranks in sizes:
-        at = scale(
-            base, num_ranks, node_size=node_size, intra=intra, inter=inter, num_nics_per_node=num_nics_per_node,
-            overlap_frac=overlap_frac, imbalance=imbalance, **changes,
-        )  # fmt: skip
-        value = at.frame["value"]
+        step = scale(base, num_ranks, **cluster)
+        value, hidden = step.frame["value"], step.companion(COMMUNICATION).frame["value"]
         moving = int(value[value.index.str.endswith(" moving")].sum())
         waiting = int(value.get(WAITING, 0))
-        communication, sent, _ = at.companions
-        hidden = communication.frame["value"]
         rows.append({
-            "num_ranks": num_ranks, "total_ns": at.total, "low_ns": at.low, "high_ns": at.high,
-            "computing_ns": at.total - moving - waiting, "moving_ns": moving, "waiting_ns": waiting,
-            "hidden_ns": int(hidden[hidden.index.str.endswith(" hidden")].sum()),
-            "moving_frac": moving / at.total, "between_nodes_frac": float(sent.share.get("to other nodes", 0.0)),
+            "num_ranks": num_ranks, "total_ns": step.total, "low_ns": step.low, "high_ns": step.high,
+            "computing_ns": step.total - moving - waiting, "moving_ns": moving, "waiting_ns": waiting,
+            "hidden_ns": int(hidden[hidden.index.str.endswith(" hidden")].sum()), "moving_frac": moving / step.total,
+            "between_nodes_frac": float(step.companion(BYTES).share.get("to other nodes", 0.0)),
         })  # fmt: skip
     table = pd.DataFrame(rows).set_index("num_ranks")
     table["efficiency_frac"] = table["total_ns"].iloc[0] / table["total_ns"]
     return table
 
 
-def _setting(known: Calibration, num_ranks: int, changes: dict[str, Any]) -> Setting:
+def _setting(calibration: Calibration, num_ranks: int, changes: dict[str, Any]) -> Setting:
     """The measured setting with as many experts on each rank; expected loads need no placement."""
-    single = known.setting.num_experts - known.setting.num_replicas
-    grown = {"num_experts": single // known.num_ranks * num_ranks + known.setting.num_replicas, "placement": "block"}
-    setting = known.setting.change(**(grown | changes))
+    measured = calibration.setting
+    per_rank = (measured.num_experts - measured.num_replicas) // calibration.num_ranks
+    grown = {"num_experts": per_rank * num_ranks + measured.num_replicas, "placement": "block"}
+    setting = measured.change(**(grown | changes))
     routing.owners(setting, num_ranks)
-    known.knows(setting)
+    calibration.knows(setting)
     return setting
 
 
-def _expected(known: Calibration, setting: Setting, num_rows: int, num_ranks: int, load: float = 1.0) -> _Expected:
+def _expected(
+    calibration: Calibration, setting: Setting, num_rows: int, num_ranks: int, load: float = 1.0
+) -> _Expected:
     """What a rank of ``num_ranks`` sends and, with ``load`` times the mean, gets; ``num_rows`` ranks are listed."""
     asked = setting.num_tokens * setting.top_k
     capacity = routing.capacity(setting) * setting.num_experts
     kept = float(min(asked, capacity))
     rows = float(capacity) if setting.pad else kept
     if setting.compress == "lsh":  # centroids per copy, as in the measured routing
-        here = setting.change(num_experts=known.setting.num_experts)
-        seen = routing.traffic(here, known.num_ranks, 0)
-        rows *= float(seen.rows.sum() / seen.kept.sum())
+        measured = setting.change(num_experts=calibration.setting.num_experts)
+        traffic = routing.traffic(measured, calibration.num_ranks, 0)
+        rows *= float(traffic.rows.sum() / traffic.kept.sum())
     # replicas take their share of the rows of their own rank, all experts of a rank together what a rank sends
     single = (setting.num_experts - setting.num_replicas) // num_ranks
     arrived = np.full((1, single + setting.num_replicas), load * rows / (single + setting.num_replicas))
     return _Expected(np.full((1, 1), kept), np.full((num_rows, 1), rows), arrived)
 
 
-def _computed(known: Calibration, setting: Setting, num_ranks: int, load: float) -> dict[str, dict[bool, float]]:
+def _computed(calibration: Calibration, setting: Setting, num_ranks: int, load: float) -> dict[str, dict[bool, float]]:
     """Time of each phase, forward and backward [ns]."""
-    found: dict[str, dict[bool, float]] = defaultdict(lambda: {True: 0.0, False: 0.0})
-    of_one, of_two = (_expected(known, setting, num, num_ranks, load) for num in (1, 2))
+    times: dict[str, dict[bool, float]] = defaultdict(lambda: {True: 0.0, False: 0.0})
+    traffics = [_expected(calibration, setting, num, num_ranks, load) for num in (1, 2)]
+    anchor = calibration.anchor(setting)
     # the ranks for which as many tables would be made as were
-    as_measured = known.setting.num_experts * known.num_ranks / setting.num_experts
-    for key in known.costs.phases:
+    as_measured = calibration.setting.num_experts * calibration.num_ranks / setting.num_experts
+    for key in calibration.costs.phases:
         forward, _, phase = key
         if (not forward and not setting.backward) or (phase == "replicas" and not setting.num_replicas):
             continue
-        one, two = (known.anchor(setting) * known.costs.phase_ns(key, setting, of, 0) for of in (of_one, of_two))  # type: ignore[arg-type]
-        found[phase][forward] += one + (two - one) * (as_measured - 1)
-        found[BOOKKEEPING][forward] += (two - one) * (num_ranks - as_measured)
-    return found
+        one, two = (anchor * calibration.costs.phase_ns(key, setting, traffic, 0) for traffic in traffics)  # type: ignore[arg-type]
+        times[phase][forward] += one + (two - one) * (as_measured - 1)
+        times[BOOKKEEPING][forward] += (two - one) * (num_ranks - as_measured)
+    return times
 
 
 class _Way(NamedTuple):
-    """What lies between the ranks: ``fast`` within a node of ``within`` ranks, ``slow`` (a rank's share) beyond."""
+    """The links between ranks: ``fast`` in a node of ``within`` ranks, ``slow`` (a rank's share of NICs) beyond."""
 
     num_ranks: int
     within: int
+    num_nics: int
     fast: Level
     slow: Level | None
 
     def split(self, size_bytes: float) -> tuple[float, float]:
         """Of what a rank has for all ranks, itself included: bytes to others of its node, and to other nodes."""
-        return (size_bytes * (self.within - 1) / self.num_ranks,
-                size_bytes * (self.num_ranks - self.within) / self.num_ranks)  # fmt: skip
+        inside, outside = self.within - 1, self.num_ranks - self.within
+        return size_bytes * inside / self.num_ranks, size_bytes * outside / self.num_ranks
 
     def dur_ns(self, inside: float, outside: float, pieces: int = 1) -> float:
         """Alpha of the slowest link that is used, once per piece, and the slower of the two transfers."""
@@ -275,12 +261,31 @@ def _exchanged(
     return exposed, hidden, sent
 
 
-def _measured(known: Calibration, within: int) -> Level:
-    alpha_ns, _, ns_per_byte, _ = (float(value) for value in known.costs.moving)
-    if not ns_per_byte:
-        raise ValueError("no exchange within a node was measured: give intra=(alpha_ns, bytes_per_s), or measure with "
-                         "ranks that share a node")  # fmt: skip
-    return Level(alpha_ns, 1e9 / ns_per_byte / within)
+def _way(
+    calibration: Calibration, num_ranks: int, node_size: int, intra: tuple[float, float] | None,
+    inter: tuple[float, float] | None, num_nics: int,
+) -> _Way:  # fmt: skip
+    within = min(node_size, num_ranks)
+    if intra is None:
+        alpha_ns, _, ns_per_byte, _ = (float(value) for value in calibration.costs.moving)
+        if not ns_per_byte:
+            raise ValueError("no exchange within a node was measured: give intra=(alpha_ns, bytes_per_s), or measure "
+                             "with ranks that share a node")  # fmt: skip
+        intra = alpha_ns, 1e9 / ns_per_byte / within
+    if num_ranks > node_size and inter is None:
+        raise ValueError(f"{num_ranks} ranks are {num_ranks // node_size} nodes of {node_size}: give inter=(alpha_ns, "
+                         "bytes_per_s) of a NIC")  # fmt: skip
+    num_nics = num_nics or within
+    slow = Level(inter[0], inter[1] * num_nics / within) if inter and num_ranks > node_size else None
+    return _Way(num_ranks, within, num_nics, Level(*intra), slow)
+
+
+def _replicas_ns(setting: Setting, way: _Way) -> float:
+    """Sum of the replicas' gradients by a ring: every rank sends all but its own share, twice, to its neighbour; one
+    rank of a node sends to the next node, over all NICs of the node."""
+    weights = 2 * setting.num_replicas * setting.hidden * setting.ffn * ITEM_BYTES[setting.dtype]
+    ring = 2 * weights * (way.num_ranks - 1) / way.num_ranks
+    return way.dur_ns(ring, ring * way.num_nics / way.within)
 
 
 def _check(

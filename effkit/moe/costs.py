@@ -6,8 +6,8 @@ Shapes: R ranks, E experts, N tokens of a rank, H hidden, F inner width; ``rows`
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from effkit.models.lsh import NUM_DIRECTIONS
 from effkit.models.messages import form_of, row_bytes
 from effkit.moe import routing
 from effkit.moe.breakdown import BARRIER, TRAVELS, phases_by_place
-from effkit.moe.recorded import Step
+from effkit.moe.recorded import Call, OfRank, Step
 from effkit.moe.setting import Setting
 from effkit.trace.names import ITEM_BYTES
 
@@ -35,17 +35,8 @@ class Handing(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """Fitted times.
-
-    Attributes
-    ----------
-    phases
-        (forward?, place, phase) -> nanoseconds per :func:`terms`.
-    moving
-        Nanoseconds per :func:`moving_terms` of one collective.
-    handing
-        What it costs to hand an exchange to a thread of its own.
-    """
+    """Fitted times: of each phase per :func:`terms`, and of one collective per :func:`moving_terms` [ns]; and what it
+    costs to hand an exchange to a thread of its own."""
 
     phases: Mapping[Key, Floats]
     moving: Floats
@@ -92,7 +83,7 @@ def terms(key: Key, setting: Setting, traffic: routing.Traffic, rank: int) -> Fl
     cut, lsh = float(pieces > 1), float(setting.compress == "lsh")
     recut = float(not forward and place == "before" and setting.degrees[0] != setting.degrees[1])
     half, eighth = (float(setting.message_dtype == dtype) for dtype in ("bfloat16", "float8"))
-    found = {
+    by_phase = {
         "gate": [1.0, n * e, n * h * e],
         "permute": [1.0, pieces * e * len(traffic.rows), (kept if place == "before" or not forward else 0.0) * h,
                     cut * own * h, recut * rows * (h + f)],
@@ -104,7 +95,7 @@ def terms(key: Key, setting: Setting, traffic: routing.Traffic, rank: int) -> Fl
         "compress": [lsh, lsh * n * h * setting.num_hashes * NUM_DIRECTIONS, lsh * kept * h,
                      half, half * (own + rows) * h, eighth, eighth * (own + rows) * h],
     }  # fmt: skip
-    return np.array(found.get(phase, [1.0]))
+    return np.array(by_phase.get(phase, [1.0]))
 
 
 def moving_terms(sent_bytes: Floats, ranks_per_node: int, overlap: bool) -> Floats:
@@ -126,8 +117,7 @@ def piece_rows(traffic: routing.Traffic, degree: int) -> list[Floats]:
     """Rows from each rank to each rank in each piece of the exchange."""
     whole = traffic.rows
     pieces = [(c + 1) * whole // degree - c * whole // degree for c in range(degree)]
-    return [routing.Traffic(traffic.routed, traffic.kept, piece, traffic.owner).moved.astype(float)
-            for piece in pieces]  # fmt: skip
+    return [replace(traffic, rows=piece).moved.astype(float) for piece in pieces]
 
 
 def fit(
@@ -136,57 +126,65 @@ def fit(
 ) -> Costs:  # fmt: skip
     """Costs from what was measured: every phase's and every collective's median over the rounds.
 
-    Relative errors are minimised, for times of very different sizes are all to be told.
+    Relative errors are minimised, so that short times count as much as long ones.
     """
     by_place: dict[tuple[int, int, int], list[dict[Key, float]]] = defaultdict(list)
-    by_call: dict[tuple[int, int, int], list[float]] = defaultdict(list)
-    of_call: dict[tuple[int, int, int], Floats] = {}
     for step in steps:
-        for rank, seen in enumerate(step.ranks):
-            by_place[step.job, step.number, rank].append(phases_by_place(seen))
-        for n, calls in enumerate(zip(*(seen.calls for seen in step.ranks), strict=True)):
+        for rank, record in enumerate(step.ranks):
+            by_place[step.job, step.number, rank].append(phases_by_place(record))
+    designs: dict[Key, list[tuple[Floats, float]]] = defaultdict(list)
+    for (job, number, rank), rounds in by_place.items():
+        for key in dict.fromkeys(key for phases in rounds for key in phases):
+            time_ns = float(np.median([phases.get(key, 0.0) for phases in rounds]))
+            designs[key].append((terms(key, settings[job], traffic(settings[job], number), rank), time_ns))
+    moving = _fitted(_collectives(settings, steps, ranks_per_node))
+    return Costs({key: _fitted(design) for key, design in designs.items()}, moving, _handing(settings, steps))
+
+
+def _collectives(settings: Sequence[Setting], steps: Sequence[Step], ranks_per_node: int) -> list[tuple[Floats, float]]:
+    """Terms of each collective, and its time from the last arrival to the last departure [ns], median over rounds."""
+    designs: dict[tuple[int, int, int], Floats] = {}
+    times: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    for step in steps:
+        for n, calls in enumerate(zip(*(rank.calls for rank in step.ranks), strict=True)):
             if calls[0].kind.endswith(BARRIER):
                 continue
+            key = step.job, step.number, n
             overlap = settings[step.job].degrees[0 if calls[0].start_ns < step.ranks[0].turn_ns else 1] > 1
             sent_bytes = np.array([call.sent_bytes for call in calls], float)
-            of_call[step.job, step.number, n] = moving_terms(sent_bytes, ranks_per_node, overlap)
-            last = max(call.start_ns for call in calls)
-            by_call[step.job, step.number, n].append(max(call.end_ns for call in calls) - last)
-    designs: dict[Key, list[tuple[Floats, float]]] = defaultdict(list)
-    for (job, number, rank), of_rank in by_place.items():
-        for key in dict.fromkeys(key for one in of_rank for key in one):
-            time_ns = float(np.median([one.get(key, 0.0) for one in of_rank]))
-            designs[key].append((terms(key, settings[job], traffic(settings[job], number), rank), time_ns))
-    moving = [(of_call[key], float(np.median(times))) for key, times in by_call.items()]
-    return Costs({key: _fitted(seen) for key, seen in designs.items()}, _fitted(moving), _handing(settings, steps))
+            designs[key] = moving_terms(sent_bytes, ranks_per_node, overlap)
+            times[key].append(max(call.end_ns for call in calls) - max(call.start_ns for call in calls))
+    return [(designs[key], float(np.median(rounds))) for key, rounds in times.items()]
 
 
 def _handing(settings: Sequence[Setting], steps: Sequence[Step]) -> Handing:
     """Medians over all overlapped exchanges; nothing where none was."""
     submits, betweens, wakes = [0.0], [0.0], [0.0]
-    for step in steps:
-        for rank in step.ranks:
-            for forward, degree in zip((True, False), settings[step.job].degrees, strict=True):
-                if degree == 1:
-                    continue
-                # forward, one more collective comes first: it tells the counts, and does not overlap
-                calls = [call for call in rank.calls if (call.start_ns < rank.turn_ns) == forward][
-                    1 if forward else 0 :
-                ]
-                betweens += [later.start_ns - call.end_ns for call, later in pairwise(calls)]
-                for name, begin, end in rank.phases:
-                    if name not in TRAVELS or not calls or not calls[0].start_ns < end <= rank.end_ns:
-                        continue
-                    ended = [call.end_ns for call in calls if call.kind == name and begin < call.end_ns <= end]
-                    if ended:
-                        wakes.append(end - max(ended))
-                    elif (begin < rank.turn_ns) == forward:
-                        submits.append(end - begin)
+    for rank, forward, calls in _overlapped(settings, steps):
+        betweens += [later.start_ns - call.end_ns for call, later in pairwise(calls)]
+        for name, begin, end in rank.phases:
+            if name in TRAVELS and calls[0].start_ns < end <= rank.end_ns:
+                ended = [call.end_ns for call in calls if call.kind == name and begin < call.end_ns <= end]
+                if ended:
+                    wakes.append(end - max(ended))
+                elif (begin < rank.turn_ns) == forward:
+                    submits.append(end - begin)
     return Handing(*(float(np.median(times[1:] or times)) for times in (submits, betweens, wakes)))
 
 
-def _fitted(seen: Sequence[tuple[Floats, float]]) -> Floats:
-    design = np.array([one[0] for one in seen])
-    times = np.array([one[1] for one in seen])
+def _overlapped(settings: Sequence[Setting], steps: Sequence[Step]) -> Iterator[tuple[OfRank, bool, list[Call]]]:
+    """The collectives of every rank and direction (forward?) whose exchanges overlap with computing."""
+    for step in steps:
+        for rank in step.ranks:
+            for forward, degree in zip((True, False), settings[step.job].degrees, strict=True):
+                # forward, one more collective comes first: it tells the counts, and does not overlap
+                calls = [call for call in rank.calls if (call.start_ns < rank.turn_ns) == forward][int(forward) :]
+                if degree > 1 and calls:
+                    yield rank, forward, calls
+
+
+def _fitted(measured: Sequence[tuple[Floats, float]]) -> Floats:
+    """Nanoseconds per term, from terms and times."""
+    design, times = (np.array(column) for column in zip(*measured, strict=True))
     weight = 1 / np.maximum(times, 0.02 * times.mean() + 1.0)
     return nonnegative(design * weight[:, None], times * weight)

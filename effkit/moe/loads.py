@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,12 +12,6 @@ from effkit.account import Account
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _FORM = "[num_steps, num_experts] or [num_steps, num_ranks, num_experts]"
-
-
-class _Loads(NamedTuple):
-    tokens: Array  # [num_steps, num_sources, num_experts]; one source stands for all where they are not known
-    owner: Array | None  # [num_experts]
-    num_ranks: int | None
 
 
 def imbalance(loads: Any, owner: Sequence[int] | None = None, *, num_ranks: int | None = None) -> pd.DataFrame:
@@ -56,16 +50,24 @@ def imbalance(loads: Any, owner: Sequence[int] | None = None, *, num_ranks: int 
     >>> float(table.loc["rank", "max_over_mean"])  # 1.0 if steps were averaged first
     1.5
     """
-    given = _read(loads, owner, num_ranks)
-    table = {"expert": _figures(given.tokens.sum(axis=1))}
-    if given.owner is not None and given.num_ranks is not None:
-        table["rank"] = _figures(_per_rank(given, given.owner, given.num_ranks))
+    if isinstance(loads, Account):
+        calibration = _calibration(loads)
+        loads, owner = calibration.loads, getattr(calibration, "owner", None) if owner is None else owner
+    tokens, by_source = _checked(loads), np.ndim(loads) == 3
+    if by_source and num_ranks not in (None, tokens.shape[1]):
+        raise ValueError(f"the loads are of {tokens.shape[1]} ranks, so num_ranks is that; given: {num_ranks}")
+    num_ranks = tokens.shape[1] if by_source else num_ranks
+    table = {"expert": _figures(tokens.sum(axis=1))}
+    if owner is not None:
+        table["rank"] = _figures(_per_rank(tokens, *_placed(owner, tokens.shape[2], num_ranks, by_source)))
+    elif num_ranks is not None:
+        table["rank"] = _figures(_per_rank(tokens, _blocks(tokens.shape[2], num_ranks), num_ranks))
     frame = pd.DataFrame.from_dict(table, orient="index").rename_axis("of")
     return frame.astype({"busiest": "int64"})
 
 
 def balanced_placement(loads: Any, num_ranks: int) -> tuple[int, ...]:
-    """A rank for each expert, so that the most loaded rank has little: what a framework takes as its expert map.
+    """A rank for each expert, so that the most loaded rank has little: a framework's expert map.
 
     The heaviest expert first, each goes to the least loaded rank that has room (longest processing time first, Graham
     1969, with equal numbers of experts per rank); equal blocks of neighbours where these happen to be better. It goes
@@ -108,9 +110,8 @@ def balanced_placement(loads: Any, num_ranks: int) -> tuple[int, ...]:
 
 def _calibration(account: Account) -> Any:
     if not hasattr(account.calibration, "loads"):
-        raise ValueError(
-            f"the account “{account.title}” holds no loads: give one of moe.measure(), or an array {_FORM} of tokens"
-        )
+        raise ValueError(f"the account “{account.title}” holds no loads: give one of moe.measure(), or an array "
+                         f"{_FORM} of tokens")  # fmt: skip
     return account.calibration
 
 
@@ -129,30 +130,20 @@ def _checked(loads: Any) -> Array:
     return tokens[:, None] if tokens.ndim == 2 else tokens
 
 
-def _read(loads: Any, owner: Sequence[int] | None, num_ranks: int | None) -> _Loads:
-    if isinstance(loads, Account):
-        calibration = _calibration(loads)
-        loads, owner = calibration.loads, getattr(calibration, "owner", None) if owner is None else owner
-    tokens = _checked(loads)
-    by_source = np.ndim(loads) == 3
-    num_experts = tokens.shape[2]
-    if by_source and num_ranks not in (None, tokens.shape[1]):
-        raise ValueError(f"the loads are of {tokens.shape[1]} ranks, so num_ranks is that; given: {num_ranks}")
-    if owner is not None:
-        placed = np.asarray(owner)
-        if placed.shape != (num_experts,) or not np.issubdtype(placed.dtype, np.integer):
-            raise ValueError(f"owner is a rank for each of {num_experts} experts; given: shape {list(placed.shape)} of "
-                             f"{placed.dtype}")  # fmt: skip
-        num = (tokens.shape[1] if by_source else None) or num_ranks or int(placed.max()) + 1
-        if placed.min() < -1 or placed.max() >= num or num < 1:
-            raise ValueError(f"owner names ranks 0 to {num - 1}, or -1 for an expert that every rank holds; given: "
-                             f"{sorted(set(placed.tolist()))}")  # fmt: skip
-        if (placed < 0).any() and not by_source:
-            raise ValueError("experts that every rank holds take each rank's own tokens: give the loads as [num_steps, "
-                             "num_ranks, num_experts]")  # fmt: skip
-        return _Loads(tokens, placed, num)
-    num_ranks = tokens.shape[1] if by_source else num_ranks
-    return _Loads(tokens, None if num_ranks is None else _blocks(num_experts, num_ranks), num_ranks)
+def _placed(owner: Sequence[int], num_experts: int, num_ranks: int | None, by_source: bool) -> tuple[Array, int]:
+    """The rank of each expert [num_experts], as given, and how many ranks there are."""
+    placed = np.asarray(owner)
+    if placed.shape != (num_experts,) or not np.issubdtype(placed.dtype, np.integer):
+        raise ValueError(f"owner is a rank for each of {num_experts} experts; given: shape {list(placed.shape)} of "
+                         f"{placed.dtype}")  # fmt: skip
+    num_ranks = num_ranks or int(placed.max()) + 1
+    if placed.min() < -1 or placed.max() >= num_ranks or num_ranks < 1:
+        raise ValueError(f"owner names ranks 0 to {num_ranks - 1}, or -1 for an expert that every rank holds; given: "
+                         f"{sorted(set(placed.tolist()))}")  # fmt: skip
+    if (placed < 0).any() and not by_source:
+        raise ValueError("experts that every rank holds take each rank's own tokens: give the loads as [num_steps, "
+                         "num_ranks, num_experts]")  # fmt: skip
+    return placed, num_ranks
 
 
 def _blocks(num_experts: int, num_ranks: int) -> Array:
@@ -162,22 +153,19 @@ def _blocks(num_experts: int, num_ranks: int) -> Array:
     return np.repeat(np.arange(num_ranks), num_experts // num_ranks)
 
 
-def _per_rank(given: _Loads, owner: Array, num_ranks: int) -> Array:
+def _per_rank(tokens: Array, owner: Array, num_ranks: int) -> Array:
     """Tokens on each rank, shape [num_steps, num_ranks]."""
-    held = np.stack([given.tokens[:, :, owner == rank].sum(axis=(1, 2)) for rank in range(num_ranks)], axis=1)
-    return held + given.tokens[:, :, owner < 0].sum(axis=2) if (owner < 0).any() else held
+    held = np.stack([tokens[:, :, owner == rank].sum(axis=(1, 2)) for rank in range(num_ranks)], axis=1)
+    return held + tokens[:, :, owner < 0].sum(axis=2) if (owner < 0).any() else held
 
 
 def _figures(tokens: Array) -> dict[str, float]:
     """Of tokens [num_steps, num_members]: each step's figure, then their mean."""
-    there = tokens[tokens.sum(axis=1) > 0]
-    most, mean = there.max(axis=1), there.mean(axis=1)
-    overall = there.sum(axis=0)
-    busiest = int(overall.argmax())
+    tokens = tokens[tokens.sum(axis=1) > 0]
+    most, mean, overall = tokens.max(axis=1), tokens.mean(axis=1), tokens.sum(axis=0)
     return {
         "max_over_mean": float((most / mean).mean()),
-        "coefficient_of_variation": float((there.std(axis=1) / mean).mean()),
-        "busiest": busiest,
-        "share_of_busiest_frac": float(overall[busiest] / overall.sum()),
+        "coefficient_of_variation": float((tokens.std(axis=1) / mean).mean()),
+        "busiest": int(overall.argmax()), "share_of_busiest_frac": float(overall.max() / overall.sum()),
         "idle_frac": float((1 - mean / most).mean()),
-    }
+    }  # fmt: skip

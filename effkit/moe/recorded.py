@@ -91,13 +91,7 @@ class Run:
 
 
 def read(folder: str | Path) -> Run:
-    """Read what ranks wrote into a folder.
-
-    Raises
-    ------
-    ValueError
-        When a rank's file is missing or was not written by a rank.
-    """
+    """What ranks wrote into a folder; ValueError when a rank's file is missing or was not written by a rank."""
     folder = Path(folder)
     try:
         run = json.loads((folder / "run.json").read_text())
@@ -116,30 +110,32 @@ def read(folder: str | Path) -> Run:
 
 
 def _assembled(run: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Run:
-    one_clock = len({rank["machine"] for rank in ranks}) == 1 and ranks[0]["machine"]
-    shift = [_Clock([] if one_clock else rank["clock"]) for rank in ranks]
-    steps, kept, sent, dropped = [], {}, {}, {}
-    for records in zip(*(rank["steps"] for rank in ranks), strict=True):
-        first = records[0]
-        steps.append(Step(first["job"], first["round"], first["step"],
-                          [_of_rank(record, clock) for record, clock in zip(records, shift, strict=True)]))  # fmt: skip
-        key = (first["job"], first["step"])
-        kept[key], sent[key] = (np.array([record[name] for record in records]) for name in ("kept", "sent"))
-        dropped[key] = np.array([record["dropped"] for record in records])
     first = ranks[0]
-    checks = {(seen[0]["job"], seen[0]["step"]): seen
-              for seen in zip(*(rank.get("checks", ()) for rank in ranks), strict=True)}  # fmt: skip
+    one_clock = len({rank["machine"] for rank in ranks}) == 1 and first["machine"]
+    clocks = [_Clock([] if one_clock else rank["clock"]) for rank in ranks]
     facts = {
-        "num_ranks": first["num_ranks"],
+        **{name: first[name] for name in ("num_ranks", "backend", "where", "provenance")},
         "ranks_per_node": int(run.get("ranks_per_node") or first["local_world_size"]),
-        "backend": first["backend"],
-        "where": first["where"],
         "link_bytes_per_s": float(run.get("link_bytes_per_s") or 0.0),
         "clock_spread_ns": 0 if one_clock else max(clock[2] for rank in ranks for clock in rank["clock"]) // 2,
-        "provenance": first["provenance"],
     }
-    return Run([Setting.of(job["setting"]) for job in first["jobs"]], steps, kept, sent, dropped, _links(ranks, shift),
-               _delays(ranks, shift), checks, facts)  # fmt: skip
+    kept, sent, dropped = (_by_step(ranks, name) for name in ("kept", "sent", "dropped"))
+    checks = {(records[0]["job"], records[0]["step"]): records
+              for records in zip(*(rank.get("checks", ()) for rank in ranks), strict=True)}  # fmt: skip
+    return Run([Setting.of(job["setting"]) for job in first["jobs"]], _steps(ranks, clocks), kept, sent, dropped,
+               _links(ranks, clocks), _delays(ranks, clocks), checks, facts)  # fmt: skip
+
+
+def _by_step(ranks: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[int, int], Array]:
+    """What all ranks counted, by (job, step): an array with a row, or a number, per rank."""
+    return {(records[0]["job"], records[0]["step"]): np.array([record[name] for record in records])
+            for records in zip(*(rank["steps"] for rank in ranks), strict=True)}  # fmt: skip
+
+
+def _steps(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[_Clock]) -> list[Step]:
+    return [Step(records[0]["job"], records[0]["round"], records[0]["step"],
+                 [_of_rank(record, clock) for record, clock in zip(records, clocks, strict=True)])
+            for records in zip(*(rank["steps"] for rank in ranks), strict=True)]  # fmt: skip
 
 
 class _Clock:
@@ -160,22 +156,19 @@ def _of_rank(record: Mapping[str, Any], clock: _Clock) -> OfRank:
     return OfRank(clock(record["begin_ns"]), clock(record["turn_ns"]), clock(record["end_ns"]), phases, calls)
 
 
-def _links(ranks: Sequence[Mapping[str, Any]], shift: Sequence[_Clock]) -> pd.DataFrame:
+def _links(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[_Clock]) -> pd.DataFrame:
     rows = []
     for probes in zip(*(rank.get("links", ()) for rank in ranks), strict=True):
-        starts = [clock(probe[1]) for probe, clock in zip(probes, shift, strict=True)]
-        ends = [clock(probe[2]) for probe, clock in zip(probes, shift, strict=True)]
+        starts = [clock(probe[1]) for probe, clock in zip(probes, clocks, strict=True)]
+        ends = [clock(probe[2]) for probe, clock in zip(probes, clocks, strict=True)]
         rows.append((probes[0][0], max(ends) - min(starts)))
     return pd.DataFrame(rows, columns=["size_bytes", "dur_ns"])
 
 
-def _delays(ranks: Sequence[Mapping[str, Any]], shift: Sequence[_Clock]) -> Array:
-    seen = [
-        (around, sender, rank["rank"], shift[rank["rank"]](arrived) - shift[sender](sent))
-        for rank in ranks
-        for around, sender, sent, arrived in rank.get("delays", ())
-    ]
-    table = np.full((1 + max((one[0] for one in seen), default=-1), len(ranks), len(ranks)), np.nan)
-    for around, sender, receiver, delay in seen:
-        table[around, sender, receiver] = delay
+def _delays(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[_Clock]) -> Array:
+    num_rounds = 1 + max((delay[0] for rank in ranks for delay in rank.get("delays", ())), default=-1)
+    table = np.full((num_rounds, len(ranks), len(ranks)), np.nan)
+    for receiver, (rank, clock) in enumerate(zip(ranks, clocks, strict=True)):
+        for around, sender, sent, arrived in rank.get("delays", ()):
+            table[around, sender, receiver] = clock(arrived) - clocks[sender](sent)
     return table

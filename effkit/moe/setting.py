@@ -93,32 +93,31 @@ class Setting:
 
     def __post_init__(self) -> None:
         check(self)
-        if isinstance(self.placement, str) and self.placement not in PLACEMENTS:
-            raise ValueError(
-                f"placement is one of {', '.join(PLACEMENTS)}, or a rank per expert; given: {self.placement!r}"
-            )
-        if not isinstance(self.placement, str):
+        placed = not isinstance(self.placement, str)
+        if placed:
             object.__setattr__(self, "placement", tuple(int(rank) for rank in self.placement))
-            if len(self.placement) != self.num_experts:
-                raise ValueError(f"placement names a rank for each expert; given: {len(self.placement)} ranks for "
-                                 f"{self.num_experts} experts")  # fmt: skip
-        if self.num_experts % self.num_modalities:
-            raise ValueError(f"num_experts is a multiple of num_modalities; given: {self.num_experts} and "
-                             f"{self.num_modalities}")  # fmt: skip
-        if self.top_k > self.num_experts // self.num_modalities:
-            raise ValueError(f"top_k is at most the number of experts to choose from, "
-                             f"{self.num_experts // self.num_modalities}; given: {self.top_k}")  # fmt: skip
-        if self.num_replicas > self.num_experts:
-            raise ValueError(f"num_replicas is at most num_experts, {self.num_experts}; given: {self.num_replicas}")
-        if self.num_hashes > MAX_HASHES:
-            raise ValueError(f"num_hashes is at most {MAX_HASHES}; given: {self.num_hashes}")
-        if self.pad and not self.capacity_factor:
-            raise ValueError("pad fills every expert up to its capacity: give a capacity_factor")
-        if self.pad and self.compress != "none":
-            raise ValueError("pad sends messages of one size and compress makes them smaller: choose one")
-        if self.message_dtype == "float8" and self.hidden % 128:
-            raise ValueError(f"float8 messages have a scale per 128 numbers: hidden is a multiple of 128; given: "
-                             f"{self.hidden}")  # fmt: skip
+        choices = self.num_experts // self.num_modalities
+        for wrong, sentence in (
+            (not placed and self.placement not in PLACEMENTS,
+             f"placement is one of {', '.join(PLACEMENTS)}, or a rank per expert; given: {self.placement!r}"),
+            (placed and len(self.placement) != self.num_experts, "placement names a rank for each expert; given: "
+             f"{len(self.placement)} ranks for {self.num_experts} experts"),
+            (self.num_experts % self.num_modalities,
+             f"num_experts is a multiple of num_modalities; given: {self.num_experts} and {self.num_modalities}"),
+            (self.top_k > choices,
+             f"top_k is at most the number of experts to choose from, {choices}; given: {self.top_k}"),
+            (self.num_replicas > self.num_experts,
+             f"num_replicas is at most num_experts, {self.num_experts}; given: {self.num_replicas}"),
+            (self.num_hashes > MAX_HASHES, f"num_hashes is at most {MAX_HASHES}; given: {self.num_hashes}"),
+            (self.pad and not self.capacity_factor,
+             "pad fills every expert up to its capacity: give a capacity_factor"),
+            (self.pad and self.compress != "none",
+             "pad sends messages of one size and compress makes them smaller: choose one"),
+            (self.message_dtype == "float8" and self.hidden % 128,
+             f"float8 messages have a scale per 128 numbers: hidden is a multiple of 128; given: {self.hidden}"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(sentence)
 
     @property
     def degrees(self) -> tuple[int, int]:
@@ -126,20 +125,18 @@ class Setting:
         return self.num_chunks, self.num_chunks_backward or self.num_chunks
 
     def change(self, **changes: Any) -> Setting:
-        """This setting with these changes; None leaves a knob as it is.
+        """This setting with these changes; None leaves a knob as it is. ValueError for a name or value that cannot be.
 
-        Raises
-        ------
-        ValueError
-            For a name that no setting has, or a value that cannot be.
+        >>> Setting().change(num_chunks=2).degrees
+        (2, 2)
         """
         return changed(self, changes)
 
     def plain(self) -> dict[str, Any]:
-        """As a dictionary of plain values, for JSON."""
+        """A dictionary of plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Setting:
-        """From such a dictionary."""
+        """The setting of such a dictionary."""
         return cls().change(**plain)
