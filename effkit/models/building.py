@@ -76,9 +76,7 @@ def random_tokens(vocabulary: int, batch_size: int, length: int, seed: int, devi
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
-def random_classes(
-    shape: tuple[int, ...], classes: int, seed: int, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def random_classes(shape: tuple[int, ...], classes: int, seed: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Normal inputs of ``shape`` and classes [B], on the device (and inputs in the dtype) of the parameter ``like``."""
     check_counts(batch_size=shape[0])
     generator = torch.Generator().manual_seed(seed)

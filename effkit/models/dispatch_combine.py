@@ -139,8 +139,7 @@ class Travel(torch.autograd.Function):
             return torch.empty_like(x).index_copy_(0, piece.order, torch.cat(back))
 
         back = _there_and_back(layer, grads[0], pieces, experts, forward=False)
-        shared = [i for i, e in enumerate(layer.held[layer.exchange.rank]) if e in layer.replicated]
-        if shared:
+        if shared := [i for i, e in enumerate(layer.held[layer.exchange.rank]) if e in layer.replicated]:
             layer.marks.enter("replicas")
             layer.exchange.sum([grads_of[i] for grads_of in (of_inner, of_outer) for i in shared])
         layer.marks.enter("permute" if layer.compress == "none" else "compress")
@@ -206,5 +205,4 @@ def _add(sums: list[Any], e: int, left: torch.Tensor, right: torch.Tensor) -> No
 
 
 def _index(ranges: Sequence[range], device: torch.device) -> torch.Tensor:
-    flat = list(itertools.chain.from_iterable(ranges))
-    return torch.tensor(flat, dtype=torch.int64).to(device)
+    return torch.tensor(list(itertools.chain.from_iterable(ranges)), dtype=torch.int64).to(device)

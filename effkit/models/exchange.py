@@ -76,19 +76,11 @@ class Marks:
 
 
 class Exchange:
-    """The ranks of a group and how rows get from one to the other; without a group, one rank alone.
+    """The collectives between the ranks of a torch.distributed ``group`` (None: one rank alone), timed in ``marks``.
 
     Collectives that are to overlap with computing run one after another, in the order in which they were started, on a
-    thread of their own (on GPUs with NCCL: a stream of their own).
-
-    Parameters
-    ----------
-    group
-        Of torch.distributed; ``None`` for one rank.
-    marks
-        Where times go.
-    barriers
-        Let the ranks meet before each collective, to tell waiting from moving by another way.
+    thread of their own (on GPUs with NCCL: a stream of their own). With ``barriers`` the ranks meet before each
+    collective, which tells waiting from moving in another way.
     """
 
     def __init__(self, group: Any, marks: Marks, *, barriers: bool = False) -> None:
@@ -106,11 +98,12 @@ class Exchange:
         what arrived: ``received[r]`` rows from rank r, in that order."""
         width = rows.element_size() * rows.shape[1]
 
+        if self.group is None:
+            return lambda: rows
+
         def run(source: torch.Tensor, target: torch.Tensor) -> None:
             dist.all_to_all_single(target, source, list(received), list(sent), group=self.group)
 
-        if self.group is None:
-            return lambda: rows
         shape = (sum(received), rows.shape[1])
         return self._start(run, rows, shape, kind, [n * width for n in sent], [n * width for n in received], overlap)
 
@@ -139,7 +132,7 @@ class Exchange:
         # a ring sends every number twice, but for each rank's own share
         share = [2 * flat.numel() * flat.element_size() // self.num_ranks] * self.num_ranks
         summed = self._start(run, flat, (flat.numel(),), "replicas", share, share, False)()
-        for gradient, part in zip(gradients, summed.split([one.numel() for one in gradients]), strict=True):
+        for gradient, part in zip(gradients, summed.split([grad.numel() for grad in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def close(self) -> None:

@@ -23,22 +23,11 @@ class Text(LlamaForCausalLM):
     )  # fmt: skip
 
     def make_batch(self, rows: Sequence[Any], lengths: Any) -> dict[str, torch.Tensor]:
-        """A batch of random tokens, padded to its longest row.
+        """Random ``input_ids``, ``labels``, ``position_ids`` [B, T]; ``attention_mask`` [B, T], [B, 1, T, T] if packed.
 
-        Rows that hold several documents are packed: positions begin anew at each document and a dense
-        block-diagonal mask keeps the documents apart.
-
-        Parameters
-        ----------
-        rows
-            Example indices of each row.
-        lengths
-            Frame with ``input_length`` [tokens].
-
-        Returns
-        -------
-        dict
-            ``input_ids``, ``labels``, ``position_ids`` [B, T]; ``attention_mask`` [B, T], or [B, 1, T, T] when packed.
+        ``rows`` are the example indices of each row, ``lengths`` a frame with ``input_length`` [tokens]. Rows that hold
+        several documents are packed: positions begin anew at each document and a dense block-diagonal mask keeps the
+        documents apart. Rows are padded to the longest.
         """
         documents = [lengths["input_length"].to_numpy()[row] for row in rows]
         longest = max(int(document.sum()) for document in documents)

@@ -31,17 +31,8 @@ def buckets(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     every sum an integer that float32 holds exactly, whatever the order and with TF32 too (for ``hidden`` up to 65,000),
     so that a token falls into the same bucket on every machine.
 
-    Parameters
-    ----------
-    x
-        Shape [num_tokens, hidden]; as after a layer norm (about unit variance).
-    signs
-        Of :func:`directions`.
-
-    Returns
-    -------
-    torch.Tensor
-        int64, shape [num_tokens].
+    ``x`` [num_tokens, hidden] is as after a layer norm (about unit variance), ``signs`` as of :func:`directions`; the
+    buckets are int64 [num_tokens].
     """
     whole = (x.float() * _PER_UNIT).round().clamp(-_MOST, _MOST)
     with torch.autocast(x.device.type, enabled=False):  # it would round the sums
@@ -59,7 +50,7 @@ def centroids(rows: torch.Tensor, bucket: torch.Tensor) -> tuple[torch.Tensor, t
 
     Shapes [num_buckets, hidden] and [num_rows]. Gradients flow through the means.
     """
-    found, place, size = torch.unique(bucket, return_inverse=True, return_counts=True)
+    _, place, size = torch.unique(bucket, return_inverse=True, return_counts=True)
     wide = torch.promote_types(rows.dtype, torch.float32)  # many rows add up to more than bfloat16 resolves
-    sums = rows.new_zeros(len(found), rows.shape[1], dtype=wide).index_add(0, place, rows.to(wide))
+    sums = rows.new_zeros(len(size), rows.shape[1], dtype=wide).index_add(0, place, rows.to(wide))
     return (sums / size[:, None]).to(rows.dtype), place

@@ -79,24 +79,10 @@ class ExpertParallel(nn.Module):
         self.num_dropped = 0
 
     def forward(self, x: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
-        """Each token's mixture of its experts' answers.
+        """Each token's mixture of its experts' answers [N, H], in the dtype of the weights, under autocast too.
 
-        Parameters
-        ----------
-        x
-            Shape [N, H].
-        scores
-            Shape [N, E]: choose by these instead of the router's logits, which then weigh the chosen experts only.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [N, H], in the dtype of the weights, under autocast too.
-
-        Raises
-        ------
-        ValueError
-            When ``x`` has another shape.
+        ``x`` has shape [N, H] (ValueError for another). ``scores`` [N, E] choose the experts instead of the router's
+        logits, which then weigh the chosen ones only.
         """
         if x.dim() != 2 or x.shape[1] != self.hidden:
             raise ValueError(f"x is tokens by hidden, [N, {self.hidden}]; given: {list(x.shape)}. Flatten other axes")
@@ -158,9 +144,8 @@ class ExpertParallel(nn.Module):
         return {"x": x.to(self.gate.weight)}
 
     def _capacity(self, num_tokens: int) -> int:
-        if not self.capacity_factor:
-            return num_tokens
-        return math.ceil(self.capacity_factor * self.top_k * num_tokens / self.num_experts)
+        most = math.ceil(self.capacity_factor * self.top_k * num_tokens / self.num_experts)
+        return most if self.capacity_factor else num_tokens
 
     def _places(self, owner: Sequence[int], me: int) -> torch.Tensor:
         """Where each expert stands in the order of rows: rank by rank, replicated ones on our own."""
@@ -211,9 +196,8 @@ class _Enters(torch.autograd.Function):
 
 def _first(back: torch.Tensor, num: int) -> torch.Tensor:
     """One row of each of ``num`` buckets."""
-    return torch.empty(num, dtype=torch.int64, device=back.device).index_copy_(
-        0, back, torch.arange(len(back), device=back.device)
-    )
+    rows = torch.arange(len(back), device=back.device)
+    return rows.new_empty(num).index_copy_(0, back, rows)
 
 
 def _refuse(
@@ -226,8 +210,7 @@ def _refuse(
         (capacity_factor < 0, f"capacity_factor is at least 0; given: {capacity_factor}"),
         (compress not in ("none", "lsh"), f"compress is one of none, lsh; given: {compress!r}"),
         (num_hashes > lsh.MAX_HASHES, f"num_hashes is at most {lsh.MAX_HASHES}; given: {num_hashes}"),
-        (pad and compress != "none",
-         "pad sends messages of one size and compress makes them smaller: choose one"),
+        (pad and compress != "none", "pad sends messages of one size and compress makes them smaller: choose one"),
         (message_dtype not in ("same", "bfloat16", "float8"),
          f"message_dtype is one of same, bfloat16, float8; given: {message_dtype!r}"),
         (message_dtype == "float8" and hidden % GROUP,

@@ -23,8 +23,7 @@ class Block(nn.Module):
         self.second_norm = nn.BatchNorm2d(after)
         self.shortcut: nn.Module = nn.Identity()
         if before != after or stride > 1:
-            shortcut = nn.Conv2d(before, after, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(after))
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, before, H, W] to [B, after, H / stride, W / stride]."""

@@ -31,19 +31,10 @@ class Speech(Speech2TextForConditionalGeneration):
     )  # fmt: skip
 
     def make_batch(self, rows: Sequence[Any], lengths: Any) -> dict[str, torch.Tensor]:
-        """A batch of random features and tokens, padded to its longest.
+        """Random ``input_features`` [B, T, 80], ``attention_mask`` [B, T], ``labels`` [B, U] (padded with -100).
 
-        Parameters
-        ----------
-        rows
-            Example indices of each row; a row holds one example (this model cannot take packed rows).
-        lengths
-            Frame with ``input_length`` and ``output_length`` [cells].
-
-        Returns
-        -------
-        dict
-            ``input_features`` [B, T, 80], ``attention_mask`` [B, T], ``labels`` [B, U] (padded with -100).
+        ``rows`` are the example indices of each row, one each (ValueError for packed rows); ``lengths`` is a frame with
+        ``input_length`` and ``output_length`` [cells].
         """
         if any(len(row) != 1 for row in rows):
             raise ValueError("a speech model takes one example per row: its convolutions would mix packed neighbours")
@@ -55,11 +46,7 @@ class Speech(Speech2TextForConditionalGeneration):
         labels = torch.randint(4, self.config.vocab_size, (len(indices), int(tokens.max())), generator=generator)
         mask = torch.arange(int(frames.max())) < frames[:, None]
         labels[torch.arange(int(tokens.max())) >= tokens[:, None]] = -100
-        batch = {
-            "input_features": features * mask[..., None],
-            "attention_mask": mask.long(),
-            "labels": labels,
-        }
+        batch = {"input_features": features * mask[..., None], "attention_mask": mask.long(), "labels": labels}
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def random_batch(self, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -72,7 +59,4 @@ class Speech(Speech2TextForConditionalGeneration):
         features = torch.randn(batch_size, length, NUM_MEL_BINS, generator=generator)
         tokens = max(length // 16, 2)
         labels = torch.randint(4, self.config.vocab_size, (batch_size, tokens), generator=generator)
-        return {
-            "input_features": features.to(self.device, self.dtype),
-            "labels": labels.to(self.device),
-        }
+        return {"input_features": features.to(self.device, self.dtype), "labels": labels.to(self.device)}

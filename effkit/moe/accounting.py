@@ -101,7 +101,7 @@ def account(capture: Capture | str | Path, step: str | None = None) -> Account:
     setting = _setting(capture, overview, calls, steps)
     marked = next((note for note in overview.attrs["notes"] if note.startswith("steps from ")), "its steps")
     source = f"{marked.removeprefix('steps from ')}, of rank {steps.slowest}, the slowest"
-    derived = {
+    basis = {
         row: "derived" if row == _OUTSIDE or (row in exposed and UNSEEN not in row) else "measured" for row in rows
     }
     moved = ["exposed_communication_ns", "hidden_communication_ns"]
@@ -112,7 +112,7 @@ def account(capture: Capture | str | Path, step: str | None = None) -> Account:
     )  # fmt: skip
     return Account.of(
         "Time of one step", "ns", {row: round(value) for row, value in rows.items()}, total=steps.total_ns,
-        source="; ".join([source, *setting["notes"]]), basis=derived, setting=setting, companions=(communication,),
+        source="; ".join([source, *setting["notes"]]), basis=basis, setting=setting, companions=(communication,),
     )  # fmt: skip
 
 
@@ -143,18 +143,18 @@ def _steps(capture: Capture, overview: pd.DataFrame) -> _Steps:
 def _kinds(calls: pd.DataFrame) -> pd.Series[Any]:
     """What each call is: by its own name, else by the annotations around it, else by what kind of collective it is."""
     named = calls["collective"].map(lambda name: _direction([name]))
-    told = calls["annotations"].map(lambda names: _direction(names.split(" < ")))
+    annotated = calls["annotations"].map(lambda names: _direction(names.split(" < ")))
     # between nodes, DeepEP prepares both directions by one kernel: it belongs to the one that follows
     follows = named.groupby(calls["rank"]).bfill().where(calls["collective"] == "cached_notify")
     plain = calls["collective"].map(lambda name: ALL_TO_ALL if name == "all_to_all" else OTHER)
-    return named.fillna(told).fillna(follows).fillna(plain)
+    return named.fillna(annotated).fillna(follows).fillna(plain)
 
 
 def _direction(names: Iterable[str]) -> str | None:
     for name in names:
-        found = [direction for direction in (DISPATCH, COMBINE) if direction in name.lower()]
-        if len(found) == 1:
-            return found[0]
+        directions = [direction for direction in (DISPATCH, COMBINE) if direction in name.lower()]
+        if len(directions) == 1:
+            return directions[0]
     return None
 
 
@@ -165,16 +165,15 @@ def _communication(calls: pd.DataFrame, steps: _Steps) -> tuple[dict[str, float]
     hidden: dict[str, float] = {}
     for rank, (starts, ends) in steps.stretches.items():
         busy, bare = _stretches(calls[calls["rank"] == rank])
-        for row, alone, both in zip(
-            _ORDER, _each_once(bare, starts, ends), _each_once(busy, starts, ends), strict=True
-        ):
-            share = len(starts) * len(steps.stretches)
-            exposed[row] = exposed.get(row, 0.0) + alone / share
-            hidden[row] = hidden.get(row, 0.0) + (both - alone) / share
+        share = len(starts) * len(steps.stretches)
+        alone, both = (_each_once(stretches, starts, ends) for stretches in (bare, busy))
+        for row in _ORDER:
+            exposed[row] = exposed.get(row, 0.0) + alone[row] / share
+            hidden[row] = hidden.get(row, 0.0) + (both[row] - alone[row]) / share
     unseen = calls["waiting_ns"].isna()
-    there = {f"{kind} {UNSEEN}" for kind in calls.loc[unseen, "kind"]}
-    there |= {f"{kind} {phase}" for kind in calls.loc[~unseen, "kind"] for phase in ("waiting", "moving")}
-    return {row: exposed[row] for row in _ORDER if row in there}, {row: hidden[row] for row in _ORDER if row in there}
+    rows = {f"{kind} {UNSEEN}" for kind in calls.loc[unseen, "kind"]}
+    rows |= {f"{kind} {phase}" for kind in calls.loc[~unseen, "kind"] for phase in ("waiting", "moving")}
+    return {row: exposed[row] for row in _ORDER if row in rows}, {row: hidden[row] for row in _ORDER if row in rows}
 
 
 def _stretches(calls: pd.DataFrame) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
@@ -193,16 +192,16 @@ def _stretches(calls: pd.DataFrame) -> tuple[dict[str, list[Any]], dict[str, lis
     return busy, bare
 
 
-def _each_once(stretches: Mapping[str, list[Any]], starts: Any, ends: Any) -> list[int]:
+def _each_once(stretches: Mapping[str, list[Any]], starts: Any, ends: Any) -> dict[str, int]:
     """Time of each row within the steps of one rank [ns], in order, without what an earlier row covers."""
-    found, covered = [], 0
+    times, covered = {}, 0
     pairs = np.zeros((0, 2), "int64")
     for row in _ORDER:
         pairs = np.concatenate([pairs, *stretches[row]])
         reach = int(intervals.union(pairs[:, 0], pairs[:, 1]).within(starts, ends).sum())
-        found.append(reach - covered)
+        times[row] = reach - covered
         covered = reach
-    return found
+    return times
 
 
 def _rest(overview: pd.DataFrame) -> dict[str, float]:
@@ -214,16 +213,14 @@ def _rest(overview: pd.DataFrame) -> dict[str, float]:
             f"rank{'s' if len(without) > 1 else ''} {', '.join(map(str, without))} recorded no device activity and the "
             "others did, so that their means mean nothing: load the files of either alone"
         )
-    if not device.all():
-        rows = {"computing": overview["cpu_exec_ns"], "host and idle": overview["idle_ns"]}
-    else:
-        rows = {"computing": overview["kernel_ns"], "copies": overview["memcpy_ns"],
-                "host and idle": overview["cpu_exec_ns"] + overview["idle_ns"]}  # fmt: skip
+    rows = {"computing": overview["kernel_ns"] if device.all() else overview["cpu_exec_ns"]}
+    if device.all():
+        rows["copies"] = overview["memcpy_ns"]
     if overview["dataloader_ns"].any():
         rows["data loading"] = overview["dataloader_ns"]
+    rows["host and idle"] = overview["idle_ns"] + (overview["cpu_exec_ns"] if device.all() else 0)
     rows["not visible"] = overview["not_visible_ns"]
-    order = ("computing", "copies", "data loading", "host and idle", "not visible")
-    return {name: _mean(rows[name]) for name in order if name in rows and rows[name].notna().any()}
+    return {name: _mean(column) for name, column in rows.items() if column.notna().any()}
 
 
 def _outside(steps: _Steps) -> dict[str, float]:
@@ -237,7 +234,7 @@ def _outside(steps: _Steps) -> dict[str, float]:
         return {}
     whole = int(intervals.union(starts, ends).within(starts, ends).sum())
     shared = [int(intervals.union(*own).within(starts, ends).sum()) for own in steps.stretches.values()]
-    return {_OUTSIDE: float(np.mean([whole - one for one in shared])) / len(starts)}
+    return {_OUTSIDE: float(np.mean([whole - both for both in shared])) / len(starts)}
 
 
 def _by_kind(exposed: Mapping[str, float], hidden: Mapping[str, float]) -> dict[str, int]:
@@ -272,11 +269,6 @@ def _setting(capture: Capture, overview: pd.DataFrame, calls: pd.DataFrame, step
         spread = readable(steps.spread_ns or 0, "ns")
         notes.append(f"the ranks' clocks agree to within {spread} only: what is waiting and what moving is doubtful")
     return {
-        "num_ranks": len(ranks),
-        "world_size": world,
-        "missing_ranks": tuple(missing),
-        "num_steps": counts[-1],
-        "slowest_rank": steps.slowest,
-        "clock_spread_ns": steps.spread_ns,
-        "notes": tuple(notes),
-    }
+        "num_ranks": len(ranks), "world_size": world, "missing_ranks": tuple(missing), "num_steps": counts[-1],
+        "slowest_rank": steps.slowest, "clock_spread_ns": steps.spread_ns, "notes": tuple(notes),
+    }  # fmt: skip

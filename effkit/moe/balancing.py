@@ -38,11 +38,11 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
     ValueError
         When the loads do not fit the measured layer, or something else decides what travels: compression, padding.
     """
-    known = calibration_of(base, Calibration, "moe")
-    setting, owner = known.setting, known.owner
-    own = np.asarray(known.loads if loads is None else loads)
-    if own.ndim != 3 or own.shape[1:] != (known.num_ranks, setting.num_experts):
-        raise ValueError(f"loads are tokens by step, rank and expert, shape [num_steps, {known.num_ranks}, "
+    calibration = calibration_of(base, Calibration, "moe")
+    setting, owner, num_ranks = calibration.setting, calibration.owner, calibration.num_ranks
+    own = np.asarray(calibration.loads if loads is None else loads)
+    if own.ndim != 3 or own.shape[1:] != (num_ranks, setting.num_experts):
+        raise ValueError(f"loads are tokens by step, rank and expert, shape [num_steps, {num_ranks}, "
                          f"{setting.num_experts}]; given: {own.shape}")  # fmt: skip
 
     if setting.compress != "none" or setting.pad:
@@ -50,9 +50,10 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
 
     def time_ns(kept: Any, owner: Any = owner, **changes: Any) -> float:
         changed = setting.change(**changes)
-        traffic = [routing.Traffic(one, one, one, np.asarray(owner)) for one in kept]
-        steps = simulated(known, changed, known.num_ranks, known.ranks_per_node, known.link_bytes_per_s, traffic)
-        return known.anchor(changed) * total_ns(steps)
+        traffic = [routing.Traffic(step, step, step, np.asarray(owner)) for step in kept]
+        steps = simulated(calibration, changed, num_ranks, calibration.ranks_per_node, calibration.link_bytes_per_s,
+                          traffic)  # fmt: skip
+        return calibration.anchor(changed) * total_ns(steps)
 
     def row(step_ns: float, dropped_frac: float = 0.0, basis: str = "derived") -> dict[str, Any]:
         return {"step_ns": round(step_ns), "dropped_frac": dropped_frac, "basis": basis}
@@ -61,18 +62,18 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
     table = {"now": row(base.total if loads is None else now, basis="measured" if loads is None else "derived")}
     even = np.stack([_spread(step) for step in own])
     table["perfect balance"] = row(time_ns(even))
-    if (owner >= 0).all() and setting.num_experts % known.num_ranks == 0:
-        table["balanced placement"] = row(time_ns(own, owner=balanced_placement(own, known.num_ranks)))
+    if (owner >= 0).all() and setting.num_experts % num_ranks == 0:
+        table["balanced placement"] = row(time_ns(own, owner=balanced_placement(own, num_ranks)))
     most = routing.capacity(setting.change(capacity_factor=1.0))
     capped = np.minimum(own, most)
     table["capacity 1.0"] = row(time_ns(capped), float(1 - capped.sum() / own.sum()))
     hottest = np.argsort(-own.sum(axis=(0, 1)), kind="stable")
     copied, held = owner.copy(), []
-    for rank in range(known.num_ranks):
+    for rank in range(num_ranks):
         held += [expert for expert in hottest if owner[expert] == rank][:1]
     copied[held] = -1
     replicas = setting.num_replicas + len(held)
-    if setting.num_experts - replicas >= known.num_ranks:
+    if setting.num_experts - replicas >= num_ranks:
         table["replicate the hottest"] = row(
             time_ns(own, owner=copied, num_replicas=replicas, placement=tuple(np.maximum(copied, 0).tolist()))
         )

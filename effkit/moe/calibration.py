@@ -97,20 +97,13 @@ class Calibration:
         """Raise ValueError when the time of a lever that the setting uses was never measured."""
         for lever, change in _LEVERS.items():
             ((knob, value),) = change.items()
-            if getattr(setting, knob) == value and not any(getattr(one, knob) == value for one in self.settings):
+            if getattr(setting, knob) == value and not any(getattr(probe, knob) == value for probe in self.settings):
                 raise ValueError(f"the time of {knob}={value!r} was not measured: measure(..., levers=({lever!r},))")
 
 
 def probes(setting: Setting, num_ranks: int, levers: Sequence[str]) -> list[Setting]:
-    """The settings that costs are fitted on: this one, five others around it, and one per lever.
-
-    Raises
-    ------
-    ValueError
-        For a lever that there is not.
-    """
-    unknown = set(levers) - set(_LEVERS)
-    if unknown:
+    """The settings that costs are fitted on: this one, five others around it, one per lever (ValueError if unknown)."""
+    if unknown := set(levers) - set(_LEVERS):
         raise ValueError(f"levers are {', '.join(_LEVERS)}; given: {', '.join(sorted(unknown))}")
     half = max(1, setting.num_tokens // 2)
     narrow = {"hidden": _half(setting.hidden), "ffn": max(1, setting.ffn // 2)}
@@ -154,9 +147,9 @@ def calibrate(run: Run) -> Calibration:
             if job != left_out:
                 ratios[_overlaps(run.settings[job])].append(measured[job] / modelled(job, fitted))
         own = _overlaps(run.settings[0])  # the measured setting stands for its kind alone: there, all is exact
-        found = [float(np.mean(of_kind[:1] if kind == own else of_kind)) if of_kind else 1.0
-                 for kind, of_kind in enumerate(ratios)]  # fmt: skip
-        return found[0], found[1]
+        first, second = (float(np.mean(of_kind[:1] if kind == own else of_kind)) if of_kind else 1.0
+                         for kind, of_kind in enumerate(ratios))  # fmt: skip
+        return first, second
 
     errors = []
     for job in range(1, num_around):
@@ -215,9 +208,8 @@ def _half(hidden: int) -> int:
 
 def _other_experts(setting: Setting, num_ranks: int) -> Setting:
     """Twice as many experts, wider, and one fewer choice."""
-    changes: dict[str, Any] = {"num_experts": 2 * setting.num_experts, "ffn": 2 * setting.ffn}
-    changes["top_k"] = max(1, setting.top_k - 1)
-    if isinstance(setting.placement, tuple):
-        changes["placement"] = tuple(expert % num_ranks for expert in range(changes["num_experts"]))
-    changes["num_replicas"] = 2 * setting.num_replicas
-    return setting.change(**changes)
+    num_experts, placement = 2 * setting.num_experts, setting.placement
+    if isinstance(placement, tuple):
+        placement = tuple(expert % num_ranks for expert in range(num_experts))
+    return setting.change(num_experts=num_experts, ffn=2 * setting.ffn, top_k=max(1, setting.top_k - 1),
+                          placement=placement, num_replicas=2 * setting.num_replicas)  # fmt: skip

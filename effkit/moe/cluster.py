@@ -23,7 +23,7 @@ SIZES = (8, 16, 32, 64, 128, 256, 512)
 BYTES = "Bytes that a rank sends to others in one step"
 WAITING = "waiting for the most loaded rank"
 BOOKKEEPING = "Tables of experts by ranks, beyond the measured ones"
-_LINK_BAND_FRAC = 0.11  # the worst miss of the same formula on DeepEP's published table (lessons, deepep)
+_LINK_BAND_FRAC = 0.11  # the worst miss of the same formula on DeepEP's published table
 _COUNT_BYTES = 8  # of one expert's count
 
 
@@ -54,7 +54,7 @@ def scale(
     """A step of the measured layer on ``num_ranks`` ranks of a cluster: what is computed as measured, links as assumed.
 
     An exchange takes ``alpha + max(bytes to ranks of the node / intra, bytes to other nodes / inter)``, the formula
-    that :mod:`effkit.moe.deepep` holds against a published table; what a rank keeps does not travel. Every rank sends
+    that the lesson on DeepEP holds against a published table; what a rank keeps does not travel. Every rank sends
     every other the same, the expected bytes. Every rank has the tokens and the experts of a measured one, unless
     ``num_tokens`` or ``num_experts`` (over all ranks) are given.
 
@@ -107,8 +107,7 @@ def scale(
     waiting = sum(sum(times.values()) for times in most.values()) - sum(rows.values())
     waiting += sum(moving_most.values()) - sum(moving.values())
     moving["dispatch"] += way.dur_ns(*way.split(_COUNT_BYTES * setting.num_experts * num_ranks))
-    if setting.backward and setting.num_replicas and num_ranks > 1:
-        moving["replicas"] = _replicas_ns(setting, way)
+    moving |= _replicas(setting, way)
     rows |= {f"{kind} moving": time_ns for kind, time_ns in moving.items()}
     if waiting > 0:
         rows[WAITING] = waiting
@@ -117,25 +116,31 @@ def scale(
     basis = {name: "assumed" if name == WAITING or name.endswith(" moving") else "derived" for name in whole}
     assumed = sum(time_ns for name, time_ns in whole.items() if basis[name] == "assumed")
     half_width = calibration.band_frac * (total - assumed) + _LINK_BAND_FRAC * assumed
-    exposed = {f"{kind} {word}": round(time_ns) for word, times in (("exposed", moving), ("hidden", hidden))
-               for kind, time_ns in times.items()}  # fmt: skip
+    inter_alpha_ns, inter_bytes_per_s = inter or (None, None)
     return Account.of(
         TIME, "ns", whole, total=total, basis=basis, source=f"the costs measured on {calibration.num_ranks} ranks, and "
         f"links that are assumed, for {num_ranks} ranks", **interval(total, half_width), in_range=False,
         setting={**setting.plain(), "num_ranks": num_ranks, "node_size": node_size,
                  "intra_alpha_ns": way.fast.alpha_ns, "intra_bytes_per_s": way.fast.bytes_per_s,
-                 "inter_alpha_ns": inter[0] if inter else None, "inter_bytes_per_s": inter[1] if inter else None,
+                 "inter_alpha_ns": inter_alpha_ns, "inter_bytes_per_s": inter_bytes_per_s,
                  "num_nics_per_node": way.num_nics, "overlap_frac": overlap_frac,
                  "imbalance": imbalance},
-        calibration=calibration,
-        companions=(
-            Account.of(COMMUNICATION, "ns", exposed, total=sum(exposed.values()), basis="assumed",
-                       source="alpha and bytes over the assumed links"),
-            Account.of(BYTES, "bytes", {name: round(size) for name, size in sent.items()}, basis="derived",
-                       total=round(sum(sent.values())), source="the expected routing, rows alone"),
-            Account.of(BOOKKEEPING, "ns", {"permute": round(tables_ns)}, basis="derived", total=round(tables_ns),
-                       source="experts times ranks; not in the step's time"),
-        ),
+        calibration=calibration, companions=_companions(moving, hidden, sent, round(tables_ns)),
+    )  # fmt: skip
+
+
+def _companions(
+    exposed: dict[str, float], hidden: dict[str, float], sent: dict[str, float], tables_ns: int
+) -> tuple[Account, ...]:
+    times = {f"{kind} {word}": round(time_ns) for word, of_kinds in (("exposed", exposed), ("hidden", hidden))
+             for kind, time_ns in of_kinds.items()}  # fmt: skip
+    return (
+        Account.of(COMMUNICATION, "ns", times, total=sum(times.values()), basis="assumed",
+                   source="alpha and bytes over the assumed links"),
+        Account.of(BYTES, "bytes", {name: round(size) for name, size in sent.items()}, basis="derived",
+                   total=round(sum(sent.values())), source="the expected routing, rows alone"),
+        Account.of(BOOKKEEPING, "ns", {"permute": tables_ns}, basis="derived", total=tables_ns,
+                   source="experts times ranks; not in the step's time"),
     )  # fmt: skip
 
 
@@ -280,12 +285,16 @@ def _way(
     return _Way(num_ranks, within, num_nics, Level(*intra), slow)
 
 
-def _replicas_ns(setting: Setting, way: _Way) -> float:
-    """Sum of the replicas' gradients by a ring: every rank sends all but its own share, twice, to its neighbour; one
-    rank of a node sends to the next node, over all NICs of the node."""
+def _replicas(setting: Setting, way: _Way) -> dict[str, float]:
+    """``replicas``: the time to sum their gradients over the ranks [ns]; {} where none are.
+
+    A ring: every rank sends all but its own share, twice, to its neighbour; one rank of a node to the next node.
+    """
+    if not (setting.backward and setting.num_replicas and way.num_ranks > 1):
+        return {}
     weights = 2 * setting.num_replicas * setting.hidden * setting.ffn * ITEM_BYTES[setting.dtype]
     ring = 2 * weights * (way.num_ranks - 1) / way.num_ranks
-    return way.dur_ns(ring, ring * way.num_nics / way.within)
+    return {"replicas": way.dur_ns(ring, ring * way.num_nics / way.within)}
 
 
 def _check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -61,13 +62,10 @@ def output_error(setting: Setting | None = None, **changes: Any) -> pd.DataFrame
     for name, num_clusters in (("clustered", setting.num_clusters or NUM_CLUSTERS), ("random", 0)):
         of_tokens = setting.change(num_clusters=num_clusters)
         lossy, exact = _Step(of_tokens), _Step(of_tokens.change(**_LOSSLESS))
-        rows[name] = {
-            "output_error_frac": relative_error(lossy.output, exact.output),
-            "input_gradient_error_frac": relative_error(lossy.input_gradient, exact.input_gradient),
-            "weight_gradient_error_frac": relative_error(lossy.weight_gradient, exact.weight_gradient),
-            "sent_frac": lossy.num_sent / lossy.num_kept,
-            "bytes_frac": lossy.size_bytes / exact.size_bytes,
-        }
+        errors = {f"{part}_error_frac": relative_error(getattr(lossy, part), getattr(exact, part))
+                  for part in ("output", "input_gradient", "weight_gradient")}  # fmt: skip
+        rows[name] = {**errors, "sent_frac": lossy.num_sent / lossy.num_kept,
+                      "bytes_frac": lossy.size_bytes / exact.size_bytes}  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("tokens")
 
 
@@ -89,14 +87,12 @@ class _Step:
             self.input_gradient = grads[0]
             self.weight_gradient = torch.cat([grad.reshape(-1) for grad in grads[1:]])
         self.num_sent, self.num_kept = int(layer.sent_counts.sum()), int(layer.kept_counts.sum())
-        ways = (True, False) if setting.backward else (True,)
-        self.size_bytes = self.num_sent * sum(
-            message_bytes(setting, forward=forward, out=out) for forward in ways for out in (True, False)
-        )
+        ways = product((True, False) if setting.backward else (True,), (True, False))
+        self.size_bytes = self.num_sent * sum(message_bytes(setting, forward=way, out=out) for way, out in ways)
 
 
-def relative_error(found: torch.Tensor | None, exact: torch.Tensor | None) -> float:
+def relative_error(lossy: torch.Tensor | None, exact: torch.Tensor | None) -> float:
     """Relative L2 error; nan where there is nothing to compare."""
-    if found is None or exact is None:
+    if lossy is None or exact is None:
         return math.nan
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
+    return float((lossy.double() - exact.double()).norm() / exact.double().norm())

@@ -29,14 +29,10 @@ _POLL_S = 0.05
 _GOODBYE_S = 5.0
 _ERROR = re.compile(r"^(?:\[\w+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)$", re.MULTILINE)
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "KINETO_LOG_LEVEL": "99",
-    "PYTHONWARNINGS": "ignore",
+    "OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "PYTHONWARNINGS": "ignore",
     # keep freed memory, as the caching allocator does on a GPU: fresh pages would cost more than what we time
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
+    "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**26),
+}  # fmt: skip
 
 
 def launch(
@@ -85,7 +81,7 @@ def launch(
     folder = Path(tempfile.mkdtemp(prefix="effkit-moe-"))
     jobs = [{"setting": setting.plain(), "barriers": barriers} for setting in settings]
     run = {"jobs": jobs, "num_rounds": num_rounds, "num_steps": num_steps, "links": int(links), "delays": delays,
-           "delay_bytes": delay_bytes, "slow": [dict(one) if one else None for one in detours],
+           "delay_bytes": delay_bytes, "slow": [dict(entry) if entry else None for entry in detours],
            "profile": profile is not None, "backend": backend, "timeout_s": timeout_s,
            "num_threads": max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1,
            "nodes_here": num_ranks // per_node, "ranks_per_node": per_node,
@@ -93,7 +89,7 @@ def launch(
     (folder / "run.json").write_text(json.dumps(run))
     try:
         _watch(_command(folder, num_ranks, run), folder, num_ranks, timeout_s, progress, (num_rounds + 1) * len(jobs))
-        seen = read(folder)
+        recorded = read(folder)
         if profile is not None:
             Path(profile).mkdir(parents=True, exist_ok=True)
             for trace in folder.glob("trace*.json"):
@@ -104,7 +100,7 @@ def launch(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
-    return seen
+    return recorded
 
 
 def check(num_ranks: int, link_bytes_per_s: float, ranks_per_node: int, backend: str) -> None:
@@ -135,10 +131,8 @@ def why_no_links() -> str:
     for tool in ("unshare", "ip", "tc"):
         if shutil.which(tool) is None:
             return f"the program {tool} is not installed"
-    trial = (
-        "ip link add port0 type veth peer name port1 && ip link add bridge0 type bridge && ip link set port0 up && "
-        "tc qdisc add dev port0 root tbf rate 1mbit burst 16k latency 400ms"
-    )
+    trial = ("ip link add port0 type veth peer name port1 && ip link add bridge0 type bridge && ip link set port0 up "
+             "&& tc qdisc add dev port0 root tbf rate 1mbit burst 16k latency 400ms")  # fmt: skip
     done = subprocess.run([*_unshare(), "sh", "-c", trial], capture_output=True, text=True)
     return (done.stderr.strip().splitlines() or ["not permitted"])[-1] if done.returncode else ""
 
@@ -151,17 +145,16 @@ def _unshare() -> tuple[str, ...]:
 
 
 def _check_detours(detours: Sequence[Slow | None], num_nodes: int) -> None:
-    for one in filter(None, detours):
-        names = set(one) - {"bytes_per_s"}
-        if "bytes_per_s" not in one or names not in ({"sender"}, {"receiver"}, {"sender", "receiver"}, {"rank"}):
-            raise ValueError(f"slow has bytes_per_s, and sender, receiver, both or rank; given: {', '.join(one)}")
-        numbers = {int(one[name]) for name in names}
-        if len(numbers) < len(names) or not numbers <= set(range(num_nodes)):
-            raise ValueError(
-                f"slow names nodes 0 to {num_nodes - 1}, two different ones for a link; given: {dict(one)}"
-            )
-        if not one["bytes_per_s"] > 0:
-            raise ValueError(f"bytes_per_s of what is slow is a rate above 0; given: {one['bytes_per_s']}")
+    for slow in filter(None, detours):
+        names = set(slow) - {"bytes_per_s"}
+        if "bytes_per_s" not in slow or names not in ({"sender"}, {"receiver"}, {"sender", "receiver"}, {"rank"}):
+            raise ValueError(f"slow has bytes_per_s, and sender, receiver, both or rank; given: {', '.join(slow)}")
+        nodes = {int(slow[name]) for name in names}
+        if len(nodes) < len(names) or not nodes <= set(range(num_nodes)):
+            raise ValueError(f"slow names nodes 0 to {num_nodes - 1}, two different ones for a link; given: "
+                             f"{dict(slow)}")  # fmt: skip
+        if not slow["bytes_per_s"] > 0:
+            raise ValueError(f"bytes_per_s of what is slow is a rate above 0; given: {slow['bytes_per_s']}")
     if detours and (why := why_no_links()):
         raise ValueError(f"no slow link can be made here: {why}. Leave slow out")
 
@@ -190,8 +183,7 @@ def _watch(
     Ranks that have written all they saw are done, whether they then end well, badly, or not at all: the launcher waits
     for them at a barrier of its own, up to five minutes.
     """
-    here = str(Path(netns.__file__).parents[2])
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(netns.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     # the launcher leaves folders of its own behind: they go with ours
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, "TMPDIR": str(folder)}
     log, limit, done_by = folder / "log.txt", time.monotonic() + timeout_s, 0.0
@@ -204,9 +196,8 @@ def _watch(
                 if not done_by and _num_written(folder) == num_ranks:
                     done_by = time.monotonic() + _GOODBYE_S
                 if not done_by and time.monotonic() > limit:
-                    raise RuntimeError(
-                        f"the ranks were not done after {timeout_s:g} s and were ended; the log is {log}"
-                    )
+                    raise RuntimeError(f"the ranks were not done after {timeout_s:g} s and were ended; the log is "
+                                       f"{log}")  # fmt: skip
                 if progress is not None:
                     done = folder / "progress"
                     progress(done.stat().st_size if done.exists() else 0, total)
@@ -239,22 +230,22 @@ def _end_all(folder: Path) -> None:
 
 def _left(folder: Path) -> list[int]:
     """Processes of this run: the folder's name is its alone, and stands in the command line of each."""
-    found = []
+    process_ids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             words = path.read_bytes()
             ours = b"effkit.moe.rank" in words or os.fsencode(netns.__file__) in words
             if ours and os.fsencode(folder.name) in words and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
-    return found
+                process_ids.append(int(path.parent.name))
+    return process_ids
 
 
 def _why(folder: Path, log: Path) -> str:
     """Which rank ended the run, in its own words: one that was killed left none, one that hangs neither."""
     text = log.read_text(errors="replace")
-    for found in re.finditer(r"rank\s*: (\d+) \(.*?\n\s*exitcode\s*: -(\d+)", text):
-        if int(found[2]) not in (signal.SIGTERM, signal.SIGABRT):  # those end a rank because another one failed
-            return f"rank {found[1]} was ended by signal {found[2]} ({signal.Signals(int(found[2])).name})"
+    for rank, number in re.findall(r"rank\s*: (\d+) \(.*?\n\s*exitcode\s*: -(\d+)", text):
+        if int(number) not in (signal.SIGTERM, signal.SIGABRT):  # those end a rank because another one failed
+            return f"rank {rank} was ended by signal {number} ({signal.Signals(int(number)).name})"
     errors = []
     for path in folder.glob("rank*.error"):
         with suppress(ValueError):

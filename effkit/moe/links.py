@@ -90,13 +90,8 @@ class Link:
         return self.nominal_bytes_per_s > 0
 
     def dur_ns(self, size_bytes: float) -> Duration:
-        """An all-to-all of ``size_bytes`` from each rank to each other, within two held-out errors (2% at least).
-
-        Raises
-        ------
-        ValueError
-            For a negative size.
-        """
+        """An all-to-all of ``size_bytes`` from each rank to each other, within two held-out errors (2% at least);
+        ValueError for a negative size."""
         if not size_bytes >= 0:
             raise ValueError(f"size_bytes is the size of one message, 0 or more; given: {size_bytes}")
         dur_ns = _at(self.regimes, size_bytes, self.num_messages)
@@ -111,19 +106,18 @@ class Link:
             where += f"({apart}), through one trunk limited to {self.nominal_bytes_per_s / 1e6:,.0f} MB/s"
         else:
             where += "on this machine's loopback, not limited"
-        lines = []
-        for number, regime in enumerate(self.regimes):
-            of = "all" if len(self.regimes) == 1 else f"up to {readable(self.regimes[0].most_bytes, 'bytes')}"
-            of = of if number == 0 else "larger"
+        lines = [f"{where}:"]
+        of = "all" if len(self.regimes) == 1 else f"up to {readable(self.regimes[0].most_bytes, 'bytes')}"
+        for regime in self.regimes:
             rate = f"{regime.bandwidth_bytes_per_s / 1e6:,.1f} MB/s".replace("inf MB/s", "no time per byte")
-            if number == len(self.regimes) - 1 and self.shaped:
+            if regime is self.regimes[-1] and self.shaped:
                 rate += f", {regime.bandwidth_bytes_per_s / self.nominal_bytes_per_s:.1%} of the limit"
             lines.append(f"  {of} messages: {readable(regime.alpha_ns, 'ns')} and {rate}")
-        sizes = [readable(size, "bytes") for size in (self.frame.index[0], self.frame.index[-1])]
-        return "\n".join([
-            f"{where}:", *lines, f"  {self.num_messages} messages of {sizes[0]} to {sizes[1]} cross each time; "
-            f"held-out error {self.error_frac:.1%}",
-        ])  # fmt: skip
+            of = "larger"
+        first, last = (readable(size, "bytes") for size in (self.frame.index[0], self.frame.index[-1]))
+        lines.append(f"  {self.num_messages} messages of {first} to {last} cross each time; held-out error "
+                     f"{self.error_frac:.1%}")  # fmt: skip
+        return "\n".join(lines)
 
 
 def link(
@@ -159,15 +153,10 @@ def link(
 
 
 def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_bytes_per_s: float = 0.0) -> Link:
-    """A :class:`Link` from measured all-to-alls: columns ``size_bytes`` (to each other rank) and ``dur_ns``.
+    """A :class:`Link` from measured all-to-alls of four sizes or more: ``size_bytes`` (to each other rank), ``dur_ns``.
 
     Relative errors are minimised, in units of what the repeats leave uncertain (2% at least): small messages count as
-    much as large ones, unless they scatter.
-
-    Raises
-    ------
-    ValueError
-        When there are fewer than four sizes.
+    much as large ones, unless they scatter. Fewer sizes are a ValueError.
     """
     by_size = measured.groupby("size_bytes")["dur_ns"]
     frame = pd.DataFrame({"dur_ns": by_size.quantile(0.25)})
@@ -177,12 +166,12 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
     num_messages = num_ranks * (num_ranks - (ranks_per_node if between else 1))
     frame["spread_frac"] = by_size.agg(lambda dur: 1.4826 * (dur - dur.median()).abs().median() / dur.median())
     doubt = np.hypot(_LEAST_DOUBT_FRAC, frame["spread_frac"] / np.sqrt(by_size.size()))
-    seen = np.stack([frame.index.to_numpy(float), frame["dur_ns"].to_numpy(float), doubt.to_numpy(float)])
-    regimes = _regimes(seen, num_messages)
-    frame["fitted_ns"] = [_at(regimes, size, num_messages) for size in seen[0]]
+    points = np.stack([frame.index.to_numpy(float), frame["dur_ns"].to_numpy(float), doubt.to_numpy(float)])
+    regimes = _regimes(points, num_messages)
+    frame["fitted_ns"] = [_at(regimes, size, num_messages) for size in points[0]]
     frame["held_out_ns"] = np.nan
     for i, size in enumerate(frame.index[1:-1], start=1):
-        frame.loc[size, "held_out_ns"] = _at(_regimes(np.delete(seen, i, axis=1), num_messages), size, num_messages)
+        frame.loc[size, "held_out_ns"] = _at(_regimes(np.delete(points, i, axis=1), num_messages), size, num_messages)
     frame["held_out_error"] = frame["held_out_ns"] / frame["dur_ns"] - 1
     error_frac = rms(frame["held_out_error"].dropna())
     return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac)
@@ -226,13 +215,10 @@ def delays(
     RuntimeError
         When a rank fails or hangs.
     """
-    for name, given, least in (
-        ("num_rounds", num_rounds, 1),
-        ("quickest_of", quickest_of, 1),
-        ("size_bytes", size_bytes, 8),
-    ):
-        if given < least:
-            raise ValueError(f"{name} is at least {least}; given: {given}")
+    for name, value, least in (("num_rounds", num_rounds, 1), ("quickest_of", quickest_of, 1),
+                               ("size_bytes", size_bytes, 8)):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name} is at least {least}; given: {value}")
     if slow is not None and not slow:
         raise ValueError("slow is None, one dictionary or several; given: an empty one")
     run = launch([], num_ranks, delays=num_rounds * quickest_of, delay_bytes=size_bytes, slow=slow,
@@ -241,47 +227,47 @@ def delays(
     return delays_ns[0] if slow is None or isinstance(slow, Mapping) else delays_ns
 
 
-def _regimes(seen: Floats, num_messages: int) -> tuple[Regime, ...]:
-    """One line, or the pair of lines that is wrong least on what was left out, if that is clearly less.
+def _regimes(points: Floats, num_messages: int) -> tuple[Regime, ...]:
+    """One line, or the pair of lines with the least left-out error, if that is clearly less.
 
-    ``seen``: size, time and relative doubt, shape [3, num_sizes].
+    ``points``: size, time and relative doubt, shape [3, num_sizes].
     """
-    num, one = seen.shape[1], _left_out_errors(seen)
-    pairs = [
-        (float(np.linalg.norm(np.concatenate([_left_out_errors(seen[:, :cut]), _left_out_errors(seen[:, cut:])]))), cut)
-        for cut in range(_FEWEST, num - _FEWEST + 1)
-    ]
-    error, cut = min(pairs, default=(math.inf, 0))
-    if error > _CLEARLY_BETTER * float(np.linalg.norm(one)):
+
+    def error(*parts: Floats) -> float:
+        return float(np.linalg.norm(np.concatenate([_left_out_errors(part) for part in parts])))
+
+    cuts = range(_FEWEST, points.shape[1] - _FEWEST + 1)
+    least, cut = min(((error(points[:, :cut], points[:, cut:]), cut) for cut in cuts), default=(math.inf, 0))
+    if least > _CLEARLY_BETTER * error(points):
         cut = 0
-    parts = [seen[:, :cut], seen[:, cut:]] if cut else [seen]
+    parts = [points[:, :cut], points[:, cut:]] if cut else [points]
     lines, ends = [_line(part) for part in parts], [math.inf]
     if cut:  # where the lines cross, if that is where one gives way to the other
         cross = (lines[0][0] - lines[1][0]) / (lines[1][1] - lines[0][1] or math.inf)
-        near = seen[0, cut - 2] <= cross <= seen[0, cut + 1]
-        ends.insert(0, cross if near else math.sqrt(seen[0, cut - 1] * seen[0, cut]))
+        near = points[0, cut - 2] <= cross <= points[0, cut + 1]
+        ends.insert(0, cross if near else math.sqrt(points[0, cut - 1] * points[0, cut]))
     return tuple(
         Regime(float(most), alpha_ns, num_messages * 1e9 / ns_per_byte if ns_per_byte else math.inf)
         for most, (alpha_ns, ns_per_byte) in zip(ends, lines, strict=True)
     )
 
 
-def _line(seen: Floats) -> tuple[float, float]:
+def _line(points: Floats) -> tuple[float, float]:
     """Nanoseconds at once, and per byte of a message."""
-    sizes, times, doubt = seen
+    sizes, times, doubt = points
     alpha_ns, ns_per_byte = nonnegative(np.stack([1 / times, sizes / times], axis=1) / doubt[:, None], 1 / doubt)
     return float(alpha_ns), float(ns_per_byte)
 
 
-def _left_out_errors(seen: Floats) -> Floats:
+def _left_out_errors(points: Floats) -> Floats:
     """Relative error of each size by the line through the others, in units of its doubt."""
     errors = []
-    for i, (size, time_ns, doubt) in enumerate(seen.T):
-        alpha_ns, ns_per_byte = _line(np.delete(seen, i, axis=1))
+    for i, (size, time_ns, doubt) in enumerate(points.T):
+        alpha_ns, ns_per_byte = _line(np.delete(points, i, axis=1))
         errors.append(((alpha_ns + ns_per_byte * size) / time_ns - 1) / doubt)
     return np.array(errors)
 
 
 def _at(regimes: Sequence[Regime], size_bytes: float, num_messages: int) -> float:
-    regime = next(one for one in regimes if size_bytes <= one.most_bytes)
+    regime = next(regime for regime in regimes if size_bytes <= regime.most_bytes)
     return regime.alpha_ns + num_messages * size_bytes / regime.bandwidth_bytes_per_s * 1e9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 
 from effkit.account import Account
 from effkit.lab import Progress, calibration_of
-from effkit.moe import breakdown
+from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
 from effkit.moe.launching import launch
-from effkit.moe.recorded import Run, Step, read
+from effkit.moe.recorded import Array, Run, Step, read
 from effkit.moe.setting import Setting
 
 TIME = "Time of one step"
@@ -62,23 +63,23 @@ def measure(
     RuntimeError
         When a rank fails or hangs: its own error, and where the log is.
     """
-    known = calibration_of(base, Calibration, "moe") if base is not None else None
-    setting = (setting or (known.setting if known else Setting())).change(**changes)
-    if known is not None:
-        num_ranks, ranks_per_node, link_bytes_per_s = known.num_ranks, known.ranks_per_node, known.link_bytes_per_s
-        num_steps, jobs = known.num_steps, [known.setting, setting]
+    calibration = calibration_of(base, Calibration, "moe") if base is not None else None
+    setting = (setting or (calibration.setting if calibration else Setting())).change(**changes)
+    if calibration is not None:
+        num_ranks, ranks_per_node = calibration.num_ranks, calibration.ranks_per_node
+        link_bytes_per_s, num_steps = calibration.link_bytes_per_s, calibration.num_steps
+        jobs = [calibration.setting, setting]
     else:
         jobs = [setting] if barriers else probes(setting, num_ranks, levers)
-    _can_share(jobs, num_ranks)
     run = launch(
         jobs, num_ranks, num_rounds=num_rounds, num_steps=num_steps, barriers=barriers,
         link_bytes_per_s=link_bytes_per_s or 0.0, ranks_per_node=ranks_per_node or 0, profile=profile, backend=backend,
         timeout_s=timeout_s, progress=progress,
     )  # fmt: skip
-    if base is None or known is None:
+    if base is None or calibration is None:
         return accounted(run, 0, None if barriers else calibrate(run))
     scale = base.total / total_ns(run.of_job(0))
-    return accounted(run, 1, None if barriers else known.moved(run, 1, scale), scale)
+    return accounted(run, 1, None if barriers else calibration.moved(run, 1, scale), scale)
 
 
 def prepare(
@@ -98,18 +99,17 @@ def prepare(
     if num_nodes < 1 or num_ranks % num_nodes:
         raise ValueError(f"num_ranks is a multiple of num_nodes; given: {num_ranks} and {num_nodes}")
     jobs = probes((setting or Setting()).change(**changes), num_ranks, levers)
-    _can_share(jobs, num_ranks)
-    run = {
-        "jobs": [{"setting": job.plain()} for job in jobs], "num_rounds": num_rounds, "num_steps": num_steps,
-        "ranks_per_node": num_ranks // num_nodes,
-    }  # fmt: skip
+    for job in jobs:
+        routing.owners(job, num_ranks)
+    run = {"jobs": [{"setting": job.plain()} for job in jobs], "num_rounds": num_rounds, "num_steps": num_steps,
+           "ranks_per_node": num_ranks // num_nodes}  # fmt: skip
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "run.json").write_text(json.dumps(run))
     return f"torchrun --nnodes {num_nodes} --nproc-per-node {num_ranks // num_nodes} -m effkit.moe.rank {folder}"
 
 
 def of_folder(folder: str | Path) -> Account:
-    """The Account of what the ranks of :mod:`effkit.moe.rank` wrote into a folder, under torchrun on a cluster, say."""
+    """The Account of what the ranks of :mod:`effkit.moe.rank` wrote into a folder."""
     run = read(folder)
     return accounted(run, 0, calibrate(run) if len(run.settings) > 1 else None)
 
@@ -118,9 +118,6 @@ def accounted(run: Run, job: int, calibration: Calibration | None, scale: float 
     """The account of one setting of a run; times are multiplied by ``scale``."""
     steps, setting = run.of_job(job), run.settings[job]
     numbers = sorted({step.number for step in steps})
-    kept = int(np.mean([run.kept[job, n].sum() for n in numbers]).round())
-    dropped = int(np.mean([run.dropped[job, n].sum() for n in numbers]).round())
-    asked = run.num_ranks * setting.num_tokens * setting.top_k
     link = run.facts["link_bytes_per_s"]
     where = f"{run.num_ranks} ranks on {run.facts['where']}, {run.facts['backend']}"
     if link:
@@ -134,8 +131,8 @@ def accounted(run: Run, job: int, calibration: Calibration | None, scale: float 
         companions=(
             communication_account(steps, scale),
             bytes_account(steps, "the sizes of all messages"),
-            Account.of(COPIES, "tokens", {"kept": kept, "dropped": dropped}, total=asked,
-                       source="tokens times choices"),
+            copies_account(setting, run.num_ranks, [run.kept[job, n] for n in numbers],
+                           [run.dropped[job, n] for n in numbers]),
         ),
     )  # fmt: skip
 
@@ -148,16 +145,26 @@ def communication_account(steps: Sequence[Step], scale: float, **more: Any) -> A
 
 def bytes_account(steps: Sequence[Step], source: str, **more: Any) -> Account:
     """Bytes that all ranks send to others in a step, the mean over the steps' routings."""
-    found: dict[str, float] = {}
+    sizes: dict[str, float] = defaultdict(float)
     once = {step.number: step for step in steps}
     for step in once.values():
-        for rank, seen in enumerate(step.ranks):
-            for call in seen.calls:
+        for rank, record in enumerate(step.ranks):
+            for call in record.calls:
                 others = sum(call.sent_bytes) - (call.sent_bytes[rank] if call.sent_bytes else 0)
                 if others:
-                    found[call.kind] = found.get(call.kind, 0.0) + others / len(once)
-    rows = {kind: round(size) for kind, size in found.items()}
+                    sizes[call.kind] += others / len(once)
+    rows = {kind: round(size) for kind, size in sizes.items()}
     return Account.of(BYTES, "bytes", rows, total=sum(rows.values()), source=source, **more)
+
+
+def copies_account(
+    setting: Setting, num_ranks: int, kept: Sequence[Array], dropped: Sequence[Array], **more: Any
+) -> Account:
+    """Token copies kept and dropped on all ranks, the mean over the steps' routings."""
+    rows = {name: int(np.mean([copies.sum() for copies in of_steps]).round())
+            for name, of_steps in (("kept", kept), ("dropped", dropped))}  # fmt: skip
+    total = num_ranks * setting.num_tokens * setting.top_k
+    return Account.of(COPIES, "tokens", rows, total=total, source="tokens times choices", **more)
 
 
 def scaled(rows: dict[str, float], scale: float) -> dict[str, int]:
@@ -169,10 +176,3 @@ def full_setting(setting: Setting, num_ranks: int, ranks_per_node: int, link_byt
     """Everything that a measurement was made with."""
     return {**setting.plain(), "num_ranks": num_ranks, "ranks_per_node": ranks_per_node,
             "link_bytes_per_s": link_bytes_per_s}  # fmt: skip
-
-
-def _can_share(jobs: Sequence[Setting], num_ranks: int) -> None:
-    from effkit.moe import routing
-
-    for setting in jobs:
-        routing.owners(setting, num_ranks)

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,7 @@ def end_with_parent(parent: int = 0) -> None:
 
 
 def ask_for(folder: Path, number: int, timeout_s: float) -> None:
-    """On a rank: have the ``number``-th entry of ``slow`` made, and wait until it is.
-
-    Raises
-    ------
-    RuntimeError
-        When nobody answers.
-    """
+    """On a rank: have the ``number``-th entry of ``slow`` made, and wait; RuntimeError when nobody answers."""
     (folder / _ASKED).write_text(str(number))
     limit = time.monotonic() + timeout_s
     while _number_in(folder / _MADE) != number:
@@ -90,45 +85,48 @@ def cluster(plan: dict[str, Any]) -> int:
         Path("/proc/sys/net/ipv4", name).write_text(value)
     _trunk("trunk", plan["bytes_per_s"], table=100)
     if any(slow):
-        _trunk("slow", max(one["bytes_per_s"] for one in slow if one), table=200)
-    children = []
-    for number in range(num_nodes):
-        command = [
-            "unshare",
-            "--net",
-            sys.executable,
-            __file__,
-            json.dumps(plan | {"node": number, "parent": os.getpid()}),
-        ]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-        children.append(child)
-        _until_apart(child)
-        port = f"port{number}"
-        _run("ip", "link", "add", port, "address", _MAC, "mtu", _MTU, "type", "veth", "peer", "name", "eth0",
-             "address", _MAC, "mtu", _MTU, "netns", str(child.pid))  # fmt: skip
-        _run("ip", "link", "set", port, "arp", "off", "up")
-        _run("ip", "route", "add", ADDRESS.format(number + 1), "dev", port)
-        # what comes from a node goes through the trunk; what comes out of the trunk goes where it is addressed
-        _run("ip", "rule", "add", "iif", port, "table", "100", "priority", "20")
+        _trunk("slow", max(entry["bytes_per_s"] for entry in filter(None, slow)), table=200)
+    nodes = [_started(plan, number) for number in range(num_nodes)]
     made = 0
     _detour(None, slow[0] if slow else None, num_nodes)
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("\n")
-        child.stdin.close()
-    while any(child.poll() is None for child in children):
-        failed = next((child.returncode for child in children if child.returncode), 0)
-        if failed:
+    for process in nodes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.close()
+    while any(process.poll() is None for process in nodes):
+        if failed := _exit_code(nodes):
             time.sleep(_LAST_WORDS_S)  # the others notice, and say so themselves
-            for child in children:
-                child.kill()
+            for process in nodes:
+                process.kill()
             return failed
         if slow and (asked := _number_in(Path(plan["folder"], _ASKED))) not in (made, -1):
             _detour(slow[made], slow[asked], num_nodes)
             made = asked
             Path(plan["folder"], _MADE).write_text(str(made))
         time.sleep(_POLL_S)
-    return next((child.returncode for child in children if child.returncode), 0)
+    return _exit_code(nodes)
+
+
+def _started(plan: dict[str, Any], number: int) -> subprocess.Popen[str]:
+    """The process of a node, in a network namespace of its own that is linked to the router's."""
+    own_plan = json.dumps(plan | {"node": number, "parent": os.getpid()})
+    process = subprocess.Popen(["unshare", "--net", sys.executable, __file__, own_plan], stdin=subprocess.PIPE,
+                               text=True)  # fmt: skip
+    with suppress(OSError):  # it has ended; what we ask of it next says so
+        while process.poll() is None and os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net"):
+            time.sleep(0.002)
+    port = f"port{number}"
+    _run("ip", "link", "add", port, "address", _MAC, "mtu", _MTU, "type", "veth", "peer", "name", "eth0",
+         "address", _MAC, "mtu", _MTU, "netns", str(process.pid))  # fmt: skip
+    _run("ip", "link", "set", port, "arp", "off", "up")
+    _run("ip", "route", "add", ADDRESS.format(number + 1), "dev", port)
+    # what comes from a node goes through the trunk; what comes out of the trunk goes where it is addressed
+    _run("ip", "rule", "add", "iif", port, "table", "100", "priority", "20")
+    return process
+
+
+def _exit_code(nodes: list[subprocess.Popen[str]]) -> int:
+    return next((process.returncode for process in nodes if process.returncode), 0)
 
 
 def _detour(before: dict[str, Any] | None, after: dict[str, Any] | None, num_nodes: int) -> None:
@@ -146,7 +144,7 @@ def _rule(sender: int, receiver: int) -> tuple[str, ...]:
 
 
 def _slow_pairs(slow: dict[str, Any] | None, num_nodes: int) -> list[tuple[int, int]]:
-    pairs = [(sender, receiver) for sender in range(num_nodes) for receiver in range(num_nodes) if sender != receiver]
+    pairs = permutations(range(num_nodes), 2)
     if not slow:
         return []
     if "rank" in slow:
@@ -173,17 +171,9 @@ def _rate(verb: str, name: str, bytes_per_s: float) -> None:
 
 def _number_in(path: Path) -> int:
     """-1 where there is none, or not yet."""
-    try:
+    with suppress(OSError, ValueError):
         return int(path.read_text())
-    except (OSError, ValueError):
-        return -1
-
-
-def _until_apart(child: subprocess.Popen[str]) -> None:
-    """Wait until a child is in a network namespace of its own."""
-    with suppress(OSError):  # it has ended; what we ask of it next says so
-        while child.poll() is None and os.path.samefile(f"/proc/{child.pid}/ns/net", "/proc/self/ns/net"):
-            time.sleep(0.002)
+    return -1
 
 
 def _run(*command: str) -> None:
@@ -193,11 +183,9 @@ def _run(*command: str) -> None:
 
 
 def _become(command: list[str], number: int) -> None:
-    stands_for = {"{node}": str(number), "{master}": ADDRESS.format(1), "{pid}": str(os.getpid())}
-    filled = list(command)
-    for sign, value in stands_for.items():
-        filled = [part.replace(sign, value) for part in filled]
-    os.execvp(filled[0], filled)
+    for sign, value in (("{node}", number), ("{master}", ADDRESS.format(1)), ("{pid}", os.getpid())):
+        command = [part.replace(sign, str(value)) for part in command]
+    os.execvp(command[0], command)
 
 
 def main() -> None:

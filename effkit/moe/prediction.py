@@ -7,21 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from effkit.account import Account
 from effkit.lab import Progress, banded, calibration_of, interval
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, total_ns
-from effkit.moe.live import (
-    COPIES,
-    TIME,
-    bytes_account,
-    communication_account,
-    full_setting,
-    measure,
-    scaled,
-)  # fmt: skip
+from effkit.moe.live import TIME, bytes_account, communication_account, copies_account, full_setting, measure, scaled
 from effkit.moe.recorded import Step
 from effkit.moe.setting import COMPRESSIONS, MESSAGE_DTYPES, PLACEMENTS, Setting
 from effkit.moe.simulating import simulate
@@ -59,49 +49,53 @@ def predict(base: Account, **setting: Any) -> Account:
         For an unknown knob, a base without calibration, ranks that cannot share the experts, or a lever whose time was
         not measured.
     """
-    known = calibration_of(base, Calibration, "moe")
+    calibration = calibration_of(base, Calibration, "moe")
     on = {name: setting.pop(name) for name in _OF_THE_RANKS if setting.get(name) is not None}
-    wanted = known.setting.change(**setting)
-    num_ranks = int(on.get("num_ranks", known.num_ranks))
-    per_node = int(on.get("ranks_per_node", known.ranks_per_node if num_ranks == known.num_ranks else num_ranks))
-    link = float(on.get("link_bytes_per_s", known.link_bytes_per_s))
+    wanted = calibration.setting.change(**setting)
+    num_ranks = int(on.get("num_ranks", calibration.num_ranks))
+    as_measured = calibration.ranks_per_node if num_ranks == calibration.num_ranks else num_ranks
+    per_node = int(on.get("ranks_per_node", as_measured))
+    link = float(on.get("link_bytes_per_s", calibration.link_bytes_per_s))
     if link and per_node == num_ranks and "ranks_per_node" not in on:
         per_node = 1  # a link between nodes: each rank is one, unless they are said to share
     full = full_setting(wanted, num_ranks, per_node, link)
     if full == dict(base.setting):
         return base
-    known.knows(wanted)
-    steps = simulated(known, wanted, num_ranks, per_node, link)
-    anchor = known.anchor(wanted)
+    calibration.knows(wanted)
+    steps = simulated(calibration, wanted, num_ranks, per_node, link)
+    anchor, band_frac = calibration.anchor(wanted), calibration.band_frac
     total = round(anchor * total_ns(steps))
-    same_link = link == known.link_bytes_per_s and per_node == known.ranks_per_node
+    same_link = link == calibration.link_bytes_per_s and per_node == calibration.ranks_per_node
+    traffic = [routing.traffic(wanted, num_ranks, n) for n in range(calibration.num_steps)]
+    kept, dropped = zip(*((step.kept, step.dropped) for step in traffic), strict=True)
+    copies = copies_account(wanted, num_ranks, kept, dropped, basis="derived")
     rows = scaled(breakdown.typical(steps, breakdown.rows_ns), anchor)
     basis = {name: "derived" if same_link or "moving" not in name else "assumed" for name in rows}
     return Account.of(
         TIME, "ns", rows, total=total, basis=basis,
-        source=f"the costs of {len(known.settings)} measured settings",
-        **interval(total, known.band_frac * total), in_range=same_link and known.covers(wanted, num_ranks),
-        setting=full, calibration=known,
+        source=f"the costs of {len(calibration.settings)} measured settings",
+        **interval(total, band_frac * total), in_range=same_link and calibration.covers(wanted, num_ranks),
+        setting=full, calibration=calibration,
         companions=(
-            banded(communication_account(steps, anchor, basis="derived"), known.band_frac),
+            banded(communication_account(steps, anchor, basis="derived"), band_frac),
             banded(bytes_account(steps, "the routing", basis="derived"), 0.0),
-            banded(_copies(wanted, num_ranks, known.num_steps), 0.0),
+            banded(copies, 0.0),
         ),
     )  # fmt: skip
 
 
 def simulated(
-    known: Calibration, setting: Setting, num_ranks: int, ranks_per_node: int, link_bytes_per_s: float,
+    calibration: Calibration, setting: Setting, num_ranks: int, ranks_per_node: int, link_bytes_per_s: float,
     traffic: Sequence[routing.Traffic] | None = None,
 ) -> list[Step]:  # fmt: skip
     """Every step of a setting, played through; with other traffic than its own, if given."""
-    fitted = known.costs
-    if link_bytes_per_s and link_bytes_per_s != known.link_bytes_per_s:
+    fitted = calibration.costs
+    if link_bytes_per_s and link_bytes_per_s != calibration.link_bytes_per_s:
         moving = fitted.moving.copy()
         moving[1] = 1e9 / link_bytes_per_s
         fitted = replace(fitted, moving=moving)
-    given = list(traffic) if traffic is not None else [None] * known.num_steps
-    return [simulate(setting, n, num_ranks, ranks_per_node, fitted, one) for n, one in enumerate(given)]
+    of_steps = traffic if traffic is not None else [None] * calibration.num_steps
+    return [simulate(setting, n, num_ranks, ranks_per_node, fitted, own) for n, own in enumerate(of_steps)]
 
 
 def best_degrees(base: Account, most: int = _MOST_CHUNKS, **setting: Any) -> tuple[int, int]:
@@ -109,7 +103,7 @@ def best_degrees(base: Account, most: int = _MOST_CHUNKS, **setting: Any) -> tup
 
     Each direction has a best degree of its own, for backward computes twice as much (FSMoE, 2501.10714, section 4); but
     where they differ, what forward has kept must be cut anew. So all pairs up to ``most`` are played through. Closed
-    forms, for costs without waiting, are in :mod:`effkit.moe.degrees`.
+    forms, for costs without waiting, are in the lesson on pipelining degrees.
     """
     degrees = range(1, most + 1)
     return min(
@@ -125,9 +119,8 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
     """
     from effkit.whatif import Choice, Slider, WhatIf
 
-    known = calibration_of(base, Calibration, "moe")
-    at = known.setting
-    seen = known.settings
+    calibration = calibration_of(base, Calibration, "moe")
+    at = calibration.setting
     knobs: list[Slider | Choice] = [
         Slider("num_tokens", "Tokens per rank [count]", max(1, at.num_tokens // 4), 2 * at.num_tokens,
                max(1, at.num_tokens // 16), "Tokens of each rank in a step"),
@@ -139,14 +132,15 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
         Slider("num_chunks", "Pieces forward [count]", 1, _MOST_CHUNKS, 1, "The exchange is cut into, and overlaps"),
         Slider("num_chunks_backward", "Pieces backward [count]", 0, _MOST_CHUNKS, 1, "0: as many as forward"),
         Choice("placement", "Placement", PLACEMENTS, "Which rank holds which expert"),
-        Slider("num_replicas", "Replicas [experts]", 0, at.num_experts, known.num_ranks,
+        Slider("num_replicas", "Replicas [experts]", 0, at.num_experts, calibration.num_ranks,
                "The most popular ones, held by every rank"),
     ]  # fmt: skip
     if isinstance(at.placement, tuple):
         knobs = [knob for knob in knobs if knob.name != "placement"]
-    if any(one.compress == "lsh" for one in seen):
+    if any(setting.compress == "lsh" for setting in calibration.settings):
         knobs.append(Choice("compress", "Compression", COMPRESSIONS, "One centroid travels for tokens that are alike"))
-    dtypes = [name for name in MESSAGE_DTYPES if any(one.message_dtype == name for one in seen)]
+    measured = {setting.message_dtype for setting in calibration.settings}
+    dtypes = [name for name in MESSAGE_DTYPES if name in measured]
     if len(dtypes) > 1:
         knobs.append(Choice("message_dtype", "Messages", dtypes, "What rows are written in while they travel"))
 
@@ -155,11 +149,3 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
         return measure(base=base, num_rounds=num_rounds, timeout_s=timeout_s, progress=progress, **changes)
 
     return WhatIf(base, predict, knobs, run)
-
-
-def _copies(setting: Setting, num_ranks: int, num_steps: int) -> Account:
-    of_steps = [routing.traffic(setting, num_ranks, n) for n in range(num_steps)]
-    kept = int(np.mean([one.kept.sum() for one in of_steps]).round())
-    dropped = int(np.mean([one.dropped.sum() for one in of_steps]).round())
-    return Account.of(COPIES, "tokens", {"kept": kept, "dropped": dropped}, basis="derived",
-                      total=num_ranks * setting.num_tokens * setting.top_k, source="tokens times choices")  # fmt: skip

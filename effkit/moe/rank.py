@@ -11,6 +11,8 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -74,28 +76,20 @@ class Job:
         synchronize()
         end = time.perf_counter_ns()
         return {
-            "step": step,
-            "begin_ns": begin,
-            "turn_ns": marks.read(turn),
-            "end_ns": end,
+            "step": step, "begin_ns": begin, "turn_ns": marks.read(turn), "end_ns": end,
             "phases": [[name, marks.read(stamp)] for name, stamp in marks.phases],
             "calls": [[call.kind, marks.read(call.start), marks.read(call.end), call.sent_bytes, call.received_bytes]
                       for call in marks.calls],
-            "kept": layer.kept_counts.tolist(),
-            "sent": layer.sent_counts.tolist(),
-            "dropped": layer.num_dropped,
+            "kept": layer.kept_counts.tolist(), "sent": layer.sent_counts.tolist(), "dropped": layer.num_dropped,
             **({"check": self._check(x, y)} if check else {}),
         }  # fmt: skip
 
     def _check(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
-        experts = self.layer.inner.keys() if self.setting.backward else ()
-        return {
-            "output": projection(y),
-            "input_gradient": projection(x.grad) if x.grad is not None else 0.0,
-            "expert_gradients": {
-                e: projection(self.layer.inner[e].grad) + projection(self.layer.outer[e].grad) for e in experts
-            },
-        }
+        inner, outer = self.layer.inner, self.layer.outer
+        gradients = {e: projection(inner[e].grad) + projection(outer[e].grad)
+                     for e in (inner if self.setting.backward else ())}  # fmt: skip
+        return {"output": projection(y), "input_gradient": projection(x.grad) if x.grad is not None else 0.0,
+                "expert_gradients": gradients}  # fmt: skip
 
     def _together(self) -> int:
         """Wait for a moment that the first rank names, so that no rank has a start; returns when it came [ns]."""
@@ -138,7 +132,7 @@ def clock_offset(device: torch.device) -> tuple[int, int, int]:
 
 def probe_links(repeats: int, device: torch.device) -> list[list[Any]]:
     """All-to-alls of equal messages, all sizes in turn: bytes to each rank, when this rank came and left [ns]."""
-    num_ranks, seen = dist.get_world_size(), []
+    num_ranks, times = dist.get_world_size(), []
     for repeat in range(-1, repeats):  # the first one warms up
         for size in sorted([*_LINK_SIZES, *_SMALL_SIZES, *_SMALL_SIZES]):
             out = torch.zeros(num_ranks, size, dtype=torch.uint8, device=device)
@@ -148,8 +142,8 @@ def probe_links(repeats: int, device: torch.device) -> list[list[Any]]:
             dist.all_to_all_single(back, out)
             synchronize()
             if repeat >= 0:
-                seen.append([size, start, time.perf_counter_ns()])
-    return seen
+                times.append([size, start, time.perf_counter_ns()])
+    return times
 
 
 def probe_delays(run: dict[str, Any], folder: Path, device: torch.device) -> list[list[Any]]:
@@ -158,9 +152,9 @@ def probe_delays(run: dict[str, Any], folder: Path, device: torch.device) -> lis
     Only one pair talks at a time. The sender's clock stands in the message. As many rounds for each entry of ``slow``,
     if that has several; the router changes the links between them.
     """
-    rank, seen, rounds = dist.get_rank(), [], int(run["delays"])
+    rank, delays, rounds = dist.get_rank(), [], int(run["delays"])
     message = torch.zeros(int(run.get("delay_bytes", 2**16)) // 8, dtype=torch.int64, device=device)
-    pairs = [(s, r) for s in range(dist.get_world_size()) for r in range(dist.get_world_size()) if s != r]
+    pairs = list(permutations(range(dist.get_world_size()), 2))
     for window in range(max(1, len(run.get("slow", ())))):
         dist.barrier()
         if window and rank == 0:
@@ -174,25 +168,26 @@ def probe_delays(run: dict[str, Any], folder: Path, device: torch.device) -> lis
                 elif rank == receiver:
                     dist.recv(message, sender)
                     if around >= 0:
-                        seen.append([window * rounds + around, sender, int(message[0]), time.perf_counter_ns()])
-    return seen
+                        delays.append([window * rounds + around, sender, int(message[0]), time.perf_counter_ns()])
+    return delays
 
 
 def chosen(backend: str) -> tuple[str, torch.device]:
-    """The backend, and this rank's device: NCCL with a GPU for each rank here, gloo otherwise.
+    """The backend, and this rank's device: NCCL with a GPU for each rank of this node, gloo otherwise.
 
-    Raises
-    ------
-    ValueError
-        When NCCL is asked for and the GPUs are not there.
+    ValueError when NCCL is asked for and the GPUs are not there.
     """
-    num_gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if backend == "nccl" and num_gpus < here:
-        raise ValueError(f"nccl needs a GPU for each of the {here} ranks; there are {num_gpus}. Use gloo")
-    if backend != "gloo" and num_gpus >= here:
+    num_gpus, num_local, local = torch.cuda.device_count(), _local("WORLD_SIZE", 1), _local("RANK", 0)
+    if backend == "nccl" and num_gpus < num_local:
+        raise ValueError(f"nccl needs a GPU for each of the {num_local} ranks; there are {num_gpus}. Use gloo")
+    if backend != "gloo" and num_gpus >= num_local:
         return "nccl", torch.device("cuda", local)
     return "gloo", torch.device("cuda", local % num_gpus) if num_gpus else torch.device("cpu")
+
+
+def _local(name: str, default: int) -> int:
+    """What torchrun says of this node."""
+    return int(os.environ.get(f"LOCAL_{name}", default))
 
 
 @record
@@ -214,44 +209,36 @@ def _run(folder: Path) -> None:
     backend, device = chosen(run.get("backend", "auto"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    wait = datetime.timedelta(seconds=float(run.get("timeout_s", 60)))
-    dist.init_process_group(backend, timeout=wait)
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(run.get("timeout_s", 60))))
     rank = dist.get_rank()
-    seen: dict[str, Any] = {
-        "rank": rank,
-        "num_ranks": dist.get_world_size(),
-        "local_world_size": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "backend": backend,
-        "where": device.type,
-        "machine": _machine(),
-        "provenance": provenance(),
-        "jobs": run["jobs"],
-    }
     travels_on = device if backend == "nccl" else torch.device("cpu")
-    seen["clock"] = [clock_offset(travels_on)]
+    recorded: dict[str, Any] = {
+        "rank": rank, "num_ranks": dist.get_world_size(), "local_world_size": _local("WORLD_SIZE", 1),
+        "backend": backend, "where": device.type, "machine": _machine(), "provenance": provenance(),
+        "jobs": run["jobs"], "clock": [clock_offset(travels_on)], "steps": [], "checks": [],
+    }  # fmt: skip
     if run.get("links"):
-        seen["links"] = probe_links(int(run["links"]), travels_on)
+        recorded["links"] = probe_links(int(run["links"]), travels_on)
     if run.get("delays"):
-        seen["delays"] = probe_delays(run, folder, travels_on)
+        recorded["delays"] = probe_delays(run, folder, travels_on)
     num_steps = int(run["num_steps"])
-    jobs = [Job(job, num_steps, device, travels_on, seen["clock"][0][1]) for job in run["jobs"]]
-    seen["steps"], seen["checks"] = [], []
+    jobs = [Job(job, num_steps, device, travels_on, recorded["clock"][0][1]) for job in run["jobs"]]
     for round_ in range(-1, int(run["num_rounds"]) if jobs else -1):
         for number, job in enumerate(jobs):
             for step in range(num_steps):
-                one = job.run(step, check=round_ < 0)
+                measured = job.run(step, check=round_ < 0)
                 if round_ >= 0:
-                    seen["steps"].append({"job": number, "round": round_, **one})
+                    recorded["steps"].append({"job": number, "round": round_, **measured})
                 else:  # the first round warms up
-                    seen["checks"].append({"job": number, "step": step, **one["check"]})
+                    recorded["checks"].append({"job": number, "step": step, **measured["check"]})
             if rank == 0:
                 with (folder / "progress").open("a") as progress:
                     progress.write(".")
-    seen["clock"].append(clock_offset(travels_on))
+    recorded["clock"].append(clock_offset(travels_on))
     if run.get("profile") and jobs:
         _profile(jobs[0], num_steps, folder / f"trace{rank}.json")
     with replacing(folder / f"rank{rank}.json") as part:
-        part.write_text(json.dumps(seen))
+        part.write_text(json.dumps(recorded))
     dist.barrier()
     for job in jobs:
         job.layer.exchange.close()
@@ -263,19 +250,18 @@ def _pin(nodes_here: int) -> None:
     differently in every run."""
     if not hasattr(os, "sched_setaffinity"):
         return
-    cores, ranks = sorted(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores, ranks = sorted(os.sched_getaffinity(0)), _local("WORLD_SIZE", 1)
     node = int(os.environ.get("GROUP_RANK", "0")) % nodes_here
     if share := len(cores) // (ranks * nodes_here):
-        first = share * (node * ranks + int(os.environ.get("LOCAL_RANK", "0")))
+        first = share * (node * ranks + _local("RANK", 0))
         os.sched_setaffinity(0, cores[first : first + share])
 
 
 def _machine() -> str:
     """Which running kernel this is: its ranks share one clock."""
-    try:
+    with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def _profile(job: Job, num_steps: int, path: Path) -> None:

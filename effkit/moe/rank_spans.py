@@ -29,26 +29,21 @@ def timeline(account: Account) -> pd.DataFrame:
     ValueError
         For an account that keeps no calibration.
     """
-    known = calibration_of(account, Calibration, "moe")
+    calibration = calibration_of(account, Calibration, "moe")
     if not account.predicted:
-        return _rows(known.step)
+        return _rows(calibration.step)
     on = account.setting
-    setting = Setting.of({name: value for name, value in on.items() if name in known.setting.plain()})
-    steps = simulated(known, setting, on["num_ranks"], on["ranks_per_node"], on["link_bytes_per_s"])
+    setting = Setting.of({name: value for name, value in on.items() if name in calibration.setting.plain()})
+    steps = simulated(calibration, setting, on["num_ranks"], on["ranks_per_node"], on["link_bytes_per_s"])
     return _rows(steps[0])
 
 
 def _rows(step: Step) -> pd.DataFrame:
     begin = min(rank.begin_ns for rank in step.ranks)
-    found: list[tuple[int, str, str, int, int]] = []
+    rows: list[tuple[int, str, str, int, int]] = []
     for number, rank in enumerate(step.ranks):
-        found += [
-            (number, COMPUTING, what, start - begin, end - begin)
-            for what, start, end in rank.phases
-            if what not in breakdown.TRAVELS
-        ]
-        found += [
-            (number, LINK, what, start - begin, end - begin) for what, start, end in breakdown.pieces_of(step, number)
-        ]
-    frame = pd.DataFrame(found, columns=["rank", "lane", "what", "start_ns", "end_ns"])
+        computing = [phase for phase in rank.phases if phase[0] not in breakdown.TRAVELS]
+        for lane, stretches in ((COMPUTING, computing), (LINK, breakdown.pieces_of(step, number))):
+            rows += [(number, lane, what, start - begin, end - begin) for what, start, end in stretches]
+    frame = pd.DataFrame(rows, columns=["rank", "lane", "what", "start_ns", "end_ns"])
     return frame[frame["end_ns"] > frame["start_ns"]].sort_values(["rank", "lane", "start_ns"], ignore_index=True)

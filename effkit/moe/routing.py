@@ -51,9 +51,9 @@ class Traffic:
 
     def held(self, rank: int) -> Array:
         """Rows that each expert on ``rank`` works on, from each rank: shape [num_ranks, experts held]."""
-        held = self.rows[:, (self.owner == rank) | (self.owner < 0)].copy()
-        others = np.arange(len(self.rows)) != rank
-        held[np.ix_(others, self.owner[(self.owner == rank) | (self.owner < 0)] < 0)] = 0
+        experts = np.flatnonzero((self.owner == rank) | (self.owner < 0))
+        held = self.rows[:, experts].copy()
+        held[np.ix_(np.arange(len(held)) != rank, self.owner[experts] < 0)] = 0
         return held
 
 
@@ -67,10 +67,10 @@ def capacity(setting: Setting) -> int:
 def owners(setting: Setting, num_ranks: int) -> Array:
     """The rank that holds each expert, shape [num_experts]; -1 for those that every rank holds.
 
-    Raises
-    ------
-    ValueError
-        When the ranks cannot hold equal numbers of experts, or a placement names a rank that there is not.
+    ValueError when the ranks cannot hold equal numbers of experts, or a placement names a rank that there is not.
+
+    >>> owners(Setting(num_experts=4), num_ranks=2).tolist()
+    [0, 0, 1, 1]
     """
     single = setting.num_experts - setting.num_replicas
     owner = np.full(setting.num_experts, -1)
@@ -78,8 +78,7 @@ def owners(setting: Setting, num_ranks: int) -> Array:
         if not all(0 <= rank < num_ranks for rank in setting.placement):
             raise ValueError(f"placement names ranks 0 to {num_ranks - 1}; given: {setting.placement}")
         owner[setting.num_replicas :] = setting.placement[setting.num_replicas :]
-        idle = sorted(set(range(num_ranks)) - set(owner.tolist())) if not setting.num_replicas else []
-        if idle:
+        if idle := sorted(set(range(num_ranks)) - set(owner.tolist())) if not setting.num_replicas else []:
             raise ValueError(f"placement gives no expert to rank {idle[0]}: every rank holds at least one")
         return owner
     if single % num_ranks:
@@ -109,10 +108,9 @@ def scores(setting: Setting, rank: int, step: int) -> Array:
 
     A token's k highest are k draws without replacement from the experts' popularity (Gumbel top-k).
     """
-    draw = np.random.default_rng([setting.seed, 1, rank, step])
-    shape = (setting.num_clusters or setting.num_tokens, setting.num_experts)
-    noise = np.random.default_rng([setting.seed, 1, step]).gumbel(size=shape) if setting.num_clusters else draw.gumbel(
-        size=shape)  # fmt: skip
+    # clusters choose alike on all ranks
+    draw = np.random.default_rng([setting.seed, 1, step] if setting.num_clusters else [setting.seed, 1, rank, step])
+    noise = draw.gumbel(size=(setting.num_clusters or setting.num_tokens, setting.num_experts))
     logits = noise + np.log(popularity(setting))
     if setting.num_clusters:
         logits = logits[clusters(setting, rank, step)]
@@ -132,21 +130,14 @@ def tokens(setting: Setting, rank: int, step: int) -> Array:
     draw = np.random.default_rng([setting.seed, 3, rank, step])
     x = draw.standard_normal((setting.num_tokens, setting.hidden), dtype=np.float32)
     if setting.num_clusters:
-        centre = np.random.default_rng([setting.seed, 4]).standard_normal(
-            (setting.num_clusters, setting.hidden), dtype=np.float32
-        )
+        draw = np.random.default_rng([setting.seed, 4])
+        centre = draw.standard_normal((setting.num_clusters, setting.hidden), dtype=np.float32)
         x = centre[clusters(setting, rank, step)] + np.float32(_CLUSTER_SPREAD) * x
     return x
 
 
 def traffic(setting: Setting, num_ranks: int, step: int) -> Traffic:
-    """What one step sends, to the row.
-
-    Raises
-    ------
-    ValueError
-        When the ranks cannot share the experts.
-    """
+    """What one step sends, to the row; ValueError when the ranks cannot share the experts."""
     # what does not change the traffic is left out of the key
     key = setting.change(ffn=1, num_chunks=1, num_chunks_backward=0, compensate=False, backward=True,
                          message_dtype="same")  # fmt: skip
@@ -177,8 +168,5 @@ def _centroids(setting: Setting, rank: int, step: int, chosen: Array, most: int)
     x = torch.from_numpy(tokens(setting, rank, step)).to(getattr(torch, setting.dtype))  # rounded, as the layer has it
     bucket = buckets(x, directions(setting.hidden, setting.num_hashes)).numpy()
     flat = chosen.T.ravel()  # first choices before second ones
-    found = np.zeros(setting.num_experts, dtype=np.int64)
-    for expert in range(setting.num_experts):
-        kept = np.flatnonzero(flat == expert)[:most] % setting.num_tokens
-        found[expert] = len(np.unique(bucket[kept]))
-    return found
+    kept = [np.flatnonzero(flat == expert)[:most] % setting.num_tokens for expert in range(setting.num_experts)]
+    return np.array([len(np.unique(bucket[tokens_of_expert])) for tokens_of_expert in kept])

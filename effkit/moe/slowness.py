@@ -26,26 +26,15 @@ _EFFICIENCY = 0.37  # of that estimate: as sure as a standard deviation of this 
 class Finding:
     """What is slow.
 
-    Attributes
-    ----------
-    kind
-        ``"sender"`` (all that the rank sends is late: a row), ``"receiver"`` (all that it is sent: a column),
-        ``"rank"`` (both), ``"link"`` (one cell), or ``"direction"``: between two ranks these cannot be told apart.
-    rank
-        The slow rank; the sender of a link or direction.
-    peer
-        The receiver of a link or direction, else None.
-    ratio
-        Its delay over that of the others, > 1.
-    sentence
-        The same in words.
+    ``kind`` is ``"sender"`` (all that the rank sends is late: a row), ``"receiver"`` (all that it is sent: a column),
+    ``"rank"`` (both), ``"link"`` (one cell), or ``"direction"``: between two ranks these cannot be told apart.
     """
 
     kind: str
-    rank: int
-    peer: int | None
-    ratio: float
-    sentence: str
+    rank: int  # the sender of a link or direction
+    peer: int | None  # the receiver of a link or direction
+    ratio: float  # its delay over that of the others, > 1
+    sentence: str  # the same in words
 
 
 def find_slow(delays: Any, threshold: float = THRESHOLD) -> Finding | None:
@@ -84,10 +73,10 @@ def find_slow(delays: Any, threshold: float = THRESHOLD) -> Finding | None:
     'rank 1 is slow as a sender: what it sends takes 3.0 times as long as between the others'
     """
     logs = _checked(delays, threshold)
-    cells = _medians(logs)
-    num = len(cells)
-    least = math.log(threshold)
-    noise = _noise_of_rounds(logs, cells)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # cells that are NaN in all rounds
+        cells = np.nanmedian(logs, axis=0)
+    num, least, noise = len(cells), math.log(threshold), _noise_of_rounds(logs, cells)
     if num == 2:
         return _of_two(cells, least, noise)
     rows = [_row(cells, rank, least, noise) for rank in range(num)]
@@ -121,19 +110,12 @@ def _checked(delays: Any, threshold: float) -> Array:
         raise ValueError(f"threshold is a ratio above 1, as in “1.4 times as slow as the others”; given: {threshold}")
     times = times if times.ndim == 3 else times[None]
     times[:, np.eye(times.shape[-1], dtype=bool)] = np.nan
-    there = ~np.isnan(times)
-    if not there.any():
+    measured = times[~np.isnan(times)]
+    if not len(measured):
         raise ValueError("no delay between two ranks was measured: all cells off the diagonal are NaN")
-    if not ((times[there] > 0) & np.isfinite(times[there])).all():
+    if not ((measured > 0) & np.isfinite(measured)).all():
         raise ValueError("delays are positive times in ns, and NaN where nothing was measured")
     return np.log(times)
-
-
-def _medians(logs: Array) -> Array:
-    """Over the rounds, NaN where a cell was never measured."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # cells that are NaN in all rounds
-        return np.asarray(np.nanmedian(logs, axis=0))
 
 
 def _median(values: Array) -> float:
@@ -188,7 +170,7 @@ def _row(cells: Array, rank: int, least: float, noise: _Noise) -> float:
 
 def _slowest_link(cells: Array, least: float, noise: _Noise) -> Finding | None:
     links = np.argwhere(~np.isnan(cells)).tolist()
-    found = []
+    slow = []
     for sender, receiver in links if len(links) > 1 else []:
         others = cells.copy()
         others[sender, receiver] = np.nan
@@ -198,10 +180,10 @@ def _slowest_link(cells: Array, least: float, noise: _Noise) -> Finding | None:
         excess = float(cells[sender, receiver] - np.median(near))
         variance = 1 + _MEDIAN_VARIANCE / len(near)
         if excess >= least and _clear(excess, (noise, _spread(everywhere)), variance, len(links)):
-            found.append((excess, sender, receiver))
-    if not found or len(found) > max(1, _MOST_SLOW_FRAC * len(links)):
+            slow.append((excess, sender, receiver))
+    if not slow or len(slow) > max(1, _MOST_SLOW_FRAC * len(links)):
         return None
-    excess, sender, receiver = max(found)
+    excess, sender, receiver = max(slow)
     return _finding("link", sender, receiver, math.exp(excess))
 
 
