@@ -9,17 +9,7 @@ from typing import Any
 import numpy as np
 
 from effkit.decoder.memory import StepSize
-from effkit.decoder.module_roles import (
-    BETWEEN,
-    CROSS,
-    CROSS_KV,
-    EMBEDDING,
-    ENCODER,
-    FFN,
-    NORMS,
-    OUTPUT,
-    SELF,
-)
+from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.module_timers import Watched
 from effkit.decoder.product_costs import Caches
 from effkit.decoder.setting import Setting

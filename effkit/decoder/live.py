@@ -11,13 +11,7 @@ import torch
 
 from effkit.account import Account
 from effkit.decoder import accounting, configurations
-from effkit.decoder.calibration import (
-    Calibration,
-    Observed,
-    calibrate,
-    overhead_frac,
-    probes,
-)
+from effkit.decoder.calibration import Calibration, Observed, calibrate, overhead_frac, probes
 from effkit.decoder.costs import Run
 from effkit.decoder.floors import Launches, reading_rate
 from effkit.decoder.generating import Ready, checked, prepared, setting_of

@@ -94,7 +94,7 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
     rest, sizes = known.observed.setting, known.memory.sizes(known.observed.setting)
     coded = rest.encoder_layers > 0
     knobs: list[Slider | Choice] = [
-        Slider("decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run per token"),
+        Slider("decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run per token")
     ]
     if coded:
         knobs += [

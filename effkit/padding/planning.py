@@ -186,12 +186,7 @@ def _bucketed(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -
 
 
 def _cut(
-    sizes: Ints,
-    group: Ints,
-    batch_size: Any,
-    max_input_cells: int | None,
-    quadratic: float | None,
-    put_back: bool,
+    sizes: Ints, group: Ints, batch_size: Any, max_input_cells: int | None, quadratic: float | None, put_back: bool
 ) -> tuple[Ints, Ints]:
     """Cut each group of consecutive examples into batches; returns batch starts and the group of each batch."""
     ends = np.append(group[1:], len(sizes))
