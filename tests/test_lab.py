@@ -103,7 +103,6 @@ def test_a_hull_covers_what_lies_between_runs_and_no_more():
     assert lab.Hull(hull.low, hull.high, room=1.25).covers({"rows": 10, "cells": 4})
 
 
-def test_errors_are_signed_fractions_of_what_was_measured():
-    assert lab.relative_errors([110, 90], [100, 100]) == pytest.approx([0.1, -0.1])
+def test_rms_is_the_root_of_the_mean_square_and_zero_of_nothing():
     assert lab.rms([0.3, -0.4]) == pytest.approx(math.sqrt(0.125))
     assert lab.rms([]) == 0

@@ -203,7 +203,7 @@ def test_batches_are_a_sequence():
     assert [b.tolist() for b in batches] == [[1, 3], [4, 2], [0]]
     assert batches[-1].tolist() == [0]
     assert [b.tolist() for b in batches[1:]] == [[4, 2], [0]]
-    with pytest.raises(IndexError, match="plan of 3 batches"):
+    with pytest.raises(IndexError):
         batches[3]
 
 

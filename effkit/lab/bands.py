@@ -81,11 +81,6 @@ def rms(errors: Any) -> float:
     return float(np.sqrt(np.mean(np.square(errors)))) if len(errors) else 0.0
 
 
-def relative_errors(predicted: Any, measured: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Signed errors as fractions of what was measured; positive: predicted too much."""
-    return np.asarray(predicted, dtype="float64") / np.asarray(measured, dtype="float64") - 1
-
-
 def interval(total: int, half_width: float) -> dict[str, Any]:
     """``low`` and ``high`` of a band around a total that cannot be negative, rounded outwards."""
     margin = math.ceil(half_width)

@@ -1,4 +1,4 @@
-"""Which accounts can be predicted from."""
+"""The calibration that an account carries."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ Kind = TypeVar("Kind")
 
 
 def calibration_of(base: Account, kind: type[Kind], lab: str) -> Kind:
-    """What ``base`` was calibrated with.
-
-    Parameters
-    ----------
-    base
-        What ``lab``'s ``measure()`` returned.
-    kind
-        The class of the lab's calibrations.
-    lab
-        The name of the lab, for the sentence of the error.
+    """The calibration, a ``kind``, that an account of ``lab``'s ``measure()`` carries.
 
     Raises
     ------

@@ -24,20 +24,13 @@ def whole(default: Any = dataclasses.MISSING, *, least: int = 1) -> Any:
 
 def number(default: Any = dataclasses.MISSING, *, least: float = 0.0) -> Any:
     """A field of finite real numbers from ``least`` on."""
-
-    def check_number(name: str, value: Any) -> float:
-        return _real(name, value, least, float("inf"), f"a number from {least:g} on")
-
-    return _field(default, check_number)
+    said = f"a number from {least:g} on"
+    return _field(default, lambda name, value: _real(name, value, least, float("inf"), said))
 
 
 def share(default: Any = dataclasses.MISSING, *, positive: bool = False) -> Any:
     """A field of fractions from 0 to 1; with ``positive``, 0 is refused."""
-
-    def check_share(name: str, value: Any) -> float:
-        return checked_share(name, value, positive=positive)
-
-    return _field(default, check_share)
+    return _field(default, lambda name, value: checked_share(name, value, positive=positive))
 
 
 def one_of(default: Any = dataclasses.MISSING, *, words: Sequence[Any]) -> Any:
@@ -104,29 +97,29 @@ def asked(changes: Mapping[str, Any], knobs: Iterable[str]) -> dict[str, Any]:
 def checked_whole(name: str, value: Any, least: int) -> int:
     """The value as an int, if it is a whole number from ``least`` on."""
     try:
-        found = None if isinstance(value, bool) else operator.index(value)
+        integer = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        found = None
-    if found is None or found < least:
+        integer = None
+    if integer is None or integer < least:
         raise ValueError(f"{name} is a whole number from {least} on; given: {value!r}")
-    return found
+    return integer
 
 
 def checked_share(name: str, value: Any, *, positive: bool = False) -> float:
     """The value, if it is a fraction from 0 to 1; with ``positive``, above 0."""
     said = f"a share in {'(' if positive else '['}0, 1]"
-    found = _real(name, value, 0.0, 1.0, said)
-    if positive and found == 0:
+    fraction = _real(name, value, 0.0, 1.0, said)
+    if positive and fraction == 0:
         raise ValueError(f"{name} is {said}; given: {value!r}")
-    return found
+    return fraction
 
 
 def _real(name: str, value: Any, least: float, most: float, said: str) -> Any:
-    """The value unchanged where it is a number of Python's; NaN lies in no range."""
-    found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    if isinstance(found, bool) or not isinstance(found, int | float) or not least <= found <= most:
+    """The value as a number of Python's, if it lies in this range; NaN lies in none."""
+    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not least <= plain <= most:
         raise ValueError(f"{name} is {said}; given: {value!r}")
-    return found
+    return plain
 
 
 def _field(default: Any, of_field: Check) -> Any:

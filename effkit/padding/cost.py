@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from effkit.lab import rms
 from effkit.least_squares import Floats, nonnegative
 
 TERMS = ("1", "BT", "BU", "BT²", "BUT")
@@ -55,11 +56,8 @@ class CostModel:
         """
         t, u = np.asarray(input_length), np.asarray(output_length)
         most_t, most_u, most_cells = self.largest
-        return bool(
-            t.max() <= most_t * 1.05
-            and u.max() <= most_u * 1.05
-            and (np.asarray(rows) * t).max() <= most_cells * _REACH
-        )
+        longer = t.max() > most_t * 1.05 or u.max() > most_u * 1.05
+        return not longer and bool((np.asarray(rows) * t).max() <= most_cells * _REACH)
 
 
 def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> CostModel:
@@ -77,8 +75,7 @@ def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> Cost
     ValueError
         With fewer than three steps, or a column missing.
     """
-    missing = {"num_rows", "input_length", "dur_ns"} - set(measured_steps.columns)
-    if missing:
+    if missing := {"num_rows", "input_length", "dur_ns"} - set(measured_steps.columns):
         raise ValueError(
             f"fit_cost() takes the columns num_rows, input_length, output_length, dur_ns; missing: {sorted(missing)}"
         )
@@ -88,23 +85,14 @@ def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> Cost
         raise ValueError(f"attention is one of {', '.join(ATTENTION)}; given: {attention!r}")
     rows = measured_steps["num_rows"].to_numpy(dtype="float64")
     inputs = measured_steps["input_length"].to_numpy(dtype="float64")
-    outputs = (
-        measured_steps["output_length"].to_numpy(dtype="float64")
-        if "output_length" in measured_steps
-        else np.zeros(len(rows))
-    )
+    outputs = measured_steps.get("output_length", pd.Series(0.0, measured_steps.index)).to_numpy(dtype="float64")
     times = measured_steps["dur_ns"].to_numpy(dtype="float64")
     design = _terms(rows, inputs, outputs) / times[:, None]
     ones = np.ones(len(times))
     c0, a, b, q, e = (float(value) for value in nonnegative(design, ones))
     left_out = [float(design[i] @ nonnegative(np.delete(design, i, axis=0), ones[1:])) - 1 for i in range(len(times))]
-    return CostModel(
-        coefficients=(c0, a, b, q, e),
-        attention=attention,
-        error_frac=float(np.sqrt(np.mean(np.square(left_out)))),
-        num_steps=len(times),
-        largest=(float(inputs.max()), float(outputs.max()), float((rows * inputs).max())),
-    )
+    largest = (float(inputs.max()), float(outputs.max()), float((rows * inputs).max()))
+    return CostModel((c0, a, b, q, e), attention, error_frac=rms(left_out), num_steps=len(times), largest=largest)
 
 
 def _terms(rows: Any, input_length: Any, output_length: Any) -> Floats:

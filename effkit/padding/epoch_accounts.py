@@ -34,9 +34,8 @@ def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[s
 
     steps = shares(plan, times, world_size, of_piece)
     overhead = cost.coefficients[0] * len(steps)
-    zeros = np.zeros(1)
     names = ("input_real", "output_real", "input_squared_real", "cross_real")
-    real = cost.real_ns(*(float(frame.get(name, zeros).sum()) for name in names)) / world_size
+    real = cost.real_ns(*(float(np.sum(frame.get(name, 0))) for name in names)) / world_size
     mean, slowest = float(steps.mean(axis=1).sum()), float(steps.max(axis=1).sum())
     rows = {"step overhead": round(overhead), "real": round(real), "padding": round(mean - overhead - real)}
     if world_size > 1:
@@ -64,8 +63,8 @@ def peak_account(peak_bytes: int, source: str, **more: Any) -> Account:
 
 def setting_of(plan: Plan, world_size: int = 1) -> dict[str, Any]:
     """The knobs at which a plan stands: strategy, its limits, longest input [cells], ranks."""
-    knobs = {name: value for name, value in plan.limits.items() if name in LIMIT_KNOBS}
-    knobs = {name: value if np.ndim(value) == 0 else tuple(value) for name, value in knobs.items()}
+    knobs = {name: tuple(value) if np.ndim(value) else value for name, value in plan.limits.items()
+             if name in LIMIT_KNOBS}  # fmt: skip
     knobs = {name: value.item() if isinstance(value, np.generic) else value for name, value in knobs.items()}
     longest = int(plan.lengths["input_length"].max())
     return {"strategy": plan.strategy, **knobs, "max_length": longest, "world_size": world_size}

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from effkit import training
 from effkit.account import Account
 from effkit.lab import Progress
 from effkit.padding.buckets import Ints
@@ -22,17 +23,7 @@ from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
 from effkit.recording import peak_memory
 from effkit.timing import elapsed_ns
-from effkit.training import (
-    Loss,
-    MakeOptimizer,
-    drop_gradients,
-    forward,
-    own_loss,
-    residents,
-    size_bytes,
-    still,
-    unchanged,
-)
+from effkit.training import Loss, MakeOptimizer, own_loss, unchanged
 
 MakeBatch = Callable[[list[Ints], pd.DataFrame], Any]
 Step = Callable[[Any], object]
@@ -42,20 +33,11 @@ _PATIENCE = 3  # times ``repeats`` that a batch is run at most
 
 
 def measure(
-    plan: Plan,
-    model: torch.nn.Module,
-    *,
-    num_batches: int | None = None,
-    repeats: int = 3,
-    make_batch: MakeBatch | None = None,
-    loss: Loss | None = None,
-    optimizer: MakeOptimizer | None = None,
-    step: Step | None = None,
-    also: Plan | None = None,
-    base: Account | None = None,
-    world_size: int = 1,
+    plan: Plan, model: torch.nn.Module, *, num_batches: int | None = None, repeats: int = 3,
+    make_batch: MakeBatch | None = None, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
+    step: Step | None = None, also: Plan | None = None, base: Account | None = None, world_size: int = 1,
     progress: Progress | None = None,
-) -> Account:
+) -> Account:  # fmt: skip
     """The time of one epoch of this plan on this model, with what it was spent on.
 
     Each batch runs once untimed while its peak memory is read, then ``repeats`` timed passes go over all of them in
@@ -105,17 +87,17 @@ def measure(
         raise TypeError(
             f"measure() cannot make batches for {type(model).__name__}: give make_batch=(rows, lengths) -> batch"
         )
-    known: Calibration | None = getattr(base, "calibration", None)
-    probes = _probes(plan, also, num_batches, repeats, own=known is None)
+    calibration: Calibration | None = getattr(base, "calibration", None)
+    probes = _probes(plan, also, num_batches, repeats, own=calibration is None)
     tell = progress or (lambda done, total: None)
     with unchanged(model):
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
         train(make(probes[0].rows, plan.lengths))  # the optimizer's state exists from here on
         peaks, peak_source = _peaks(model, make, train, update, probes, plan.lengths, repeats, tell)
         times = _timed(make, train, probes, plan.lengths, repeats, tell)
-    fastest = [min(repeated) for repeated in times]
-    steps = pd.DataFrame([probe.shape(plan.lengths) for probe in probes]).assign(dur_ns=fastest, peak_bytes=peaks)
-    cost, memory = (known.cost, known.memory) if known else _fitted(steps, plan)
+    shapes = pd.DataFrame([probe.shape(plan.lengths) for probe in probes])
+    steps = shapes.assign(dur_ns=[min(repeated) for repeated in times], peak_bytes=peaks)
+    cost, memory = (calibration.cost, calibration.memory) if calibration else _fitted(steps, plan)
     whole = steps[steps["whole"]]
     modelled = cost.step_ns(whole["num_rows"], whole["input_length"], whole.get("output_length", 0))
     anchor = float(whole["dur_ns"].sum() / modelled.sum())
@@ -125,21 +107,16 @@ def measure(
     # where every batch was run, their sum is the epoch, without the model's help
     total = int(whole["dur_ns"].sum()) if complete and world_size == 1 else round(anchor * epoch_ns)
     peak = int(whole["peak_bytes"].max())
-    return Account.of(
-        EPOCH_TIME,
-        "ns",
-        rows,
-        total=total,
-        source=_source(len(whole), len(plan.batches), repeats, noise, world_size),
-        basis="derived",
-        setting=setting_of(plan, world_size),
-        companions=(
-            cells_account(plan, "the shapes of the batches"),
-            steps_account(num_steps, "the number of batches"),
-            peak_account(peak, peak_source + ("" if complete else ", largest of the steps run")),
-        ),
-        calibration=Calibration(plan, cost, memory, steps, noise, anchor),
+    companions = (
+        cells_account(plan, "the shapes of the batches"),
+        steps_account(num_steps, "the number of batches"),
+        peak_account(peak, peak_source + ("" if complete else ", largest of the steps run")),
     )
+    return Account.of(
+        EPOCH_TIME, "ns", rows, total=total, basis="derived", setting=setting_of(plan, world_size),
+        source=_source(len(whole), len(plan.batches), repeats, noise, world_size), companions=companions,
+        calibration=Calibration(plan, cost, memory, steps, noise, anchor),
+    )  # fmt: skip
 
 
 def _probes(plan: Plan, also: Plan | None, num_batches: int | None, repeats: int, *, own: bool) -> list[Probe]:
@@ -163,10 +140,10 @@ def _peaks(
         batch = make(probe.rows, lengths)  # one at a time: others would count as its memory
         _check(batch, probe, lengths)
         tell(i, len(probes) * (repeats + 1))
-        drop_gradients(model.parameters())  # those from before would be freed unseen
+        training.drop_gradients(model.parameters())  # those from before would be freed unseen
         peak, source = peak_memory(
             lambda batch=batch: train(batch),  # type: ignore[misc]
-            resident_bytes=sum(map(size_bytes, residents(model, update, batch).values())),
+            resident_bytes=sum(map(training.size_bytes, training.residents(model, update, batch).values())),
         )
         peaks.append(peak)
     return peaks, source
@@ -206,14 +183,12 @@ def _source(num_run: int, num_batches: int, repeats: int, noise_frac: float, wor
     return source
 
 
-def _still_step(
-    model: torch.nn.Module, to_loss: Loss, make: MakeOptimizer | None
-) -> tuple[Step, torch.optim.Optimizer]:
+def _still_step(model: torch.nn.Module, to_loss: Loss, make: MakeOptimizer | None) -> tuple[Step, Any]:
     """A step that learns nothing, and its optimizer."""
-    update = still(model.parameters(), make)
+    update = training.still(model.parameters(), make)
 
     def train(batch: Any) -> None:
-        to_loss(forward(model, batch)).backward()
+        to_loss(training.forward(model, batch)).backward()
         update.step()
         # last, so that the gradients of one step are not freed inside the next
         update.zero_grad(set_to_none=True)

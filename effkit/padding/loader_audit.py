@@ -45,8 +45,7 @@ class Watch:
         lengths, width = input_lengths(batch)
         row = {"num_rows": len(lengths), "input_length": width, "input_real": int(lengths.sum())}
         self._inputs.append(lengths)
-        outputs = _output_lengths(batch)
-        if outputs is not None and len(outputs[0]) == len(lengths):
+        if (outputs := _output_lengths(batch)) is not None and len(outputs[0]) == len(lengths):
             row |= {"output_length": outputs[1], "output_real": int(outputs[0].sum())}
             self._outputs.append(outputs[0])
         self._seen.append(row)
@@ -80,8 +79,7 @@ class Watch:
     @property
     def findings(self) -> list[str]:
         """What deserves a look, in sentences; empty when nothing does."""
-        found = [self._grouping(), self._budget(), self._draining()]
-        return [sentence for sentence in found if sentence]
+        return [sentence for sentence in (self._grouping(), self._budget(), self._draining()) if sentence]
 
     def _grouping(self) -> str | None:
         frame = self.frame
@@ -176,8 +174,7 @@ def _array(value: Any) -> Any:
 
 def input_lengths(batch: Any) -> tuple[Any, int]:
     """Real cells of each row, and the padded width."""
-    mask = _get(batch, "attention_mask", "padding_mask", "mask")
-    if mask is not None:
+    if (mask := _get(batch, "attention_mask", "padding_mask", "mask")) is not None:
         mask = _array(mask)
         if mask.ndim == 2:
             return mask.astype(bool).sum(axis=1), mask.shape[1]
@@ -187,8 +184,7 @@ def input_lengths(batch: Any) -> tuple[Any, int]:
     padded = _get(batch, "input_features", "input_values", "input_ids", "inputs")
     if lengths is not None:
         counted = _array(lengths).astype("int64")
-        width = padded.shape[1] if padded is not None else int(counted.max())
-        return counted, int(width)
+        return counted, int(counted.max() if padded is None else padded.shape[1])
     names = ", ".join(map(str, batch)) if hasattr(batch, "keys") else type(batch).__name__
     raise ValueError(
         f"padding is not visible in this batch ({names}): it holds neither attention_mask nor lengths. Let the "
@@ -197,8 +193,7 @@ def input_lengths(batch: Any) -> tuple[Any, int]:
 
 
 def _output_lengths(batch: Any) -> tuple[Any, int] | None:
-    labels = _get(batch, "labels")
-    if labels is None:
+    if (labels := _get(batch, "labels")) is None:
         return None
     labels = _array(labels)
     return ((labels != _IGNORED_LABEL).sum(axis=1), labels.shape[1]) if labels.ndim == 2 else None

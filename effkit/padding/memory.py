@@ -86,15 +86,14 @@ def fit_memory(probes: pd.DataFrame) -> MemoryModel:
     ValueError
         With fewer than three probes, or probes that do not vary.
     """
-    missing = {"input_length", "batch_size"} - set(probes.columns)
-    if missing:
+    if missing := {"input_length", "batch_size"} - set(probes.columns):
         raise ValueError(
             f"fit_memory() takes the columns input_length, output_length, batch_size; missing: {sorted(missing)}"
         )
     if len(probes) < 3:
         raise ValueError(f"fit_memory() takes at least three probe shapes; given: {len(probes)}")
     inputs = probes["input_length"].to_numpy(dtype="float64")
-    outputs = probes["output_length"].to_numpy(dtype="float64") if "output_length" in probes else np.zeros(len(probes))
+    outputs = probes.get("output_length", pd.Series(0.0, probes.index)).to_numpy(dtype="float64")
     rows = probes["batch_size"].to_numpy(dtype="float64")
     if "peak_bytes" not in probes and np.ptp(inputs) == 0:
         raise ValueError("fit_memory() needs probes of different input lengths; all have the same")
@@ -113,8 +112,8 @@ def fit_memory(probes: pd.DataFrame) -> MemoryModel:
         fixed, per_example, budget = 0.0, np.append(solution, 0.0), 1.0
         error = np.abs(occupied / (design @ solution) - 1).max()
     a, b, c, d = (float(value) for value in per_example)
-    seen = ((float(inputs.min()), float(inputs.max())), (float(outputs.min()), float(outputs.max())))
-    return MemoryModel((a, b, c, d), fixed, budget, seen, float(error))
+    shapes = ((float(inputs.min()), float(inputs.max())), (float(outputs.min()), float(outputs.max())))
+    return MemoryModel((a, b, c, d), fixed, budget, shapes, float(error))
 
 
 def _terms(input_length: Any, output_length: Any) -> Floats:

@@ -21,20 +21,11 @@ STRATEGIES = ("random", "sorted", "bucket", "bucket2d", "optimal", "token_budget
 
 
 def plan(
-    lengths: pd.DataFrame,
-    strategy: str = "random",
-    *,
-    batch_size: int | Sequence[int] | None = None,
-    max_input_cells: int | None = None,
-    num_buckets: int = 30,
-    num_output_buckets: int = 2,
-    quadratic: float | None = None,
-    memory: MemoryModel | None = None,
-    edges: Ints | Sequence[int] | None = None,
-    output_edges: Ints | None = None,
-    put_back: bool = True,
-    seed: int = 0,
-) -> Plan:
+    lengths: pd.DataFrame, strategy: str = "random", *, batch_size: int | Sequence[int] | None = None,
+    max_input_cells: int | None = None, num_buckets: int = 30, num_output_buckets: int = 2,
+    quadratic: float | None = None, memory: MemoryModel | None = None, edges: Ints | Sequence[int] | None = None,
+    output_edges: Ints | None = None, put_back: bool = True, seed: int = 0,
+) -> Plan:  # fmt: skip
     """Assign every example to a batch.
 
     Parameters
@@ -83,7 +74,7 @@ def plan(
     _check(lengths, strategy, limits)
     inputs = lengths["input_length"].to_numpy()
     used = LIMITS[strategy]
-    kept = {name: limits[name] for name in limits if name in used and limits[name] is not None}
+    kept = {name: limit for name, limit in limits.items() if name in used and limit is not None}
     if strategy == "pack":
         assert max_input_cells is not None
         return _packed(lengths, kept, inputs, max_input_cells, batch_size or 1)
@@ -166,11 +157,8 @@ def _bucketed(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -
     inputs = lengths["input_length"].to_numpy()
     if strategy == "random":
         return np.zeros(len(inputs), dtype="uint8"), pd.DataFrame({"input_length": [int(inputs.max())]})
-    edges = limits["edges"]
-    if edges is None:
-        rule = buckets.optimal_edges if strategy == "optimal" else buckets.equal_duration_edges
-        edges = rule(inputs, limits["num_buckets"])
-    edges = np.asarray(edges)
+    rule = buckets.optimal_edges if strategy == "optimal" else buckets.equal_duration_edges
+    edges = np.asarray(rule(inputs, limits["num_buckets"]) if limits["edges"] is None else limits["edges"])
     if strategy != "bucket2d":
         bucket = buckets.assign(inputs, edges)
         if int(bucket.max()) >= len(edges):
@@ -213,13 +201,11 @@ def _filled(sizes: list[float], limit: float, cap: int) -> list[int]:
     rows, longest, full = cap, 0.0, 0.0
     for i, size in enumerate(sizes):
         if size > longest:
-            longest = size
-            full = limit / longest
+            longest, full = size, limit / size
         rows += 1
         if rows > full or rows > cap:
             starts.append(i)
-            rows, longest = 1, size
-            full = limit / size
+            rows, longest, full = 1, size, limit / size
     return starts
 
 
@@ -231,9 +217,7 @@ def _overfilled(sizes: list[float], limit: float, cap: int) -> list[int]:
         if ended:
             starts.append(i)
             rows, longest = 0, 0.0
-        rows += 1
-        if size > longest:
-            longest = size
+        rows, longest = rows + 1, max(longest, size)
         ended = (rows + 1) * longest > limit or rows >= cap
     return starts
 
@@ -243,6 +227,5 @@ def _packed(lengths: pd.DataFrame, limits: Mapping[str, Any], inputs: Ints, capa
     order = np.argsort(row, kind="stable")
     row_starts = np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
     batch_starts = np.arange(0, len(row_starts), rows_per_batch)
-    bucket = np.zeros(len(batch_starts), dtype="int64")
     edges = pd.DataFrame({"input_length": [capacity]})
-    return Plan(lengths, "pack", limits, order, row_starts, batch_starts, bucket, edges, planner=plan)
+    return Plan(lengths, "pack", limits, order, row_starts, batch_starts, np.zeros_like(batch_starts), edges, plan)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,10 +76,10 @@ class Plan:
         """Rows of the epoch: as many as examples, unless packed."""
         return len(self.order) if self.row_starts is None else len(self.row_starts)
 
-    @property
-    def batches(self) -> Sequence[Ints]:
-        """Example indices of each batch: a sequence of integer arrays."""
-        return _Batches(self)
+    @cached_property
+    def batches(self) -> list[Ints]:
+        """Example indices of each batch."""
+        return [self.order[first:end] for first, end in pairwise(self._examples.tolist())]
 
     def rows(self, batch: int) -> list[Ints]:
         """Example indices of each row of one batch."""
@@ -143,7 +144,27 @@ class Plan:
             ``"input"`` or ``"output"`` cells; ``"input_squared"``, the cells of full self-attention; or ``"flops"``
             of a forward pass (see :func:`effkit.padding.flops.transformer`, which takes the ``model`` keywords).
         """
-        return _account(self, cells, model)
+        if cells not in CELLS:
+            raise ValueError(f"cells is one of {', '.join(CELLS)}; given: {cells!r}")
+        if cells == "output" and "output_length" not in self.lengths:
+            raise ValueError("these lengths have no outputs to count; ask for cells='input'")
+        if cells == "flops":
+            real, total = flops.of_batches(self.lengths, self.frame, **model)
+            padding = total - real
+        else:
+            name = "output_length" if cells == "output" else "input_length"
+            shape, real = self._column(name), int(self._column(f"{cells}_real").sum())
+            total = int((self._num_rows * (shape**2 if cells == "input_squared" else shape)).sum())
+            if cells == "input_squared":
+                padding = total - real
+            else:  # counted row by row, so that the account can fail to close
+                padding = int((np.repeat(shape, self._num_rows) - self._row_lengths(name)).sum())
+        kind = {"flops": "Forward FLOPs", "input_squared": "Attention cells"}.get(cells, f"{cells.title()} cells")
+        return Account.of(
+            f"{kind} of one epoch", "FLOPs" if cells == "flops" else "cells", {"real": real, "padding": padding},
+            total=total, source="the shapes of the batches", basis="derived",
+            setting={"strategy": self.strategy, **self.limits},
+        )  # fmt: skip
 
     def batch_sampler(self, rank: int = 0, world_size: int = 1, seed: int = 0) -> BatchSampler:
         """A ``torch.utils.data`` batch sampler that follows this plan's strategy and limits, to take home."""
@@ -152,7 +173,14 @@ class Plan:
         return BatchSampler(self, rank=rank, world_size=world_size, seed=seed)
 
     def straggler(self, world_size: int, cells: str = "input") -> float:
-        """E[max over ranks] / mean of the padded cells per step: 1.0 is no waiting at all."""
+        """E[max over ranks] / mean of the padded cells per step: 1.0 is no waiting at all.
+
+        Examples
+        --------
+        >>> from effkit.padding import plan
+        >>> plan(pd.DataFrame({"input_length": [3, 3, 1, 1]}), "sorted", batch_size=1).straggler(2)
+        1.0
+        """
         return straggler(self, world_size, cells)
 
     def plot(self, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
@@ -168,51 +196,3 @@ class Plan:
             f"Plan {self.strategy}({limits}): {len(self.order):,} examples in {len(self.batch_starts):,} batches, "
             f"{padding:.1%} of the input cells are padding"
         )
-
-
-class _Batches(Sequence):  # type: ignore[type-arg]
-    def __init__(self, plan: Plan) -> None:
-        self._ends = plan._examples
-        self._order = plan.order
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, batch: Any) -> Any:
-        if isinstance(batch, slice):
-            return [self[i] for i in range(*batch.indices(len(self)))]
-        if not -len(self) <= batch < len(self):
-            raise IndexError(f"batch {batch} of a plan of {len(self)} batches")
-        batch %= len(self)
-        return self._order[self._ends[batch] : self._ends[batch + 1]]
-
-    def __iter__(self) -> Iterator[Ints]:
-        return (self[i] for i in range(len(self)))
-
-
-def _account(plan: Plan, cells: str, model: Mapping[str, int]) -> Account:
-    if cells not in CELLS:
-        raise ValueError(f"cells is one of {', '.join(CELLS)}; given: {cells!r}")
-    if cells == "output" and "output_length" not in plan.lengths:
-        raise ValueError("these lengths have no outputs to count; ask for cells='input'")
-    if cells == "flops":
-        real, total = flops.of_batches(plan.lengths, plan.frame, **model)
-        padding = total - real
-    else:
-        name = "output_length" if cells == "output" else "input_length"
-        shape, real = plan._column(name), int(plan._column(f"{cells}_real").sum())
-        total = int((plan._num_rows * (shape**2 if cells == "input_squared" else shape)).sum())
-        if cells == "input_squared":
-            padding = total - real
-        else:  # counted row by row, so that the account can fail to close
-            padding = int((np.repeat(shape, plan._num_rows) - plan._row_lengths(name)).sum())
-    kind = {"flops": "forward FLOPs", "input_squared": "attention cells"}.get(cells, f"{cells} cells")
-    return Account.of(
-        f"{kind[0].upper()}{kind[1:]} of one epoch",
-        "FLOPs" if cells == "flops" else "cells",
-        {"real": real, "padding": padding},
-        total=total,
-        source="the shapes of the batches",
-        basis="derived",
-        setting={"strategy": plan.strategy, **plan.limits},
-    )

@@ -6,21 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from effkit.account import Account
 from effkit.lab import asked, calibration_of, interval
 from effkit.lab.knobs import checked_whole
+from effkit.padding import epoch_accounts
 from effkit.padding.calibration import Calibration
-from effkit.padding.epoch_accounts import (
-    EPOCH_TIME,
-    LIMIT_KNOBS,
-    PEAK,
-    cells_account,
-    epoch_rows,
-    peak_account,
-    steps_account,
-)
+from effkit.padding.epoch_accounts import EPOCH_TIME, LIMIT_KNOBS, PEAK, epoch_rows
 from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, plan
 from effkit.padding.plans import Plan
 
@@ -74,26 +66,18 @@ def predict(base: Account, **setting: Any) -> Account:
     covered = cost.covers(frame["num_rows"], frame["input_length"], output)
     in_range = covered and world_size == 1 and planned.row_starts is None
     total = round(epoch_ns * calibration.anchor)
-    peaks = memory.amount(frame["num_rows"], frame["input_length"], output)
-    peak = round(float(np.max(peaks)))
+    peak = round(float(np.max(memory.amount(frame["num_rows"], frame["input_length"], output))))
     around_peak = interval(peak, peak * max(memory.error_frac, 1e-9))
-    return Account.of(
-        EPOCH_TIME,
-        "ns",
-        rows,
-        total=total,
-        source=f"the cost of {cost.num_steps} measured steps",
-        basis="derived",
-        **interval(total, total * calibration.band_frac),
-        in_range=in_range,
-        setting=wanted,
-        companions=(
-            cells_account(planned, "the plan", exact=True),
-            steps_account(num_steps, "the plan", exact=True),
-            peak_account(peak, "the fitted memory model", in_range=covered, **around_peak),
-        ),
-        calibration=calibration,
+    companions = (
+        epoch_accounts.cells_account(planned, "the plan", exact=True),
+        epoch_accounts.steps_account(num_steps, "the plan", exact=True),
+        epoch_accounts.peak_account(peak, "the fitted memory model", in_range=covered, **around_peak),
     )
+    return Account.of(
+        EPOCH_TIME, "ns", rows, total=total, source=f"the cost of {cost.num_steps} measured steps", basis="derived",
+        **interval(total, total * calibration.band_frac), in_range=in_range, setting=wanted, companions=companions,
+        calibration=calibration,
+    )  # fmt: skip
 
 
 def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
@@ -133,11 +117,10 @@ def plan_at(base: Account, setting: dict[str, Any]) -> Plan:
     longest = int(lengths["input_length"].max())
     if setting.get("memory_bytes"):
         budget = replace(calibration.memory, budget=float(setting["memory_bytes"]))
-        whole = pd.DataFrame({name: [int(lengths[name].max())] for name in lengths})
         if setting["strategy"] in BUCKETED:
             limits["memory"] = budget
         else:
-            limits["batch_size"] = int(budget.largest_batches(whole)[0])
+            limits["batch_size"] = int(budget.largest_batches(lengths.max().to_frame().T)[0])
     if setting["strategy"] == "token_budget" and "max_input_cells" not in limits:
         # the cells of one full batch of the longest examples: what the measured plan had to make room for
         size = limits.pop("batch_size", None)
@@ -176,8 +159,7 @@ def whatif(
           for name, (label, tooltip) in limits.items() if isinstance(rest.get(name), int)),
         Slider("memory_bytes", "Memory budget [MiB]", 0, 2 * peak_mib, max(1, peak_mib // 50),
                "What a step may take; decides the batch sizes, unless 0", rest=0, scale=_MIB),
-        Choice("strategy", "Strategy", _choices(rest["strategy"]),
-               "How examples are assigned to batches"),
+        Choice("strategy", "Strategy", _choices(rest["strategy"]), "How examples are assigned to batches"),
         Slider("num_buckets", "Input buckets [count]", 1, 40, 1, "Buckets by input length", rest=8),
         Slider("num_output_buckets", "Output buckets [count]", 1, 8, 1, "By output length, within each", rest=2),
         Slider("max_length", "Longest input [cells]", shortest, longest, max(1, (longest - shortest) // 50),

@@ -28,12 +28,8 @@ class Probe:
         """``num_rows``, padded ``input_length`` and, where known, ``output_length`` [cells]; ``whole``, and the
         number of the ``batch``, -1 for none."""
         padded = {name: max(int(lengths[name].to_numpy()[row].sum()) for row in self.rows) for name in lengths}
-        return {
-            "num_rows": len(self.rows),
-            **padded,
-            "whole": self.whole,
-            "batch": -1 if self.batch is None else self.batch,
-        }
+        number = -1 if self.batch is None else self.batch
+        return {"num_rows": len(self.rows), **padded, "whole": self.whole, "batch": number}
 
 
 def choose(plan: Plan, num_batches: int | None, *, cut_down: bool) -> list[Probe]:

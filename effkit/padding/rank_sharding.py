@@ -114,10 +114,7 @@ def shares(plan: Batched, per_batch: Any, world_size: int, of_piece: Callable[[I
 
 
 def straggler(plan: Batched, world_size: int, cells: str = "input") -> float:
-    """E[max over ranks] / mean of the padded cells of a step.
-
-    ``cells`` is ``"input"`` or ``"input_squared"``.
-    """
+    """E[max over ranks] / mean of the padded cells of a step, ``"input"`` or ``"input_squared"`` ones."""
     if cells not in ("input", "input_squared"):
         raise ValueError(f"cells is input or input_squared; given: {cells!r}")
     power = 2 if cells == "input_squared" else 1

@@ -60,8 +60,7 @@ class BatchSampler(Sampler[list[int]]):
                 "batch_size=1, so that each batch is one packed row"
             )
         self.plan, self.rank, self.world_size, self.seed = plan, rank, world_size, seed
-        self.epoch = 0
-        self.step = 0
+        self.epoch = self.step = 0
         self._planned: tuple[int, list[Step]] | None = None
 
     def set_epoch(self, epoch: int) -> None:

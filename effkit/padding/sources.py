@@ -17,16 +17,8 @@ FRAMES_PER_SECOND = 100  # 10 ms, the usual step of speech features
 _LARGEST_BYTES = 8 * 2**30  # what a manifest may unpack to
 
 # In order of preference. A name ending in _s, or `duration`, is in seconds.
-INPUT_COLUMNS = (
-    "input_length",
-    "num_frames",
-    "duration",
-    "duration_s",
-    "input_tokens",
-    "num_tokens",
-    "length",
-    "input_ids",
-)
+INPUT_COLUMNS = ("input_length", "num_frames", "duration", "duration_s", "input_tokens", "num_tokens", "length",
+                 "input_ids")  # fmt: skip
 OUTPUT_COLUMNS = ("output_length", "output_tokens", "num_output_tokens", "tokens", "labels", "text")
 
 
@@ -171,17 +163,12 @@ def _manifest(path: Path, input: str | None, output: str | None) -> tuple[pd.Dat
 
 def _columns(entries: list[_Entry]) -> pd.DataFrame:
     """The fields that any entry has."""
-    columns: dict[str, list[Any]] = {}
-    for field in _Entry.__struct_fields__:
-        if field in ("text", "supervisions"):  # two places for one thing, joined below
-            continue
-        values = [getattr(entry, field) for entry in entries]
-        if any(value is not None for value in values):
-            columns[field] = values
-    texts = [entry.text if entry.text is not None else _spoken(entry) for entry in entries]
-    if any(text is not None for text in texts):
-        columns["text"] = texts
-    return pd.DataFrame(columns, index=range(len(entries)))
+    fields = [field for field in _Entry.__struct_fields__ if field not in ("text", "supervisions")]
+    columns: dict[str, list[Any]] = {field: [getattr(entry, field) for entry in entries] for field in fields}
+    # a text stands in either of two places
+    columns["text"] = [entry.text if entry.text is not None else _spoken(entry) for entry in entries]
+    present = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    return pd.DataFrame(present, index=range(len(entries)))
 
 
 def _spoken(entry: _Entry) -> str | None:
@@ -204,12 +191,12 @@ def _choose(names: Any, asked: str | None, usual: tuple[str, ...], *, required: 
         if asked not in names:
             raise ValueError(f"there is no column {asked!r}; the columns are {', '.join(map(str, names))}")
         return asked
-    found = next((name for name in usual if name in names), None)
-    if found is None and required:
+    column = next((name for name in usual if name in names), None)
+    if column is None and required:
         raise ValueError(
             f"none of the columns {', '.join(map(str, names)) or '(none)'} is a usual length: say which with input=…"
         )
-    return found
+    return column
 
 
 def _tidy(
