@@ -24,10 +24,9 @@ WHOLE = "generation"  # the one row where no part is told
 def rows_ns(watched: Watched, coded: bool) -> dict[str, int]:
     """The rows of one generation [ns]; with no encoder the first forward is its prefill."""
     steps = watched.steps if coded else watched.steps.iloc[1:]
-    found = {ENCODER: watched.encoder_ns} if coded else {PREFILL: int(watched.steps.iloc[0].sum())}
-    found |= {str(part): int(value) for part, value in steps.sum().items()}
-    found[START] = watched.start_ns
-    return {part: found[part] for part in ROWS if found.get(part)}
+    rows = {ENCODER: watched.encoder_ns} if coded else {PREFILL: int(watched.steps.iloc[0].sum())}
+    rows |= {str(part): int(value) for part, value in steps.sum().items()} | {START: watched.start_ns}
+    return {part: rows[part] for part in ROWS if rows.get(part)}
 
 
 def phases_ns(watched: Watched) -> dict[str, int]:
@@ -44,20 +43,10 @@ def measured_rows(run: Run) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def generation_account(
-    rows: Mapping[str, float],
-    phases: Mapping[str, float],
-    setting: Setting,
-    *,
-    total_ns: float,
-    weight_bytes: int,
-    cache: CacheBytes | None,
-    seconds_per_cell: float | None,
-    source: str,
-    basis: str = "measured",
-    band_frac: float | None = None,
-    in_range: bool = True,
-    calibration: Any = None,
-) -> Account:
+    rows: Mapping[str, float], phases: Mapping[str, float], setting: Setting, *,
+    total_ns: float, weight_bytes: int, cache: CacheBytes | None, seconds_per_cell: float | None, source: str,
+    basis: str = "measured", band_frac: float | None = None, in_range: bool = True, calibration: Any = None,
+) -> Account:  # fmt: skip
     """One generation, with time per token, rates, phases, weights and cache as companions; all with its band.
 
     A cache of None is not visible.
@@ -66,33 +55,34 @@ def generation_account(
     span = (1.0, 1.0) if band_frac is None else (1 / (1 + band_frac), 1 + band_frac)
     more: dict[str, Any] = {"setting": setting.plain(), "basis": basis}
 
-    def told(title: str, unit: str, values: Mapping[str, float], source: str, low: float, high: float) -> Account:
+    companions: list[Account] = []
+
+    def add(title: str, unit: str, values: Mapping[str, float], source: str, low: float, high: float) -> None:
         whole = {item: round(value) for item, value in values.items()}
         size = sum(whole.values())
         within = in_range or unit == "bytes"  # what is counted needs no calibration
         band = _band(size, band_frac, low, high)
-        return Account.of(title, unit, whole, total=size, source=source, in_range=within, **band, **more)
+        companions.append(Account.of(title, unit, whole, total=size, source=source, in_range=within, **band, **more))
 
     tokens = setting.batch * setting.num_steps
-    beside = [
-        told(PER_TOKEN, "ns", {"token": total / setting.num_steps}, "time over steps", *span),
-        told(RATE, "tokens/s", {"tokens": tokens / total * 1e9}, "tokens of all rows over time", *span),
-    ]
+    add(PER_TOKEN, "ns", {"token": total / setting.num_steps}, "time over steps", *span)
+    add(RATE, "tokens/s", {"tokens": tokens / total * 1e9}, "tokens of all rows over time", *span)
     if seconds_per_cell:
         sound = setting.batch * setting.input_length * seconds_per_cell
-        beside.append(told(SPEED, "thousandths", {"sound over time": sound / total * 1e12}, "seconds of sound", *span))
+        add(SPEED, "thousandths", {"sound over time": sound / total * 1e12}, "seconds of sound", *span)
     if setting.encoder_layers and ENCODER in rows:
         share = 1e6 * (1 - rows[ENCODER] / sum(rows.values()))
-        beside.append(told(SHARE, "ppm", {"share": share}, "all but the encoder", span[0], min(span[1], 1e6 / share)))
+        add(SHARE, "ppm", {"share": share}, "all but the encoder", span[0], min(span[1], 1e6 / share))
     if phases:
-        beside.append(told(PHASES, "ns", phases, "the end of the first step", *span))
-    beside.append(told(WEIGHTS, "bytes", {"weights": weight_bytes}, "the parameters", 1, 1))
+        add(PHASES, "ns", phases, "the end of the first step", *span)
+    add(WEIGHTS, "bytes", {"weights": weight_bytes}, "the parameters", 1, 1)
     if cache is not None:
-        held = {SELF: cache.self_attention, CROSS: cache.cross_attention}
-        beside.append(told(CACHE, "bytes", held, "keys and values", 1, 1))
+        attention = {SELF: cache.self_attention, CROSS: cache.cross_attention}
+        add(CACHE, "bytes", attention, "keys and values", 1, 1)
     return Account.of(
         TIME, "ns", {row: round(value) for row, value in rows.items()}, total=total, source=source,
-        companions=tuple(beside), calibration=calibration, in_range=in_range, **_band(total, band_frac, *span), **more,
+        companions=tuple(companions), calibration=calibration, in_range=in_range, **_band(total, band_frac, *span),
+        **more,
     )  # fmt: skip
 
 

@@ -100,13 +100,13 @@ class Calibration(Observed):
         return replace(setting, encoder_layers=now.encoder_layers_for(total, setting.decoder_layers))
 
     def covers(self, setting: Setting) -> bool:
-        """Whether the probes have seen such a setting: sizes between theirs, and nothing that none of them had."""
+        """Whether the setting lies within the probes: its sizes between theirs, its other knobs as they had them."""
         base = self.setting
         for name in _RANGES:
-            seen = [getattr(run.setting, name) for run in self.runs]
+            probed = [getattr(run.setting, name) for run in self.runs]
             value = setting.depth if name == "decoder_layers" else getattr(setting, name)
-            least = 1 if name in ("num_steps", "encoder_layers") else min(seen)  # fewer of these are parts of a run
-            if not (least <= value <= max(seen) or value == getattr(base, name)):
+            least = 1 if name in ("num_steps", "encoder_layers") else min(probed)  # fewer of these are parts of a run
+            if not (least <= value <= max(probed) or value == getattr(base, name)):
                 return False
         same = ("width", "kv_heads", "dtype")
         return all(getattr(setting, name) == value for name, value in _UNSEEN.items()) and all(

@@ -43,39 +43,27 @@ class Sizes:
 def sizes(config: Any) -> Sizes:
     """The sizes in a configuration.
 
-    Raises
-    ------
-    ValueError
-        When it names its layers or its width in no known way.
+    Raises ValueError when it names its layers or its width in no known way.
     """
     wide, heads = _read(config, _WIDTH), _read(config, _HEADS)
     limits = [getattr(config, name, None) for name in _POSITIONS]
     return Sizes(
         encoder_layers=_read(config, _ENCODER_LAYERS) if config.is_encoder_decoder else 0,
-        decoder_layers=_read(config, _DECODER_LAYERS),
-        width=wide,
-        heads=heads,
+        decoder_layers=_read(config, _DECODER_LAYERS), width=wide, heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or wide // heads),
         ffn=next((int(size) for name in _FFN if (size := getattr(config, name, None))), 4 * wide),
         positions=next((int(limit) for limit in limits if isinstance(limit, int) and limit > 0), None),
-    )
+    )  # fmt: skip
 
 
 def changed(
-    config: Any,
-    *,
-    encoder_layers: int | None = None,
-    decoder_layers: int | None = None,
-    width: int | None = None,
-    kv_heads: int | None = None,
-) -> Any:
+    config: Any, *, encoder_layers: int | None = None, decoder_layers: int | None = None,
+    width: int | None = None, kv_heads: int | None = None,
+) -> Any:  # fmt: skip
     """A copy with these sizes; feed-forward and number of heads go with the width, the heads' own size stays.
 
-    Raises
-    ------
-    ValueError
-        For a size that the model does not have, or that its heads cannot share.
+    Raises ValueError for a size that the model does not have, or that its heads cannot share.
     """
     new, now = copy.deepcopy(config), sizes(config)
     kind = type(config).__name__
@@ -99,12 +87,12 @@ def changed(
     return new
 
 
-def check_positions(found: Sizes, prompt_cells: int, num_steps: int) -> None:
+def check_positions(sizes: Sizes, prompt_cells: int, num_steps: int) -> None:
     """Raise ValueError when a prompt and the tokens after it pass the model's positions."""
-    if found.positions is not None and prompt_cells + num_steps > found.positions:
+    if sizes.positions is not None and prompt_cells + num_steps > sizes.positions:
         raise ValueError(
-            f"num_steps={num_steps} after {prompt_cells} tokens of prompt pass the model's {found.positions} "
-            f"positions; take at most {found.positions - prompt_cells}"
+            f"num_steps={num_steps} after {prompt_cells} tokens of prompt pass the model's {sizes.positions} "
+            f"positions; take at most {sizes.positions - prompt_cells}"
         )
 
 

@@ -18,7 +18,8 @@ from effkit.least_squares import Floats, nonnegative
 START, PREFILL = "before and after the steps", "prefill"
 PER_LAYER = (SELF, CROSS, FFN, NORMS)
 PER_STEP = (EMBEDDING, OUTPUT, BETWEEN)
-_CROSS_COLD, _HINT_WEIGHT = 0.7, 0.1  # cold memory costs cross-attention so much of what it costs self-attention
+_CROSS_COLD = 0.7  # cost of cold memory in cross-attention over its cost in self-attention
+_HINT_WEIGHT = 0.1  # of that ratio, among the rows of the fit
 _BINS = 6  # of a run's steps: each counts with its median
 
 
@@ -39,16 +40,16 @@ class Run:
     @property
     def fastest(self) -> Watched:
         """The fastest of those with clocks inside."""
-        return min(self.watched, key=lambda one: one.wall_ns)
+        return min(self.watched, key=lambda watched: watched.wall_ns)
 
 
 @dataclass(frozen=True)
 class RowCost:
     """Time of a part in one step [ns]: of one sequence alone, whose products are matrix times vector, and of several.
 
-    ``alone`` for one row; otherwise ``several + per_row·rows``; for both, of the keys and values that attention reads,
-    ``x = rows·cells`` of them, ``(per_cell + rising·min(x, most))·x``, for many are copied more slowly than few; and
-    ``cold`` for what the caches no longer hold. ``most`` is the largest x that was seen.
+    One row costs ``alone``, more rows ``several + per_row·rows``. Attention adds ``(per_cell + rising·min(x, most))·x``
+    for the ``x = rows·cells`` keys and values that it reads: many are copied more slowly than few. Memory that the
+    caches no longer hold adds ``cold``. ``most`` is the largest x of the fitted runs.
     """
 
     alone: float
@@ -120,25 +121,24 @@ class Costs:
         prompt_cells = size.prompt_cells
         rows, depth, cells = setting.rows, setting.depth, setting.input_length
         crossed = cells if setting.encoder_layers else 0
-        found: dict[str, float] = {}
+        times: dict[str, float] = {}
         if setting.encoder_layers:
-            found[ENCODER] = self.front.ns(setting.batch, cells) + setting.encoder_layers * self.encoder_layer.ns(
-                setting.batch, cells
-            )
-            found[CROSS_KV] = depth * self.keys_values.ns(rows, cells)
+            layers_ns = setting.encoder_layers * self.encoder_layer.ns(setting.batch, cells)
+            times[ENCODER] = self.front.ns(setting.batch, cells) + layers_ns
+            times[CROSS_KV] = depth * self.keys_values.ns(rows, cells)
         first = 0 if setting.encoder_layers else 1  # the first forward of a decoder-only model is its prefill
         kv = prompt_cells + np.arange(first, setting.num_steps, dtype=np.float64)
         if first:
-            found[PREFILL] = depth * sum(cost.ns(rows, prompt_cells) for cost in self.prefill.values())
-            found[PREFILL] += float(sum(self.part_ns(part, setting, size) for part in (EMBEDDING, OUTPUT)))
+            times[PREFILL] = depth * sum(cost.ns(rows, prompt_cells) for cost in self.prefill.values())
+            times[PREFILL] += float(sum(self.part_ns(part, setting, size) for part in (EMBEDDING, OUTPUT)))
         for part in self.layer:
-            seen = kv if part == SELF else crossed if part == CROSS else 0.0
-            found[part] = float(np.sum(self.part_ns(part, setting, size, seen) * np.ones_like(kv)))
+            read = kv if part == SELF else crossed if part == CROSS else 0.0
+            times[part] = float(np.sum(self.part_ns(part, setting, size, read) * np.ones_like(kv)))
         for part in self.step:
-            times = setting.num_steps - 1 if part == BETWEEN else len(kv)
-            found[part] = times * float(self.part_ns(part, setting, size))
-        found[START] = self.start.fixed + self.start.per_cell * rows * depth * max(crossed, prompt_cells)
-        return {part: value for part, value in found.items() if value > 0}
+            num_times = setting.num_steps - 1 if part == BETWEEN else len(kv)
+            times[part] = num_times * float(self.part_ns(part, setting, size))
+        times[START] = self.start.fixed + self.start.per_cell * rows * depth * max(crossed, prompt_cells)
+        return {part: time_ns for part, time_ns in times.items() if time_ns > 0}
 
 
 def fit(runs: Sequence[Run], caches: Caches) -> Costs:
@@ -199,10 +199,8 @@ def _start(runs: Sequence[Run], costs: Costs) -> BulkCost:
         taken = [w.start_ns for w in run.watched]
         if setting.encoder_layers:
             reads = {SELF: run.step.prompt_cells, CROSS: cells}
-            usual = sum(
-                float(costs.part_ns(part, setting, run.step, reads.get(part, 0)))
-                for part in (*PER_LAYER, EMBEDDING, OUTPUT)
-            )
+            usual = sum(float(costs.part_ns(part, setting, run.step, reads.get(part, 0)))
+                        for part in (*PER_LAYER, EMBEDDING, OUTPUT))  # fmt: skip
             taken = [w.start_ns + max(0.0, w.steps.iloc[0].sum() - w.steps[CROSS_KV].iloc[0] - usual)
                      for w in run.watched]  # fmt: skip
         rows.append([1.0, setting.rows * setting.depth * cells])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,10 +20,6 @@ from effkit.decoder.setting import DTYPES
 from effkit.device import Device
 from effkit.lab import calibration_of
 from effkit.timing import elapsed_ns
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-from functools import partial
 
 LAUNCHES, READING, ARITHMETIC = "launches", "reading", "arithmetic"
 _PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
@@ -55,14 +53,8 @@ class Launches(TorchDispatchMode):
 
 def reading_rate(size_bytes: int, dtype: torch.dtype, device: torch.device) -> float:
     """Bytes per second at which a matrix of this size is multiplied with a vector, again and again: the fastest of
-    many. One that the caches hold is read far more quickly than memory is.
-
-    Parameters
-    ----------
-    size_bytes
-        Of all that a step reads: weights, keys and values.
-    dtype, device
-        Of the weights.
+    many. One that the caches hold is read far more quickly than memory is. ``size_bytes`` is all that a step reads:
+    weights, keys and values.
     """
     rows = max(1, size_bytes // (_COLUMNS * torch.empty(0, dtype=dtype).element_size()))
     # several matrices, as a model has: one large product could be split among threads otherwise than they are
@@ -107,17 +99,14 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
         ``weight_bytes``, ``kv_bytes``, ``flops``; the floors ``launches_ns, reading_ns, arithmetic_ns``; ``floor_ns``,
         the largest; ``binds``, which that is; ``reached_frac``, floor over time.
     """
-    known, here = calibration_of(base, Calibration, "decoder"), device or Device.here()
-    run, setting = known.observed, known.setting
+    calibration, machine = calibration_of(base, Calibration, "decoder"), device or Device.here()
+    run, setting, memory = calibration.observed, calibration.setting, calibration.memory
     if run.setting != setting:
         raise ValueError("launches were counted at the calibrated setting: give what measure() returned without base=")
-    rate = here.rate_flops_per_s.get(setting.dtype) or max(here.rate_flops_per_s.values())
-    steps = pd.concat([w.steps.iloc[1:] for w in run.watched])
-    times = steps.median()
-    parameters, value_bytes = known.memory.parameters(setting), DTYPES[setting.dtype]
-    sizes = known.memory.sizes(setting)
-    cells = {SELF: run.step.prompt_cells + setting.num_steps / 2,
-             CROSS: known.memory.encoder_cells(setting.input_length)}  # fmt: skip
+    rate = machine.rate_flops_per_s.get(setting.dtype) or max(machine.rate_flops_per_s.values())
+    times = pd.concat([w.steps.iloc[1:] for w in run.watched]).median()
+    parameters, sizes, value_bytes = memory.parameters(setting), memory.sizes(setting), DTYPES[setting.dtype]
+    cells = {SELF: run.step.prompt_cells + setting.num_steps / 2, CROSS: memory.encoder_cells(setting.input_length)}
     heads = {SELF: sizes.kv_heads, CROSS: sizes.heads}
     rows = {}
     for part in _PARTS:
@@ -127,16 +116,14 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
         weights = deep * parameters.of_part.get(part, 0)
         read = cells.get(part, 0.0) * setting.rows * deep * sizes.head_dim
         rows[part] = {
-            "time_ns": times[part],
-            "launches": known.launches[part],
-            "weight_bytes": weights * value_bytes,
+            "time_ns": times[part], "launches": calibration.launches[part], "weight_bytes": weights * value_bytes,
             "kv_bytes": 2 * read * heads.get(part, 0) * value_bytes,
             "flops": 2 * weights * setting.rows + 4 * read * sizes.heads,
-        }
+        }  # fmt: skip
     frame = pd.DataFrame(rows).T
     frame.loc["step"] = frame.sum()
-    frame[f"{LAUNCHES}_ns"] = frame["launches"] * here.launch_overhead_ns
-    frame[f"{READING}_ns"] = (frame["weight_bytes"] + frame["kv_bytes"]) / known.read_bytes_per_s * 1e9
+    frame[f"{LAUNCHES}_ns"] = frame["launches"] * machine.launch_overhead_ns
+    frame[f"{READING}_ns"] = (frame["weight_bytes"] + frame["kv_bytes"]) / calibration.read_bytes_per_s * 1e9
     frame[f"{ARITHMETIC}_ns"] = frame["flops"] / rate * 1e9
     floors = frame[[f"{LAUNCHES}_ns", f"{READING}_ns", f"{ARITHMETIC}_ns"]]
     frame["floor_ns"], frame["binds"] = floors.max(axis=1), floors.idxmax(axis=1).str.removesuffix("_ns")

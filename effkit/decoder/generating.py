@@ -33,25 +33,19 @@ class Ready:
 def setting_of(model: Any, inputs: Any = None, **changes: Any) -> Setting:
     """How this model generates from these inputs as it is, with changes.
 
-    Raises
-    ------
-    ValueError
-        When it cannot generate, or a change is not possible.
+    Raises ValueError when it cannot generate, or a change is not possible.
     """
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
         raise ValueError(
             f"{type(model).__name__} has no generate(): give a transformers model that generates, or a function "
             "step(token, cache) -> (token, cache)"
         )
-    found = configurations.sizes(model.config)
-    name = model.main_input_name
-    given = _named(inputs, name)[name].shape[_length_axis(model, name)] if inputs is not None else None
-    length = changes.pop("input_length", None) or given or _default_length(model, name)
-    rows = Setting(
-        decoder_layers=found.decoder_layers, encoder_layers=found.encoder_layers, width=found.width,
-        kv_heads=found.kv_heads, input_length=length, dtype=str(model.dtype).removeprefix("torch."),
-    )  # fmt: skip
-    return checked(model, rows.change(**changes))
+    sizes, name = configurations.sizes(model.config), model.main_input_name
+    own_length = None if inputs is None else _named(inputs, name)[name].shape[_length_axis(model, name)]
+    length = changes.pop("input_length", None) or own_length or _default_length(model, name)
+    own_sizes = {size: getattr(sizes, size) for size in _SIZES}
+    setting = Setting(**own_sizes, input_length=length, dtype=str(model.dtype).removeprefix("torch."))
+    return checked(model, setting.change(**changes))
 
 
 def checked(model: Any, setting: Setting) -> Setting:
@@ -67,10 +61,7 @@ def checked(model: Any, setting: Setting) -> Setting:
 def prepared(model: Any, inputs: Any, setting: Setting) -> Ready:
     """The model at this setting: itself where its sizes are those, otherwise built anew with random weights.
 
-    Raises
-    ------
-    ValueError
-        When it cannot be run this way; says why.
+    Raises ValueError when it cannot be run this way, and says why.
     """
     if setting.weight_bits and setting.weight_bits != 8 * torch.empty(0, dtype=_dtype(setting)).element_size():
         raise ValueError("weight_bits is a prediction from bytes alone; nothing here runs on weights of fewer bits")
@@ -99,9 +90,8 @@ def _own_cache(model: Any, setting: Setting) -> dict[str, Any]:
 
 
 def _sized(model: Any, setting: Setting) -> Any:
-    found = configurations.sizes(model.config)
-    asked = {name: getattr(setting, name) for name in _SIZES}
-    changes = {name: value for name, value in asked.items() if value and value != getattr(found, name)}
+    sizes = configurations.sizes(model.config)
+    changes = {name: size for name in _SIZES if (size := getattr(setting, name)) not in (0, getattr(sizes, name))}
     if not changes and model.dtype == _dtype(setting):
         return model
     built = _built(model, configurations.changed(model.config, **changes), setting)
@@ -153,8 +143,7 @@ def generation_config(model: Any, setting: Setting) -> Any:
     if setting.compiled == "on":
         from transformers import CompileConfig
 
-        changes["cache_implementation"] = "static"
-        changes["compile_config"] = CompileConfig(mode="default")
+        changes |= {"cache_implementation": "static", "compile_config": CompileConfig(mode="default")}
         # transformers compiles by itself on accelerators only, unless told
         changes["compile_config"]._compile_all_devices = True
     for name, value in changes.items():
@@ -182,29 +171,24 @@ def _exited(model: Any, setting: Setting) -> Any:
 def make_inputs(model: Any, inputs: Any, setting: Setting) -> dict[str, torch.Tensor]:
     """Keyword arguments of ``generate``: those given, brought to the setting's batch and length, or random ones.
 
-    Rows are repeated in turn or cut, and so is the length.
-
-    Raises
-    ------
-    ValueError
-        When none are given for a model whose inputs cannot be made up.
+    Rows are repeated in turn or cut, and so is the length. Raises ValueError when none are given for a model whose
+    inputs cannot be made up.
     """
     name, device = model.main_input_name, next(model.parameters()).device
     if inputs is None:
         return {key: tensor.to(device) for key, tensor in _random(model, name, setting).items()}
-    given = _named(inputs, name)
-    before = given[name].shape
-    axis = _length_axis(model, name)
-    found = {}
-    for key, value in given.items():
+    named, axis = _named(inputs, name), _length_axis(model, name)
+    before = named[name].shape
+    fitted = {}
+    for key, value in named.items():
         if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == before[0]:
             value = _fitted(value, 0, setting.batch)
             along = axis if key == name else 1
             if value.dim() > 1 and value.shape[along] == before[axis]:
                 value = _fitted(value, along, setting.input_length)
             value = value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
-        found[key] = value
-    return found
+        fitted[key] = value
+    return fitted
 
 
 def _fitted(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
@@ -213,10 +197,10 @@ def _fitted(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
 
 
 def _named(inputs: Any, name: str) -> Mapping[str, Any]:
-    given = inputs if isinstance(inputs, Mapping) else {name: inputs}
-    if not isinstance(given.get(name), torch.Tensor):
-        raise ValueError(f"inputs of generate() hold the tensor {name!r}; given: {', '.join(map(str, given))}")
-    return given
+    named = inputs if isinstance(inputs, Mapping) else {name: inputs}
+    if not isinstance(named.get(name), torch.Tensor):
+        raise ValueError(f"inputs of generate() hold the tensor {name!r}; given: {', '.join(map(str, named))}")
+    return named
 
 
 def _length_axis(model: Any, name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,17 +30,10 @@ _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
 
 
 def measure(
-    model: Any,
-    inputs: Any = None,
-    *,
-    num_steps: int | None = None,
-    batch: int | None = None,
-    base: Account | None = None,
-    calibrated: bool = True,
-    repeats: int = 5,
-    progress: Progress | None = None,
+    model: Any, inputs: Any = None, *, num_steps: int | None = None, batch: int | None = None,
+    base: Account | None = None, calibrated: bool = True, repeats: int = 5, progress: Progress | None = None,
     **changes: Any,
-) -> Account:
+) -> Account:  # fmt: skip
     """Generate ``num_steps`` tokens per sequence and say where the time went; an Account in ns of one generation.
 
     Runs with clocks around the model's parts are done in turn with runs that have none: those give the total, and the
@@ -78,36 +72,47 @@ def measure(
     """
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; given: {repeats}")
-    given = {name: value for name, value in {"num_steps": num_steps, "batch": batch}.items() if value is not None}
+    counts = {name: value for name, value in {"num_steps": num_steps, "batch": batch}.items() if value is not None}
     if not hasattr(model, "generate") and not isinstance(model, torch.nn.Module) and callable(model):
-        if base is not None or changes:
-            unknown = ", ".join([*changes, *(["base"] if base is not None else [])])
+        if unknown := [*changes, *(["base"] if base is not None else [])]:
             raise ValueError(
-                f"a step(token, cache) function is measured as it is, with num_steps and batch; given: {unknown}; "
-                "give a model with generate() for the rest"
+                "a step(token, cache) function is measured as it is, with num_steps and batch; given: "
+                f"{', '.join(unknown)}; give a model with generate() for the rest"
             )
-        return measure_step(model, inputs, repeats=repeats, progress=progress, **given)
+        return measure_step(model, inputs, repeats=repeats, progress=progress, **counts)
     if base is None:
-        setting = setting_of(model, inputs, **given, **changes)
-        if setting.hold_parameters == "on":
-            raise ValueError("hold_parameters keeps the parameters of a base: give base=, or the layers themselves")
-        settings = [setting, *(probes(model, setting) if calibrated and _plain(setting) else ())]
-    else:
-        known = calibration_of(base, Calibration, "decoder")
-        setting = checked(model, known.resolved(known.observed.setting.change(**given, **changes)))
-        settings = [known.observed.setting, setting]
+        return _measured(model, inputs, setting_of(model, inputs, **counts, **changes), calibrated, repeats, progress)
+    return _measured_beside(base, model, inputs, {**counts, **changes}, repeats, progress)
+
+
+def _measured(
+    model: Any, inputs: Any, setting: Setting, calibrated: bool, repeats: int, progress: Progress | None
+) -> Account:
+    """The setting alone, or with the runs that predictions rest on."""
+    if setting.hold_parameters == "on":
+        raise ValueError("hold_parameters keeps the parameters of a base: give base=, or the layers themselves")
+    settings = [setting, *(probes(model, setting) if calibrated and _plain(setting) else ())]
     ready = [prepared(model, inputs, setting) for setting in settings]
-    with evaluating(*(one.model for one in ready)):
+    with evaluating(*(generation.model for generation in ready)):
         runs, caches, memory = _run(ready, model.config, repeats, progress)
-    if base is not None:
-        scale = base.total / runs[0].total_ns
-        modelled = sum(rows_ns(known, setting).values())
-        moved = replace(known, observed=runs[1], anchor=scale * runs[1].total_ns / modelled)
-        return _accounted(runs[1], ready[1], caches[1], scale=scale, calibration=moved)
-    found = None
-    if len(runs) > 1:
-        found = _calibrated(ready[0], runs, memory)
-    return _accounted(runs[0], ready[0], caches[0], calibration=found)
+    calibration = _calibrated(ready[0], runs, memory) if len(runs) > 1 else None
+    return _accounted(runs[0], ready[0], caches[0], calibration=calibration)
+
+
+def _measured_beside(
+    base: Account, model: Any, inputs: Any, changes: dict[str, Any], repeats: int, progress: Progress | None
+) -> Account:
+    """The base's setting with these changes, run in turn with the base and told relative to it."""
+    calibration = calibration_of(base, Calibration, "decoder")
+    before = calibration.observed.setting
+    setting = checked(model, calibration.resolved(before.change(**changes)))
+    ready = [prepared(model, inputs, before), prepared(model, inputs, setting)]
+    with evaluating(*(generation.model for generation in ready)):
+        runs, caches, _ = _run(ready, model.config, repeats, progress)
+    scale = base.total / runs[0].total_ns
+    modelled = sum(rows_ns(calibration, setting).values())
+    moved = replace(calibration, observed=runs[1], anchor=scale * runs[1].total_ns / modelled)
+    return _accounted(runs[1], ready[1], caches[1], scale=scale, calibration=moved)
 
 
 def _plain(setting: Setting) -> bool:
@@ -126,62 +131,51 @@ def _run(
     """Every setting ``repeats`` times, in turn, with clocks inside and without; the cache that each leaves; and the
     memory of such models. ``config`` is that of the model that was given."""
     turns = [number for _ in range(repeats) for number in range(len(ready))]
-    done, total = 0, len(ready) + len(turns)
-
-    def told() -> None:
-        nonlocal done
-        done += 1
-        tell(progress, done, total)
-
+    done, total = itertools.count(1), len(ready) + len(turns)
     caches: list[CacheBytes | None] = []
     prompts = []
-    for one in ready:  # untimed: memory is laid out, code is loaded (or compiled)
-        output = one.call()
+    for generation in ready:  # untimed: memory is laid out, code is loaded (or compiled)
+        output, setting = generation.call(), generation.setting
         # what speculation leaves is cropped, and not handed out: not visible
-        caches.append(None if one.setting.num_draft else in_cache(getattr(output, "past_key_values", None)))
-        made = output.sequences.shape[1] if hasattr(output, "sequences") else 0
-        prompts.append(max(1, made - one.setting.num_steps))
-        told()
+        caches.append(None if setting.num_draft else in_cache(getattr(output, "past_key_values", None)))
+        length = output.sequences.shape[1] if hasattr(output, "sequences") else 0
+        prompts.append(max(1, length - setting.num_steps))
+        tell(progress, next(done), total)
     memory = _memory(ready[0], config, caches[0], prompts[0])
     watched: list[list[Watched]] = [[] for _ in ready]
     plain: list[list[int]] = [[] for _ in ready]
     for number in turns:
-        one, first = ready[number], len(plain[number]) % 2  # which of the two comes first takes turns
+        generation, first = ready[number], len(plain[number]) % 2  # which of the two comes first takes turns
         for inside in (first, 1 - first):
             if not inside:
-                plain[number].append(elapsed_ns(one.call))
-            elif _watchable(one.setting):
-                watched[number].append(watch(one.model, one.call))
-        told()
-    return (
-        [
-            Run(one.setting, tuple(seen), tuple(times), memory.step_size(one.setting))
-            for one, seen, times in zip(ready, watched, plain, strict=True)
-        ],
-        caches,
-        memory,
-    )
+                plain[number].append(elapsed_ns(generation.call))
+            elif _watchable(generation.setting):
+                watched[number].append(watch(generation.model, generation.call))
+        tell(progress, next(done), total)
+    settings = [generation.setting for generation in ready]
+    runs = [Run(setting, tuple(parts), tuple(times), memory.step_size(setting))
+            for setting, parts, times in zip(settings, watched, plain, strict=True)]  # fmt: skip
+    return runs, caches, memory
 
 
-def _memory(one: Ready, config: Any, cache: CacheBytes | None, prompt_cells: int) -> Memory:
-    setting = one.setting
-    run = configurations.changed(one.model.config, decoder_layers=setting.depth)
+def _memory(ready: Ready, config: Any, cache: CacheBytes | None, prompt_cells: int) -> Memory:
+    setting = ready.setting
+    run = configurations.changed(ready.model.config, decoder_layers=setting.depth)
     per_cell = kv_cache_bytes(run, setting.rows, 0, encoder_cells=1, dtype=setting.dtype).cross_attention
     cells = cache.cross_attention // per_cell if cache and per_cell else 0
     halved = halvings(setting.input_length, cells) if cells else None
     # a copy: exit_layer changes the live one while it runs
-    return Memory(type(one.model), copy.deepcopy(config), prompt_cells, halved)
+    return Memory(type(ready.model), copy.deepcopy(config), prompt_cells, halved)
 
 
-def _calibrated(one: Ready, runs: Sequence[Run], memory: Memory) -> Calibration:
-    counter = Launches()
-    with counter:
-        counted = watch(one.model, one.call, counter)
+def _calibrated(ready: Ready, runs: Sequence[Run], memory: Memory) -> Calibration:
+    with Launches() as counter:
+        launches = watch(ready.model, ready.call, counter)
     step_bytes = runs[0].step.read_bytes
-    shape = (one.setting.width, configurations.sizes(one.model.config).ffn)
-    parameter = next(one.model.parameters())
+    shape = (ready.setting.width, configurations.sizes(ready.model.config).ffn)
+    parameter = next(ready.model.parameters())
     return calibrate(
-        runs, memory, _seconds_per_cell(one.model), dict(counted.steps.iloc[-1]),
+        runs, memory, _seconds_per_cell(ready.model), dict(launches.steps.iloc[-1]),
         reading_rate(step_bytes, parameter.dtype, parameter.device),
         {name: product_cost(*shape, step_bytes, getattr(torch, name), parameter.device) for name in DTYPES},
         caches(*shape, parameter.dtype, parameter.device),
@@ -193,14 +187,14 @@ def _seconds_per_cell(model: Any) -> float | None:
 
 
 def _accounted(
-    run: Run, one: Ready, cache: CacheBytes | None, *, scale: float = 1.0, calibration: Calibration | None = None
+    run: Run, ready: Ready, cache: CacheBytes | None, *, scale: float = 1.0, calibration: Calibration | None = None
 ) -> Account:
     rows, phases = accounting.measured_rows(run)
     overhead = f"; clocks inside cost {overhead_frac([run]):+.1%}" if run.watched else ""
     return accounting.generation_account(
         {row: scale * value for row, value in rows.items()}, {row: scale * value for row, value in phases.items()},
-        run.setting, total_ns=scale * run.total_ns, weight_bytes=in_weights(one.model), cache=cache,
-        seconds_per_cell=_seconds_per_cell(one.model), calibration=calibration or Observed(run),
+        run.setting, total_ns=scale * run.total_ns, weight_bytes=in_weights(ready.model), cache=cache,
+        seconds_per_cell=_seconds_per_cell(ready.model), calibration=calibration or Observed(run),
         source=f"the wall clock of {len(run.plain_ns)} generations without clocks inside{overhead}"
         + ("; relative to the base measured in turn" if scale != 1.0 else ""),
     )  # fmt: skip

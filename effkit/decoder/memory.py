@@ -33,10 +33,7 @@ class Parameters:
     def encoder_layers_for(self, total: int, decoder_layers: int) -> int:
         """The number of encoder layers that comes nearest to a total, 1 at least.
 
-        Raises
-        ------
-        ValueError
-            When the decoder layers alone are too many.
+        Raises ValueError when the decoder layers alone are too many.
         """
         spare = total - self.fixed - decoder_layers * self.per_decoder_layer
         if spare < self.per_encoder_layer / 2:
@@ -53,18 +50,17 @@ def count(kind: type, config: Any) -> Parameters:
     Layers after the first of a stack are alike; the first may have more (T5's positions).
     """
     coded = bool(config.is_encoder_decoder)
-    small = without_memory(kind, config, 1 if coded else None, 1)
-    deep = without_memory(kind, config, 1 if coded else None, 2)
-    one = num_parameters(small)
-    per_decoder = num_parameters(deep) - one
-    per_encoder = num_parameters(without_memory(kind, config, 2, 1)) - one if coded else 0
+    small, deep = (without_memory(kind, config, 1 if coded else None, depth) for depth in (1, 2))
+    smallest = num_parameters(small)
+    per_decoder = num_parameters(deep) - smallest
+    per_encoder = num_parameters(without_memory(kind, config, 2, 1)) - smallest if coded else 0
     of_part = dict.fromkeys((module_roles.SELF, module_roles.CROSS, module_roles.CROSS_KV, module_roles.FFN), 0)
     for name, module in module_roles.of_layer(module_roles.layers(deep)[-1]):
         of_part[name] += num_parameters(module) - _idle(module, config)
     of_part[module_roles.CROSS] -= of_part[module_roles.CROSS_KV]
     output = small.get_output_embeddings()
     of_part[module_roles.OUTPUT] = num_parameters(output) if output is not None else 0
-    return Parameters(one - per_encoder - per_decoder, per_encoder, per_decoder, of_part)
+    return Parameters(smallest - per_encoder - per_decoder, per_encoder, per_decoder, of_part)
 
 
 def without_memory(
@@ -145,10 +141,10 @@ def kv_cache_bytes(
         raise ValueError(f"a cache has batch >= 1 and lengths >= 0; given: {batch}, {length}, {encoder_cells}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}; given: {dtype!r}")
-    found = configurations.sizes(config)
-    per_head = 2 * found.decoder_layers * batch * found.head_dim * DTYPES[dtype]
+    sizes = configurations.sizes(config)
+    per_head = 2 * sizes.decoder_layers * batch * sizes.head_dim * DTYPES[dtype]
     crossed = encoder_cells if config.is_encoder_decoder else 0
-    return CacheBytes(per_head * found.kv_heads * length, per_head * found.heads * crossed)
+    return CacheBytes(per_head * sizes.kv_heads * length, per_head * sizes.heads * crossed)
 
 
 @dataclass(frozen=True)
@@ -189,9 +185,13 @@ class Memory:
         number = self.parameters(setting).total(setting.encoder_layers, setting.decoder_layers)
         return number * _weight_bits(setting) // 8
 
+    def prompt(self, setting: Setting) -> int:
+        """Tokens before the first generated one."""
+        return self.prompt_cells if setting.encoder_layers else setting.input_length
+
     def step_size(self, setting: Setting) -> StepSize:
         """What a step of this setting reads."""
-        prompt = self.prompt_cells if setting.encoder_layers else setting.input_length
+        prompt = self.prompt(setting)
         of_part, cache = self.parameters(setting).of_part, self.cache(setting)
         layer = sum(of_part[part] for part in (module_roles.SELF, module_roles.CROSS, module_roles.FFN))
         weights = (setting.depth * layer + of_part[module_roles.OUTPUT]) * _weight_bits(setting) // 8
@@ -202,9 +202,8 @@ class Memory:
     def cache(self, setting: Setting) -> CacheBytes:
         if setting.cache == "off":
             return CacheBytes(0, 0)
-        prompt = self.prompt_cells if setting.encoder_layers else setting.input_length
         cells = self.encoder_cells(setting.input_length)
-        length = prompt + setting.num_steps - 1
+        length = self.prompt(setting) + setting.num_steps - 1
         return kv_cache_bytes(self._config(setting), setting.rows, length, encoder_cells=cells, dtype=setting.dtype)
 
     def _config(self, setting: Setting) -> Any:

@@ -41,48 +41,33 @@ def parts(model: Any) -> list[Part]:
     """The parts of a transformers model that have a module of their own, in the order of a step.
 
     A feed-forward that is no module is told by its first and last matrix: two Parts of one layer. What has an unknown
-    name is left out, and its time stays with its layer.
-
-    Raises
-    ------
-    ValueError
-        When the decoder holds no list of like layers.
+    name is left out, and its time stays with its layer. Raises ValueError when the decoder holds no list of like
+    layers.
     """
-    found = []
+    modules = []
     if (whole := encoder(model)) is not None:
-        found.append(Part(ENCODER, -1, whole))
-        found += [Part(ENCODER_LAYER, number, layer) for number, layer in enumerate(like_layers(whole) or ())]
+        modules.append(Part(ENCODER, -1, whole))
+        modules += [Part(ENCODER_LAYER, number, layer) for number, layer in enumerate(like_layers(whole) or ())]
     for number, layer in enumerate(layers(model)):
-        found.append(Part(LAYER, number, layer))
-        found += [Part(name, number, module) for name, module in of_layer(layer)]
+        modules.append(Part(LAYER, number, layer))
+        modules += [Part(name, number, module) for name, module in of_layer(layer)]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if output is not None:
-        found.append(Part(OUTPUT, -1, output))
-    return found
+    return modules if output is None else [*modules, Part(OUTPUT, -1, output)]
 
 
 def encoder(model: Any) -> nn.Module | None:
     """The encoder of an encoder-decoder, or None."""
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return None
-    found: nn.Module = model.get_encoder()
-    return found
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
 
 
 def layers(model: Any) -> nn.ModuleList:
-    """The layers that every step runs.
-
-    Raises
-    ------
-    ValueError
-        When the decoder holds no list of like layers.
-    """
-    found = like_layers(model.get_decoder() if hasattr(model, "get_decoder") else model)
-    if found is None:
+    """The layers that every step runs; raises ValueError when the decoder holds no list of like layers."""
+    stack = like_layers(model.get_decoder() if hasattr(model, "get_decoder") else model)
+    if stack is None:
         raise ValueError(
             f"found no list of like decoder layers in {type(model).__name__}; measure a step(token, cache)"
         )
-    return found
+    return stack
 
 
 def like_layers(stack: nn.Module) -> nn.ModuleList | None:
@@ -97,13 +82,13 @@ def _alike(modules: nn.ModuleList) -> bool:
 
 def of_layer(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Parts of a layer: the outermost modules that a name tells, and apart the keys and values of cross-attention."""
-    seen: list[str] = []
+    outermost: list[str] = []
     for path, module in layer.named_modules():
         name = path.rpartition(".")[2].lower()
         part = next((part for part, names in _NAMES if name in names), None)
-        if part is None or any(path.startswith(outer + ".") for outer in seen):
+        if part is None or any(path.startswith(outer + ".") for outer in outermost):
             continue
-        seen.append(path)
+        outermost.append(path)
         yield part, module
         if part == CROSS:
             for key, child in module.named_modules():

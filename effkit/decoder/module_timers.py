@@ -14,21 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from effkit.decoder.module_roles import (
-    BETWEEN,
-    CROSS,
-    CROSS_KV,
-    EMBEDDING,
-    ENCODER,
-    ENCODER_LAYER,
-    FFN,
-    LAYER,
-    NORMS,
-    OUTPUT,
-    SELF,
-    Part,
-    parts,
-)
+from effkit.decoder import module_roles
+from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF, Part
 from effkit.device import synchronize
 
 OF_LAYER = (SELF, CROSS_KV, CROSS, FFN, NORMS)
@@ -76,27 +63,21 @@ def watch(model: nn.Module, generate: Callable[[], object], clock: Clock | None 
     """Run one generation of this model with a clock around every part.
 
     On a GPU the clocks are events on the stream, so that the device's time is told and nothing waits for it. The
-    models' own code runs unchanged; what the clocks cost shows as the difference to a run without them.
-
-    Parameters
-    ----------
-    model, generate
-        ``generate()`` runs ``model``.
-    clock
-        Another one, which may count something else than time.
+    models' own code runs unchanged; what the clocks cost shows as the difference to a run without them. ``generate()``
+    runs ``model``; another ``clock`` may count something else than time.
 
     Raises
     ------
     ValueError
         When the model has no layers that can be told, or ``generate`` never calls it.
     """
-    known = [Part(_STEP, -1, model), *parts(model)]
+    parts = [Part(_STEP, -1, model), *module_roles.parts(model)]
     clock = clock or Stopwatch(cuda=any(parameter.is_cuda for parameter in model.parameters()))
-    with _clocked(known, clock) as marks:
+    with _clocked(parts, clock) as marks:
         start = clock.mark()
         generate()
         end = clock.mark()
-    return _told(known, [(-1, start, end), *marks], clock)
+    return _by_part(parts, [(-1, start, end), *marks], clock)
 
 
 class Stopwatch:
@@ -122,16 +103,16 @@ class Stopwatch:
 
 
 @contextmanager
-def _clocked(known: Sequence[Part], clock: Clock) -> Iterator[list[tuple[int, Any, Any]]]:
+def _clocked(parts: Sequence[Part], clock: Clock) -> Iterator[list[tuple[int, Any, Any]]]:
     """Within it, every call of a part's forward is marked: (number of the part, begin, end)."""
     marks: list[tuple[int, Any, Any]] = []
-    before = [part.module.__dict__.get("forward") for part in known]
+    before = [part.module.__dict__.get("forward") for part in parts]
     try:
-        for number, part in enumerate(known):
+        for number, part in enumerate(parts):
             part.module.forward = _timed(part.module.forward, number, marks, clock.mark)
         yield marks
     finally:
-        for part, own in reversed(list(zip(known, before, strict=True))):
+        for part, own in reversed(list(zip(parts, before, strict=True))):
             if own is None:
                 part.module.__dict__.pop("forward", None)
             else:
@@ -150,21 +131,20 @@ def _timed(forward: Any, number: int, marks: list[tuple[int, Any, Any]], mark: C
     return run
 
 
-def _told(known: Sequence[Part], marks: Sequence[tuple[int, Any, Any]], clock: Clock) -> Watched:
-    number = np.asarray([mark[0] for mark in marks])
-    begin = clock.ns([marks[0][1], *(mark[1] for mark in marks)])[1:]
-    end = clock.ns([marks[0][1], *(mark[2] for mark in marks)])[1:]
-    frame = pd.DataFrame({"begin": begin, "end": end}).assign(
-        part=[known[n].name if n >= 0 else "" for n in number], layer=[known[n].layer if n >= 0 else -1 for n in number]
-    )
+def _by_part(parts: Sequence[Part], marks: Sequence[tuple[int, Any, Any]], clock: Clock) -> Watched:
+    """The marks as times; the first pair of them encloses the generation and belongs to no part."""
+    numbers, begins, ends = zip(*marks, strict=True)
+    begin, end = (clock.ns([begins[0], *moments])[1:] for moments in (begins, ends))
+    names, layers = zip(("", -1), *((parts[number].name, parts[number].layer) for number in numbers[1:]), strict=True)
+    frame = pd.DataFrame({"begin": begin, "end": end, "part": names, "layer": layers})
     tops = frame[frame["part"] == _STEP].sort_values("begin")
     if tops.empty:
         raise ValueError("the generation never ran the model: is it the model that generate() belongs to?")
     frame["step"] = np.searchsorted(tops["begin"], frame["begin"], side="right") - 1
     wall_ns = int(end[0] - begin[0])
-    of_encoder = frame[frame["part"].isin((ENCODER, ENCODER_LAYER))]
-    encoder_ns = {part: int((rows["end"] - rows["begin"]).sum()) for part, rows in of_encoder.groupby("part")}
-    inside = frame[(frame["step"] >= 0) & ~frame["part"].isin((ENCODER, ENCODER_LAYER, _STEP, ""))]
+    of_encoder = frame[frame["part"].isin((ENCODER, module_roles.ENCODER_LAYER))]
+    spent_ns = {part: int((rows["end"] - rows["begin"]).sum()) for part, rows in of_encoder.groupby("part")}
+    inside = frame[(frame["step"] >= 0) & ~frame["part"].isin((ENCODER, module_roles.ENCODER_LAYER, _STEP, ""))]
     # several modules of one part in one layer: from the first's begin to the last's end
     spans = inside[inside["part"] != CROSS_KV].groupby(["step", "layer", "part"], sort=False).agg(
         begin=("begin", "min"), end=("end", "max")
@@ -172,12 +152,11 @@ def _told(known: Sequence[Part], marks: Sequence[tuple[int, Any, Any]], clock: C
     sums = (spans["end"] - spans["begin"]).groupby(["step", "part"]).sum().unstack("part", fill_value=0)
     keys = inside[inside["part"] == CROSS_KV]
     sums[CROSS_KV] = (keys["end"] - keys["begin"]).groupby(keys["step"]).sum()
-    sums = sums.reindex(columns=[*OF_LAYER, LAYER, OUTPUT], fill_value=0).fillna(0).astype("int64")
-    top_ns = (tops["end"] - tops["begin"]).to_numpy()
-    steps = sums.drop(columns=LAYER)
+    steps = sums.reindex(columns=[*OF_LAYER, module_roles.LAYER, OUTPUT], fill_value=0).fillna(0).astype("int64")
+    top_ns, layer_ns = (tops["end"] - tops["begin"]).to_numpy(), steps.pop(module_roles.LAYER)
     steps[CROSS] -= steps[CROSS_KV]
-    steps[NORMS] = sums[LAYER] - steps[[SELF, CROSS_KV, CROSS, FFN]].sum(axis=1)
-    steps[EMBEDDING] = top_ns - sums[LAYER] - sums[OUTPUT]
-    gaps = tops["begin"].to_numpy()[1:] - tops["end"].to_numpy()[:-1]
-    steps[BETWEEN] = np.concatenate([[0], gaps])
-    return Watched(steps[list(OF_STEP)], encoder_ns.get(ENCODER, 0), encoder_ns.get(ENCODER_LAYER, 0), wall_ns)
+    steps[NORMS] = layer_ns - steps[[SELF, CROSS_KV, CROSS, FFN]].sum(axis=1)
+    steps[EMBEDDING] = top_ns - layer_ns - steps[OUTPUT]
+    steps[BETWEEN] = np.append(0, tops["begin"].to_numpy()[1:] - tops["end"].to_numpy()[:-1])
+    encoder_ns, layers_ns = (spent_ns.get(part, 0) for part in (ENCODER, module_roles.ENCODER_LAYER))
+    return Watched(steps[list(OF_STEP)], encoder_ns, layers_ns, wall_ns)

@@ -45,15 +45,15 @@ def predict(base: Account, **setting: Any) -> Account:
     ValueError
         For an unknown knob, a value that cannot be, or a base without calibration.
     """
-    known = calibration_of(base, Calibration, "decoder")
-    wanted = known.resolved(known.observed.setting.change(**setting))
-    if wanted == known.observed.setting:
+    calibration = calibration_of(base, Calibration, "decoder")
+    memory, rest = calibration.memory, calibration.observed.setting
+    wanted = calibration.resolved(rest.change(**setting))
+    if wanted == rest:
         return base
-    prompt = known.runs[0].step.prompt_cells if wanted.encoder_layers else wanted.input_length
-    configurations.check_positions(known.memory.sizes(wanted), prompt, wanted.num_steps)
-    covered = known.covers(wanted)
-    band = known.band_frac if covered else max(_LEAST_BEYOND_FRAC, _WIDER * known.band_frac)
-    rows = {row: known.anchor * value for row, value in rows_ns(known, wanted).items()}
+    configurations.check_positions(memory.sizes(wanted), memory.prompt(wanted), wanted.num_steps)
+    covered = calibration.covers(wanted)
+    band = calibration.band_frac if covered else max(_LEAST_BEYOND_FRAC, _WIDER * calibration.band_frac)
+    rows = {row: calibration.anchor * value for row, value in rows_ns(calibration, wanted).items()}
     rows = {row: rows[row] for row in (*accounting.ROWS, *rows) if row in rows}
     total = sum(rows.values())
     first = sum(rows.get(row, 0.0) for row in (ENCODER, CROSS_KV, PREFILL, START))
@@ -61,19 +61,17 @@ def predict(base: Account, **setting: Any) -> Account:
         first += (total - first) / wanted.num_steps
     return accounting.generation_account(
         rows, {"prefill": first, "decode": total - first}, wanted, total_ns=total,
-        weight_bytes=known.memory.weight_bytes(wanted), cache=known.memory.cache(wanted),
-        seconds_per_cell=known.seconds_per_cell, source=f"the parts' costs in {_runs(known)}", basis="derived",
-        band_frac=band, in_range=covered, calibration=known,
+        weight_bytes=memory.weight_bytes(wanted), cache=memory.cache(wanted),
+        seconds_per_cell=calibration.seconds_per_cell, source=f"the parts' costs in {_runs(calibration)}",
+        basis="derived", band_frac=band, in_range=covered, calibration=calibration,
     )  # fmt: skip
 
 
-def _runs(known: Calibration) -> str:
-    said = [
-        f"{run.setting.encoder_layers}/{run.setting.decoder_layers} layers x {run.setting.batch}"
-        if run.setting.encoder_layers else f"{run.setting.decoder_layers} layers x {run.setting.batch}"
-        for run in known.runs
-    ]  # fmt: skip
-    return f"{len(said)} runs ({', '.join(said)})"
+def _runs(calibration: Calibration) -> str:
+    settings = [run.setting for run in calibration.runs]
+    depths = [f"{s.encoder_layers}/{s.decoder_layers}" if s.encoder_layers else s.decoder_layers for s in settings]
+    sizes = [f"{depth} layers x {setting.batch}" for depth, setting in zip(depths, settings, strict=True)]
+    return f"{len(sizes)} runs ({', '.join(sizes)})"
 
 
 def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = None, *, repeats: int = 3) -> WhatIf:
@@ -90,8 +88,9 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
     """
     from effkit.whatif import Choice, Slider, WhatIf
 
-    known = calibration_of(base, Calibration, "decoder")
-    rest, sizes = known.observed.setting, known.memory.sizes(known.observed.setting)
+    calibration = calibration_of(base, Calibration, "decoder")
+    rest = calibration.observed.setting
+    sizes = calibration.memory.sizes(rest)
     coded = rest.encoder_layers > 0
     knobs: list[Slider | Choice] = [
         Slider("decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run per token")

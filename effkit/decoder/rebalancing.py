@@ -19,10 +19,7 @@ from effkit.decoder.memory import count, num_parameters, without_memory
 def model_class(config: PreTrainedConfig) -> Any:
     """The class of the model that generates with this configuration: speech to text, text to text, or text alone.
 
-    Raises
-    ------
-    ValueError
-        When transformers has none.
+    Raises ValueError when transformers has none.
     """
     for mapping in (
         MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -39,12 +36,7 @@ def model_class(config: PreTrainedConfig) -> Any:
 def parameters(config: PreTrainedConfig, encoder_layers: int | None = None, decoder_layers: int | None = None) -> int:
     """Number of parameters of the configuration's model, shared ones once; counted on the meta device, without memory.
 
-    Parameters
-    ----------
-    config
-        Of any model that :func:`model_class` knows.
-    encoder_layers, decoder_layers
-        Other numbers of layers than the configuration's, for an encoder-decoder.
+    An encoder-decoder may be given other ``encoder_layers`` and ``decoder_layers`` than its configuration's.
     """
     return num_parameters(without_memory(model_class(config), config, encoder_layers, decoder_layers))
 

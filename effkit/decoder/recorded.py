@@ -95,13 +95,12 @@ def positions(measured: Account) -> pd.DataFrame:
     ValueError
         For an account whose steps were not timed: a prediction, or a compiled model's.
     """
-    held = measured.calibration
-    if isinstance(held, Steps) and not measured.predicted:
-        times = held.step_ns
-    elif isinstance(held, Observed) and not measured.predicted and held.observed.watched:
-        seen = held.observed.watched
-        times = np.median([w.steps.sum(axis=1).to_numpy() for w in seen], axis=0)
-        times[0] += np.median([w.encoder_ns for w in seen])
+    calibration = None if measured.predicted else measured.calibration
+    if isinstance(calibration, Steps):
+        times = calibration.step_ns
+    elif isinstance(calibration, Observed) and (watched := calibration.observed.watched):
+        times = np.median([w.steps.sum(axis=1).to_numpy() for w in watched], axis=0)
+        times[0] += np.median([w.encoder_ns for w in watched])
     else:
         raise ValueError("this account's steps were not timed; decoder.measure() times them, unless they are compiled")
     index = pd.RangeIndex(1, len(times) + 1, name="token")

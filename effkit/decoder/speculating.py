@@ -76,6 +76,11 @@ def best_num_draft(
         What one more token to check costs, over a step.
     most
         Largest number to try: with acceptance 1 more are always better.
+
+    Examples
+    --------
+    >>> best_num_draft(acceptance=0.8, draft_frac=0.1), best_num_draft(acceptance=0.3, draft_frac=0.5)
+    (6, 0)
     """
 
     def gain(num: int) -> float:
@@ -85,16 +90,9 @@ def best_num_draft(
 
 
 def speculate(
-    target: Any,
-    draft: Any,
-    *,
-    batch: int = 1,
-    num_steps: int = 64,
-    num_draft: int = 4,
-    acceptance: float = 0.8,
-    seed: int = 0,
-    input_length: int = 32,
-) -> Account:
+    target: Any, draft: Any, *, batch: int = 1, num_steps: int = 64, num_draft: int = 4, acceptance: float = 0.8,
+    seed: int = 0, input_length: int = 32,
+) -> Account:  # fmt: skip
     """Run speculative decoding and say where its time went.
 
     Both models run as in earnest: the draft model step by step, the target model over ``num_draft`` + 1 tokens at

@@ -13,7 +13,7 @@ import torch
 from effkit.account import Account
 from effkit.decoder.accounting import PER_TOKEN, RATE, TIME
 from effkit.device import synchronize
-from effkit.lab import Progress
+from effkit.lab import Progress, tell
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 FIRST, LATER = "first step", "later steps"
@@ -58,18 +58,15 @@ def measure_step(
             if turn >= 0:
                 walls.append(time.perf_counter_ns() - start)
                 times.append(np.diff(marks))
-            if progress is not None:
-                progress(turn + 2, repeats + 1)
+            tell(progress, turn + 2, repeats + 1)
     step_ns, total = np.median(times, axis=0), round(float(np.median(walls)))
     rows = {FIRST: round(step_ns[0]), LATER: round(step_ns[1:].sum())}
-    setting = {"num_steps": num_steps, "batch": batch}
-    beside = (
-        Account.of(PER_TOKEN, "ns", {"token": round(total / num_steps)}, total=round(total / num_steps),
-                   source="time over steps"),
-        Account.of(RATE, "tokens/s", {"tokens": round(batch * num_steps / total * 1e9)},
-                   total=round(batch * num_steps / total * 1e9), source="tokens of all rows over time"),
-    )  # fmt: skip
+    token_ns, rate = round(total / num_steps), round(batch * num_steps / total * 1e9)
+    companions = (
+        Account.of(PER_TOKEN, "ns", {"token": token_ns}, total=token_ns, source="time over steps"),
+        Account.of(RATE, "tokens/s", {"tokens": rate}, total=rate, source="tokens of all rows over time"),
+    )
     return Account.of(
-        TIME, "ns", rows, total=total, source=f"the wall clock of {repeats} generations", setting=setting,
-        companions=beside, calibration=Steps(step_ns),
+        TIME, "ns", rows, total=total, source=f"the wall clock of {repeats} generations", companions=companions,
+        setting={"num_steps": num_steps, "batch": batch}, calibration=Steps(step_ns),
     )  # fmt: skip
