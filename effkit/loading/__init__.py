@@ -67,14 +67,17 @@ def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     files = [file for each in paths for file in (_inside(each) if each.is_dir() else [each])]
     absent = next((file for file in files if not file.is_file()), None)
     if absent or not files:
-        nothing_in = paths if not files and isinstance(path, str | Path) else []
-        inner = [folder for each in nothing_in for folder in each.iterdir() if folder.is_dir()]
+        empty = [] if files or not isinstance(path, str | Path) else paths
         raise FileNotFoundError(
             f"no capture at {absent or path}: give the path of a file that Capture.save() wrote, of a profiler trace, "
-            f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)})"
-            + (f", for instance of {inner[0]}" if inner else "")
+            f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)}){_look_inside(empty)}"
         )
     return files
+
+
+def _look_inside(folders: list[Path]) -> str:
+    inner = [path for folder in folders for path in folder.iterdir() if path.is_dir()]
+    return f", for instance of {inner[0]}" if inner else ""
 
 
 def _inside(folder: Path) -> list[Path]:
