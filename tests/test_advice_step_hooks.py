@@ -97,7 +97,7 @@ def test_place_and_line_are_named():
     with listening(stack()) as heard:
         log(torch.tensor(1.0))
         log(torch.tensor(2.0))
-    assert heard.asked == {f"test_advice_listening.py, log(), line {line}": 2}
+    assert heard.asked == {f"test_advice_step_hooks.py, log(), line {line}": 2}
 
 
 @pytest.mark.parametrize("filename", ["<string>", "/tmp/ipykernel_17/123.py"])
