@@ -144,8 +144,12 @@ def _companions(
     )  # fmt: skip
 
 
-def scaling_table(base: Account, sizes: Sequence[int] = SIZES, **cluster: Any) -> pd.DataFrame:
-    """:func:`scale` at several numbers of ranks, a row per size; ``cluster`` are the other keywords of :func:`scale`.
+def scaling_table(
+    base: Account, sizes: Sequence[int] = SIZES, *, node_size: int = 8, intra: tuple[float, float] | None = None,
+    inter: tuple[float, float] | None = None, num_nics_per_node: int = 0, overlap_frac: float | None = None,
+    imbalance: float = 1.0, **changes: Any,
+) -> pd.DataFrame:  # fmt: skip
+    """:func:`scale` at several numbers of ranks, a row per size; the other keywords are those of :func:`scale`.
 
     Indexed by ``num_ranks``: ``total_ns``, ``low_ns``, ``high_ns``; ``computing_ns``, ``moving_ns`` (exposed),
     ``waiting_ns``; ``hidden_ns``; ``moving_frac`` of the total; ``between_nodes_frac`` of the bytes that leave a rank;
@@ -158,7 +162,10 @@ def scaling_table(base: Account, sizes: Sequence[int] = SIZES, **cluster: Any) -
     """
     rows = []
     for num_ranks in sizes:
-        step = scale(base, num_ranks, **cluster)
+        step = scale(
+            base, num_ranks, node_size=node_size, intra=intra, inter=inter, num_nics_per_node=num_nics_per_node,
+            overlap_frac=overlap_frac, imbalance=imbalance, **changes,
+        )  # fmt: skip
         value, hidden = step.frame["value"], step.companion(COMMUNICATION).frame["value"]
         moving = int(value[value.index.str.endswith(" moving")].sum())
         waiting = int(value.get(WAITING, 0))
