@@ -1,6 +1,7 @@
 # Every target sets up what it needs; none needs another to have been run first.
 PYTHON ?= python3
 BIN := .venv/bin
+MAKEFLAGS += --jobs=2
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -44,8 +45,8 @@ app: .venv/.app  ## open the what-if page as an app without code, for a class
 	$(BIN)/python notebooks/app
 
 test: .venv/.test .venv/.browser .venv/.peers lint  ## everything that CI runs: in parallel, then what is timed, alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not timed"
-	$(BIN)/python -m pytest -m timed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not timed" --durations=25
+	$(BIN)/python -m pytest -m timed --durations=15
 
 quick: .venv/.test lint  ## for daily work: lint, and the tests that take no longer than ten seconds and use no clock
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not timed and not slow" -q

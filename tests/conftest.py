@@ -12,10 +12,10 @@ settings.register_profile("effkit", deadline=None, max_examples=60)
 settings.load_profile("effkit")
 
 
-# Their verdicts rest on a clock, or they start ranks or a browser: `make test` runs them alone, after the others.
+# Their verdicts rest on a clock, or they start ranks: `make test` runs them alone, after the others.
 TIMED = {
-    "test_advice_planted", "test_advice_probing", "test_app", "test_browser", "test_decoder_floors",
-    "test_decoder_measure", "test_device", "test_moe_launching", "test_moe_links", "test_moe_measure", "test_timing",
+    "test_advice_planted", "test_decoder_measure", "test_device", "test_moe_launching", "test_moe_links",
+    "test_moe_measure", "test_timing",
 }  # fmt: skip
 
 
@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in TIMED:
             item.add_marker("timed")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # long ones first: no worker waits at the end
 
 
 def matmul_step():

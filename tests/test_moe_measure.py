@@ -44,7 +44,8 @@ def test_bytes_and_copies_are_those_of_the_routing(base):
     assert (exact["error"] == 0).all(), receipt
     assert found.companions[2].frame.loc["dropped", "value"] > 0
     assert 0.4 < guess.total / found.total < 2.5
-    assert found.calibration is None
+    assert moe.predict(found) is found, "at rest a prediction is what was measured"
+    assert moe.predict(found, num_tokens=150).setting == found.setting | {"num_tokens": 150}
     assert "relative to the base" in found.source
 
 
