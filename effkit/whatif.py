@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from effkit.device import provenance
 from effkit.receipt import Receipt
 from effkit.screen import Screen
 from effkit.units import readable
+
+
+# A browser holds moves back while the kernel is busy, and sends a click at once: those moves come just after it.
+_ARRIVING_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ class WhatIf(Screen):
         self._refusal = ""  # why the controls' setting has no prediction
         self._predict, self._run = predict, measure
         self._picture = view.Comparison(base)
+        self._latest: Receipt | None = None  # of the last measurement, until a control moves after it
+        self._settled = threading.Event()  # no prediction is being computed
+        self._settled.set()
         self._stop = threading.Event()
         self._running = threading.Lock()
         self._drawing = threading.RLock()
@@ -142,6 +150,7 @@ class WhatIf(Screen):
             measured = self._run(self._progress, **setting)
             receipt = Receipt(predicted, measured, setting=predicted.setting, provenance=provenance())
             self.receipts.append(receipt)
+            self._latest = receipt
         finally:
             self._button.disabled, self._stopper.disabled = False, True
             self._bar.layout.visibility = "hidden"
@@ -175,12 +184,16 @@ class WhatIf(Screen):
         return widgets.HBox(parts).add_class("effkit-control").add_class(f"effkit-control-{knob.name}")
 
     def _changed(self, _: Mapping[str, Any]) -> None:
+        self._latest = None
+        self._settled.clear()
         try:
             self.result = self._predict(self.base, **self.setting)
         except ValueError as error:  # a setting that cannot be kept is said on the screen, where it was made
             self._refusal = str(error)
             self._tell(self._refusal, alert=True)
             return
+        finally:
+            self._settled.set()
         self._refusal = ""
         self._show()
 
@@ -206,7 +219,15 @@ class WhatIf(Screen):
         parts += [_companion(account) for account in result.companions]
         if receipt is not None:
             parts.insert(0, receipt.sentence())
+        elif self._latest is not None:  # the controls moved while it was measured
+            parts.insert(0, f"Measured at {self._change(self._latest)}: {self._latest.sentence()} On the controls now:")
         return " ".join(parts)
+
+    def _change(self, receipt: Receipt) -> str:
+        """What its setting changes of the measured one."""
+        rest = self.base.setting
+        changes = [f"{name}={value}" for name, value in receipt.setting.items() if rest.get(name) != value]
+        return ", ".join(changes) or "the rest position"
 
     def _progress(self, done: int, total: int) -> None:
         self._bar.max, self._bar.value = total, done
@@ -219,6 +240,8 @@ class WhatIf(Screen):
 
     def _measure_and_tell(self) -> None:
         try:
+            time.sleep(_ARRIVING_S)
+            self._settled.wait()
             self.measure()
         except Stopped:
             self._tell("Stopped: no receipt for this setting.", self.screen.value, alert=True)

@@ -207,6 +207,35 @@ def test_the_setting_may_move_on_while_it_is_measured():
     assert receipt.predicted.setting == receipt.measured.setting == BASE.setting
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["pressed at rest", "pressed while moves are on their way"])
+def test_every_press_shows_the_receipt_of_the_setting_that_was_on_the_screen(late):
+    def slow(base, **setting):
+        time.sleep(0.02)
+        return predict(base, **setting)
+
+    def takes_a_while(progress, **setting):
+        time.sleep(0.05)
+        return measure(progress, **setting)
+
+    for race in range(10):
+        busy = WhatIf(BASE, slow, KNOBS, takes_a_while)
+        pressed, meanwhile = 20 + race, 50 + race
+        busy.controls["rows"].value = 15
+        if not late:
+            busy.controls["rows"].value = pressed
+        button(busy, "Measure it").click()
+        busy.controls["rows"].value = pressed  # held back by the browser until the click was sent
+        wait_for(lambda panel=busy: button(panel, "Measure it").disabled)
+        busy.controls["rows"].value = meanwhile
+        wait_for(lambda panel=busy: panel.receipts and not button(panel, "Measure it").disabled)
+        wait_for(lambda panel=busy: "Receipt" in panel.shown())
+        assert busy.receipts[0].setting["rows"] == pressed
+        assert busy.shown().startswith(f"Measured at rows={pressed}: Receipt: predicted {10 * pressed} ns")
+        assert f"Time: {10 * meanwhile} ns" in busy.shown()
+        busy.controls["rows"].value = meanwhile + 1
+        assert "Receipt" not in busy.shown(), "the next move is a new question"
+
+
 def mime(widget) -> dict[str, str]:
     bundle = widget._repr_mimebundle_()
     return bundle[0] if isinstance(bundle, tuple) else bundle
