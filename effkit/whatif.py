@@ -18,7 +18,6 @@ from effkit.receipt import Receipt
 from effkit.screen import Screen
 from effkit.units import readable
 
-
 # A browser holds moves back while the kernel is busy, and sends a click at once: those moves come just after it.
 _ARRIVING_S = 0.3
 
