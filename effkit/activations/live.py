@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from effkit import lab
 from effkit.account import Account
 from effkit.activations import lossy_gradients, op_workspace, stepping
 from effkit.activations.checkpointing import blocks
@@ -104,7 +106,7 @@ def measure(
     size, levers = parted(wanted)
     timed = [levers, *(_single(model, size, optimizer) if time_levers and not earlier else ())]
     num_runs = len(timed) * (repeats + 2)
-    tell = progress or (lambda done, total: None)
+    tell = partial(lab.tell, progress)
     observed = []
     for i, combination in enumerate(timed):
         tell(i, num_runs)

@@ -23,7 +23,7 @@ def whole(default: Any = dataclasses.MISSING, *, least: int = 1) -> Any:
 
 
 def number(default: Any = dataclasses.MISSING, *, least: float = 0.0) -> Any:
-    """A field of finite real numbers from ``least`` on."""
+    """A field of real numbers from ``least`` on."""
     said = f"a number from {least:g} on"
     return _field(default, lambda name, value: _real(name, value, least, float("inf"), said))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from effkit import training
+from effkit import lab, training
 from effkit.account import Account
 from effkit.lab import Progress
 from effkit.padding.buckets import Ints
@@ -89,7 +89,7 @@ def measure(
         )
     calibration: Calibration | None = getattr(base, "calibration", None)
     probes = _probes(plan, also, num_batches, repeats, own=calibration is None)
-    tell = progress or (lambda done, total: None)
+    tell = partial(lab.tell, progress)
     with unchanged(model):
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
         train(make(probes[0].rows, plan.lengths))  # the optimizer's state exists from here on

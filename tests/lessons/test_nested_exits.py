@@ -2,28 +2,11 @@
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from test_decoder_early_exit import speech, t5, text
 
-from effkit import models
 from lessons import nested_exits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def text(**sizes):
-    return models.text(**{"layers": 4, "hidden": 32, "heads": 2, "vocabulary": 60, "device": "cpu", **sizes}).eval()
-
-
-def speech(**sizes):
-    given = {"encoder_layers": 3, "decoder_layers": 2, "hidden": 32, "vocabulary": 60, "device": "cpu", **sizes}
-    return models.speech(**given).eval()
-
-
-def t5():
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "vocab_size": 60}
-    config = T5Config(num_layers=3, num_decoder_layers=3, decoder_start_token_id=0, **sizes)
-    return T5ForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize(("make", "depth"), [(text, 0), (text, 5), (speech, 3)])
