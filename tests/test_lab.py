@@ -88,6 +88,25 @@ def test_a_band_is_two_standard_errors_of_error_and_noise():
     assert lab.Trust(0.0, 0.0, least_error_frac=0.03, least_noise_frac=0.04).band_frac == pytest.approx(0.10)
 
 
+def test_a_band_widens_with_the_distance_and_in_a_regime_that_no_run_has_seen():
+    trust = lab.Trust(0.03, 0.04)
+    assert trust.beyond(0.0) == trust.band_frac
+    assert trust.beyond(2.0) == pytest.approx(3 * trust.band_frac)
+    assert trust.beyond(1.0, seen=False) == pytest.approx(6 * trust.band_frac)
+
+
+def test_noise_is_the_standard_deviation_of_repeats_whatever_disturbs_one_or_drifts():
+    draw = np.random.default_rng(0)
+    for count in (2, 5):
+        times = 100 * (1 + 0.03 * draw.standard_normal((400, count)))
+        assert lab.noise(times) == pytest.approx(0.03, rel=0.1)
+        assert lab.noise(times * (1 + np.arange(400))[:, None]) == pytest.approx(0.03, rel=0.1), "runs of any length"
+    drifting = np.linspace(100, 120, 200) * (1 + 0.01 * draw.standard_normal(200))
+    drifting[50] *= 3
+    assert lab.noise([drifting]) == pytest.approx(0.01, rel=0.2)
+    assert lab.noise([[5.0], []]) == 0
+
+
 def test_an_interval_is_rounded_outwards_and_never_negative():
     assert lab.interval(100, 10.2) == {"low": 89, "high": 111}
     assert lab.interval(100, 150) == {"low": 0, "high": 250}
@@ -101,6 +120,10 @@ def test_a_hull_covers_what_lies_between_runs_and_no_more():
     assert not hull.covers({"rows": 9, "cells": 5})
     assert not hull.covers({"rows": 1, "cells": 5})
     assert lab.Hull(hull.low, hull.high, room=1.25).covers({"rows": 10, "cells": 4})
+    assert hull.doublings({"rows": 8.3, "cells": 4.9}) == 0, "a twentieth more is the same size"
+    assert hull.doublings({"rows": 32, "cells": 5}) == 2
+    assert hull.doublings({"rows": 1, "cells": 20}) == 1
+    assert lab.Hull.of([{"skew": 0.0}]).doublings({"skew": 0.7}) == 1
 
 
 def test_rms_is_the_root_of_the_mean_square_and_zero_of_nothing():

@@ -1,13 +1,14 @@
 """Error, noise, range and band: how far a prediction may be off, and where it was calibrated.
 
-``error``: how wrong the model was on runs that its fit did not see. ``noise``: how far repeats of one run lay apart.
-``range``: the hull of what was run. ``band``: two standard errors of error and noise.
+``error``: how wrong the model was on runs that its fit did not see (:func:`rms` of errors left out in turn). ``noise``:
+how far repeats of one run lay apart (:func:`noise`). ``range``: the hull of what was run (:class:`Hull`) and its
+regimes. ``band``: two standard errors of error and noise (:class:`Trust`); wider beyond the range.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,9 @@ import numpy as np
 from effkit.account import Account
 
 SPREAD = 2.0  # a band is two standard errors wide on each side
+UNSEEN = 3.0  # in a regime that no run has seen it is so many times as wide: a convention, nothing was measured there
+_ROOM = 1.05  # a size so many times beyond what was run is the same size: batches of an epoch are not equally long
+_OF_DIFFERENCES = 1.4826 / math.sqrt(2)  # a normal's standard deviation over the median distance of two draws
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Trust:
         error, noise = max(self.error_frac, self.least_error_frac), max(self.noise_frac, self.least_noise_frac)
         return max(self.least_frac, SPREAD * math.hypot(error, noise))
 
+    def beyond(self, doublings: float, seen: bool = True) -> float:
+        """Half-width of the band outside the range: so many doublings beyond the sizes that were run, or in a regime
+        that no run has seen."""
+        return self.band_frac * (1.0 + doublings) * (1.0 if seen else UNSEEN)
+
 
 @dataclass(frozen=True)
 class Hull:
@@ -59,10 +68,10 @@ class Hull:
 
     low: Mapping[str, float]
     high: Mapping[str, float]
-    room: float = 1.0
+    room: float = _ROOM
 
     @classmethod
-    def of(cls, runs: Iterable[Mapping[str, float]], room: float = 1.0) -> Hull:
+    def of(cls, runs: Iterable[Mapping[str, float]], room: float = _ROOM) -> Hull:
         """Around the sizes of these runs, which all name the same quantities."""
         runs = list(runs)
         names = runs[0].keys()
@@ -73,7 +82,33 @@ class Hull:
 
     def covers(self, sizes: Mapping[str, float]) -> bool:
         """Whether each of these sizes lies within what was run."""
-        return all(self.low[name] / self.room <= size <= self.high[name] * self.room for name, size in sizes.items())
+        return self.doublings(sizes) == 0
+
+    def doublings(self, sizes: Mapping[str, float]) -> float:
+        """By how many doublings, or halvings, the size farthest outside lies beyond what was run; 0 within."""
+        return max((self._doublings(name, size) for name, size in sizes.items()), default=0.0)
+
+    def _doublings(self, name: str, size: float) -> float:
+        low, high = self.low[name], self.high[name]
+        if low / self.room <= size <= high * self.room:
+            return 0.0
+        less, more = (size, low) if size < low else (high, size)
+        return math.log2(more / less) if less > 0 else 1.0  # from nothing to something
+
+
+def noise(repeats: Iterable[Sequence[float]]) -> float:
+    """How far repeats of one run lie apart: their standard deviation, as a fraction of their median.
+
+    From the distances of successive repeats, pooled over the runs, by their median: a disturbed repeat does not count,
+    nor does a machine whose speed drifts.
+
+    Parameters
+    ----------
+    repeats
+        Of each run, the times of its repeats in the order they were run; a run with one says nothing. 0 of none.
+    """
+    distances = [np.abs(np.diff(times)) / np.median(times) for times in repeats if len(times) > 1]
+    return _OF_DIFFERENCES * float(np.median(np.concatenate(distances))) if distances else 0.0
 
 
 def rms(errors: Any) -> float:
