@@ -144,7 +144,7 @@ def test_impossible_sizes_are_refused_in_a_sentence(wrong, sentence):
 def test_a_hybrid_models_step():
     model = hybrid_heads.build(layers=2, hidden=32, heads=4, state_heads=2)
     account = decoder.measure(model.step, torch.tensor([1, 2]), num_steps=6, batch=2)
-    assert abs(account.residual) < 0.3 * account.total
+    assert abs(account.residual) < 0.05 * account.total, "rows and total are of one generation"
     assert (decoder.positions(account)["time_ns"] > 0).all()
 
 
