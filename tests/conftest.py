@@ -12,11 +12,10 @@ settings.register_profile("effkit", deadline=None, max_examples=60)
 settings.load_profile("effkit")
 
 
-# Their verdicts rest on a clock, or they start ranks: `make test` runs them alone, after the others.
-TIMED = {
-    "test_advice_planted", "test_decoder_measure", "test_device", "test_moe_launching", "test_moe_links",
-    "test_moe_measure", "test_timing",
-}  # fmt: skip
+# Their verdicts rest on a clock: `make test` runs them after the others, one on each core.
+TIMED = {"test_advice_planted", "test_decoder_measure", "test_timing"}
+# They time ranks or all cores: last, one after another.
+ALONE = {"test_device", "test_moe_links", "test_moe_measure"}
 # They take more than ten seconds each; with the lessons' own tests, what `make quick` leaves to `make test`.
 SLOW = {
     "test_activations_forecast", "test_activations_levers", "test_activations_memory_model",
@@ -31,6 +30,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in TIMED:
             item.add_marker("timed")
+        if item.path.stem in ALONE:
+            item.add_marker("alone")
         if item.path.stem in SLOW or item.path.parent.name == "lessons":
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # long ones first: no worker waits at the end

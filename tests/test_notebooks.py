@@ -39,14 +39,14 @@ class Fault(NamedTuple):
 
 LAB = REPO / "notebooks" / "01_padding.ipynb"
 LAB_FAULTS: tuple[Fault, ...] = (
-    Fault("wrong formula", "effkit/padding/memory.py", "[t, u, u * t, t * t]", "[t, u, u + t, t * t]"),
+    Fault("wrong formula", "effkit/padding/plans.py", "np.maximum.reduceat(self._row", "np.minimum.reduceat(self._row"),
     Fault("disconnected observer", "effkit/whatif.py", 'control.observe(self._changed, names="value")', "pass"),
     Fault("changed default", "effkit/padding/prediction.py", '"Buckets by input length", rest=8', '"", rest=7'),
 )
-# The notebooks whose verdicts rest on a clock run alone; 01 runs as the unharmed copy that faults are planted in.
-TIMED = ("03", "04", "05")
-SHOWN = [pytest.param(path, marks=pytest.mark.timed) if path.name[:2] in TIMED else path
-         for path in NOTEBOOKS if path != LAB]  # fmt: skip
+# The notebooks whose verdicts rest on a clock, and the one that starts ranks; 01 runs as the unharmed copy that faults
+# are planted in.
+CLOCKED = {"03": pytest.mark.alone, "04": pytest.mark.timed, "05": pytest.mark.timed}
+SHOWN = [pytest.param(path, marks=CLOCKED.get(path.name[:2], ())) for path in NOTEBOOKS if path != LAB]
 needs_lab = pytest.mark.skipif(not LAB.exists(), reason=f"{LAB.name} is not there")
 
 TINY_FAULTS = (
