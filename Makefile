@@ -63,8 +63,9 @@ notebooks: .venv/.test  ## execute every notebook and write its canonical form
 bench: .venv/.test .venv/.browser .venv/.peers  ## the timed bars, peers side by side
 	$(BIN)/python -m pytest tests/bench_*.py -s -p no:cacheprovider
 
-ledger: .venv/.lab  ## predict and measure the held-out grids (LAB=activations: one alone); refresh the table in README.md
-	$(BIN)/python data/record.py ledger $(LAB)
+CONDITION ?= one thread
+ledger: .venv/.lab  ## predict and measure the held-out grids (LAB=activations: one alone; CONDITION="one core": the machine as another one, or every); refresh the table in README.md
+	$(BIN)/python data/record.py ledger $(LAB) --condition "$(CONDITION)" --all
 
 record: .venv/.lab  ## re-create the captures and the ledger under data/, on this machine
 	$(BIN)/python data/record.py all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ledger_rows import begun, outside_bars, replace_rows
+from ledger_rows import begun, condition, outside_bars, replace_rows, unheld
 
 import effkit as ek
 from effkit import moe
@@ -58,6 +58,9 @@ def record() -> str:
     """Predict and measure every held-out setting, each in turn with the base; returns what is outside its bar."""
     if why := moe.why_no_links():
         return f"moe: the rows want a slow link, which cannot be made here: {why}"
+    if condition() == "two threads":
+        print("moe: left out; ranks share the cores, and each has the threads that are its share")
+        return ""
     part = begun("moe")
     plain = moe.measure(link_bytes_per_s=LINK_BYTES_PER_S)
     alike = moe.measure(num_clusters=64, link_bytes_per_s=LINK_BYTES_PER_S, levers=("lsh", "bfloat16"))
@@ -70,7 +73,7 @@ def record() -> str:
 def _receipts(part: Any, base: ek.Account, settings: tuple[dict[str, Any], ...], knob: str) -> str:
     print(base, base.calibration.band_frac, sep="\n", flush=True)
     receipts = []
-    for setting in settings:
+    for setting in unheld(settings):
         receipt = ek.Receipt(
             moe.predict(base, **setting), moe.measure(base=base, **setting), setting=setting, provenance=provenance()
         )

@@ -1,16 +1,26 @@
-"""The error ledger as a file, ``data/ledger/<device>.csv``: one lab's rows replaced; and the table in README.md."""
+"""The error ledger as a file, ``data/ledger/<device>.csv``: a lab's rows under one condition replaced; and the table in
+README.md.
+
+A *condition* makes another machine of this one: threads, instruction sets, cores. It is in force in a process that was
+started under it (:func:`run_under`), for libraries look at the environment when they are imported.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
+import torch
 
 from effkit.device import provenance
 from effkit.receipt import LEDGER_COLUMNS, Receipt
@@ -22,23 +32,86 @@ sys.path.append(str(DATA.parent / "notebooks"))  # where a ledger imports `lesso
 LABS = ("padding", "activations", "moe", "decoder", "advice")  # in this order in the file
 
 
+@dataclass(frozen=True)
+class Condition:
+    """Threads of a process, what its environment says, and whether it keeps to one core."""
+
+    num_threads: int = 1  # on a shared machine, two threads that wait for each other are timed at their worst
+    environment: Mapping[str, str] = field(default_factory=dict)
+    one_core: bool = False
+
+
+USUAL = "one thread"  # rows without a condition are of this one
+CONDITIONS: Mapping[str, Condition] = {
+    USUAL: Condition(),
+    "two threads": Condition(num_threads=2),
+    "AVX2": Condition(environment={"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "SSE4.1": Condition(environment={"ONEDNN_MAX_CPU_ISA": "SSE41"}),
+    "one core": Condition(one_core=True),
+}
+# What is kept from whoever designs a model: this condition, and every third setting of a grid. --all runs them too.
+HELD_BACK = ("SSE4.1",)
+_THIRD = 3
+_NAME, _ALL = "EFFKIT_LEDGER_CONDITION", "EFFKIT_LEDGER_ALL"
+
+Setting = TypeVar("Setting")
+
+
+def run_under(name: str, command: Sequence[str], *, everything: bool) -> int:
+    """Run a command under a condition, to its end; returns its exit status."""
+    condition = CONDITIONS[name]
+    environment = {**os.environ, **condition.environment, "OMP_NUM_THREADS": str(condition.num_threads), _NAME: name}
+    environment.pop(_ALL, None)
+    cores = os.sched_getaffinity(0) if condition.one_core else set()
+    if cores:
+        os.sched_setaffinity(0, {min(cores)})  # the child inherits it
+    try:
+        return subprocess.run(command, env=environment | ({_ALL: "1"} if everything else {})).returncode
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def condition() -> str:
+    """The condition that this process was started under."""
+    return os.environ.get(_NAME, USUAL)
+
+
+def everything() -> bool:
+    """Whether what is held back is run as well."""
+    return bool(os.environ.get(_ALL))
+
+
+def unheld(grid: Sequence[Setting]) -> list[Setting]:
+    """The settings to run: all, or those that are not held back."""
+    return [one for i, one in enumerate(grid) if everything() or i % _THIRD != _THIRD - 1]
+
+
 def device_name() -> str:
     """This device, as files are named after it."""
     return re.sub(r"[^a-z0-9]+", "-", provenance()["device"].lower()).strip("-")
 
 
 def begun(lab: str) -> Path:
-    """Where a lab's new rows are collected; nothing is there yet."""
+    """Where a lab's new rows are collected; nothing is there yet. From here on the condition's threads compute."""
+    torch.set_num_threads(CONDITIONS[condition()].num_threads)
     part = DATA / "ledger" / f"{device_name()}.{lab}.part"
     part.unlink(missing_ok=True)
     return part
 
 
 def replace_rows(lab: str, part: Path) -> None:
-    """Put the new rows in the place of the lab's old ones; those of other labs stay as they are. Then the README."""
+    """Put the new rows in the place of the lab's old ones under this condition; all others stay as they are. Then the
+    README. Rows of a part of a grid replace nothing: the table would show the settings that a model was designed on."""
+    if not everything():
+        print(f"the ledger stays as it is without --all; the rows are in {part}", flush=True)
+        return
     path = DATA / "ledger" / f"{device_name()}.csv"
-    kept = [row for row in _rows(path) if row[0] != lab] if path.exists() else []
-    rows = sorted([*kept, *_rows(part)], key=lambda row: LABS.index(row[0]))
+    old = _rows(path) if path.exists() else []
+    kept = [row for row in old if (row[0], _facts(row)["condition"]) != (lab, condition())]
+    new = [[*row[:-1], json.dumps(_facts(row) | {"condition": condition()}, sort_keys=True)] for row in _rows(part)]
+    names = list(CONDITIONS)
+    rows = sorted([*kept, *new], key=lambda row: (LABS.index(row[0]), names.index(_facts(row)["condition"])))
     with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([LEDGER_COLUMNS, *rows])
     part.unlink()
@@ -70,24 +143,51 @@ def _rows(path: Path) -> list[list[str]]:
         return list(csv.reader(file))[1:]
 
 
+def _facts(row: list[str]) -> dict[str, str]:
+    """The provenance of a row; one from before there were conditions is of the usual one."""
+    return {"condition": USUAL, **json.loads(row[-1])}
+
+
 def refresh_readme() -> None:
     """Rewrite the accuracy table between its two markers."""
     rows = [
-        "| device | lab | quantity | settings | median error | worst error | inside band |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| device | condition | lab | quantity | settings | median error | worst error | inside band | band / error |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
+        *accuracy([pd.read_csv(path) for path in sorted((DATA / "ledger").glob("*.csv"))]),
     ]
-    for path in sorted((DATA / "ledger").glob("*.csv")):
-        ledger = pd.read_csv(path)
-        inside = (ledger["low"] <= ledger["measured"]) & (ledger["measured"] <= ledger["high"])
-        ledger = ledger.assign(absolute=ledger["error"].abs(), inside=inside)
-        device = json.loads(ledger["provenance"].iloc[0])["device"]
-        for (lab, quantity, in_range), group in ledger.groupby(["lab", "quantity", "in_range"], sort=False):
-            beyond = "" if in_range else ", beyond the calibrated range"
-            rows.append(
-                f"| {device} | {lab} | {quantity}{beyond} | {len(group)} | {group['absolute'].median():.1%} "
-                f"| {group['absolute'].max():.1%} | {group['inside'].sum()} of {len(group)} |"
-            )
     text = README.read_text(encoding="utf-8")
     begin, end = "<!-- accuracy: written by make ledger -->\n", "<!-- /accuracy -->"
     before, rest = text.split(begin)
     README.write_text(before + begin + "\n".join(rows) + "\n" + end + rest.split(end)[1], encoding="utf-8")
+
+
+def accuracy(ledgers: Sequence[pd.DataFrame]) -> Iterator[str]:
+    """The table's rows: of each device and condition what has a band; of each device what is counted exactly, together;
+    last, of each lab its time within the calibrated range on all of them."""
+    table = pd.concat(ledgers, ignore_index=True)
+    facts = [{"condition": USUAL, **json.loads(text)} for text in table["provenance"]]
+    table = table.assign(
+        device=[fact["device"] for fact in facts], condition=[fact["condition"] for fact in facts],
+        absolute=table["error"].abs(), half=(table["high"] - table["low"]) / 2 / table["measured"],
+        inside=(table["low"] <= table["measured"]) & (table["measured"] <= table["high"]),
+        exact=(table["high"] == table["low"]).groupby([table["lab"], table["quantity"]]).transform("all"),
+    )  # fmt: skip
+    keys = ["device", "condition", "lab", "quantity", "in_range"]
+    for _, of_device in table.groupby("device", sort=False):
+        for (device, name, lab, quantity, in_range), group in of_device[~of_device["exact"]].groupby(keys, sort=False):
+            beyond = "" if in_range else ", beyond the calibrated range"
+            yield _told(device, name, lab, f"{quantity}{beyond}", group)
+        for (device, lab), group in of_device[of_device["exact"]].groupby(["device", "lab"], sort=False):
+            yield _told(device, "all", lab, ", ".join(group["quantity"].unique()), group)
+    for lab, group in table[(table["unit"] == "ns") & table["in_range"]].groupby("lab", sort=False):
+        times = group[group["quantity"] == group["quantity"].iloc[0]]
+        yield _told("**all**", "all", str(lab), times["quantity"].iloc[0], times)
+
+
+def _told(device: str, name: str, lab: str, quantity: str, group: pd.DataFrame) -> str:
+    median, half = group["absolute"].median(), group["half"].median()
+    wide = f"{half / median:.1f}" if median and half else "-"
+    return (
+        f"| {device} | {name} | {lab} | {quantity} | {len(group)} | {median:.1%} | {group['absolute'].max():.1%} "
+        f"| {group['inside'].sum()} of {len(group)} | {wide} |"
+    )

@@ -2,9 +2,12 @@
 
     python data/record.py lengths     data/spoken_docs.csv (needs espeak-ng)
     python data/record.py captures    data/captures/*.zip, small reference captures of live steps and of two ranks
-    python data/record.py ledger      data/ledger/<device>.csv and the accuracy table in README.md; one lab alone, and
-                                      the other labs' rows left as they are: ledger activations
-    python data/record.py all         captures and ledger (the list of lengths is the same on every machine)
+    python data/record.py ledger      predictions beside measurements, without what is held back from whoever designs a
+                                      model, and nothing written; one lab alone: ledger activations; the machine as
+                                      another one: --condition "one core", or every. With --all, held back or not:
+                                      data/ledger/<device>.csv, where other labs and conditions keep their rows, and
+                                      the accuracy table in README.md
+    python data/record.py all         captures and ledger --all (the list of lengths is the same on every machine)
 
 Everything runs on the GPU where there is one and on the CPU otherwise, by the same code; a few minutes each.
 """
@@ -31,7 +34,7 @@ import ledger_moe
 import ledger_padding
 import torch
 from ledger_padding import spoken
-from ledger_rows import DATA, device_name
+from ledger_rows import CONDITIONS, DATA, HELD_BACK, USUAL, device_name, run_under
 from torch.profiler import record_function
 
 import effkit as ek
@@ -163,26 +166,40 @@ def _expert_rank(rank: int, num_ranks: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def record_ledger(lab: str | None = None) -> None:
-    """The rows of one lab, or of all one after another; ends with a sentence where a prediction misses its bar."""
-    outside = [record() for name, record in LABS.items() if lab in (None, name)]
-    if any(outside):
-        sys.exit("\n".join(filter(None, outside)))
+def record_ledger(lab: str | None, conditions: list[str], everything: bool) -> None:
+    """The rows of one lab, or of all, under these conditions, each in a process of its own."""
+    failed = [
+        f"{name}, {condition}"
+        for condition in conditions
+        for name in LABS
+        if lab in (None, name) and run_under(condition, [sys.executable, __file__, "rows", name], everything=everything)
+    ]
+    if failed:
+        sys.exit(f"ended with an error, or outside a bar: {'; '.join(failed)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lengths", "captures", "ledger", "all"])
+    parser.add_argument("what", choices=["lengths", "captures", "ledger", "all", "rows"])
     parser.add_argument("lab", nargs="?", choices=[*LABS], help="with ledger: this lab's rows alone")
+    parser.add_argument("--condition", choices=[*CONDITIONS, "every"], default=USUAL, help="with ledger")
+    parser.add_argument("--all", action="store_true", help="with ledger: also what is held back, and write the rows")
     given = parser.parse_args()
+    if given.what == "rows":  # what ledger starts, under a condition
+        sys.exit(LABS[given.lab]() or None)
     if given.lab and given.what != "ledger":
         parser.error(f"a lab goes with ledger; given: {given.what} {given.lab}")
+    everything = given.all or given.what == "all"
+    conditions = [given.condition] if given.condition != "every" else [
+        name for name in CONDITIONS if everything or name not in HELD_BACK]  # fmt: skip
+    if not everything and given.condition in HELD_BACK:
+        parser.error(f"{given.condition} is held back until a design is done; then: --all")
     if given.what == "lengths":
         record_lengths()
     if given.what in ("captures", "all"):
         record_captures()
     if given.what in ("ledger", "all"):
-        record_ledger(given.lab)
+        record_ledger(given.lab, conditions, everything)
 
 
 if __name__ == "__main__":
