@@ -19,7 +19,7 @@ INTRA, INTER = (1_000.0, 100e9), (5_000.0, 10e9)
 
 def calibration(**changes):
     """2 ns per row and hidden number of experts forward, 4 backward; a gate of 10,000 ns; 0.5 ns per expert x rank."""
-    experts = np.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])  # rows * (hidden + ffn): 128 per row
+    experts = np.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])  # rows * (hidden + ffn): 128 per row
     phases = {
         (True, "before", "gate"): np.array([10_000.0, 0.0, 0.0]),
         (True, "before", "permute"): np.array([0.0, 0.5, 0.0, 0.0, 0.0]),
@@ -29,6 +29,7 @@ def calibration(**changes):
     values = {
         "setting": SETTING, "settings": [SETTING], "num_ranks": 2, "ranks_per_node": 2, "anchors": (1.0, 1.0),
         "costs": Costs(phases, np.array([2_000.0, 0.0, 0.5, 0.0])), "error_frac": 0.05, "noise_frac": 0.0,
+        "num_steps": 1, "walls_ns": (), "lever_anchors": {},
     }  # fmt: skip
     # a cluster needs no more of what was measured
     return Calibration(**(dict.fromkeys(Calibration.__dataclass_fields__) | values | changes))

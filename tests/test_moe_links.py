@@ -68,15 +68,25 @@ def test_held_out_sizes_were_not_seen():
     assert seen.error_frac == pytest.approx(np.sqrt(np.nanmean(errors**2)))
 
 
-def test_the_band_holds_two_errors_and_two_percent_at_least():
+def test_the_band_holds_two_standard_errors_and_no_floor():
     exact = fit(measured(lambda size: 300_000 + size), 2, 2)
     dur_ns, low_ns, high_ns, in_range = exact.dur_ns(2**20)
-    assert (low_ns, high_ns) == (pytest.approx(0.98 * dur_ns), pytest.approx(1.02 * dur_ns))
+    assert (low_ns, high_ns) == (pytest.approx(dur_ns), pytest.approx(dur_ns))
     assert in_range
-    assert not exact.dur_ns(2**23).in_range
-    assert not exact.dur_ns(0).in_range
     noisy = fit(measured(lambda size: 300_000 + size, noise=0.2), 2, 2)
-    assert noisy.dur_ns(2**20).high_ns == pytest.approx(noisy.dur_ns(2**20).dur_ns * (1 + 2 * noisy.error_frac))
+    told = noisy.dur_ns(2**20)
+    both = np.hypot(noisy.error_frac, noisy.noise_frac)
+    assert told.high_ns == pytest.approx(told.dur_ns * (1 + 2 * both))
+    assert noisy.noise_frac == pytest.approx(1.25 * 0.2 / np.sqrt(5), rel=0.3)
+
+
+def test_beyond_the_sizes_that_were_measured_the_band_widens_with_the_doublings():
+    seen = fit(measured(lambda size: 300_000 + size, noise=0.1), 2, 2)
+    inside, twice, four = (seen.dur_ns(2**power) for power in (22, 23, 24))
+    wide = [(one.high_ns - one.dur_ns) / one.dur_ns for one in (inside, twice, four)]
+    assert wide == pytest.approx([wide[0], 2 * wide[0], 3 * wide[0]])
+    assert (inside.in_range, twice.in_range, seen.dur_ns(0).in_range) == (True, False, False)
+    assert seen.dur_ns(1.04 * 2**22).in_range, "the default room of a hull"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from effkit.lab import Hull, Trust, rms
+from effkit.lab import Hull, Trust, noise, rms
 from effkit.moe import breakdown, costs, routing
 from effkit.moe.recorded import Array, Run, Step
 from effkit.moe.setting import Setting
@@ -20,8 +22,7 @@ _LEVERS: Mapping[str, Mapping[str, Any]] = {
     "float8": {"message_dtype": "float8"},
 }
 _NUM_AROUND = 6  # settings that the costs of plain steps are fitted on; those of levers follow
-_LEAST_BAND_FRAC = 0.02
-_ROOM = 1.05  # beyond what was seen, and still in range
+_OF_A_MEDIAN = 1.25  # its standard error over that of a mean, of repeats that scatter as a normal does
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +44,17 @@ class Calibration:
     anchors
         Measured over modelled time: of the measured setting, and of those of the other kind, whose exchanges overlap or
         do not; in the order not overlapped, overlapped.
+    lever_anchors
+        The same of each lever's run, over that of the settings without it.
     error_frac
-        Root mean square error of the time of a setting that was left out of the fit.
+        Root mean square error of the time of a setting that was left out of the fit: inside the range. One that lay
+        outside the others' sizes was off by more than that, as much as the band is wider there.
     noise_frac
-        Spread of the measured setting's time over the rounds.
+        How far steps of the same setting and routing lay apart, from round to round.
     step
         One step of the measured setting, rank by rank: of its first routing, the one of median time.
+    walls_ns
+        Times of steps, round after round, for each setting and routing.
     """
 
     setting: Setting
@@ -64,40 +70,61 @@ class Calibration:
     error_frac: float
     noise_frac: float
     step: Step
+    walls_ns: Sequence[Sequence[int]] = ()
+    lever_anchors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def trust(self) -> Trust:
+        """In a step's time; it is the median of the rounds, averaged over the routings."""
+        num_repeats = self.num_steps * max(map(len, self.walls_ns), default=1)
+        return Trust(self.error_frac, _OF_A_MEDIAN * self.noise_frac / num_repeats**0.5)
 
     @property
     def band_frac(self) -> float:
-        """Half-width of the band on a step's time."""
-        return Trust(self.error_frac, self.noise_frac, least_frac=_LEAST_BAND_FRAC).band_frac
+        """Half-width of the band on a step's time, inside the range."""
+        return self.trust.band_frac
 
     def anchor(self, setting: Setting) -> float:
-        """What a modelled time is multiplied by: the mean over the directions, of which each overlaps or does not."""
-        return _anchor(self.anchors, setting)
+        """What a modelled time is multiplied by: the mean over the directions, of which each overlaps or does not, and
+        what is known of the setting's levers."""
+        of_levers = [anchor for lever, anchor in self.lever_anchors.items() if _uses(setting, lever)]
+        return _anchor(self.anchors, setting) * math.prod(of_levers)
 
-    def covers(self, setting: Setting, num_ranks: int) -> bool:
-        """Whether a setting asks for no more and no less than what was seen, number by number."""
-        if num_ranks != self.num_ranks or setting.dtype != self.setting.dtype:
-            return False
-        return Hull.of(map(_sizes, self.settings), _ROOM).covers(_sizes(setting))
+    def band_at(self, setting: Setting, on: Mapping[str, float]) -> tuple[float, bool]:
+        """Half-width of the band at a setting, and whether it is in range; ``on``: the ranks and links it is
+        asked for.
+
+        A lever is in range at all sizes that were run; its band is as wide as they are far from those of its own runs.
+        """
+        ran = (*self.settings, self.setting)
+        seen = set().union(*map(_regimes, ran)) >= _regimes(setting)
+        here = {name: float(getattr(self, name)) for name in on}
+        whole = Hull.of(_sizes(one, self.num_ranks) | here for one in self.settings)
+        own = [_sizes(one, self.num_ranks) | here for one in self.settings if _levers(one) == _levers(setting)]
+        sizes = _sizes(setting, int(on["num_ranks"])) | dict(on)
+        doublings = Hull.of(own).doublings(sizes) if own else whole.doublings(sizes)
+        return self.trust.beyond(doublings, seen), seen and whole.covers(sizes)
 
     def moved(self, run: Run, job: int, scale: float) -> Calibration:
         """The same costs, at rest at another setting that was run: its times, times ``scale``, are the truth there."""
         setting, steps = run.settings[job], run.of_job(job)
         numbers = sorted({step.number for step in steps})
         modelled = [simulate(setting, n, self.num_ranks, self.ranks_per_node, self.costs) for n in numbers]
-        anchors = [scale * total_ns(steps) / total_ns(modelled) if kind == _overlaps(setting) else anchor
+        known = self.anchor(setting) / _anchor(self.anchors, setting)  # of its levers
+        anchors = [scale * total_ns(steps) / total_ns(modelled) / known if kind == _overlaps(setting) else anchor
                    for kind, anchor in enumerate(self.anchors)]  # fmt: skip
         return replace(
             self, setting=setting, anchors=(anchors[0], anchors[1]),
             loads=np.stack([run.kept[job, n] for n in numbers]), owner=routing.owners(setting, self.num_ranks),
-            noise_frac=noise_frac(steps), step=_typical([step for step in steps if step.number == numbers[0]]),
+            noise_frac=noise(walls := _walls_ns(run)), walls_ns=walls,
+            step=_typical([step for step in steps if step.number == numbers[0]]),
         )  # fmt: skip
 
     def knows(self, setting: Setting) -> None:
         """Raise ValueError when the time of a lever that the setting uses was never measured."""
         for lever, change in _LEVERS.items():
-            ((knob, value),) = change.items()
-            if getattr(setting, knob) == value and not any(getattr(probe, knob) == value for probe in self.settings):
+            if _uses(setting, lever) and not any(_uses(probe, lever) for probe in self.settings):
+                ((knob, value),) = change.items()
                 raise ValueError(f"the time of {knob}={value!r} was not measured: measure(..., levers=({lever!r},))")
 
 
@@ -109,8 +136,8 @@ def probes(setting: Setting, num_ranks: int, levers: Sequence[str]) -> list[Sett
     narrow = {"hidden": _half(setting.hidden), "ffn": max(1, setting.ffn // 2)}
     around = [
         setting,
-        setting.change(num_tokens=half, skew=setting.skew + 0.5),
-        setting.change(num_tokens=2 * setting.num_tokens),
+        setting.change(num_tokens=half, skew=setting.skew + 1.0),
+        setting.change(num_tokens=2 * setting.num_tokens, skew=0.0),
         setting.change(**narrow, num_tokens=setting.num_tokens + half, num_chunks=2, num_chunks_backward=4),
         setting.change(num_chunks=4, num_chunks_backward=0),
         _other_experts(setting, num_ranks),
@@ -151,19 +178,27 @@ def calibrate(run: Run) -> Calibration:
                          for kind, of_kind in enumerate(ratios))  # fmt: skip
         return first, second
 
-    errors = []
+    errors, sizes = [], [_sizes(setting, num_ranks) for setting in run.settings[:num_around]]
     for job in range(1, num_around):
         without = fitted(job)
         guess = _anchor(anchors(without, job), run.settings[job]) * modelled(job, without)
-        errors.append(guess / measured[job] - 1)
-    whole = fitted(None)
-    base = run.settings[0]
+        others = Hull.of(sizes[:job] + sizes[job + 1 :])
+        errors.append((guess / measured[job] - 1) / (1.0 + others.doublings(sizes[job])))
+    whole, base = fitted(None), run.settings[0]
+    known, of_levers = anchors(whole, None), {}
+    for job in range(num_around, len(run.settings)):
+        (lever,) = (name for name in _LEVERS if _uses(run.settings[job], name) and not _uses(base, name))
+        of_levers[lever] = measured[job] / modelled(job, whole) / _anchor(known, run.settings[job])
     return Calibration(
         base, num_ranks, per_node, float(run.facts["link_bytes_per_s"]), len(numbers), whole, run.settings,
-        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), anchors(whole, None),
-        rms(errors), noise_frac(run.of_job(0)),
-        _typical([step for step in run.of_job(0) if step.number == numbers[0]]),
+        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), known,
+        rms(errors), noise(walls := _walls_ns(run)),
+        _typical([step for step in run.of_job(0) if step.number == numbers[0]]), walls, of_levers,
     )  # fmt: skip
+
+
+def _uses(setting: Setting, lever: str) -> bool:
+    return all(getattr(setting, knob) == value for knob, value in _LEVERS[lever].items())
 
 
 def _overlaps(setting: Setting) -> bool:
@@ -183,21 +218,35 @@ def _typical(steps: Sequence[Step]) -> Step:
     return sorted(steps, key=breakdown.wall_ns)[len(steps) // 2]
 
 
-def noise_frac(steps: Sequence[Step]) -> float:
-    """Spread of the time over rounds, relative to its median (median absolute deviation, as of a normal's)."""
-    by_round = np.array([
-        [breakdown.wall_ns(step) for step in steps if step.round == around] for around in {s.round for s in steps}
-    ]).mean(axis=1)  # fmt: skip
-    middle = float(np.median(by_round))
-    return 1.4826 * float(np.median(np.abs(by_round - middle))) / middle
+def _walls_ns(run: Run) -> list[list[int]]:
+    """Times of the steps of each setting and routing, in the order they were run."""
+    by_step: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for step in sorted(run.steps, key=lambda step: step.round):
+        by_step[step.job, step.number].append(breakdown.wall_ns(step))
+    return list(by_step.values())
 
 
-def _sizes(setting: Setting) -> dict[str, float]:
-    """What the time depends on, for the range."""
-    rows = setting.num_tokens * setting.top_k
+def _levers(setting: Setting) -> tuple[Any, ...]:
+    """What runs other code: levers, formats, copies of experts."""
+    return setting.compress, setting.message_dtype, setting.dtype, setting.num_replicas > 0
+
+
+def _regimes(setting: Setting) -> set[tuple[Any, ...]]:
+    """Its levers, with a plain or an overlapped exchange, in each direction."""
+    directions = (True, False) if setting.backward else (True,)
+    return {(forward, degree > 1, *_levers(setting))
+            for forward, degree in zip(directions, setting.degrees, strict=False)}  # fmt: skip
+
+
+def _sizes(setting: Setting, num_ranks: int) -> dict[str, float]:
+    """What the time depends on, for the range; of the first step's routing."""
+    traffic = routing.traffic(setting, num_ranks, 0)
+    held = [float(traffic.held(rank).sum()) for rank in range(num_ranks)]
+    rows = sum(held) / num_ranks
     return {
         "products of experts": rows * setting.hidden * setting.ffn, "values of messages": rows * setting.hidden,
-        "tokens": setting.num_tokens, "pieces forward": setting.degrees[0], "pieces backward": setting.degrees[1],
+        "tokens": setting.num_tokens, "load of the busiest rank": max(held) / max(rows, 1.0),
+        "pieces forward": setting.degrees[0], "pieces backward": setting.degrees[1],
     }  # fmt: skip
 
 

@@ -41,9 +41,13 @@ class _Expected:
     kept: Array
     rows: Array
     arrived: Array
+    rows_beside: float
 
     def held(self, rank: int) -> Array:
         return self.arrived
+
+    def beside(self, rank: int) -> float:
+        return self.rows_beside
 
 
 def scale(
@@ -206,7 +210,8 @@ def _expected(
     # replicas take their share of the rows of their own rank, all experts of a rank together what a rank sends
     single = (setting.num_experts - setting.num_replicas) // num_ranks
     arrived = np.full((1, single + setting.num_replicas), load * rows / (single + setting.num_replicas))
-    return _Expected(np.full((1, 1), kept), np.full((num_rows, 1), rows), arrived)
+    beside = min(load, 1.0) * rows * (calibration.num_ranks - 1)  # what ranks share, they share as was measured
+    return _Expected(np.full((1, 1), kept), np.full((num_rows, 1), rows), arrived, beside)
 
 
 def _computed(calibration: Calibration, setting: Setting, num_ranks: int, load: float) -> dict[str, dict[bool, float]]:

@@ -88,10 +88,10 @@ def terms(key: Key, setting: Setting, traffic: routing.Traffic, rank: int) -> Fl
         "permute": [1.0, pieces * e * len(traffic.rows), (kept if place == "before" or not forward else 0.0) * h,
                     cut * own * h, recut * rows * (h + f)],
         "unpermute": [1.0, kept * h, n * h],
-        # the quadratic term: what outgrows the caches costs more per row; the last one: of all pieces but one, the
-        # exchange of another competes for the machine
+        # the quadratic term: what outgrows the caches costs more per row; then, of all pieces but one, the exchange of
+        # another competes for the machine; last, ranks that share cores or memory compete while both compute
         "experts": [pieces * experts, rows * h * f, rows * (h + f), rows**2 * (h + f) / pieces,
-                    pieces * experts * h * f, (1 - 1 / pieces) * rows * h * f],
+                    pieces * experts * h * f, (1 - 1 / pieces) * rows * h * f, traffic.beside(rank) * h * f],
         "compress": [lsh, lsh * n * h * setting.num_hashes * NUM_DIRECTIONS, lsh * kept * h,
                      half, half * (own + rows) * h, eighth, eighth * (own + rows) * h],
     }  # fmt: skip

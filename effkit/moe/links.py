@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from effkit.lab import Progress, Trust, rms
+from effkit.lab import Hull, Progress, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
 from effkit.moe.launching import Slow, launch
 from effkit.moe.recorded import Array
@@ -19,8 +19,7 @@ from effkit.units import readable
 DELAY_BYTES = 2**18  # 2.6 ms at 100 MB/s: what the machine's scheduler adds is small beside that
 _FEWEST = 3  # sizes in a regime: one may be left out and a line is left
 _CLEARLY_BETTER = 0.8  # two lines must leave this much of one line's error, or less
-_LEAST_DOUBT_FRAC = 0.02  # of a time, however little its repeats scatter
-_LEAST_BAND_FRAC = 0.02
+_OF_A_MEDIAN = 1.25  # its standard error over that of a mean, of repeats that scatter as a normal does
 
 
 class Regime(NamedTuple):
@@ -60,10 +59,12 @@ class Link:
         Indexed by ``size_bytes`` (to each other rank): ``dur_ns`` from the first rank's arrival to the last one's
         departure, the lower quartile of the repeats, for what else runs on the machine only adds; ``fitted_ns``;
         ``held_out_ns`` and ``held_out_error``, of a fit that had not seen this size (NaN for the smallest and the
-        largest, which would be extrapolated); ``spread_frac`` of the repeats (median absolute deviation, as of a
-        normal's).
+        largest, which would be extrapolated); ``spread_frac``, how far the repeats lie apart
+        (:func:`effkit.lab.noise`).
     error_frac
         Root mean square of the held-out errors.
+    noise_frac
+        How far repeats lie apart, of all sizes; divided, for the time is one of many.
     """
 
     num_ranks: int
@@ -73,6 +74,7 @@ class Link:
     regimes: tuple[Regime, ...]
     frame: pd.DataFrame
     error_frac: float
+    noise_frac: float = 0.0
 
     @property
     def alpha_ns(self) -> float:
@@ -90,14 +92,14 @@ class Link:
         return self.nominal_bytes_per_s > 0
 
     def dur_ns(self, size_bytes: float) -> Duration:
-        """An all-to-all of ``size_bytes`` from each rank to each other, within two held-out errors (2% at least);
-        ValueError for a negative size."""
+        """An all-to-all of ``size_bytes`` from each rank to each other, within two standard errors, and more beyond the
+        sizes that were measured; ValueError for a negative size."""
         if not size_bytes >= 0:
             raise ValueError(f"size_bytes is the size of one message, 0 or more; given: {size_bytes}")
         dur_ns = _at(self.regimes, size_bytes, self.num_messages)
-        margin = Trust(self.error_frac, least_frac=_LEAST_BAND_FRAC).band_frac * dur_ns
-        in_range = self.frame.index[0] <= size_bytes <= self.frame.index[-1]
-        return Duration(dur_ns, max(0.0, dur_ns - margin), dur_ns + margin, bool(in_range))
+        doublings = Hull.of({"size_bytes": size} for size in self.frame.index).doublings({"size_bytes": size_bytes})
+        margin = Trust(self.error_frac, self.noise_frac).beyond(doublings) * dur_ns
+        return Duration(dur_ns, max(0.0, dur_ns - margin), dur_ns + margin, doublings == 0)
 
     def __repr__(self) -> str:
         where = f"An all-to-all of {self.num_ranks} ranks "
@@ -155,8 +157,8 @@ def link(
 def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_bytes_per_s: float = 0.0) -> Link:
     """A :class:`Link` from measured all-to-alls of four sizes or more: ``size_bytes`` (to each other rank), ``dur_ns``.
 
-    Relative errors are minimised, in units of what the repeats leave uncertain (2% at least): small messages count as
-    much as large ones, unless they scatter. Fewer sizes are a ValueError.
+    Relative errors are minimised, in units of what the repeats leave uncertain (what they do at most sizes, at least):
+    small messages count as much as large ones, unless they scatter. Fewer sizes are a ValueError.
     """
     by_size = measured.groupby("size_bytes")["dur_ns"]
     frame = pd.DataFrame({"dur_ns": by_size.quantile(0.25)})
@@ -164,8 +166,10 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
         raise ValueError(f"a fit that is also tested takes {_FEWEST + 1} sizes or more; given: {len(frame)}")
     between = nominal_bytes_per_s > 0 and ranks_per_node < num_ranks
     num_messages = num_ranks * (num_ranks - (ranks_per_node if between else 1))
-    frame["spread_frac"] = by_size.agg(lambda dur: 1.4826 * (dur - dur.median()).abs().median() / dur.median())
-    doubt = np.hypot(_LEAST_DOUBT_FRAC, frame["spread_frac"] / np.sqrt(by_size.size()))
+    frame["spread_frac"] = by_size.agg(lambda times: noise([times.to_numpy()]))
+    doubt = frame["spread_frac"] / np.sqrt(by_size.size())
+    # few repeats can agree by chance: no size is surer than most are
+    doubt = doubt.clip(lower=doubt.median()) if doubt.median() else doubt * 0.0 + 1.0
     points = np.stack([frame.index.to_numpy(float), frame["dur_ns"].to_numpy(float), doubt.to_numpy(float)])
     regimes = _regimes(points, num_messages)
     frame["fitted_ns"] = [_at(regimes, size, num_messages) for size in points[0]]
@@ -174,7 +178,8 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
         frame.loc[size, "held_out_ns"] = _at(_regimes(np.delete(points, i, axis=1), num_messages), size, num_messages)
     frame["held_out_error"] = frame["held_out_ns"] / frame["dur_ns"] - 1
     error_frac = rms(frame["held_out_error"].dropna())
-    return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac)
+    noise_frac = _OF_A_MEDIAN * noise(times.to_numpy() for _, times in by_size) / by_size.size().median() ** 0.5
+    return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac, noise_frac)
 
 
 def delays(

@@ -41,7 +41,8 @@ def predict(base: Account, **setting: Any) -> Account:
     -------
     Account
         In ns, with a band; communication, bytes and token copies are companions. ``in_range`` is False for more than
-        the calibration has seen, other ranks or another link. At the measured setting: ``base`` itself.
+        the calibration has seen, levers or overlaps that it did not run, other ranks or another link: the band is
+        wider there. At the measured setting: ``base`` itself.
 
     Raises
     ------
@@ -63,9 +64,11 @@ def predict(base: Account, **setting: Any) -> Account:
         return base
     calibration.knows(wanted)
     steps = simulated(calibration, wanted, num_ranks, per_node, link)
-    anchor, band_frac = calibration.anchor(wanted), calibration.band_frac
+    anchor = calibration.anchor(wanted)
     total = round(anchor * total_ns(steps))
     same_link = link == calibration.link_bytes_per_s and per_node == calibration.ranks_per_node
+    on = {"num_ranks": num_ranks, "ranks_per_node": per_node, "link_bytes_per_s": link}
+    band_frac, in_range = calibration.band_at(wanted, on)
     traffic = [routing.traffic(wanted, num_ranks, n) for n in range(calibration.num_steps)]
     kept, dropped = zip(*((step.kept, step.dropped) for step in traffic), strict=True)
     copies = copies_account(wanted, num_ranks, kept, dropped, basis="derived")
@@ -74,7 +77,7 @@ def predict(base: Account, **setting: Any) -> Account:
     return Account.of(
         TIME, "ns", rows, total=total, basis=basis,
         source=f"the costs of {len(calibration.settings)} measured settings",
-        **interval(total, band_frac * total), in_range=same_link and calibration.covers(wanted, num_ranks),
+        **interval(total, band_frac * total), in_range=in_range,
         setting=full, calibration=calibration,
         companions=(
             banded(communication_account(steps, anchor, basis="derived"), band_frac),

@@ -56,6 +56,11 @@ class Traffic:
         held[np.ix_(np.arange(len(held)) != rank, self.owner[experts] < 0)] = 0
         return held
 
+    def beside(self, rank: int) -> float:
+        """Rows that other ranks work on while ``rank`` does: of each as many as both have."""
+        rows = [float(self.held(other).sum()) for other in range(len(self.rows))]
+        return sum(min(of_other, rows[rank]) for of_other in rows) - rows[rank]
+
 
 def capacity(setting: Setting) -> int:
     """Token copies that an expert takes from one rank."""
