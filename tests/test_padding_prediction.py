@@ -219,7 +219,41 @@ def test_larger_batches_than_measured_are_out_of_range():
 
 def test_other_costs_of_packing_were_not_measured():
     lengths = spread(640)[["input_length"]].assign(output_length=1)
-    assert not predict(measured(lengths=lengths), strategy="pack", max_input_cells=600, batch_size=1).in_range
+    base = measured(lengths=lengths)
+    cost = replace(base.calibration.cost, attention="block_mask")  # the same, had packed rows been measured
+    of_packed = replace(base, calibration=replace(base.calibration, cost=cost))
+    unseen, seen = (predict(one, strategy="pack", max_input_cells=600, batch_size=1) for one in (base, of_packed))
+    assert not unseen.in_range
+    assert not peak(unseen).in_range
+    assert half_width(unseen) == pytest.approx(3 * half_width(seen), rel=1e-6)
+    assert predict(base, strategy="sorted").in_range
+    assert not predict(of_packed, strategy="sorted").in_range
+
+
+def half_width(account):
+    return (account.high - account.low) / 2 / account.total
+
+
+def test_the_band_widens_with_the_doublings_beyond_what_was_measured():
+    inside, twice, four = (predict(BASE, batch_size=size) for size in (7, 16, 32))
+    band_frac = BASE.calibration.band_frac
+    assert half_width(inside) == pytest.approx(band_frac, rel=1e-6)
+    cells = BASE.calibration.cost.largest[2]
+    for wider, size in ((twice, 16), (four, 32)):
+        frame = plan(spread(640), "random", batch_size=size).frame
+        doublings = np.log2((frame["num_rows"] * frame["input_length"]).max() / cells)
+        assert doublings > 0.5
+        assert half_width(wider) == pytest.approx((1 + doublings) * band_frac, rel=1e-6)
+
+
+def test_noise_in_an_epoch_is_less_than_in_one_step():
+    """Every repeat of every step tells something of the epoch: a hundred times, a tenth of the noise."""
+    calibration = BASE.calibration
+    exact = replace(calibration, cost=replace(calibration.cost, error_frac=0.0), noise_frac=0.2)
+    repeats = 100
+    often = replace(exact, steps=exact.steps.assign(times_ns=[[1] * repeats] * len(exact.steps)))
+    assert exact.band_frac == pytest.approx(2 * 1.25 * 0.2 / np.sqrt(len(exact.steps)))
+    assert often.band_frac == pytest.approx(exact.band_frac / 10)
 
 
 # Pure

@@ -11,6 +11,8 @@ from effkit.padding.cost import CostModel
 from effkit.padding.memory import MemoryModel
 from effkit.padding.plans import Plan
 
+_OF_A_MEDIAN = 1.25  # its standard error over that of a mean, of repeats that scatter as a normal does
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -24,9 +26,10 @@ class Calibration:
         Time and peak memory of a step as functions of its shape.
     steps
         One row per measured batch: ``num_rows, input_length, output_length`` [cells], ``whole`` (False for one that
-        was cut down) and its number ``batch`` in the plan (-1), ``dur_ns``, ``peak_bytes``.
+        was cut down) and its number ``batch`` in the plan (-1), ``dur_ns``, ``peak_bytes``, and ``times_ns``, its times
+        in the order they were run.
     noise_frac
-        How far the two fastest runs of the same batch lay apart (median of second / fastest - 1).
+        How far steps on the same batch lay apart (:func:`effkit.lab.noise`).
     anchor
         Measured over modelled time of those batches: 1.0 when the model fits perfectly.
     """
@@ -39,6 +42,12 @@ class Calibration:
     anchor: float
 
     @property
+    def trust(self) -> Trust:
+        """In an epoch's time, which every repeat of every step tells something of."""
+        times = self.steps["times_ns"] if "times_ns" in self.steps else self.steps["dur_ns"].map(lambda time: [time])
+        return Trust(self.cost.error_frac, _OF_A_MEDIAN * self.noise_frac / times.map(len).sum() ** 0.5)
+
+    @property
     def band_frac(self) -> float:
-        """Half-width of the band on an epoch's time: steps left out in turn, and repeats of one step."""
-        return Trust(self.cost.error_frac, self.noise_frac).band_frac
+        """Half-width of the band on an epoch's time, inside the range."""
+        return self.trust.band_frac

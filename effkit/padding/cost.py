@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.lab import rms
+from effkit.lab import SPREAD, Hull, rms
 from effkit.least_squares import Floats, nonnegative
 
 TERMS = ("1", "BT", "BU", "BT²", "BUT")
 ATTENTION = ("padded", "block_mask", "varlen")
-_REACH = 1.25  # how far beyond the largest measured batch a prediction still counts as in range
+# Student's t that nine of ten draws stay within, by how many rows there are more than coefficients; 2 or less from 5
+_STUDENT = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class CostModel:
         The attention path that was measured: ``padded`` rows, packed rows under a dense ``block_mask``, or packed
         rows with ``varlen`` kernels. Paths cost differently; a model of one says nothing certain of another.
     error_frac
-        Root mean square error of each measured step predicted from the others (leave one out), as a fraction.
+        Root mean square error of each measured step predicted from the others, as a fraction
+        (:func:`left_out_error`).
     num_steps
         How many steps were measured.
     largest
@@ -49,15 +51,36 @@ class CostModel:
         """Time of the real cells alone, given their sums [ns]; no fixed part."""
         return float(np.dot(self.coefficients[1:], [input_real, output_real, input_squared, cross]))
 
-    def covers(self, rows: Any, input_length: Any, output_length: Any = 0) -> bool:
-        """Whether these batches stay within what was measured: at most a twentieth longer and a quarter more cells.
+    def doublings(self, rows: Any, input_length: Any, output_length: Any = 0) -> float:
+        """By how many doublings the largest of these batches lies beyond what was measured; 0 within.
 
-        Shorter batches count as covered: no coefficient is negative, so time falls towards the fixed cost.
+        Smaller batches count as within: no coefficient is negative, so time falls towards the fixed cost.
         """
-        t, u = np.asarray(input_length), np.asarray(output_length)
-        most_t, most_u, most_cells = self.largest
-        longer = t.max() > most_t * 1.05 or u.max() > most_u * 1.05
-        return not longer and bool((np.asarray(rows) * t).max() <= most_cells * _REACH)
+        sizes = (input_length, output_length, np.multiply(rows, input_length))
+        names = ("input_length", "output_length", "cells")
+        hull = Hull(dict.fromkeys(names, 0.0), dict(zip(names, self.largest, strict=True)))
+        return hull.doublings({name: float(np.max(size)) for name, size in zip(names, sizes, strict=True)})
+
+    def covers(self, rows: Any, input_length: Any, output_length: Any = 0) -> bool:
+        """Whether these batches stay within what was measured."""
+        return self.doublings(rows, input_length, output_length) == 0
+
+
+def left_out_error(design: Floats) -> float:
+    """Root mean square of the errors at rows that the fit did not see, as one inside the range would have them.
+
+    ``design @ coefficients`` is 1 where the fit is right. A row that is left out at the edge is predicted from afar:
+    its squared error is 1 / (1 - h) times as large, h its leverage, which is taken out. Where there are hardly more
+    rows than coefficients, they can agree by chance: two errors then hold nine of ten, as Student's t has it.
+    """
+    ones = np.ones(len(design))
+    active = design[:, nonnegative(design, ones) > 0]
+    errors = np.array([row @ nonnegative(np.delete(design, i, axis=0), ones[1:]) - 1 for i, row in enumerate(design)])
+    free = len(design) - active.shape[1]
+    if not free:
+        return rms(errors)
+    leverage = np.square(np.linalg.qr(active)[0]).sum(axis=1)
+    return rms(errors * np.sqrt(np.clip(1 - leverage, 0, None))) * max(1.0, _STUDENT.get(free, 0.0) / SPREAD)
 
 
 def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> CostModel:
@@ -88,11 +111,9 @@ def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> Cost
     outputs = measured_steps.get("output_length", pd.Series(0.0, measured_steps.index)).to_numpy(dtype="float64")
     times = measured_steps["dur_ns"].to_numpy(dtype="float64")
     design = _terms(rows, inputs, outputs) / times[:, None]
-    ones = np.ones(len(times))
-    c0, a, b, q, e = (float(value) for value in nonnegative(design, ones))
-    left_out = [float(design[i] @ nonnegative(np.delete(design, i, axis=0), ones[1:])) - 1 for i in range(len(times))]
+    c0, a, b, q, e = (float(value) for value in nonnegative(design, np.ones(len(times))))
     largest = (float(inputs.max()), float(outputs.max()), float((rows * inputs).max()))
-    return CostModel((c0, a, b, q, e), attention, error_frac=rms(left_out), num_steps=len(times), largest=largest)
+    return CostModel((c0, a, b, q, e), attention, left_out_error(design), num_steps=len(times), largest=largest)
 
 
 def _terms(rows: Any, input_length: Any, output_length: Any) -> Floats:

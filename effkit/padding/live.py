@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -96,14 +95,14 @@ def measure(
         peaks, peak_source = _peaks(model, make, train, update, probes, plan.lengths, repeats, tell)
         times = _timed(make, train, probes, plan.lengths, repeats, tell)
     shapes = pd.DataFrame([probe.shape(plan.lengths) for probe in probes])
-    steps = shapes.assign(dur_ns=[min(repeated) for repeated in times], peak_bytes=peaks)
+    steps = shapes.assign(dur_ns=[min(repeated) for repeated in times], peak_bytes=peaks, times_ns=times)
     cost, memory = (calibration.cost, calibration.memory) if calibration else _fitted(steps, plan)
     whole = steps[steps["whole"]]
     modelled = cost.step_ns(whole["num_rows"], whole["input_length"], whole.get("output_length", 0))
     anchor = float(whole["dur_ns"].sum() / modelled.sum())
     rows, epoch_ns, num_steps = epoch_rows(plan, cost, world_size)
     complete = len(whole) == len(plan.batches)
-    noise = float(np.median([_spread(repeated) for repeated in times]))
+    noise = lab.noise(times)
     # where every batch was run, their sum is the epoch, without the model's help
     total = int(whole["dur_ns"].sum()) if complete and world_size == 1 else round(anchor * epoch_ns)
     peak = int(whole["peak_bytes"].max())

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from effkit.least_squares import Floats, nonnegative
+from effkit.padding.cost import left_out_error
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class MemoryModel:
     shapes
         Lowest and highest T and U that the probes saw.
     error_frac
-        Largest error at the probes themselves, as a fraction.
+        Root mean square error of each probe predicted from the others, as a fraction
+        (:func:`~effkit.padding.cost.left_out_error`).
     """
 
     per_example: tuple[float, float, float, float]
@@ -101,19 +103,17 @@ def fit_memory(probes: pd.DataFrame) -> MemoryModel:
     if "peak_bytes" in probes:
         peak = probes["peak_bytes"].to_numpy(dtype="float64")
         design = np.column_stack([np.ones(len(peak)), rows[:, None] * terms])
-        coefficients = nonnegative(design / peak[:, None], np.ones(len(peak)))
+        design = design / peak[:, None]
+        coefficients = nonnegative(design, np.ones(len(peak)))
         fixed, per_example, budget = float(coefficients[0]), coefficients[1:], float(peak.max())
-        error = np.abs(design @ coefficients / peak - 1).max()
     else:
         # the published size is the floor of what fits; half a row more is its expectation
         occupied = 1 / (rows + 0.5)
-        design = terms[:, :3]
-        solution = nonnegative(design / occupied[:, None], np.ones(len(rows)))
-        fixed, per_example, budget = 0.0, np.append(solution, 0.0), 1.0
-        error = np.abs(occupied / (design @ solution) - 1).max()
+        design = terms[:, :3] / occupied[:, None]
+        fixed, per_example, budget = 0.0, np.append(nonnegative(design, np.ones(len(rows))), 0.0), 1.0
     a, b, c, d = (float(value) for value in per_example)
     shapes = ((float(inputs.min()), float(inputs.max())), (float(outputs.min()), float(outputs.max())))
-    return MemoryModel((a, b, c, d), fixed, budget, shapes, float(error))
+    return MemoryModel((a, b, c, d), fixed, budget, shapes, left_out_error(design))
 
 
 def _terms(input_length: Any, output_length: Any) -> Floats:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effkit.account import Account
-from effkit.lab import asked, calibration_of, interval
+from effkit.lab import Trust, asked, calibration_of, interval
 from effkit.lab.knobs import checked_whole
 from effkit.padding import epoch_accounts
 from effkit.padding.calibration import Calibration
@@ -45,8 +45,9 @@ def predict(base: Account, **setting: Any) -> Account:
     Returns
     -------
     Account
-        In ns, with a band. ``in_range`` is False when a batch is longer or larger than what was measured, for packed
-        rows (their mask costs differently) and for several ranks (communication was not measured). Cells and steps,
+        In ns, with a band, which widens outside the range. ``in_range`` is False when a batch is longer or larger than
+        what was measured, for packed rows (their mask costs differently) where padded ones were measured, or the other
+        way round, and for several ranks (communication was not measured). Cells and steps,
         among the companions, are exact; peak memory has a band. At the measured setting: ``base`` itself.
 
     Raises
@@ -63,20 +64,24 @@ def predict(base: Account, **setting: Any) -> Account:
     world_size = wanted["world_size"]
     rows, epoch_ns, num_steps = epoch_rows(planned, cost, world_size)
     output = frame.get("output_length", 0)
-    covered = cost.covers(frame["num_rows"], frame["input_length"], output)
-    in_range = covered and world_size == 1 and planned.row_starts is None
+    doublings = cost.doublings(frame["num_rows"], frame["input_length"], output)
+    path_seen = (planned.row_starts is not None) == (cost.attention != "padded")
+    seen = path_seen and world_size == 1
+    band_frac = calibration.trust.beyond(doublings, seen)
     total = round(epoch_ns * calibration.anchor)
     peak = round(float(np.max(memory.amount(frame["num_rows"], frame["input_length"], output))))
-    around_peak = interval(peak, peak * max(memory.error_frac, 1e-9))
+    around_peak = interval(peak, peak * Trust(memory.error_frac).beyond(doublings, path_seen))
     companions = (
         epoch_accounts.cells_account(planned, "the plan", exact=True),
         epoch_accounts.steps_account(num_steps, "the plan", exact=True),
-        epoch_accounts.peak_account(peak, "the fitted memory model", in_range=covered, **around_peak),
+        epoch_accounts.peak_account(
+            peak, "the fitted memory model", in_range=path_seen and doublings == 0, **around_peak
+        ),
     )
     return Account.of(
         EPOCH_TIME, "ns", rows, total=total, source=f"the cost of {cost.num_steps} measured steps", basis="derived",
-        **interval(total, total * calibration.band_frac), in_range=in_range, setting=wanted, companions=companions,
-        calibration=calibration,
+        **interval(total, total * band_frac), in_range=seen and doublings == 0, setting=wanted,
+        companions=companions, calibration=calibration,
     )  # fmt: skip
 
 

@@ -36,7 +36,8 @@ def choose(plan: Plan, num_batches: int | None, *, cut_down: bool) -> list[Probe
     """Batches of the plan, evenly spread in order of their padded cells, the largest first.
 
     With ``cut_down``, half of them (and four beside all of them) are not whole: the longest rows of the largest
-    batch, a batch of the plan's shortest rows, the shorter half of a middling batch, a few of the shortest rows.
+    batch, a batch of the plan's shortest rows, half a batch with the fewest outputs for their inputs, a few of the
+    shortest rows. Without the third, inputs and outputs grow together, and what each costs cannot be told.
     """
     frame = plan.frame
     order = np.argsort((frame["num_rows"] * frame["input_length"]).to_numpy(), kind="stable")[::-1]
@@ -57,5 +58,10 @@ def _cut_down(plan: Plan, order: Ints) -> list[list[Ints]]:
     few = max(1, usual // 4)
     # the shortest batches hold the shortest rows of a bucketed plan, and a fair sample of a shuffled one
     pool = by_length([row for batch in order[-16:] for row in plan.rows(int(batch))])
-    middle = by_length(plan.rows(int(order[len(order) // 2])))
-    return [by_length(plan.rows(int(order[0])))[-few:], pool[:usual], middle[: max(1, len(middle) // 2)], pool[:few]]
+    if "output_length" in plan.lengths:
+        outputs = plan.lengths["output_length"].to_numpy()
+        longer = by_length([row for batch in order for row in plan.rows(int(batch))])[len(lengths) // 2 :]
+        terse = sorted(longer, key=lambda row: int(outputs[row].sum()) / int(lengths[row].sum()))
+    else:
+        terse = by_length(plan.rows(int(order[len(order) // 2])))
+    return [by_length(plan.rows(int(order[0])))[-few:], pool[:usual], terse[: max(1, usual // 2)], pool[:few]]
