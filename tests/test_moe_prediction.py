@@ -97,6 +97,14 @@ def half_width(account):
     return (account.high - account.low) / 2 / account.total
 
 
+def test_noise_counts_once(base):
+    """Of nine repeats a third; and what was left out was as noisy, so that its error holds the noise already."""
+    known = replace(base.calibration, error_frac=0.03, walls_ns=[[1] * 3], num_steps=3)
+    quiet, noisy = (replace(known, noise_frac=noise) for noise in (0.06, 0.12))
+    assert quiet.band_frac == pytest.approx(2 * 0.03)
+    assert noisy.band_frac == pytest.approx(2 * 1.25 * 0.12 / 3)
+
+
 def test_combinations_that_no_run_had_are_another_regime(base):
     """LSH was run, and overlapped exchanges were; together they were not: 34% off where that was tried."""
     lsh, both = moe.predict(base, compress="lsh"), moe.predict(base, compress="lsh", num_chunks=2)

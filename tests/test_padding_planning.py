@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from effkit.padding import STRATEGIES, fit_memory, plan
 from effkit.padding.plans import CELLS
+from effkit.padding.probing import choose
 
 BUCKETED = ("bucket", "bucket2d", "optimal")
 LISTS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 40)), min_size=1, max_size=80)
@@ -269,3 +270,21 @@ def test_packing_drops_the_quadratic_term_that_it_has_no_use_for():
 def test_a_batch_size_holds_where_memory_would_allow_more(strategy):
     memory = fit_memory(pd.DataFrame({"input_length": [100, 200, 400, 800], "batch_size": [800, 400, 200, 100]}))
     assert plan(spread(), strategy, batch_size=2, memory=memory).frame["num_rows"].max() == 2
+
+
+def test_a_calibration_has_a_batch_whose_inputs_are_long_and_outputs_few():
+    """Else inputs and outputs grow together in every batch, and what each of them takes cannot be told."""
+    rng = np.random.default_rng(0)
+    lengths = frame(list(zip(rng.integers(50, 600, 640), rng.integers(5, 100, 640), strict=True)))
+    made = plan(lengths, "random", batch_size=16)
+    shapes = pd.DataFrame([probe.shape(made.lengths) for probe in choose(made, 8, cut_down=True)])
+    shares = shapes["output_length"] / shapes["input_length"]
+    assert len(shapes) == 8
+    assert shares.min() < 0.5 * shares.drop(shares.idxmin()).min()
+    assert shapes["input_length"][shares.idxmin()] > 300
+    assert shapes["num_rows"][shares.idxmin()] == 8
+
+
+def test_a_calibration_of_inputs_alone_has_as_many_batches():
+    made = plan(spread(640)[["input_length"]], "random", batch_size=16)
+    assert len(choose(made, 8, cut_down=True)) == 8

@@ -146,7 +146,7 @@ def test_a_better_plan_is_predicted_as_the_truth_has_it():
 
 
 def test_bands_widen_with_the_noise():
-    bases = [measured(noise=n, noise_frac=f) for n, f in ((0.0, 0.0), (0.0, 0.02), (0.05, 0.02), (0.05, 0.3))]
+    bases = [measured(noise=n, noise_frac=f) for n, f in ((0.0, 0.0), (0.0, 0.02), (0.05, 0.02), (0.05, 0.9))]
     results = [predict(base, strategy="sorted") for base in bases]
     widths = [(one.high - one.low) / one.total for one in results]
     assert widths == sorted(widths)

@@ -75,9 +75,10 @@ class Calibration:
 
     @property
     def trust(self) -> Trust:
-        """In a step's time; it is the median of the rounds, averaged over the routings."""
+        """In a step's time, the median of the rounds, averaged over the routings. What was left out was as noisy: its
+        error holds the noise, and is no less."""
         num_repeats = self.num_steps * max(map(len, self.walls_ns), default=1)
-        return Trust(self.error_frac, _OF_A_MEDIAN * self.noise_frac / num_repeats**0.5)
+        return Trust(max(self.error_frac, _OF_A_MEDIAN * self.noise_frac / num_repeats**0.5))
 
     @property
     def band_frac(self) -> float:

@@ -98,7 +98,8 @@ class Link:
             raise ValueError(f"size_bytes is the size of one message, 0 or more; given: {size_bytes}")
         dur_ns = _at(self.regimes, size_bytes, self.num_messages)
         doublings = Hull.of({"size_bytes": size} for size in self.frame.index).doublings({"size_bytes": size_bytes})
-        margin = Trust(self.error_frac, self.noise_frac).beyond(doublings) * dur_ns
+        # what was left out was as noisy: its error holds the noise, and is no less
+        margin = Trust(max(self.error_frac, self.noise_frac)).beyond(doublings) * dur_ns
         return Duration(dur_ns, max(0.0, dur_ns - margin), dur_ns + margin, doublings == 0)
 
     def __repr__(self) -> str:

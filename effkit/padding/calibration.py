@@ -43,9 +43,10 @@ class Calibration:
 
     @property
     def trust(self) -> Trust:
-        """In an epoch's time, which every repeat of every step tells something of."""
+        """In an epoch's time, which every repeat of every step tells something of. The error of steps that were left
+        out holds their noise, and is no less."""
         times = self.steps["times_ns"] if "times_ns" in self.steps else self.steps["dur_ns"].map(lambda time: [time])
-        return Trust(self.cost.error_frac, _OF_A_MEDIAN * self.noise_frac / times.map(len).sum() ** 0.5)
+        return Trust(max(self.cost.error_frac, _OF_A_MEDIAN * self.noise_frac / times.map(len).sum() ** 0.5))
 
     @property
     def band_frac(self) -> float:

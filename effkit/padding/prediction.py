@@ -70,13 +70,12 @@ def predict(base: Account, **setting: Any) -> Account:
     band_frac = calibration.trust.beyond(doublings, seen)
     total = round(epoch_ns * calibration.anchor)
     peak = round(float(np.max(memory.amount(frame["num_rows"], frame["input_length"], output))))
-    around_peak = interval(peak, peak * Trust(memory.error_frac).beyond(doublings, path_seen))
+    of_peak = interval(peak, peak * Trust(memory.error_frac).beyond(doublings, path_seen))
+    of_peak["in_range"] = path_seen and doublings == 0
     companions = (
         epoch_accounts.cells_account(planned, "the plan", exact=True),
         epoch_accounts.steps_account(num_steps, "the plan", exact=True),
-        epoch_accounts.peak_account(
-            peak, "the fitted memory model", in_range=path_seen and doublings == 0, **around_peak
-        ),
+        epoch_accounts.peak_account(peak, "the fitted memory model", **of_peak),
     )
     return Account.of(
         EPOCH_TIME, "ns", rows, total=total, source=f"the cost of {cost.num_steps} measured steps", basis="derived",

@@ -60,8 +60,8 @@ def _cut_down(plan: Plan, order: Ints) -> list[list[Ints]]:
     pool = by_length([row for batch in order[-16:] for row in plan.rows(int(batch))])
     if "output_length" in plan.lengths:
         outputs = plan.lengths["output_length"].to_numpy()
-        longer = by_length([row for batch in order for row in plan.rows(int(batch))])[len(lengths) // 2 :]
-        terse = sorted(longer, key=lambda row: int(outputs[row].sum()) / int(lengths[row].sum()))
+        large = by_length([row for batch in order[:16] for row in plan.rows(int(batch))])
+        terse = sorted(large[len(large) // 2 :], key=lambda row: int(outputs[row].sum()) / int(lengths[row].sum()))
     else:
         terse = by_length(plan.rows(int(order[len(order) // 2])))
     return [by_length(plan.rows(int(order[0])))[-few:], pool[:usual], terse[: max(1, usual // 2)], pool[:few]]
