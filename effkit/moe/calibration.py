@@ -92,19 +92,15 @@ class Calibration:
         return _anchor(self.anchors, setting) * math.prod(of_levers)
 
     def band_at(self, setting: Setting, on: Mapping[str, float]) -> tuple[float, bool]:
-        """Half-width of the band at a setting, and whether it is in range; ``on``: the ranks and links it is
-        asked for.
-
-        A lever is in range at all sizes that were run; its band is as wide as they are far from those of its own runs.
-        """
-        ran = (*self.settings, self.setting)
-        seen = set().union(*map(_regimes, ran)) >= _regimes(setting)
+        """Half-width of the band at a setting on these ranks and links, and whether it is in range. A lever is in range
+        at all sizes that were run; its band widens with the distance from those of its own runs."""
+        seen = set().union(*map(_regimes, (*self.settings, self.setting))) >= _regimes(setting)
         here = {name: float(getattr(self, name)) for name in on}
-        whole = Hull.of(_sizes(one, self.num_ranks) | here for one in self.settings)
-        own = [_sizes(one, self.num_ranks) | here for one in self.settings if _levers(one) == _levers(setting)]
+        ran = {one: _sizes(one, self.num_ranks) | here for one in self.settings}
+        own = [sizes for one, sizes in ran.items() if _levers(one) == _levers(setting)]
         sizes = _sizes(setting, int(on["num_ranks"])) | dict(on)
-        doublings = Hull.of(own).doublings(sizes) if own else whole.doublings(sizes)
-        return self.trust.beyond(doublings, seen), seen and whole.covers(sizes)
+        doublings = Hull.of(own or ran.values()).doublings(sizes)
+        return self.trust.beyond(doublings, seen), seen and Hull.of(ran.values()).covers(sizes)
 
     def moved(self, run: Run, job: int, scale: float) -> Calibration:
         """The same costs, at rest at another setting that was run: its times, times ``scale``, are the truth there."""
