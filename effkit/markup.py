@@ -15,18 +15,18 @@ class Cell(NamedTuple):
     attributes: str = ""
 
 
-def table(heads: Sequence[str], rows: Iterable[Iterable[object]], *, caption: str = "", attributes: str = "") -> str:
+def table(heads: Sequence[object], rows: Iterable[Iterable[object]], *, caption: str = "", attributes: str = "") -> str:
     """An HTML table. Heads and cells are text, unless one is a Cell; ``caption`` and ``attributes`` are HTML already.
 
     >>> table(["item"], [["a < b"]])
     '<table><thead><tr><th>item</th></tr></thead><tbody><tr><td>a &lt; b</td></tr></tbody></table>'
     """
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    head = "".join(_cell(head, "th") for head in heads)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     caption = caption and f"<caption>{caption}</caption>"
     return f"<table{attributes}>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cell(cell: object) -> str:
-    content, tag, attributes = cell if isinstance(cell, Cell) else Cell(html.escape(str(cell)))
+def _cell(cell: object, tag: str = "td") -> str:
+    content, tag, attributes = cell if isinstance(cell, Cell) else Cell(html.escape(str(cell)), tag)
     return f"<{tag}{attributes}>{content}</{tag}>"

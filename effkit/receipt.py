@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -21,6 +22,10 @@ LEDGER_COLUMNS = (
     "lab", "model", "knob", "setting", "quantity", "unit",
     "predicted", "low", "high", "measured", "error", "in_range", "provenance",
 )  # fmt: skip
+_HEADS = ("predicted", "band", "measured", "error", "within band")
+_TABLE = ' style="border-collapse:collapse;font-variant-numeric:tabular-nums;line-height:1.35;width:100%"'
+_QUANTITY = ' style="text-align:left;font-weight:normal;padding:1px 0"'
+_FIGURE = ' style="text-align:right;white-space:nowrap;font-weight:normal;padding:1px 0 1px 18px"'
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +133,40 @@ class Receipt:
         return "\n".join([self.sentence(), *others])
 
     def _repr_html_(self) -> str:
-        rows = [
-            (guess.title, readable(guess.total, guess.unit), _band(guess), readable(truth.total, truth.unit),
-             f"{_error(guess.total, truth.total):+.1%}", "yes" if _within(guess, truth) else "no")
-            for guess, truth in self._pairs()
-        ]  # fmt: skip
-        return markup.table(["", "predicted", "band", "measured", "error", "within band"], rows)
+        return figures(self.predicted, self.measured)
+
+
+def figures(guess: Account, truth: Account | None = None, *, caption: str = "") -> str:
+    """An HTML table of a prediction's quantities, and beside them what was measured. Of a measured Account alone, that.
+
+    A dash stands for what there is not.
+    """
+    truths = {account.title: account for account in truth.companions} if truth else {}
+    heads = _HEADS if truth else _HEADS[:-1]
+    rows = []
+    for account in (guess, *guess.companions):
+        measured = truth if account is guess else truths.get(account.title)
+        amount = readable(account.total, account.unit)
+        texts = [amount, _band(account), "–", "–", "–"] if guess.predicted or truth else ["–", "–", amount, "–"]
+        if measured is not None:
+            error, inside = f"{_error(account.total, measured.total):+.1%}", _within(account, measured)
+            texts[2:] = [readable(measured.total, measured.unit), error, "yes" if inside else "no"]
+        title = html.escape(account.title)
+        rows.append([
+            markup.Cell(f"<b>{title}</b>" if account is guess else title + _shares(account), "th", _QUANTITY),
+            *(markup.Cell(html.escape(text), attributes=_FIGURE) for text in texts[: len(heads)]),
+        ])  # fmt: skip
+    names = [markup.Cell("quantity", "th", _QUANTITY), *(markup.Cell(head, "th", _FIGURE) for head in heads)]
+    table = markup.table(names, rows, caption=html.escape(caption), attributes=_TABLE)
+    return f'<div style="max-width:710px;margin-bottom:8px;overflow-x:auto">{table}</div>'
+
+
+def _shares(account: Account) -> str:
+    """What the rows are of the total, for a cell."""
+    if len(account.frame) < 2:
+        return ""
+    shares = ", ".join(f"{share:.1%} {item}" for item, share in account.share.items())
+    return f'<small style="display:block;opacity:0.8">{html.escape(shares)}</small>'
 
 
 def _error(predicted: float, measured: float) -> float:
@@ -152,7 +185,7 @@ def _band(predicted: Account) -> str:
         return "none"
     if predicted.low >= predicted.high:
         return "exact"
-    return f"{readable(predicted.low, predicted.unit)} … {readable(predicted.high, predicted.unit)}"
+    return f"{readable(predicted.low, predicted.unit)} to {readable(predicted.high, predicted.unit)}"
 
 
 def _within(predicted: Account, measured: Account) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from effkit.idle import give_way
+
 Loss = Callable[[Any], torch.Tensor]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
@@ -53,6 +55,7 @@ class PerParameter(torch.optim.Optimizer):
         loss = loss_of(closure)
         for settings in self.param_groups:
             for parameter in settings["params"]:
+                give_way()
                 if parameter.grad is not None:
                     self._update(parameter, settings)
         return loss

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import html
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import ipywidgets as widgets
 
 from effkit import view
 from effkit.account import Account
 from effkit.device import provenance
-from effkit.receipt import Receipt
+from effkit.idle import work_when_idle
+from effkit.receipt import Receipt, figures
 from effkit.screen import Screen
 from effkit.units import readable
 
-# A browser holds moves back while the kernel is busy, and sends a click at once: those moves come just after it.
-_ARRIVING_S = 0.3
+# A browser holds moves back while the kernel is busy, and sends a click at once. When the kernel had just dealt with a
+# move, others may come just after the click, though they were made before it.
+_JUST_S, _ARRIVING_S = 0.1, 0.3
+_PATIENCE_S = 0.04  # of a reader: a prediction that takes longer is announced
+# Beside a sentence about a setting beyond the calibrated range: hatched, as the picture's bar is.
+_HATCHED = (
+    "padding-left:20px;background:repeating-linear-gradient(135deg,#D55E00 0 2px,transparent 2px 6px)"
+    " left/12px 100% no-repeat"
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,10 @@ class WhatIf(Screen):
     >>> panel.result.total, panel.measure().error       # doctest: +SKIP
     """
 
+    # of all what-ifs together, which may share a model
+    _running: ClassVar[threading.Lock] = threading.Lock()  # a measurement
+    _computing: ClassVar[threading.RLock] = threading.RLock()  # a prediction
+
     def __init__(
         self, base: Account, predict: Callable[..., Account], knobs: Sequence[Slider | Choice],
         measure: Callable[..., Account] | None = None,
@@ -96,11 +110,13 @@ class WhatIf(Screen):
         self._refusal = ""  # why the controls' setting has no prediction
         self._predict, self._run = predict, measure
         self._picture = view.Comparison(base)
+        self._drawn = ""  # table and picture of the result
         self._latest: Receipt | None = None  # of the last measurement, until a control moves after it
+        self._ahead: dict[tuple[Any, ...], Account] = {}  # predictions of first moves, by their setting
+        self._moved_s = float("-inf")  # when the last move was dealt with
         self._settled = threading.Event()  # no prediction is being computed
         self._settled.set()
         self._stop = threading.Event()
-        self._running = threading.Lock()
         self._drawing = threading.RLock()
         self.controls: dict[str, Any] = {}
         self._scales = {knob.name: knob.scale for knob in knobs if isinstance(knob, Slider) and knob.scale != 1}
@@ -118,6 +134,8 @@ class WhatIf(Screen):
         for control in self.controls.values():
             control.observe(self._changed, names="value")
         self._show()
+        moves = [partial(self._work_ahead, setting) for setting in self._first_moves()]
+        work_when_idle(moves, self._running.locked)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -134,15 +152,24 @@ class WhatIf(Screen):
         RuntimeError
             When there is nothing to run it on, or a measurement is under way.
         """
+        return self._measure(None)
+
+    def shown(self) -> str:
+        """The sentence, and the table's other quantities in words, read back from the trait that the browser draws."""
+        rows = re.findall(r"<tr><th[^>]*>((?:(?!</th>|<b>).)+)</th>(<td.*?)</tr>", self.screen.value)
+        alone = 'role="alert"' in self.screen.value
+        return " ".join([super().shown(), *(_in_words(*row) for row in rows if not alone)])
+
+    def _measure(self, setting: Mapping[str, Any] | None) -> Receipt:
+        """Run this setting; unless given, that on the screen when no prediction is being computed."""
         if self._run is None:
             raise RuntimeError("nothing to measure on: make this what-if with the live model")
-        if self._refusal:
-            raise ValueError(self._refusal)
         if not self._running.acquire(blocking=False):
             raise RuntimeError("a measurement is under way; wait for it or press Stop")
         try:
-            setting = self.setting  # sliders may move while it runs
-            predicted = self._predict(self.base, **setting)
+            with self._computing:
+                setting = setting or self.setting  # sliders may move while it runs
+                predicted = self._predicted(setting)
             self._stop.clear()
             self._button.disabled, self._stopper.disabled = True, False
             self._bar.layout.visibility = "visible"
@@ -151,9 +178,9 @@ class WhatIf(Screen):
             self.receipts.append(receipt)
             self._latest = receipt
         finally:
+            self._running.release()
             self._button.disabled, self._stopper.disabled = False, True
             self._bar.layout.visibility = "hidden"
-            self._running.release()
         self._show()
         return receipt
 
@@ -179,30 +206,74 @@ class WhatIf(Screen):
             parts = [control, box]
         self.controls[knob.name] = control
         mark = f"● measured at {rest}" if rest is not None else "not in use when measured"
-        parts.append(widgets.HTML(f'<span style="color:#555;white-space:nowrap">{html.escape(mark)}</span>'))
+        parts.append(widgets.HTML(f'<span style="opacity:0.8;white-space:nowrap">{html.escape(mark)}</span>'))
         return widgets.HBox(parts).add_class("effkit-control").add_class(f"effkit-control-{knob.name}")
+
+    def _predicted(self, setting: Mapping[str, Any]) -> Account:
+        key = tuple(setting.values())
+        return self._ahead[key] if key in self._ahead else self._predict(self.base, **setting)
+
+    def _first_moves(self) -> Iterator[dict[str, Any]]:
+        """The settings to which one move leads from where the controls stand: a step of a slider, any word."""
+        rest = self.setting
+        for name, control in self.controls.items():
+            if isinstance(control, widgets.Dropdown):
+                values = list(control.options)
+            else:
+                steps = (control.value + control.step, control.value - control.step)
+                values = [value for value in steps if control.min <= value <= control.max]
+            for value in values:
+                yield rest | {name: _scaled(value, self._scales.get(name, 1))}
+
+    def _work_ahead(self, setting: Mapping[str, Any]) -> None:
+        with self._computing:
+            self._ahead[tuple(setting.values())] = self._predicted(setting)
 
     def _changed(self, _: Mapping[str, Any]) -> None:
         self._latest = None
         self._settled.clear()
+        announcement = threading.Timer(_PATIENCE_S, self._show)
+        announcement.daemon = True
+        announcement.start()
         try:
-            self.result = self._predict(self.base, **self.setting)
+            with self._computing:
+                self.result = self._predicted(self.setting)
+            self._refusal = ""
         except ValueError as error:  # a setting that cannot be kept is said on the screen, where it was made
             self._refusal = str(error)
-            self._tell(self._refusal, alert=True)
-            return
+        except BaseException as error:
+            self._refusal = f"This setting has no prediction: {error or type(error).__name__}"
+            raise
         finally:
+            announcement.cancel()
+            self._moved_s = time.monotonic()
             self._settled.set()
-        self._refusal = ""
-        self._show()
+            self._show()
 
     def _show(self) -> None:
-        with self._drawing:  # one figure, and two threads while something is measured
-            receipt = self._receipt()
-            sentence = self._sentence(receipt)
-            self._tell(
-                sentence, self._picture.svg(self.result, receipt, label=sentence), style=' style="line-height:1.5"'
-            )
+        with self._drawing:  # one figure, and several threads
+            computing, latest = not self._settled.is_set(), self._latest
+            known = not (computing or self._refusal)
+            receipt = self._receipt() if known else None
+            parts, rest, style = [], "", "line-height:1.5"
+            if latest is not None and receipt is not latest:  # the controls moved while it was measured
+                at = f"Measured at {self._change(latest)}"
+                parts = [f"{at}: {latest.sentence()} On the controls now:"]
+                rest = figures(latest.predicted, latest.measured, caption=at)
+            if computing:
+                parts.append("computing the prediction …" if parts else "Computing the prediction …")
+                rest += f'<div style="opacity:0.35" aria-hidden="true">{self._drawn}</div>'
+            elif self._refusal:
+                parts.append(self._refusal)
+            else:
+                sentence = self._sentence(receipt)
+                picture = self._picture.svg(self.result, receipt, label=sentence)
+                self._drawn = figures(self.result, receipt.measured if receipt else None) + picture
+                parts.append(sentence)
+                rest += self._drawn
+                if not all(account.in_range for account in (self.result, *self.result.companions)):
+                    style += f";{_HATCHED}"
+            self._tell(" ".join(parts), rest, alert=bool(self._refusal) and not computing, style=f' style="{style}"')
 
     def _receipt(self) -> Receipt | None:
         """The latest receipt of the setting on the screen."""
@@ -210,16 +281,16 @@ class WhatIf(Screen):
 
     def _sentence(self, receipt: Receipt | None) -> str:
         result, base = self.result, self.base
+        parts = [] if receipt is None else [receipt.sentence()]
         if not result.predicted:
-            parts = [f"{result.title}: {readable(result.total, result.unit)}, measured. Move a control to ask what if."]
+            parts.append(
+                f"{result.title}: {readable(result.total, result.unit)}, measured. Move a control to ask what if."
+            )
         else:
             change = result.total / base.total - 1 if base.total else 0.0
-            parts = [f"{result.headline()}, {change:+.0%} against {readable(base.total, base.unit)} measured."]
-        parts += [_companion(account) for account in result.companions]
-        if receipt is not None:
-            parts.insert(0, receipt.sentence())
-        elif self._latest is not None:  # the controls moved while it was measured
-            parts.insert(0, f"Measured at {self._change(self._latest)}: {self._latest.sentence()} On the controls now:")
+            parts.append(f"{result.headline()}, {change:+.0%} against {readable(base.total, base.unit)} measured.")
+        if beyond := [account.title for account in result.companions if not account.in_range]:
+            parts.append(f"{' and '.join(beyond)}: outside the calibrated range.")
         return " ".join(parts)
 
     def _change(self, receipt: Receipt) -> str:
@@ -235,17 +306,30 @@ class WhatIf(Screen):
 
     def _measure_in_background(self, _: Any) -> None:
         """A click runs in a thread, so that sliders and Stop go on working meanwhile."""
-        threading.Thread(target=self._measure_and_tell, daemon=True).start()
+        if self._button.disabled:
+            return
+        self._button.disabled = True
+        setting = None if time.monotonic() - self._moved_s < _JUST_S else self.setting
+        threading.Thread(target=self._measure_and_tell, args=(setting,), daemon=True).start()
 
-    def _measure_and_tell(self) -> None:
+    def _measure_and_tell(self, setting: Mapping[str, Any] | None) -> None:
         try:
-            time.sleep(_ARRIVING_S)
-            self._settled.wait()
-            self.measure()
+            if setting is None:
+                self._let_moves_arrive()
+            self._measure(setting)
         except Stopped:
-            self._tell("Stopped: no receipt for this setting.", self.screen.value, alert=True)
+            self._tell("Stopped: no receipt for this setting.", self._drawn, alert=True)
         except Exception as error:  # in a thread nobody else would show it
-            self._tell(f"The measurement failed: {error}", self.screen.value, alert=True)
+            self._tell(f"The measurement failed: {error}", self._drawn, alert=True)
+        finally:
+            self._button.disabled = False
+
+    def _let_moves_arrive(self) -> None:
+        """Until none has come for a while; one whose prediction takes longer than that holds others back."""
+        time.sleep(_ARRIVING_S)
+        while not self._settled.is_set():
+            self._settled.wait()
+            time.sleep(_ARRIVING_S)
 
     def __repr__(self) -> str:
         return f"WhatIf over {', '.join(self.controls)}"
@@ -259,10 +343,13 @@ def _scaled(value: Any, scale: int | float) -> Any:
     return round(value * scale, 9) if isinstance(scale, float) else value * scale
 
 
-def _companion(account: Account) -> str:
-    text = f"{account.title}: {readable(account.total, account.unit)}"
-    if account.low is not None and account.high is not None and account.low < account.high:
-        text += f", band {readable(account.low, account.unit)} to {readable(account.high, account.unit)}"
-    if len(account.frame) > 1:
-        text += " (" + ", ".join(f"{share:.1%} {item}" for item, share in account.share.items()) + ")"
-    return text + "."
+def _in_words(quantity: str, cells: str) -> str:
+    """A row of the table."""
+    parts = (part.replace("</td>", "\n").replace("<small", "\n<small") for part in (quantity, cells))
+    (title, *shares), (predicted, band, measured, error, *_) = (
+        html.unescape(re.sub(r"<[^>]+>", "", part)).split("\n") for part in parts
+    )
+    text = f"{title}: {measured if predicted == '–' else predicted}"
+    text += f", band {band}" if " to " in band else ""
+    text += f", measured {measured}, error {error}" if error != "–" else ""
+    return text + "".join(f" ({share})" for share in shares) + "."

@@ -77,7 +77,7 @@ HOUSE = [
     {"timing"},
     {"device"},
     {"datasheets"},
-    {"receipt", "least_squares", "gc_disabled", "operators"},
+    {"receipt", "least_squares", "gc_disabled", "idle", "operators"},
     {"account"},
     {"markup", "whole_files"},
     {"units"},

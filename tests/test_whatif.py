@@ -225,7 +225,7 @@ def test_every_press_shows_the_receipt_of_the_setting_that_was_on_the_screen(lat
             busy.controls["rows"].value = pressed
         button(busy, "Measure it").click()
         busy.controls["rows"].value = pressed  # held back by the browser until the click was sent
-        wait_for(lambda panel=busy: button(panel, "Measure it").disabled)
+        wait_for(lambda panel=busy: not button(panel, "Stop").disabled)
         busy.controls["rows"].value = meanwhile
         wait_for(lambda panel=busy: panel.receipts and not button(panel, "Measure it").disabled)
         wait_for(lambda panel=busy: "Receipt" in panel.shown())

@@ -25,7 +25,8 @@ from effkit.activations import gpu_assumptions, stepping
 from effkit.activations.levers import Levers
 from effkit.activations.storage_tracker import Follower
 from effkit.activations.timeline import Timeline
-from effkit.training import Loss, MakeOptimizer, own_loss, residents, still
+from effkit.idle import give_way
+from effkit.training import Loss, MakeOptimizer, drop_gradients, own_loss, residents, still
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _MOST_VALUES = 2**24  # of a mask or of indices whose values are kept
@@ -94,6 +95,9 @@ class Replayer:
     @contextmanager
     def _faking(self) -> Iterator[None]:
         with ExitStack() as stack:
+            stack.callback(drop_gradients, list(self._model.parameters()))  # of a replay that gave way
+            for module in self._model.modules():  # not below autograd, whose C++ may end the process on an exception
+                stack.enter_context(module.register_forward_pre_hook(lambda *_: give_way()))
             stack.callback(_LOG.setLevel, _LOG.level)
             _LOG.setLevel(logging.CRITICAL)  # it reports every error that is raised anyway
             if "transformers" in sys.modules:
