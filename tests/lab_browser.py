@@ -230,6 +230,42 @@ def slider_latencies(page: Page, control: str, num_moves: int, pause_s: float = 
     return page.evaluate("window.sliderMoves")
 
 
+def first_moves(page: Page, pause_s: float = 0.5) -> dict[str, list[tuple[float, str]]]:
+    """For each slider, one step from where it rests: what the sentence said after how many milliseconds.
+
+    Between the steps every slider is put back. Times are taken inside the page, as those of `slider_latencies`.
+    """
+    screen, seen = whatif(page).locator(".effkit-screen"), {}
+    screen.evaluate(LISTEN)
+    rest = status_text(page)
+    rows = whatif(page).locator(".effkit-control", has=page.locator(".noUi-handle")).all()
+    for control in [re.search(r"effkit-control-(\S+)", row.get_attribute("class"))[1] for row in rows]:
+        knob = handle(page, control)
+        there, back = ("ArrowRight", "ArrowLeft")
+        if knob.get_attribute("aria-valuenow") == knob.get_attribute("aria-valuemax"):
+            there, back = back, there
+        press_key(page, control, there)
+        wait_until(page, lambda: status_text(page) not in (rest, COMPUTING), "the sentence followed", 60)
+        page.wait_for_timeout(1000 * pause_s)
+        seen[control] = [tuple(said) for said in page.evaluate("window.sentences")]
+        press_key(page, control, back)
+        wait_until(page, lambda: status_text(page) == rest, "the slider was back", 60)
+        page.wait_for_timeout(1000 * pause_s)
+    return seen
+
+
+COMPUTING = "Computing the prediction …"
+LISTEN = """screen => {
+    let pressed = 0, said = null;
+    window.sentences = [];
+    window.addEventListener("keydown", event => { pressed = event.timeStamp; window.sentences.length = 0; }, true);
+    new MutationObserver(() => {
+        const now = screen.querySelector("p")?.innerText;
+        if (now === undefined || now === said) return;
+        said = now;
+        requestAnimationFrame(() => window.sentences.push([performance.now() - pressed, now]));
+    }).observe(screen, {childList: true, subtree: true, attributes: true, characterData: true});
+}"""
 WATCH = """screen => {
     if (window.sliderMoves) { window.sliderMoves.length = 0; return; }
     window.sliderMoves = [];

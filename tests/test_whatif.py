@@ -4,6 +4,7 @@ import base64
 import contextlib
 import threading
 import time
+from xml.etree import ElementTree
 
 import ipywidgets as widgets
 import pandas as pd
@@ -286,3 +287,146 @@ def test_the_padding_panel_predicts_and_measures_on_its_live_model(padding_panel
     assert receipt.setting["strategy"] == "sorted"
     assert receipt.predicted.setting == receipt.measured.setting
     assert padding_panel.shown().startswith("Receipt: predicted")
+
+
+def test_a_press_without_a_move_just_before_measures_the_setting_that_it_met():
+    at_rest = panel()
+    button(at_rest, "Measure it").click()
+    at_rest.controls["rows"].value = 50  # while the click is dealt with
+    wait_for(lambda: at_rest.receipts)
+    assert at_rest.receipts[0].setting["rows"] == 10
+
+
+def test_a_press_waits_for_moves_that_slow_predictions_hold_back(monkeypatch):
+    """Two moves wait behind the click, and the first takes longer than anybody waits for the second."""
+    monkeypatch.setattr("effkit.whatif._ARRIVING_S", 0.1)
+    go_on = threading.Event()
+
+    def slow(base, **setting):
+        if setting["rows"] == 30:
+            assert go_on.wait(20)
+        return predict(base, **setting)
+
+    busy = WhatIf(BASE, slow, KNOBS, measure)
+    busy.controls["rows"].value = 20
+    button(busy, "Measure it").click()
+
+    def held_back():
+        busy.controls["rows"].value = 30
+        busy.controls["order"].value = "sorted"
+
+    moves = threading.Thread(target=held_back)
+    moves.start()
+    wait_for(lambda: "Computing" in busy.shown())
+    assert busy.receipts == []
+    go_on.set()
+    moves.join(20)
+    wait_for(lambda: busy.receipts)
+    assert busy.receipts[0].setting == {"rows": 30, "order": "sorted"}
+
+
+def test_a_second_press_before_the_first_is_dealt_with_is_the_same_press():
+    pressed = panel()
+    pressed.controls["rows"].value = 20
+    for _ in range(3):
+        button(pressed, "Measure it").click()
+    wait_for(lambda: pressed.shown().startswith("Receipt: ") and not button(pressed, "Measure it").disabled)
+    assert len(pressed.receipts) == 1
+
+
+def test_a_slow_prediction_is_announced_and_the_old_figures_are_set_back():
+    go_on = threading.Event()
+
+    def slow(base, **setting):
+        assert go_on.wait(20)
+        return predict(base, **setting)
+
+    moved = WhatIf(BASE, slow, KNOBS)
+    move = threading.Thread(target=lambda: setattr(moved.controls["rows"], "value", 20))
+    move.start()
+    wait_for(lambda: "Computing" in moved.shown())
+    assert '<p role="status"' in moved.screen.value
+    assert 'aria-hidden="true"' in moved.screen.value
+    go_on.set()
+    move.join(20)
+    assert moved.shown().startswith("Time: 200 ns (predicted")
+    assert "aria-hidden" not in moved.screen.value
+
+
+def test_a_receipt_that_comes_while_a_prediction_is_computed_claims_nothing_of_the_controls():
+    go_on, began, measured = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(base, **setting):
+        if setting["rows"] == 30:
+            began.set()
+            assert go_on.wait(20)
+        return predict(base, **setting)
+
+    def waits(progress, **setting):
+        assert began.wait(20)
+        measured.set()
+        return measure(progress, **setting)
+
+    busy = WhatIf(BASE, slow, KNOBS, waits)
+    busy.controls["rows"].value = 20
+    run = threading.Thread(target=busy.measure)
+    run.start()
+    wait_for(lambda: not button(busy, "Stop").disabled)
+    move = threading.Thread(target=lambda: setattr(busy.controls["rows"], "value", 30))
+    move.start()
+    run.join(20)
+    assert measured.is_set()
+    assert busy.shown().startswith("Measured at rows=20: Receipt: predicted 200 ns, measured 160 ns")
+    assert "On the controls now: computing" in busy.shown()
+    go_on.set()
+    move.join(20)
+    assert "On the controls now: Time: 300 ns" in busy.shown()
+    assert "<caption>Measured at rows=20</caption>" in busy.screen.value
+
+
+def test_a_prediction_that_breaks_leaves_no_figures_of_another_setting():
+    def breaks(base, **setting):
+        raise KeyError("no such row")
+
+    broken = WhatIf(BASE, breaks, KNOBS)
+    with pytest.raises(KeyError):
+        broken.controls["rows"].value = 20
+    assert broken.shown() == "This setting has no prediction: 'no such row'"
+    assert broken.screen.value.startswith('<p role="alert"')
+
+
+def table(panel) -> list[list[str]]:
+    """What the rows on the screen say, the heads first."""
+    text = panel.screen.value
+    root = ElementTree.fromstring(text[text.index("<table") : text.index("</table>") + len("</table>")])
+    return [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+
+
+def test_the_table_has_every_quantity_with_what_is_known_of_it():
+    def two(base, *, rows, order, ranks):
+        cells = Account.of("Cells <1>", "cells", {"real": 3, "padding": 1}, total=4, source="shapes", low=3, high=5,
+                           in_range=rows <= 50)  # fmt: skip
+        return predict(base, rows=rows, order=order, ranks=ranks).with_companions(cells)
+
+    def count(progress, **setting):
+        counted = Account.of("Cells <1>", "cells", {"real": 4}, total=4, source="shapes")
+        return measure(progress, **setting).with_companions(counted)
+
+    both = WhatIf(BASE, two, KNOBS, count)
+    both.controls["rows"].value = 20
+    heads, main, cells = table(both)
+    assert heads == ["quantity", "predicted", "band", "measured", "error"]
+    assert main == ["Time", "200 ns", "180 ns to 220 ns", "–", "–"]
+    assert cells == ["Cells <1>75.0% real, 25.0% padding", "4 cells", "3 cells to 5 cells", "–", "–"]
+    assert "Cells <1>: 4 cells, band 3 cells to 5 cells (75.0% real, 25.0% padding)." in both.shown()
+    both.measure()
+    heads, main, cells = table(both)
+    assert heads[3:] == ["measured", "error", "within band"]
+    assert main[3:] == ["160 ns", "+25.0%", "no"]
+    assert cells[3:] == ["4 cells", "+0.0%", "yes"]
+    assert "Cells" not in both.screen.value.partition("</p>")[0], "one sentence is spoken, of the main quantity"
+    both.controls["rows"].value = 60
+    assert "Cells <1>: outside the calibrated range." in both.shown()
+    assert "repeating-linear-gradient" in both.screen.value
+    both.controls["rows"].value = 30
+    assert "repeating-linear-gradient" not in both.screen.value
