@@ -99,6 +99,9 @@ class WhatIf(Screen):
     # of all what-ifs together, which may share a model
     _running: ClassVar[threading.Lock] = threading.Lock()  # a measurement
     _computing: ClassVar[threading.RLock] = threading.RLock()  # a prediction
+    _moving: ClassVar[
+        list[WhatIf]
+    ] = []  # those that a move is predicted of: in JupyterLab, in another thread than cells
 
     def __init__(
         self, base: Account, predict: Callable[..., Account], knobs: Sequence[Slider | Choice],
@@ -135,7 +138,7 @@ class WhatIf(Screen):
             control.observe(self._changed, names="value")
         self._show()
         moves = [partial(self._work_ahead, setting) for setting in self._first_moves()]
-        work_when_idle(moves, self._running.locked)
+        work_when_idle(moves, lambda: self._running.locked() or bool(self._moving))
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -235,6 +238,7 @@ class WhatIf(Screen):
         announcement = threading.Timer(_PATIENCE_S, self._show)
         announcement.daemon = True
         announcement.start()
+        self._moving.append(self)
         try:
             with self._computing:
                 self.result = self._predicted(self.setting)
@@ -245,10 +249,11 @@ class WhatIf(Screen):
             self._refusal = f"This setting has no prediction: {error or type(error).__name__}"
             raise
         finally:
+            self._moving.remove(self)
             announcement.cancel()
-            self._moved_s = time.monotonic()
             self._settled.set()
             self._show()
+            self._moved_s = time.monotonic()
 
     def _show(self) -> None:
         with self._drawing:  # one figure, and several threads

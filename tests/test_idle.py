@@ -1,6 +1,8 @@
 """Work while nothing else is to be done."""
 
 import asyncio
+import threading
+import time
 
 import pytest
 from test_whatif import BASE, KNOBS, measure, predict
@@ -130,6 +132,31 @@ def test_what_was_predicted_ahead_is_what_the_move_shows():
     panel.controls["rows"].value = 12
     assert len(asked) == before + 1
     assert panel.shown().startswith("Time: 120 ns (predicted")
+
+
+def test_a_move_in_another_thread_is_not_kept_waiting():
+    """JupyterLab has widgets' messages in a thread of their own."""
+    begun, shown = threading.Event(), []
+
+    def endless_ahead(base, **setting):
+        if threading.current_thread() is threading.main_thread():
+            begun.set()
+            end = time.monotonic() + 20
+            while not shown and time.monotonic() < end:
+                idle.give_way()
+        return predict(base, **setting)
+
+    def moves(panel):
+        assert begun.wait(20)
+        panel.controls["rows"].value = 50
+        shown.append(panel.shown())
+
+    def until():
+        threading.Thread(target=moves, args=(WhatIf(BASE, endless_ahead, KNOBS),), daemon=True).start()
+        return lambda: shown
+
+    in_a_loop(until)
+    assert shown[0].startswith("Time: 500 ns (predicted")
 
 
 @pytest.mark.parametrize(
