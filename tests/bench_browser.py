@@ -140,10 +140,11 @@ def test_every_press_of_measure_it_shows_its_receipt(tmp_path):
                 press_key(page, control, keys[0])
             pressed_at = knob.get_attribute("aria-valuenow").partition(".")[0]
             click_measure(page)
-            if race % 4 > 1:  # the measurement is under way
-                whatif(page).locator(".effkit-stop:enabled").wait_for(timeout=60_000)
+            whatif(page).locator(".effkit-stop:enabled").wait_for(timeout=60_000)  # the measurement is under way
+            if race % 4 > 1:
                 press_key(page, control, keys[1])
-            wait_until(page, lambda: "Receipt: " in status_text(page), "a receipt was shown", 120)
+            whatif(page).locator(".effkit-measure:enabled").wait_for(timeout=60_000)
+            wait_until(page, lambda: "Receipt: " in status_text(page), "a receipt was shown", 10)
             said = status_text(page)
             here = knob.get_attribute("aria-valuenow").partition(".")[0]
             at = "the rest position" if pressed_at == "4" else f"{control}={pressed_at}"
