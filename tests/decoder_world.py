@@ -6,25 +6,35 @@ import numpy as np
 import pandas as pd
 
 from effkit.decoder import accounting, memory
-from effkit.decoder.calibration import calibrate, probes
-from effkit.decoder.costs import BulkCost, Costs, RowCost, Run
+from effkit.decoder.calibration import calibrate, lattice, probes
+from effkit.decoder.costs import BulkCost, Costs, Lattice, Run, StepCost
 from effkit.decoder.memory import StepSize
 from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.module_timers import OF_STEP, Watched
-from effkit.decoder.product_costs import Caches, ProductCost
+from effkit.decoder.product_costs import ProductCost
 from effkit.decoder.setting import DTYPES, Setting
 
+NODES = Lattice(depths=(1, 6, 40), rows=(1, 2, 40))  # not those that any calibration here runs
+
+
+def cost(alone, several, per_row, cold, per_cell=0.0):
+    """One row has a cost of its own, several lie on a line; deep decoders pay for cold memory."""
+    rows = [alone, several + 2 * per_row, several + 40 * per_row]
+    return StepCost(tuple(time + share * cold for share in (0, 0.4, 1) for time in rows), per_cell, most=1e9)
+
+
 COSTS = Costs(
+    lattice=NODES,
     layer={
-        SELF: RowCost(150e3, 200e3, 5e3, 20, 30e3),
-        CROSS: RowCost(100e3, 130e3, 4e3, 10, 20e3),
-        FFN: RowCost(120e3, 170e3, 8e3, 0, 60e3),
-        NORMS: RowCost(60e3, 60e3, 1e3, 0, 0),
+        SELF: cost(150e3, 200e3, 5e3, 30e3, 20),
+        CROSS: cost(100e3, 130e3, 4e3, 20e3, 10),
+        FFN: cost(120e3, 170e3, 8e3, 60e3),
+        NORMS: cost(60e3, 60e3, 1e3, 0),
     },
     step={
-        EMBEDDING: RowCost(200e3, 200e3, 3e3, 0, 300e3),
-        OUTPUT: RowCost(80e3, 100e3, 4e3, 0, 0),
-        BETWEEN: RowCost(150e3, 150e3, 2e3, 0, 100e3),
+        EMBEDDING: cost(200e3, 200e3, 3e3, 300e3),
+        OUTPUT: cost(80e3, 100e3, 4e3, 0),
+        BETWEEN: cost(150e3, 150e3, 2e3, 100e3),
     },
     keys_values=BulkCost(50e3, 400),
     front=BulkCost(500e3, 4000),
@@ -36,9 +46,8 @@ COSTS = Costs(
         NORMS: BulkCost(50e3, 300),
     },
     start=BulkCost(2e6, 100),
-    caches=Caches(half_bytes=2**20),
 )
-READ_BYTES_PER_S, PRODUCTS = 20e9, ProductCost(0.2, 0.3, 0.01)  # ns per weight
+READ_BYTES_PER_S, PRODUCTS = 20e9, ProductCost((1, 2, 8, 32), (0.2, 0.32, 0.38, 0.62))  # ns per weight
 
 
 def run(setting: Setting, size: StepSize, costs: Costs = COSTS) -> Run:
@@ -47,13 +56,10 @@ def run(setting: Setting, size: StepSize, costs: Costs = COSTS) -> Run:
     cells = size.prompt_cells + np.arange(setting.num_steps)
     ones = np.ones(setting.num_steps)
     frame = pd.DataFrame(0.0, index=range(setting.num_steps), columns=list(OF_STEP))
-    for part, cost in costs.layer.items():
-        if part == CROSS and not coded:
-            continue
-        reads = {SELF: cells, CROSS: setting.input_length}.get(part, 0)
-        frame[part] = depth * cost.ns(rows, costs.caches.cold_frac(part, size.read_bytes), reads) * ones
-    for part, cost in costs.step.items():
-        frame[part] = cost.ns(rows, costs.caches.cold_frac(part, size.read_bytes)) * ones
+    for part in (*costs.layer, *costs.step):
+        if part != CROSS or coded:
+            reads = {SELF: cells, CROSS: setting.input_length}.get(part, 0)
+            frame[part] = costs.part_ns(part, setting, reads) * ones
     frame.loc[0, BETWEEN] = 0.0
     encoder = layers = 0.0
     if coded:
@@ -74,7 +80,9 @@ def measured(model, setting: Setting, costs: Costs = COSTS):
     counted = memory.Memory(type(model), model.config, 1, 2 if setting.encoder_layers else None)
 
     runs = [run(one, counted.step_size(one), costs) for one in (setting, *probes(model, setting))]
-    known = calibrate(runs, counted, 0.01, {}, READ_BYTES_PER_S, dict.fromkeys(DTYPES, PRODUCTS), COSTS.caches)
+    known = calibrate(
+        runs, lattice(model, setting), counted, 0.01, {}, {}, READ_BYTES_PER_S, dict.fromkeys(DTYPES, PRODUCTS)
+    )
     rows, phases = accounting.measured_rows(runs[0])
     account = accounting.generation_account(
         rows, phases, setting, total_ns=runs[0].total_ns, weight_bytes=counted.weight_bytes(setting),

@@ -12,12 +12,13 @@ from effkit import decoder
 from effkit.decoder import floors, module_timers
 from effkit.decoder.generating import prepared, setting_of
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.product_costs import Caches, caches, product_cost
+from effkit.decoder.operator_times import Framework, Launches, Operators, step_times
+from effkit.decoder.product_costs import product_cost
 from effkit.device import Device
 
 PARTS = [SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT]
 # One whose ceilings are round numbers
-ROUND = SimpleNamespace(rate_flops_per_s={"float32": 1e9}, launch_overhead_ns=1000)
+ROUND = SimpleNamespace(kind="cpu", rate_flops_per_s={"float32": 1e9}, launch_overhead_ns=1000)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,9 +75,9 @@ def test_the_largest_floor_binds_and_the_step_is_the_sum_of_its_parts(base):
     assert (table["floor_ns"] == named.max(axis=1)).all()
     assert all(row[f"{row['binds']}_ns"] == row["floor_ns"] for _, row in table.iterrows())
     assert table["reached_frac"].tolist() == pytest.approx((table["floor_ns"] / table["time_ns"]).tolist(), rel=0.01)
-    slow = SimpleNamespace(rate_flops_per_s={"float32": 1e3}, launch_overhead_ns=1000)
+    slow = SimpleNamespace(kind="cpu", rate_flops_per_s={"float32": 1e3}, launch_overhead_ns=1000)
     assert (decoder.roofline(base, slow).loc[[SELF, CROSS, FFN, OUTPUT], "binds"] == "arithmetic").all()
-    still = SimpleNamespace(rate_flops_per_s={"bfloat16": 1e15}, launch_overhead_ns=0)
+    still = SimpleNamespace(kind="cpu", rate_flops_per_s={"bfloat16": 1e15}, launch_overhead_ns=0)
     assert (decoder.roofline(base, still).loc[[SELF, CROSS, FFN, OUTPUT], "binds"] == "reading").all()
 
 
@@ -123,7 +124,7 @@ def test_operators_that_are_no_views_are_counted():
         z = torch.empty(3)
         return y + 1, z.view(3, 1), torch.cat([x, x])
 
-    counter = floors.Launches()
+    counter = Launches()
     with torch.no_grad(), counter:
         some()
     assert counter.mark() == 3
@@ -135,7 +136,7 @@ def test_a_deeper_model_launches_in_proportion():
 
     def launches(**changes):
         ready = prepared(model, None, setting_of(model, num_steps=3, **changes))
-        counter = floors.Launches()
+        counter = Launches()
         with counter:
             return module_timers.watch(ready.model.eval(), ready.call, counter).steps.iloc[-1]
 
@@ -157,23 +158,70 @@ def test_small_weights_are_read_no_more_slowly_than_large_ones():
 
 
 def test_what_a_weight_costs():
-    cost = product_cost(64, 256, 2**20, torch.float32, torch.device("cpu"))
-    assert 0 < cost.alone < 1000
-    assert cost.several >= 0
-    assert cost.per_row >= 0
-    assert cost.several + 16 * cost.per_row > 0
-    small, large = (product_cost(width, 4 * width, 2**20, torch.float32, torch.device("cpu")) for width in (16, 256))
-    assert small.alone > 2 * large.alone, "of small matrices the launch is most of it"
+    cpu = torch.device("cpu")
+    cost = product_cost(64, 256, 2**20, (1, 2, 16), torch.float32, cpu)
+    assert all(0 < time_ns < 1000 for time_ns in cost.times_ns)
+    assert cost.ns(9) == pytest.approx((cost.times_ns[1] + cost.times_ns[2]) / 2), "on the line between"
+    assert cost.ns(99) == cost.times_ns[-1]
+    small, large = (product_cost(width, 4 * width, 2**20, (1,), torch.float32, cpu) for width in (16, 256))
+    assert small.ns(1) > 2 * large.ns(1), "of small matrices the launch is most of it"
 
 
-def test_cold_memory_costs_more_the_more_there_is_of_it():
-    found = caches(128, 512, torch.float32, torch.device("cpu"))
-    assert 2**18 <= found.half_bytes <= 2**27
-    known = Caches(half_bytes=2**20)
-    for part in (SELF, CROSS, FFN, OUTPUT):
-        assert [known.cold_frac(part, 2**20 * times) for times in (0, 1, 3)] == [0, 0.5, 0.9]
-    for part in (NORMS, EMBEDDING):
-        assert [known.cold_frac(part, 2**25 * times) for times in (0, 1, 3)] == [0, 0.5, 0.75]
+class Slow(torch.nn.Module):
+    """A model whose operators and Python code take times that are known: products of a size, and a loop."""
+
+    def __init__(self, size, loops):
+        super().__init__()
+        self.weight, self.loops, self.written = torch.nn.Parameter(torch.ones(size, size)), loops, torch.zeros(1)
+
+    def forward(self, x):
+        for _ in range(self.loops):
+            pass
+        self.written.add_(1)
+        return (x @ self.weight).view(1, -1)
+
+
+def test_operators_and_framework_are_told_apart_and_nothing_is_changed():
+    def apart(size, loops):
+        model = Slow(size, loops)
+        x = torch.ones(size, size)
+        with torch.no_grad():
+            with Operators(9, cuda=False) as recorder:
+                model(x)
+            with Framework(recorder) as clock:
+                begin = clock.mark()
+                model(x)
+                end = clock.mark()
+        assert [call.func.name() for call in recorder.calls] == ["aten::add_.Tensor", "aten::mm"], (
+            "views are no operators"
+        )
+        assert model.written.item() == 2, "once for each time it was called, none for the operators alone"
+        return recorder.ns([0, 2])[1], clock.ns([begin, end])[1]
+
+    (few, short), (many, long) = apart(64, 0), apart(512, 300_000)
+    assert many > 10 * few
+    assert long > 10 * short
+    assert apart(512, 0)[1] < 0.3 * many, "products that are not run take no time"
+
+
+def test_a_live_steps_operators_and_framework_explain_its_time(speech):
+    def measured():
+        return decoder.roofline(decoder.measure(speech, num_steps=6, input_length=41, repeats=2)).loc["step"]
+
+    step = at_a_quiet_moment(measured, lambda step: 0.8 < step["explained_frac"] < 1.3)
+    assert 0.6 < step["explained_frac"] < 1.6, "how closely says the ledger, on an idle machine"
+    assert step["explained_frac"] == pytest.approx((step["operators_ns"] + step["framework_ns"]) / step["time_ns"])
+    assert step["operators_ns"] > 0 < step["framework_ns"]
+
+
+def test_the_step_that_is_told_apart_is_the_last_one():
+    model = MODELS["text"]().eval()
+    ready = prepared(model, None, setting_of(model, num_steps=3))
+    with torch.no_grad():
+        found = step_times(ready.model, ready.call, 3)
+        counted = module_timers.watch(ready.model, ready.call, Launches()).steps.iloc[-1]
+    assert list(found.index) == list(counted.index)
+    assert ((found["operators"] > 0) == (counted > 0)).all()
 
 
 def test_without_a_calibration_there_are_no_floors(speech):

@@ -168,7 +168,7 @@ def test_without_calibration_nothing_can_be_predicted(text):
 def test_progress_counts_up_to_its_total_and_may_stop(text):
     seen = []
     decoder.measure(text, num_steps=3, repeats=2, progress=lambda *told: seen.append(told))
-    assert seen == [(done, 12) for done in range(1, 13)], "four settings, once untimed and twice timed"
+    assert seen == [(done, 48) for done in range(1, 49)], "sixteen settings, once untimed and twice timed"
 
     class Stop(Exception):
         pass

@@ -93,6 +93,7 @@ def test_a_band_widens_with_the_distance_and_in_a_regime_that_no_run_has_seen():
     assert trust.beyond(0.0) == trust.band_frac
     assert trust.beyond(2.0) == pytest.approx(3 * trust.band_frac)
     assert trust.beyond(1.0, seen=False) == pytest.approx(6 * trust.band_frac)
+    assert lab.Trust(0.0).beyond(0.0, seen=False) == 0.3, "nothing was measured there"
 
 
 def test_noise_is_the_standard_deviation_of_repeats_whatever_disturbs_one_or_drifts():

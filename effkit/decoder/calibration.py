@@ -9,20 +9,19 @@ from typing import Any
 import numpy as np
 
 from effkit.decoder import configurations
-from effkit.decoder.costs import Costs, Run, fit
+from effkit.decoder.costs import Costs, Lattice, Run, fit
 from effkit.decoder.memory import Memory, in_weights
-from effkit.decoder.product_costs import Caches, ProductCost
+from effkit.decoder.product_costs import ProductCost
 from effkit.decoder.setting import Setting
-from effkit.lab import Trust, rms
+from effkit.lab import Hull, Trust, noise, rms
 
-_LARGE_BATCH, _MIDDLE_BATCH = 32, 8
-_FEW_STEPS = 8
-_DEEP = 12  # from so many layers on, the other depth is a smaller one
+_ROWS = (1, 2, 8, 32)  # one row and several are different kernels; what lies between bends with the processor
+_FEW_STEPS, _SHARE_OF_STEPS = 8, 6  # steps of a probe, and the base's steps over them
+_DEEP = 12  # from so many layers on, the other depths are smaller ones
 _TOO_LARGE_BYTES = 2**31  # of weights: no deeper model is built then
 # Knobs whose effect no probe has shown
 _UNSEEN: Mapping[str, Any] = {"cache": "on", "num_beams": 1, "compiled": "off", "num_draft": 0, "weight_bits": 0}
-_RANGES = ("encoder_layers", "decoder_layers", "batch", "num_steps", "input_length")
-_LEAST_NOISE, _LEAST_ERROR = 0.02, 0.04  # four runs fit their own costs more closely than any others
+_SAME = ("width", "kv_heads", "dtype")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +40,7 @@ class Calibration(Observed):
     observed
         The generation that the account was measured from: the first of ``runs``, unless it was measured with a base.
     runs
-        Those that the costs were fitted on: the base first, then the probes; at most four settings.
+        Those that the costs were fitted on: the base first, then the probes.
     costs
         Costs of all parts, through these runs.
     memory
@@ -51,11 +50,13 @@ class Calibration(Observed):
     anchor
         Measured over modelled time of what was observed.
     error_frac
-        Root mean square error of the fit on its own runs, relative to the base.
+        Root mean square error of runs between the nodes of the lattice, each left out of the fit in turn.
     noise_frac
-        Spread of a run's repetitions, halved.
+        How far repetitions of one run lay apart.
     launches
         Part -> operators that one step launches, views not counted.
+    apart
+        ``operators`` and ``framework`` -> part -> its time in one step [ns], run without the other.
     read_bytes_per_s
         Highest rate at which this device reads weights of this size.
     products
@@ -70,6 +71,7 @@ class Calibration(Observed):
     error_frac: float
     noise_frac: float
     launches: Mapping[str, int]
+    apart: Mapping[str, Mapping[str, int]]
     read_bytes_per_s: float
     products: Mapping[str, ProductCost]
 
@@ -84,9 +86,14 @@ class Calibration(Observed):
         return overhead_frac(self.runs)
 
     @property
+    def trust(self) -> Trust:
+        """How far a prediction is off."""
+        return Trust(self.error_frac, self.noise_frac)
+
+    @property
     def band_frac(self) -> float:
         """Half the width of a prediction's band: two standard errors."""
-        return Trust(self.error_frac, self.noise_frac, _LEAST_ERROR, _LEAST_NOISE).band_frac
+        return self.trust.band_frac
 
     def resolved(self, setting: Setting) -> Setting:
         """With parameters held, the setting with the encoder layers that keep the base's number of them."""
@@ -99,33 +106,50 @@ class Calibration(Observed):
         total = base.total(rest.encoder_layers, rest.decoder_layers)
         return replace(setting, encoder_layers=now.encoder_layers_for(total, setting.decoder_layers))
 
+    def seen(self, setting: Setting) -> bool:
+        """Whether the probes generated this way: greedy, with a cache, in these formats and widths."""
+        return all(getattr(setting, name) == value for name, value in _UNSEEN.items()) and all(
+            getattr(setting, name) == getattr(self.setting, name) for name in _SAME
+        )
+
+    def doublings(self, setting: Setting) -> float:
+        """By how many doublings its sizes lie beyond those of the probes; 0 between them."""
+        sizes = [_sizes(run.setting) for run in self.runs]
+        # fewer steps, or fewer layers of the encoder, are parts of a run
+        return Hull.of([*sizes, sizes[0] | {"num_steps": 1, "encoder_layers": min(1, sizes[0]["encoder_layers"])}]
+                       ).doublings(_sizes(setting))  # fmt: skip
+
     def covers(self, setting: Setting) -> bool:
         """Whether the setting lies within the probes: its sizes between theirs, its other knobs as they had them."""
-        base = self.setting
-        for name in _RANGES:
-            probed = [getattr(run.setting, name) for run in self.runs]
-            value = setting.depth if name == "decoder_layers" else getattr(setting, name)
-            least = 1 if name in ("num_steps", "encoder_layers") else min(probed)  # fewer of these are parts of a run
-            if not (least <= value <= max(probed) or value == getattr(base, name)):
-                return False
-        same = ("width", "kv_heads", "dtype")
-        return all(getattr(setting, name) == value for name, value in _UNSEEN.items()) and all(
-            getattr(setting, name) == getattr(base, name) for name in same
-        )
+        return self.seen(setting) and self.doublings(setting) == 0
+
+
+def _sizes(setting: Setting) -> dict[str, int]:
+    names = ("encoder_layers", "batch", "num_steps", "input_length")
+    return {"depth": setting.depth} | {name: getattr(setting, name) for name in names}
 
 
 def calibrate(
-    runs: Sequence[Run], memory: Memory, seconds_per_cell: float | None, launches: Mapping[str, int],
-    read_bytes_per_s: float, products: Mapping[str, ProductCost], caches: Caches,
+    runs: Sequence[Run], nodes: Lattice, memory: Memory, seconds_per_cell: float | None, launches: Mapping[str, int],
+    apart: Mapping[str, Mapping[str, int]], read_bytes_per_s: float, products: Mapping[str, ProductCost],
 ) -> Calibration:  # fmt: skip
     """Fit the costs; the first run is the base."""
-    costs = fit(runs, caches)
-    ratios = np.asarray([run.total_ns / sum(costs.rows(run.setting, run.step).values()) for run in runs])
-    spread = [np.subtract(*np.percentile(run.plain_ns, [75, 25])) / run.total_ns for run in runs]
+
+    def on_a_node(setting: Setting) -> bool:
+        return setting.depth in nodes.depths and setting.rows in nodes.rows
+
+    def ratio(run: Run, costs: Costs) -> float:
+        return run.total_ns / sum(costs.rows(run.setting, run.step.prompt_cells).values())
+
+    costs, errors = fit(runs, nodes), []
+    for place, run in enumerate(runs):
+        if not on_a_node(run.setting):
+            without = fit([*runs[:place], *runs[place + 1 :]], nodes)
+            errors.append(ratio(runs[0], without) / ratio(run, without) - 1)
     return Calibration(
-        runs[0], tuple(runs), costs, memory, seconds_per_cell, anchor=float(ratios[0]),
-        error_frac=rms(ratios / ratios[0] - 1), noise_frac=float(np.median(spread)) / 2,
-        launches=launches, read_bytes_per_s=read_bytes_per_s, products=products,
+        runs[0], tuple(runs), costs, memory, seconds_per_cell, anchor=ratio(runs[0], costs), error_frac=rms(errors),
+        noise_frac=noise(run.plain_ns for run in runs), launches=launches, apart=apart,
+        read_bytes_per_s=read_bytes_per_s, products=products,
     )  # fmt: skip
 
 
@@ -134,27 +158,38 @@ def overhead_frac(runs: Sequence[Run]) -> float:
     return float(np.median(ratios)) - 1
 
 
-def probes(model: Any, base: Setting) -> list[Setting]:
-    """Three settings around the base: a batch of several in a deep decoder, a large one over more steps, and one
-    sequence alone in the shallowest decoder, whose weights the caches hold.
+def lattice(model: Any, base: Setting) -> Lattice:
+    """The base's depth and batch among a few others: a shallow decoder whose weights caches hold, and a deep one; one
+    row, two, several and many."""
+    depth = base.depth
+    depths = {max(1, depth // 4), depth, 3 * depth}
+    if depth >= _DEEP or 3 * in_weights(model) > _TOO_LARGE_BYTES:
+        depths = {max(1, depth // 8), max(1, depth // 3), depth}
+    rows = _ROWS if base.batch <= _ROWS[1] else (*_ROWS[:2], base.batch, 4 * base.batch)
+    return Lattice(tuple(sorted(depths)), rows)
 
-    One sequence is another regime than several: matrix times vector. So that its depth is told from the caches, it is
-    run at two depths; several, at two batches.
+
+def probes(model: Any, base: Setting) -> list[Setting]:
+    """Short runs at the other nodes of the lattice, and four between them with other lengths and numbers of steps. How
+    wrong the fit is on each of those four without it is the predictions' error.
     """
-    depth, coded = base.depth, base.encoder_layers
-    deep, half, shallow = (3 * depth, max(1, depth // 2), max(1, depth // 4))
-    many, few = 3 * coded, min(coded, max(1, coded // 4))
-    weights = in_weights(model)
-    if depth >= _DEEP or 3 * weights > _TOO_LARGE_BYTES:
-        deep, shallow, many = depth, max(1, depth // 8), 9 * coded // 4  # as parameters held would have it
-    middle = _MIDDLE_BATCH if base.batch == 1 else 2 * base.batch
-    large = max(_LARGE_BATCH, 4 * base.batch)
-    length = base.input_length
+    nodes, coded, length = lattice(model, base), base.encoder_layers, base.input_length
+    few, many = min(coded, max(1, coded // 4)), 9 * coded // 4  # as parameters held would have it
+    steps = max(_FEW_STEPS, base.num_steps // _SHARE_OF_STEPS)
+    (first, *_, last), rows = nodes.depths, nodes.rows
+    inner = nodes.depths[len(nodes.depths) // 2]
+    below, above = (round((first * inner) ** 0.5), round((inner * last) ** 0.5))
+    several, lots = (round((rows[place] * rows[place + 1]) ** 0.5) for place in (1, 2))
+    between: list[dict[str, int]] = [
+        {"decoder_layers": below, "batch": several, "num_steps": 2 * steps, "input_length": max(1, length // 2)},
+        {"decoder_layers": above, "batch": several, "num_steps": steps, "input_length": 2 * length},
+        {"decoder_layers": below, "batch": lots, "num_steps": 2 * base.num_steps},
+        {"decoder_layers": above, "batch": 1, "num_steps": steps, "encoder_layers": many},
+    ]
     return [
-        _possible(model, base, batch=middle, decoder_layers=deep, encoder_layers=few, input_length=2 * length,
-                  num_steps=max(min(_FEW_STEPS, base.num_steps), base.num_steps // 3)),
-        _possible(model, base, batch=large, decoder_layers=half, encoder_layers=few, num_steps=2 * base.num_steps),
-        _possible(model, base, batch=1, decoder_layers=shallow, encoder_layers=many, input_length=max(1, length // 2)),
+        *(_possible(model, base, decoder_layers=layers, batch=batch, encoder_layers=few, num_steps=steps)
+          for layers in nodes.depths for batch in rows if (layers, batch) != (base.depth, base.batch)),
+        *(_possible(model, base, **{"encoder_layers": few, **changes}) for changes in between),
     ]  # fmt: skip
 
 

@@ -11,16 +11,14 @@ import numpy as np
 from effkit.decoder.memory import StepSize
 from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.module_timers import Watched
-from effkit.decoder.product_costs import Caches
 from effkit.decoder.setting import Setting
 from effkit.least_squares import Floats, nonnegative
 
 START, PREFILL = "before and after the steps", "prefill"
 PER_LAYER = (SELF, CROSS, FFN, NORMS)
 PER_STEP = (EMBEDDING, OUTPUT, BETWEEN)
-_CROSS_COLD = 0.7  # cost of cold memory in cross-attention over its cost in self-attention
-_HINT_WEIGHT = 0.1  # of that ratio, among the rows of the fit
 _BINS = 6  # of a run's steps: each counts with its median
+_STRAIGHT = 1e-3  # weight of a bend between nodes beside a relative error: it decides only where no run does
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,28 +40,60 @@ class Run:
         """The fastest of those with clocks inside."""
         return min(self.watched, key=lambda watched: watched.wall_ns)
 
+    def undisturbed(self, time_ns: Any) -> Any:
+        """What ``time_ns`` gives for a watched generation: the lower quartile over repetitions, for other work makes a
+        part slower and never faster; without what the clocks inside cost."""
+        times = np.asarray([time_ns(watched) for watched in self.watched], dtype=np.float64)
+        return np.percentile(times, 25, axis=0) * self.total_ns / self.fastest.wall_ns
+
 
 @dataclass(frozen=True)
-class RowCost:
-    """Time of a part in one step [ns]: of one sequence alone, whose products are matrix times vector, and of several.
+class Lattice:
+    """The depths and numbers of rows at which the costs of a step are known; between two of them they are a straight
+    line, in the rows and in the logarithm of the depth.
 
-    One row costs ``alone``, more rows ``several + per_row·rows``. Attention adds ``(per_cell + rising·min(x, most))·x``
-    for the ``x = rows·cells`` keys and values that it reads: many are copied more slowly than few. Memory that the
-    caches no longer hold adds ``cold``. ``most`` is the largest x of the fitted runs.
+    One row is a product of a matrix and a vector, several are another kernel, and deep decoders do not fit into caches:
+    where the cost bends differs from processor to processor, so it is measured at both ends and between.
     """
 
-    alone: float
-    several: float
-    per_row: float
-    per_cell: float
-    cold: float
+    depths: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def weights(self, depth: int, rows: float) -> Floats:
+        """What each node counts at a place, depth by depth; beyond the outermost depths they count, beyond the rows the
+        last line goes on."""
+        within = min(max(depth, self.depths[0]), self.depths[-1])
+        of_depth = _between(np.log2(self.depths), float(np.log2(within)))
+        return np.outer(of_depth, _between(np.asarray(self.rows, dtype=np.float64), rows)).ravel()
+
+    def bends(self) -> Floats:
+        """Shape [num_bends, num_nodes]: how far each node lies from the line between its neighbours, and how much the
+        line along the rows differs from one depth to the next."""
+        deep, wide = (_bends(axis) for axis in (np.log2(self.depths), np.asarray(self.rows, dtype=np.float64)))
+        each, step = np.eye(len(self.depths)), np.diff(np.eye(len(self.rows)), axis=0)
+        return np.vstack([
+            np.kron(deep, np.eye(len(self.rows))), np.kron(each, wide), np.kron(np.diff(each, axis=0), step),
+        ])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Time of a part in one step [ns].
+
+    ``nodes`` on the lattice; attention adds ``(per_cell + rising·min(x, most))·x`` for the ``x = rows·cells`` keys and
+    values that it reads: many are copied more slowly than few. ``most`` is the largest x of the fitted runs.
+    """
+
+    nodes: tuple[float, ...]
+    per_cell: float = 0.0
     rising: float = 0.0
     most: float = 0.0
 
-    def ns(self, rows: int, cold_frac: float, cells: float | Floats = 0.0) -> Any:
-        fixed = self.alone if rows <= 1 else self.several + self.per_row * rows
-        read = rows * np.asarray(cells)
-        return fixed + self.cold * cold_frac + (self.per_cell + self.rising * np.minimum(read, self.most)) * read
+    def ns(self, weights: Floats, read: float | Floats = 0.0) -> Any:
+        """At these weights of the nodes, reading so many keys and values."""
+        x = np.asarray(read, dtype=np.float64)
+        fixed = max(0.0, float(weights @ np.asarray(self.nodes)))
+        return fixed + (self.per_cell + self.rising * np.minimum(x, self.most)) * x
 
 
 @dataclass(frozen=True)
@@ -88,6 +118,8 @@ class Costs:
 
     Attributes
     ----------
+    lattice
+        Where the costs of a step are known.
     layer, step
         Part -> its cost per decoder layer of a step, and per step.
     keys_values
@@ -96,29 +128,27 @@ class Costs:
         The encoder but for its layers, and one of them.
     prefill
         Of a decoder-only model: the first forward, per layer and part, over the prompt.
-    caches
-        What cold memory costs depends on.
     start
         Before and after the steps; ``per_cell`` is per cell and decoder layer: a cache is laid out and freed.
     """
 
-    layer: Mapping[str, RowCost]
-    step: Mapping[str, RowCost]
+    lattice: Lattice
+    layer: Mapping[str, StepCost]
+    step: Mapping[str, StepCost]
     keys_values: BulkCost
     front: BulkCost
     encoder_layer: BulkCost
     prefill: Mapping[str, BulkCost]
     start: BulkCost
-    caches: Caches
 
-    def part_ns(self, part: str, setting: Setting, size: StepSize, cells: float | Floats = 0.0, rows: int = 0) -> Any:
+    def part_ns(self, part: str, setting: Setting, cells: float | Floats = 0.0, rows: int = 0) -> Any:
         """One part of one step [ns], all its layers together; of ``rows`` sequences, or the setting's."""
+        rows = rows or setting.rows
         deep, cost = (setting.depth, self.layer[part]) if part in self.layer else (1, self.step[part])
-        return deep * cost.ns(rows or setting.rows, self.caches.cold_frac(part, size.read_bytes), cells)
+        return deep * cost.ns(self.lattice.weights(setting.depth, rows), rows * np.asarray(cells))
 
-    def rows(self, setting: Setting, size: StepSize) -> dict[str, float]:
-        """Part -> time of a whole generation [ns], with a cache, greedy."""
-        prompt_cells = size.prompt_cells
+    def rows(self, setting: Setting, prompt_cells: int) -> dict[str, float]:
+        """Part -> time of a whole generation [ns], with a cache, greedy, after so many cells of prompt."""
         rows, depth, cells = setting.rows, setting.depth, setting.input_length
         crossed = cells if setting.encoder_layers else 0
         times: dict[str, float] = {}
@@ -130,23 +160,21 @@ class Costs:
         kv = prompt_cells + np.arange(first, setting.num_steps, dtype=np.float64)
         if first:
             times[PREFILL] = depth * sum(cost.ns(rows, prompt_cells) for cost in self.prefill.values())
-            times[PREFILL] += float(sum(self.part_ns(part, setting, size) for part in (EMBEDDING, OUTPUT)))
+            times[PREFILL] += float(sum(self.part_ns(part, setting) for part in (EMBEDDING, OUTPUT)))
         for part in self.layer:
             read = kv if part == SELF else crossed if part == CROSS else 0.0
-            times[part] = float(np.sum(self.part_ns(part, setting, size, read) * np.ones_like(kv)))
+            times[part] = float(np.sum(self.part_ns(part, setting, read) * np.ones_like(kv)))
         for part in self.step:
             num_times = setting.num_steps - 1 if part == BETWEEN else len(kv)
-            times[part] = num_times * float(self.part_ns(part, setting, size))
+            times[part] = num_times * float(self.part_ns(part, setting))
         times[START] = self.start.fixed + self.start.per_cell * rows * depth * max(crossed, prompt_cells)
         return {part: time_ns for part, time_ns in times.items() if time_ns > 0}
 
 
-def fit(runs: Sequence[Run], caches: Caches) -> Costs:
+def fit(runs: Sequence[Run], lattice: Lattice) -> Costs:
     """Costs through these runs, by least squares of relative errors with no cost below 0."""
-    layer = {part: _row_cost(runs, part, caches) for part in (SELF, FFN, NORMS)}
-    layer[CROSS] = _row_cost(runs, CROSS, caches, hinted_cold=_CROSS_COLD * layer[SELF].cold)
-    layer = {part: layer[part] for part in PER_LAYER}
-    step = {part: _row_cost(runs, part, caches) for part in PER_STEP}
+    layer = {part: _step_cost(runs, part, lattice) for part in PER_LAYER}
+    step = {part: _step_cost(runs, part, lattice) for part in PER_STEP}
     coded = [run for run in runs if run.setting.encoder_layers]
     keys_values = front = encoder_layer = BulkCost(0.0, 0.0)
     prefill: dict[str, BulkCost] = {}
@@ -156,28 +184,43 @@ def fit(runs: Sequence[Run], caches: Caches) -> Costs:
         encoder_layer = _bulk(coded, lambda w, s: w.encoder_layers_ns / s.encoder_layers)
     else:
         prefill = {part: _bulk(runs, lambda w, s, part=part: w.steps[part].iloc[0] / s.depth) for part in PER_LAYER}
-    costs = Costs(layer, step, keys_values, front, encoder_layer, prefill, BulkCost(0.0, 0.0), caches)
+    costs = Costs(lattice, layer, step, keys_values, front, encoder_layer, prefill, BulkCost(0.0, 0.0))
     return replace(costs, start=_start(runs, costs))
 
 
-def _row_cost(runs: Sequence[Run], part: str, caches: Caches, hinted_cold: float = 0.0) -> RowCost:
+def _step_cost(runs: Sequence[Run], part: str, lattice: Lattice) -> StepCost:
     rows, target = [], []
     for run in runs:
         setting = run.setting
-        times = _undisturbed([w.steps[part].to_numpy() for w in run.watched])
-        times = times / setting.depth if part in PER_LAYER else times
-        cells = run.step.prompt_cells + np.arange(len(times))
+        times = run.undisturbed(lambda w: w.steps[part].to_numpy()) / (setting.depth if part in PER_LAYER else 1)
+        cells, nodes = run.step.prompt_cells + np.arange(len(times)), lattice.weights(setting.depth, setting.rows)
         for chunk in np.array_split(np.arange(1, len(times)), min(_BINS, max(1, len(times) - 1))):
             if len(chunk):
-                reads = {SELF: cells[chunk].mean(), CROSS: setting.input_length}.get(part, 0.0)
-                several = setting.rows > 1
-                cold = caches.cold_frac(part, run.step.read_bytes)
-                rows.append([not several, several, several * setting.rows, setting.rows * reads, cold,
-                             (part == SELF) * (setting.rows * reads) ** 2])  # fmt: skip
+                read = setting.rows * {SELF: cells[chunk].mean(), CROSS: setting.input_length}.get(part, 0.0)
+                rows.append([*nodes, read, (part == SELF) * read**2])
                 target.append(np.median(times[chunk]))
-    # of cross-attention: with a cost per cell of the input beside, four runs do not tell all five
-    hint = (np.asarray([0, 0, 0, 0, 1.0, 0]), hinted_cold) if hinted_cold else None
-    return replace(RowCost(*_fitted(rows, target, hint)), most=max(float(row[3]) for row in rows))
+    design, times = np.asarray(rows), np.asarray(target)
+    if not (times > 0).any():
+        return StepCost((0.0,) * len(lattice.bends().T))
+    found = _straightest(design, times, lattice.bends())
+    return StepCost(tuple(found[:-2]), found[-2], found[-1], most=float(design[:, -2].max()))
+
+
+def _straightest(design: Floats, times: Floats, bends: Floats) -> list[float]:
+    """Nodes and the two costs of reading; where the runs leave a choice, the one whose lines bend least."""
+    weight = 1.0 / np.maximum(times, 1e-3 * times.max())
+    bends = np.pad(bends, ((0, 0), (0, 2))) * _STRAIGHT / np.median(times[times > 0])
+    design, target = np.vstack([design * weight[:, None], bends]), np.append(times * weight, np.zeros(len(bends)))
+    scale = np.abs(design).max(axis=0)
+    used = np.flatnonzero(scale)
+    while True:
+        found = np.zeros(design.shape[1])
+        found[used] = np.linalg.lstsq(design[:, used] / scale[used], target, rcond=None)[0] / scale[used]
+        if (found[-2:] >= 0).all():
+            return [float(value) for value in found]
+        used = used[
+            used != len(found) - 2 + int(np.argmin(found[-2:] * scale[-2:]))
+        ]  # reading costs no less than nothing
 
 
 def _bulk(runs: Sequence[Run], time_ns: Any, pairs: bool = True) -> BulkCost:
@@ -186,7 +229,7 @@ def _bulk(runs: Sequence[Run], time_ns: Any, pairs: bool = True) -> BulkCost:
         setting = run.setting
         cells = setting.rows * setting.input_length
         rows.append([1.0, cells, cells * setting.input_length * pairs])
-        target.append(_undisturbed([time_ns(w, setting) for w in run.watched]))
+        target.append(run.undisturbed(lambda w, setting=setting: time_ns(w, setting)))
     return BulkCost(*_fitted(rows, target))
 
 
@@ -194,33 +237,46 @@ def _start(runs: Sequence[Run], costs: Costs) -> BulkCost:
     """What a generation does around its steps, and what its first step takes beyond a later one."""
     rows, target = [], []
     for run in runs:
-        setting = run.setting
-        cells = setting.input_length if setting.encoder_layers else run.step.prompt_cells
-        taken = [w.start_ns for w in run.watched]
+        setting, prompt = run.setting, run.step.prompt_cells
+        cells, usual = prompt, 0.0
+        taken = run.undisturbed(lambda w: w.start_ns)
         if setting.encoder_layers:
-            reads = {SELF: run.step.prompt_cells, CROSS: cells}
-            usual = sum(float(costs.part_ns(part, setting, run.step, reads.get(part, 0)))
+            cells = setting.input_length
+            reads = {SELF: prompt, CROSS: cells}
+            usual = sum(float(costs.part_ns(part, setting, reads.get(part, 0)))
                         for part in (*PER_LAYER, EMBEDDING, OUTPUT))  # fmt: skip
-            taken = [w.start_ns + max(0.0, w.steps.iloc[0].sum() - w.steps[CROSS_KV].iloc[0] - usual)
-                     for w in run.watched]  # fmt: skip
+            first = run.undisturbed(lambda w: w.steps.iloc[0].sum() - w.steps[CROSS_KV].iloc[0])
+            taken += max(0.0, float(first) - usual)
         rows.append([1.0, setting.rows * setting.depth * cells])
-        target.append(_undisturbed(taken))
+        target.append(taken)
     return BulkCost(*_fitted(rows, target))
 
 
-def _undisturbed(times: Sequence[Any]) -> Any:
-    """The lower quartile over repetitions: other work makes a part slower, and never faster."""
-    return np.percentile(np.asarray(times, dtype=np.float64), 25, axis=0)
-
-
-def _fitted(rows: Sequence[Any], target: Sequence[Any], hint: tuple[Floats, float] | None = None) -> list[float]:
-    """Relative errors count; a target of nothing costs nothing. A hint, ``row @ x = value``, decides where the rows
-    leave a choice."""
+def _fitted(rows: Sequence[Any], target: Sequence[Any]) -> list[float]:
+    """Relative errors count; a target of nothing costs nothing."""
     design, times = np.asarray(rows, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if not (times > 0).any():
         return [0.0] * design.shape[1]
     weight = 1.0 / np.maximum(times, 1e-3 * times.max())
-    design, times = design * weight[:, None], times * weight
-    if hint is not None:
-        design, times = np.vstack([design, _HINT_WEIGHT * hint[0] / hint[1]]), np.append(times, _HINT_WEIGHT)
-    return [float(value) for value in nonnegative(design, times)]
+    return [float(value) for value in nonnegative(design * weight[:, None], times * weight)]
+
+
+def _between(nodes: Floats, place: float) -> Floats:
+    """What each node counts on the line between two of them; past the last, the last line goes on."""
+    weights = np.zeros(len(nodes))
+    if len(nodes) == 1:
+        weights[0] = 1.0
+        return weights
+    left = int(np.clip(np.searchsorted(nodes, place) - 1, 0, len(nodes) - 2))
+    share = (place - nodes[left]) / (nodes[left + 1] - nodes[left])
+    weights[left : left + 2] = 1 - share, share
+    return weights
+
+
+def _bends(nodes: Floats) -> Floats:
+    """Shape [max(0, num_nodes - 2), num_nodes]: each inner node minus the line between its neighbours."""
+    rows = np.zeros((max(0, len(nodes) - 2), len(nodes)))
+    for inner, row in enumerate(rows):
+        share = (nodes[inner + 1] - nodes[inner]) / (nodes[inner + 2] - nodes[inner])
+        row[inner : inner + 3] = share - 1, 1, -share
+    return rows

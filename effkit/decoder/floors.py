@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from effkit.account import Account
 from effkit.decoder.calibration import Calibration
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.module_timers import Ints
+from effkit.decoder.operator_times import FRAMEWORK, OPERATORS
 from effkit.decoder.setting import DTYPES
 from effkit.device import Device
 from effkit.lab import calibration_of
@@ -25,30 +23,6 @@ LAUNCHES, READING, ARITHMETIC = "launches", "reading", "arithmetic"
 _PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
 _COLUMNS = 1024  # of the matrices that are read
 _SECONDS = 0.05
-# Beside true views: they lay out memory, or look at it in another shape
-_LAUNCH_NOTHING = ("aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::empty", "aten::empty_like",
-                   "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")  # fmt: skip
-
-
-class Launches(TorchDispatchMode):
-    """A clock that counts operators instead of time: those that only make views or lay out memory launch nothing and
-    do not count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def mark(self) -> int:
-        """How many so far."""
-        return self.number
-
-    def ns(self, marks: Sequence[int]) -> Ints:
-        """Marks since the first of them, in operators."""
-        return np.asarray(marks, dtype=np.int64) - marks[0]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not func.is_view and func._schema.name not in _LAUNCH_NOTHING
-        return func(*args, **(kwargs or {}))
 
 
 def reading_rate(size_bytes: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -82,8 +56,9 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
     """One step of a measured generation, part by part, beside its floor.
 
     A part can be no faster than its operators can be launched, its weights, keys and values read, and its products
-    computed (Williams et al., CACM 2009, with launches added). Time above the largest of the three is lost otherwise:
-    to small operators, to allocations, to the language.
+    computed (Williams et al., CACM 2009, with launches added). What it takes beyond the largest of the three is
+    measured too: its operators at their own sizes, run one after another and nothing else, and the code between them,
+    run without them.
 
     Parameters
     ----------
@@ -97,7 +72,9 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
     DataFrame
         Indexed by part, of all layers together, and ``step``, their sum: ``time_ns`` (median over steps), ``launches``,
         ``weight_bytes``, ``kv_bytes``, ``flops``; the floors ``launches_ns, reading_ns, arithmetic_ns``; ``floor_ns``,
-        the largest; ``binds``, which that is; ``reached_frac``, floor over time.
+        the largest; ``binds``, which that is; ``reached_frac``, floor over time; what was measured apart,
+        ``operators_ns`` and ``framework_ns``; ``explained_frac``, those two over time (on a GPU the larger of them, for
+        the host runs ahead of it).
     """
     calibration, machine = calibration_of(base, Calibration, "decoder"), device or Device.here()
     run, setting, memory = calibration.observed, calibration.setting, calibration.memory
@@ -119,6 +96,7 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
             "time_ns": times[part], "launches": calibration.launches[part], "weight_bytes": weights * value_bytes,
             "kv_bytes": 2 * read * heads.get(part, 0) * value_bytes,
             "flops": 2 * weights * setting.rows + 4 * read * sizes.heads,
+            **{f"{kind}_ns": times_ns[part] for kind, times_ns in calibration.apart.items()},
         }  # fmt: skip
     frame = pd.DataFrame(rows).T
     frame.loc["step"] = frame.sum()
@@ -128,4 +106,7 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
     floors = frame[[f"{LAUNCHES}_ns", f"{READING}_ns", f"{ARITHMETIC}_ns"]]
     frame["floor_ns"], frame["binds"] = floors.max(axis=1), floors.idxmax(axis=1).str.removesuffix("_ns")
     frame["reached_frac"] = frame["floor_ns"] / frame["time_ns"]
-    return frame.round({name: 0 for name in frame.columns if name not in ("binds", "reached_frac")}).rename_axis("part")
+    apart = frame[[f"{OPERATORS}_ns", f"{FRAMEWORK}_ns"]]
+    frame["explained_frac"] = (apart.max(axis=1) if machine.kind == "cuda" else apart.sum(axis=1)) / frame["time_ns"]
+    whole = [name for name in frame.columns if name != "binds" and not name.endswith("_frac")]
+    return frame.round(dict.fromkeys(whole, 0)).rename_axis("part")

@@ -58,14 +58,15 @@ def checked(model: Any, setting: Setting) -> Setting:
     return setting
 
 
-def prepared(model: Any, inputs: Any, setting: Setting) -> Ready:
-    """The model at this setting: itself where its sizes are those, otherwise built anew with random weights.
+def prepared(model: Any, inputs: Any, setting: Setting, built: dict[Any, Any] | None = None) -> Ready:
+    """The model at this setting: itself where its sizes are those, otherwise built anew with random weights, or taken
+    from those that were ``built`` before.
 
     Raises ValueError when it cannot be run this way, and says why.
     """
     if setting.weight_bits and setting.weight_bits != 8 * torch.empty(0, dtype=_dtype(setting)).element_size():
         raise ValueError("weight_bits is a prediction from bytes alone; nothing here runs on weights of fewer bits")
-    ready = _sized(model, setting)
+    ready = _sized(model, setting, {} if built is None else built)
     if setting.num_draft:
         return _speculating(ready, setting)
     batch = make_inputs(ready, inputs, setting)
@@ -89,14 +90,16 @@ def _own_cache(model: Any, setting: Setting) -> dict[str, Any]:
     return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
-def _sized(model: Any, setting: Setting) -> Any:
+def _sized(model: Any, setting: Setting, before: dict[Any, Any]) -> Any:
     sizes = configurations.sizes(model.config)
     changes = {name: size for name in _SIZES if (size := getattr(setting, name)) not in (0, getattr(sizes, name))}
     if not changes and model.dtype == _dtype(setting):
         return model
-    built = _built(model, configurations.changed(model.config, **changes), setting)
-    built.generation_config = copy.deepcopy(model.generation_config)
-    return built
+    key = (*changes.items(), setting.dtype)
+    if key not in before:
+        before[key] = _built(model, configurations.changed(model.config, **changes), setting)
+        before[key].generation_config = copy.deepcopy(model.generation_config)
+    return before[key]
 
 
 def _built(model: Any, config: Any, setting: Setting) -> Any:

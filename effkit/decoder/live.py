@@ -12,13 +12,14 @@ import torch
 
 from effkit.account import Account
 from effkit.decoder import accounting, configurations
-from effkit.decoder.calibration import Calibration, Observed, calibrate, overhead_frac, probes
+from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes
 from effkit.decoder.costs import Run
-from effkit.decoder.floors import Launches, reading_rate
+from effkit.decoder.floors import reading_rate
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
 from effkit.decoder.module_timers import Watched, watch
-from effkit.decoder.product_costs import caches, product_cost
+from effkit.decoder.operator_times import Launches, step_times
+from effkit.decoder.product_costs import product_cost
 from effkit.decoder.scaling_rules import rows_ns
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.stepping import measure_step
@@ -58,8 +59,8 @@ def measure(
         An earlier measurement of this model: the setting is run in turn with it, and its time is told relative to it,
         for the machine's speed drifts. What is not given stays as it was there.
     calibrated
-        Without a base: also run three settings around this one, which :func:`predict` rests on. Not where the base
-        itself is compiled, drafted, without a cache, or a beam search.
+        Without a base: also run short generations around this one, which :func:`predict` rests on. Not where the
+        base itself is compiled, drafted, without a cache, or a beam search.
     repeats
         Generations of each setting, with and without clocks; the fastest of either counts.
     changes
@@ -92,10 +93,14 @@ def _measured(
     if setting.hold_parameters == "on":
         raise ValueError("hold_parameters keeps the parameters of a base: give base=, or the layers themselves")
     settings = [setting, *(probes(model, setting) if calibrated and _plain(setting) else ())]
-    ready = [prepared(model, inputs, setting) for setting in settings]
+    built: dict[Any, Any] = {}  # one model for all settings of its sizes
+    ready = [prepared(model, inputs, setting, built) for setting in settings]
     with evaluating(*(generation.model for generation in ready)):
         runs, caches, memory = _run(ready, model.config, repeats, progress)
-    calibration = _calibrated(ready[0], runs, memory) if len(runs) > 1 else None
+        half = prepared(
+            model, inputs, setting.change(num_steps=-(-setting.num_steps // 2)), built
+        )  # its last step is usual
+        calibration = _calibrated(half, runs, memory) if len(runs) > 1 else None
     return _accounted(runs[0], ready[0], caches[0], calibration=calibration)
 
 
@@ -171,14 +176,16 @@ def _memory(ready: Ready, config: Any, cache: CacheBytes | None, prompt_cells: i
 def _calibrated(ready: Ready, runs: Sequence[Run], memory: Memory) -> Calibration:
     with Launches() as counter:
         launches = watch(ready.model, ready.call, counter)
+    apart = step_times(ready.model, ready.call, ready.setting.num_steps)
     step_bytes = runs[0].step.read_bytes
     shape = (ready.setting.width, configurations.sizes(ready.model.config).ffn)
-    parameter = next(ready.model.parameters())
+    parameter, nodes = next(ready.model.parameters()), lattice(ready.model, runs[0].setting)
     return calibrate(
-        runs, memory, _seconds_per_cell(ready.model), dict(launches.steps.iloc[-1]),
+        runs, nodes, memory, _seconds_per_cell(ready.model), dict(launches.steps.iloc[-1]),
+        apart.to_dict(),
         reading_rate(step_bytes, parameter.dtype, parameter.device),
-        {name: product_cost(*shape, step_bytes, getattr(torch, name), parameter.device) for name in DTYPES},
-        caches(*shape, parameter.dtype, parameter.device),
+        {name: product_cost(*shape, step_bytes, nodes.rows, getattr(torch, name), parameter.device)
+         for name in DTYPES},
     )  # fmt: skip
 
 

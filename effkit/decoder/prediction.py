@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 
     from effkit.whatif import WhatIf
 
-_WIDER, _LEAST_BEYOND_FRAC = 3.0, 0.3  # beyond what was calibrated, a band is so many times as wide, and at least this
-
 
 def predict(base: Account, **setting: Any) -> Account:
     """A generation at another setting, without running anything.
 
-    The sum of the parts' costs, which the four runs of the calibration gave, anchored at the base's measured time;
+    The sum of the parts' costs, which the runs of the calibration gave, anchored at the base's measured time;
     weights and cache are counted.
 
     Parameters
@@ -52,7 +50,7 @@ def predict(base: Account, **setting: Any) -> Account:
         return base
     configurations.check_positions(memory.sizes(wanted), memory.prompt(wanted), wanted.num_steps)
     covered = calibration.covers(wanted)
-    band = calibration.band_frac if covered else max(_LEAST_BEYOND_FRAC, _WIDER * calibration.band_frac)
+    band = calibration.trust.beyond(calibration.doublings(wanted), calibration.seen(wanted))
     rows = {row: calibration.anchor * value for row, value in rows_ns(calibration, wanted).items()}
     rows = {row: rows[row] for row in (*accounting.ROWS, *rows) if row in rows}
     total = sum(rows.values())
@@ -68,10 +66,10 @@ def predict(base: Account, **setting: Any) -> Account:
 
 
 def _runs(calibration: Calibration) -> str:
+    """How many there were, of which depths and batches."""
     settings = [run.setting for run in calibration.runs]
-    depths = [f"{s.encoder_layers}/{s.decoder_layers}" if s.encoder_layers else s.decoder_layers for s in settings]
-    sizes = [f"{depth} layers x {setting.batch}" for depth, setting in zip(depths, settings, strict=True)]
-    return f"{len(sizes)} runs ({', '.join(sizes)})"
+    depths, batches = ([getattr(setting, name) for setting in settings] for name in ("decoder_layers", "batch"))
+    return f"{len(settings)} runs ({min(depths)} to {max(depths)} layers, {min(batches)} to {max(batches)} sequences)"
 
 
 def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = None, *, repeats: int = 3) -> WhatIf:

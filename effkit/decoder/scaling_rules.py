@@ -7,18 +7,18 @@ from dataclasses import replace
 import numpy as np
 
 from effkit.decoder.calibration import Calibration
-from effkit.decoder.costs import PREFILL, START, Costs, RowCost
+from effkit.decoder.costs import PREFILL, START, Costs, StepCost
 from effkit.decoder.memory import StepSize
 from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.product_costs import ProductCost
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.speculating import expected_tokens
+from effkit.least_squares import Floats
 
 
 def rows_ns(calibration: Calibration, setting: Setting) -> dict[str, float]:
     """Part -> time of one generation [ns] at any setting, before it is anchored to the base."""
     costs, size = _altered(calibration, setting)
-    rows = costs.rows(setting, size)
+    rows = costs.rows(setting, size.prompt_cells)
     if setting.cache == "off":
         rows = _without_cache(costs, setting, size, rows)
     if setting.num_beams > 1:  # the chosen beams' keys and values are copied at every step
@@ -39,21 +39,20 @@ def _altered(calibration: Calibration, setting: Setting) -> tuple[Costs, StepSiz
     same = (setting.width, setting.kv_heads, value_bytes) == (base.width, base.kv_heads, bytes_before)
     if same and setting.compiled == "off":
         return costs, size
-    old, new = _product(calibration, base), _product(calibration, setting)
+    old, new = _products(calibration, base), _products(calibration, setting)
     wide = (setting.width or 1) / (base.width or 1)
     sizes, before_sizes = calibration.memory.sizes(setting), calibration.memory.sizes(base)
     heads = sizes.kv_heads / before_sizes.kv_heads * DTYPES[setting.dtype] / DTYPES[base.dtype]
 
-    def row(part: str, cost: RowCost) -> RowCost:
+    def row(part: str, cost: StepCost) -> StepCost:
         before, after = then.of_part.get(part, 0), now.of_part.get(part, 0)
-        ratio = after / before * (new.per_row / old.per_row if old.per_row else 1) if before else wide
-        alone = max(0.0, cost.alone + new.alone * after - old.alone * before)
-        several = max(0.0, cost.several + new.several * after - old.several * before)
-        if setting.compiled == "on" and part != BETWEEN:  # nothing is launched: what is left is the products
-            alone, several = new.alone * after, new.several * after
+        nodes = np.reshape(cost.nodes, (-1, len(new)))  # [num_depths, num_rows]
+        if not before and part != BETWEEN:  # what several rows take more grows with their width
+            nodes = nodes[:, :1] + wide * (nodes - nodes[:, :1])
+        nodes = new * after if setting.compiled == "on" and part != BETWEEN else nodes + new * after - old * before
+        nodes = np.broadcast_to(np.maximum(0.0, nodes), (len(costs.lattice.depths), len(new)))
         per_cell = cost.per_cell * (heads if part == SELF else wide * DTYPES[setting.dtype] / DTYPES[base.dtype])
-        per_row = cost.per_row * (1.0 if part == BETWEEN else ratio)
-        return RowCost(alone, several, per_row, per_cell, cost.cold, cost.rising * heads, cost.most)
+        return StepCost(tuple(nodes.ravel().tolist()), per_cell, cost.rising * heads, cost.most)
 
     per_encoder = now.per_encoder_layer / then.per_encoder_layer if then.per_encoder_layer else 1.0
     changed = replace(
@@ -71,11 +70,12 @@ def _altered(calibration: Calibration, setting: Setting) -> tuple[Costs, StepSiz
     return changed, size
 
 
-def _product(calibration: Calibration, setting: Setting) -> ProductCost:
-    """Of fewer bits than any type here has: reading them is all that a single row costs."""
-    cost = calibration.products[setting.dtype]
+def _products(calibration: Calibration, setting: Setting) -> Floats:
+    """Time per weight at the lattice's rows [ns]. Of fewer bits than any type here has: reading them is all that a
+    product costs beyond its arithmetic."""
+    times = np.asarray(calibration.products[setting.dtype].times_ns)
     fewer = min(1.0, _value_bytes(setting) / DTYPES[setting.dtype])
-    return ProductCost(cost.alone * fewer, cost.several * fewer, cost.per_row)
+    return times - (1 - fewer) * times[0]
 
 
 def _value_bytes(setting: Setting) -> float:
@@ -89,7 +89,7 @@ def _without_cache(costs: Costs, setting: Setting, size: StepSize, rows: dict[st
         cells = size.prompt_cells + position
         for part in costs.layer:
             reads = {SELF: cells / 2, CROSS: setting.input_length}.get(part, 0.0)
-            times[part] = times.get(part, 0.0) + float(costs.part_ns(part, setting, size, reads, setting.rows * cells))
+            times[part] = times.get(part, 0.0) + float(costs.part_ns(part, setting, reads, setting.rows * cells))
     if CROSS_KV in rows:
         times[CROSS_KV] = rows[CROSS_KV] * setting.num_steps
     return times
@@ -101,7 +101,7 @@ def _speculated(costs: Costs, setting: Setting, size: StepSize, rows: dict[str, 
 
     def step_ns(num_rows: int) -> float:
         reads = {SELF: size.prompt_cells + setting.num_steps / 2, CROSS: float(setting.input_length)}
-        return sum(float(costs.part_ns(part, setting, size, reads.get(part, 0.0), num_rows)) for part in steps)
+        return sum(float(costs.part_ns(part, setting, reads.get(part, 0.0), num_rows)) for part in steps)
 
     num_cycles = setting.num_steps / expected_tokens(setting.num_draft, setting.acceptance)
     plain_ns = sum(rows.get(part, 0.0) for part in steps) / setting.num_steps

@@ -17,7 +17,9 @@ import numpy as np
 from effkit.account import Account
 
 SPREAD = 2.0  # a band is two standard errors wide on each side
-UNSEEN = 3.0  # in a regime that no run has seen it is so many times as wide: a convention, nothing was measured there
+# In a regime that no run has seen, a band is so many times as wide, and at least this: a convention, for nothing was
+# measured there
+_UNSEEN, _LEAST_UNSEEN_FRAC = 3.0, 0.3
 _ROOM = 1.05  # a size so many times beyond what was run is the same size: batches of an epoch are not equally long
 _OF_DIFFERENCES = 1.4826 / math.sqrt(2)  # a normal's standard deviation over the median distance of two draws
 
@@ -51,7 +53,8 @@ class Trust:
     def beyond(self, doublings: float, seen: bool = True) -> float:
         """Half-width of the band outside the range: so many doublings beyond the sizes that were run, or in a regime
         that no run has seen."""
-        return self.band_frac * (1.0 + doublings) * (1.0 if seen else UNSEEN)
+        wider = self.band_frac * (1.0 + doublings)
+        return wider if seen else max(_LEAST_UNSEEN_FRAC, _UNSEEN * wider)
 
 
 @dataclass(frozen=True)

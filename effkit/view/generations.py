@@ -13,30 +13,32 @@ from effkit.view.style import GREY, OKABE_ITO, axes, colour, unit_axis
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FLOORS = ("launches", "reading", "arithmetic")
+_APART = ("operators", "framework")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Each part's time as a grey bar, and in it the floor that binds; the share reached is written beside.
+    """Each part's time as a grey bar; in it what was measured apart, operators and framework, and a line at the floor.
 
     ``table``: of :func:`effkit.decoder.roofline`; its last row, the whole step, is left out.
     """
     parts = table.drop(index="step", errors="ignore")
     ax = axes(ax, (7.4, 0.9 + 0.36 * len(parts)))
-    places = range(len(parts))
+    places, begin = range(len(parts)), 0 * parts["time_ns"]
     ax.barh(places, parts["time_ns"], color="#DDDDDD", height=0.72, label="measured")
-    for floor in _FLOORS:
-        bound = [(place, value) for place, value, what in zip(places, parts["floor_ns"], parts["binds"], strict=True)
-                 if what == floor]  # fmt: skip
-        if bound:
-            ax.barh([place for place, _ in bound], [value for _, value in bound], color=colour(floor, 0), height=0.36,
-                    label=f"floor: {floor}")  # fmt: skip
-    for place, time_ns, reached in zip(places, parts["time_ns"], parts["reached_frac"], strict=True):
-        ax.text(time_ns, place, f" {readable(int(time_ns), 'ns')}, floor {reached:.0%}", va="center", fontsize=8)
+    for position, kind in enumerate(_APART):
+        ax.barh(
+            places, parts[f"{kind}_ns"], left=begin, color=colour(kind, position), height=0.36, label=f"{kind} alone"
+        )
+        begin = begin + parts[f"{kind}_ns"]
+    ax.vlines(parts["floor_ns"], [place - 0.36 for place in places], [place + 0.36 for place in places], color="black",
+              linewidth=1.2, label="floor")  # fmt: skip
+    for place, (_, row) in zip(places, parts.iterrows(), strict=True):
+        said = f" {readable(int(row['time_ns']), 'ns')}, floor {row['reached_frac']:.0%} ({row['binds']})"
+        ax.text(max(row["time_ns"], begin.iloc[place]), place, said, va="center", fontsize=8)
     ax.set_yticks(places, list(parts.index), fontsize=9)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.4 * parts["time_ns"].max())
+    ax.set_xlim(0, 1.5 * parts["time_ns"].max())
     unit_axis(ax.xaxis, "ns")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
