@@ -105,7 +105,7 @@ def assert_same(one: dict[str, torch.Tensor | None], two: dict[str, torch.Tensor
 
 def made_timeline(
     ops: Any, allocations: Any = (), *, firsts: Any = None, moved: Any = None, flops: Any = None, half: Any = None,
-    aside: Any = None, inside: Any = None, shapes: Any = None, weights: Any = None, resident: Any = None,
+    aside: Any = None, inside: Any = None, shapes: Any = None, resident: Any = None,
 ) -> Timeline:  # fmt: skip
     """A step of these operators. ``allocations`` are (bytes, birth, death, category); ``firsts`` the first operators of
     forward, backward (of more micro-batches, if there are more) and the optimizer."""
@@ -121,8 +121,7 @@ def made_timeline(
     work[:, MOVED] = 0 if moved is None else moved
     work[:, FEATURES.index("flops")] = 0 if flops is None else flops
     signatures = tuple(
-        Signature(name, shapes[i] if shapes else (), weights[i] if weights else (), bool(half and half[i]))
-        for i, name in enumerate(ops)
+        Signature(name, shapes[i] if shapes else (), half=bool(half and half[i])) for i, name in enumerate(ops)
     )
     return Timeline(
         tuple(ops), frame, resident or {}, tuple(map(Segment, phases, firsts)), work, signatures,

@@ -1,5 +1,7 @@
 """The clock, on steps whose times are made up: what it is told it gives back, and it finds the laws behind it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from activation_models import made_timeline
@@ -52,7 +54,8 @@ def test_every_run_is_given_back(clock):
 
 
 def test_steps_without_corrections_are_found_to_be_of_that_law():
-    exact = Clock.fit([run(Levers(), PLAIN), run(Levers(checkpoint_every=1), step(1000, extra=6))])
+    runs = [run(Levers(), PLAIN), run(Levers(checkpoint_every=1), step(1000, extra=6))]
+    exact = Clock.fit([*runs, run(Levers(micro_batches=2), step(500, extra=6))])
     assert exact.error_frac < 0.001
     for size in (500, 1500, 4000):
         assert exact.step_ns(step(size), Levers()) == pytest.approx(truth(step(size)), rel=0.02)
@@ -111,3 +114,16 @@ def test_micro_batches_that_are_not_replayed_take_their_time():
     clock = Clock.fit([RUNS[0]])
     two, four = (clock.step_ns(timeline, Levers(micro_batches=count)) for count in (2, 4))
     assert four > 1.6 * two - 0.6 * clock.step_ns(made_timeline(["adam"] * 3, moved=[1000] * 3), Levers())
+
+
+def test_its_error_is_that_of_clocks_that_did_not_see_the_run(clock):
+    assert len(clock.errors) == len(RUNS) - 1
+    without = Clock.fit([RUNS[0], RUNS[1], RUNS[2]])
+    assert clock.errors[2] == pytest.approx(without.step_ns(RUNS[3].timeline, RUNS[3].levers) / RUNS[3].step_ns - 1)
+    assert clock.error_frac == pytest.approx(np.sqrt(np.mean(np.square(clock.errors))))
+
+
+def test_its_noise_is_that_of_repeats():
+    repeated = [replace(one, repeats_ns=(100, 110, 100)) for one in RUNS]
+    assert Clock.fit(repeated).noise_frac == pytest.approx(0.105, abs=0.001)
+    assert Clock.fit(RUNS).noise_frac == 0

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
@@ -109,27 +110,44 @@ def _recomputed(block: nn.Module, keep: str | None) -> Iterator[None]:
             args, kwargs = tree_unflatten(leaves, spec)
             return forward(*args, **kwargs)
 
-        return recompute(call, *leaves, use_reentrant=False, context_fn=partial(_contexts, block, keep))
+        # torch keeps the random state in a tensor per call, which nobody can follow; here it takes no tensor's memory
+        cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in leaves)
+        contexts = partial(_contexts, block, keep, None if cuda else _random_state())
+        return recompute(call, *leaves, use_reentrant=False, context_fn=contexts, preserve_rng_state=cuda)
 
     with mock.patch.object(block, "forward", run):
         yield
 
 
-def _contexts(block: nn.Module, keep: str | None) -> tuple[Any, Any]:
+def _contexts(block: nn.Module, keep: str | None, random_state: bytes | None) -> tuple[Any, Any]:
     """Contexts of the first run and of the second."""
     if keep is None:
-        return nullcontext(), _Recomputing(block)
+        return nullcontext(), _Recomputing(block, random_state)
     first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _Recomputing(block, second)
+    return first, _Recomputing(block, random_state, second)
+
+
+def _random_state() -> bytes:
+    with no_dispatch():
+        return torch.get_rng_state().numpy().tobytes()
+
+
+def _set_random_state(state: bytes) -> None:
+    with no_dispatch():
+        torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 class _Recomputing:
-    """The second run: on copies of the running statistics, which the first run has updated, and with what it kept."""
+    """The second run: on copies of the running statistics, which the first run has updated, with the random state that
+    it began with (``None``: torch sees to that), and with what it kept."""
 
-    def __init__(self, block: nn.Module, kept: Any = None) -> None:
-        self.block, self.kept = block, kept
+    def __init__(self, block: nn.Module, random_state: bytes | None, kept: Any = None) -> None:
+        self.block, self.random_state, self.kept = block, random_state, kept
 
     def __enter__(self) -> None:
+        if self.random_state is not None:
+            self.later = _random_state()
+            _set_random_state(self.random_state)
         norms = [module for module in self.block.modules() if isinstance(module, _NormBase)]
         # not under the mode that hands out what was kept, which would count these copies among the block's operations
         self.originals = [(norm, dict(norm._buffers)) for norm in norms]
@@ -143,6 +161,8 @@ class _Recomputing:
             self.kept.__exit__(*raised)
         for norm, buffers in self.originals:
             norm._buffers = buffers
+        if self.random_state is not None:
+            _set_random_state(self.later)
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from effkit.activations import gpu_assumptions, stepping
 from effkit.activations.levers import Levers
-from effkit.activations.storage_tracker import Follower
-from effkit.activations.timeline import Timeline
+from effkit.activations.storage_tracker import Call, Follower
+from effkit.activations.timeline import Signature, Timeline
 from effkit.idle import give_way
 from effkit.training import Loss, MakeOptimizer, drop_gradients, own_loss, residents, still
 
@@ -60,6 +60,7 @@ class Replayer:
         self._loss, self._as_on_gpu = loss or own_loss, as_on_gpu
         self._make = gpu_assumptions.at_once(optimizer) if as_on_gpu else optimizer
         self._updates: dict[str, torch.optim.Optimizer] = {}
+        self.calls: dict[Signature, Call] = {}  # of all replays
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake CPU tensor for one on the meta device, where operators such as attention go other ways."""
@@ -82,6 +83,7 @@ class Replayer:
             with follower.following(self._model):
                 stepping.run(self._model, fake, self._loss, update, levers, follower.enter, _MOST_PARTS)
             timeline = follower.timeline()
+            self.calls |= follower.calls
             return _rounded(timeline) if self._as_on_gpu else timeline
 
     def _update(self, batch: Any, levers: Levers) -> torch.optim.Optimizer:

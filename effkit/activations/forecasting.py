@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from effkit.activations import op_workspace, stepping
+from effkit.activations import stepping
 from effkit.activations.fake_step import Replayer
 from effkit.activations.gpu_assumptions import ASSUMED
 from effkit.activations.levers import Levers, Size
@@ -26,16 +26,22 @@ MakeBatch = Callable[[int, int | None], Any]
 _SMOOTH_FRAC = 0.01
 _DOUBT_ELSEWHERE_FRAC = 0.08
 _FEWEST_ROWS = 2  # at 1, libraries take other ways than at any other size
-_CALIBRATED_ROWS = (_FEWEST_ROWS, _FEWEST_ROWS + 1)
 
 
 class Peak(NamedTuple):
-    """Bytes by category at the peak, the operator and the phase it is in, and whether replays lie around this size."""
+    """Bytes by category at the peak, the operator and the phase it is in; by how many doublings the size lies beyond
+    those that were replayed; and whether all operators that may hide memory could be run."""
 
     rows: dict[str, int]
     op: str
     phase: str
-    covered: bool
+    doublings: float
+    seen: bool
+
+    @property
+    def covered(self) -> bool:
+        """Whether it is in range."""
+        return self.seen and not self.doublings
 
 
 class Forecaster:
@@ -52,7 +58,8 @@ class Forecaster:
     device
         ``"cuda"``: as on a GPU, wherever the model is.
 
-    It forecasts around ``size``, and exactly at it: the example's, unless another is set. ``basis``, ``assumptions``
+    It forecasts around ``size``, and exactly at it: the example's, unless another is set. Operators that hide memory
+    are run alone where ``runs_operators`` is set. ``basis``, ``assumptions``
     and ``doubt_frac`` say how its forecasts are known, what they assume, and how far that may be off.
     """
 
@@ -70,7 +77,8 @@ class Forecaster:
         self.loss, self.make_optimizer = loss or own_loss, optimizer
         self._make = make_batch or (lambda num_rows, num_cells: stepping.resized(batch, num_rows, num_cells))
         self.size = self._example = Size(stepping.rows(batch), stepping.length(batch))
-        self.workspace = Workspace({}, {})
+        self.workspace = Workspace()
+        self.runs_operators = not elsewhere and not any(parameter.is_meta for parameter in model.parameters())
         self._timelines: dict[tuple[Size, Levers], Timeline] = {}
         self._surfaces: dict[Levers, Surface | str] = {}  # or why there is none
         self._times: dict[Levers, Any] = {}
@@ -93,8 +101,22 @@ class Forecaster:
         if levers not in (plain, states):  # what the optimizer does is the same with any other levers
             self._timelines[key] = self.timeline(size, plain).with_optimizer_of(self.timeline(size, states))
         else:
-            self._timelines[key] = self.workspace.applied(self._replayer.replay(self.batch(size), levers))
+            replayed = self._replayer.replay(self.batch(size), levers)
+            self._timelines[key] = self._taught(replayed)
         return self._timelines[key]
+
+    def _taught(self, replayed: Timeline) -> Timeline:
+        """A replay with what its operators allocate inside themselves."""
+        if self.runs_operators:
+            self.workspace.learn(replayed, self._replayer.calls)
+        return self.workspace.applied(replayed)
+
+    def watch(self, observed: Timeline, size: Size, levers: Levers) -> Timeline:
+        """Learn from a real step which operators hide memory; its replay, which knows no more of the step."""
+        replayed = self._replayer.replay(self.batch(size), levers)
+        self.workspace.watch(observed, replayed)
+        self._timelines[size, levers] = self._taught(replayed)
+        return self._timelines[size, levers]
 
     def surface(self, levers: Levers) -> Surface:
         """The timeline as a function of the size; takes two or six replays the first time.
@@ -148,7 +170,11 @@ class Forecaster:
         timeline = self.timeline(size, levers)
         levels = timeline.levels()
         op = int(levels.sum(axis=0).argmax())
-        return Peak(rows_at(levels[:, op]), timeline.ops[op], timeline.phases[op], True)
+        return Peak(rows_at(levels[:, op]), timeline.ops[op], timeline.phases[op], 0.0, self._seen(timeline))
+
+    def _seen(self, *timelines: Timeline) -> bool:
+        unknown = self.workspace.unknown
+        return not unknown or all(unknown.isdisjoint(timeline.signatures) for timeline in timelines)
 
     def _from_surface(self, size: Size, levers: Levers) -> Peak:
         surface, count = self.surface(levers), levers.micro_batches
@@ -160,8 +186,8 @@ class Forecaster:
         spans = [(0, second, fewer + (more > 0)), (second, len(main), fewer + (more > 1))]
         peaks = [surface.peak(rows * count, size.num_cells, first, last) for first, last, rows in spans if last > first]
         levels, op = max(peaks, key=lambda peak: peak[0].sum())
-        covered = surface.covers(size.num_rows, size.num_cells)
-        return Peak(rows_at(levels.round()), timeline.ops[main[op]], timeline.phases[main[op]], covered)
+        return Peak(rows_at(levels.round()), timeline.ops[main[op]], timeline.phases[main[op]],
+                    surface.doublings(size.num_rows, size.num_cells), self._seen(*surface.timelines))  # fmt: skip
 
     def step_ns(self, size: Size, levers: Levers, clock: Clock) -> float:
         """The time of a step by the clock."""
@@ -177,22 +203,6 @@ class Forecaster:
     def _by_clock(self, size: Size, levers: Levers, clock: Clock) -> float:
         growth = (size.num_cells or 1) * size.num_rows / ((self.size.num_cells or 1) * self.size.num_rows)
         return clock.step_ns(self.timeline(size, levers), levers, growth)
-
-    def calibrate(self, model: torch.nn.Module, *levers: Levers) -> None:
-        """Run two or three small steps of the real model, to learn what its operators allocate inside themselves.
-
-        Plainly, and with each of ``levers``, such as autocast, that has it run other operators.
-        """
-        cells = self.size.num_cells
-        sizes = [Size(rows, cells) for rows in _CALIBRATED_ROWS]
-        if cells:
-            sizes.append(Size(_FEWEST_ROWS, (cells + 1) // 2))
-        settings = [(size, combination) for combination in (Levers(), *levers) for size in sizes]
-        observed = [self.observe(model, self.batch(size), combination).timeline for size, combination in settings]
-        replayed = [self._replayer.replay(self.batch(size), combination) for size, combination in settings]
-        self.workspace = op_workspace.fit(observed, replayed)
-        for forecasts in (self._timelines, self._surfaces, self._times):
-            forecasts.clear()
 
     def observe(self, model: torch.nn.Module, batch: Any, levers: Levers) -> Observation:
         """A real step, followed."""

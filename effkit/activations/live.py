@@ -12,7 +12,7 @@ import torch
 
 from effkit import lab
 from effkit.account import Account
-from effkit.activations import lossy_gradients, op_workspace, stepping
+from effkit.activations import lossy_gradients, stepping
 from effkit.activations.checkpointing import blocks
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import COMPRESSIONS, Levers, Size, complete, parted
@@ -27,6 +27,7 @@ from effkit.lab import Progress
 from effkit.training import Loss, MakeOptimizer, still, unchanged
 
 TIME = "Time of one step"
+Steps = list[dict[str, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,19 +112,20 @@ def measure(
     for i, combination in enumerate(timed):
         tell(i, num_runs)
         observed.append(forecaster.observe(model, forecaster.batch(size), combination))
-    phases = _timed(forecaster, model, size, timed, repeats, lambda done: tell(len(timed) + done, num_runs))
+    spent = _timed(forecaster, model, size, timed, repeats, lambda done: tell(len(timed) + done, num_runs))
     step, batch = observed[0], forecaster.batch(size)
     noise = lossy_gradients.noise(model, batch, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
     if earlier:
         calibration = replace(earlier, observed=step)
     else:
-        error = _calibrated(forecaster, model, size, timed, observed)
-        clock = _clock(timed, observed, phases) if time_levers else None
+        error = _calibrated(forecaster, size, levers, step)
+        clock = _clock(timed, observed, spent) if time_levers else None
         errors = {name: lossy_gradients.measured(model, batch, lever, forecaster.loss)
                   for lever in timed[1:] for name in lossy_gradients.lossy(lever)}  # fmt: skip
         calibration = Calibration(forecaster, step, clock, error, errors, noise)
+    phases = min(spent[0], key=lambda phases: sum(phases.values()))
     companions = [
-        Account.of(TIME, "ns", phases[0], total=sum(phases[0].values()), source=f"wall time, fastest of {repeats}",
+        Account.of(TIME, "ns", phases, total=sum(phases.values()), source=f"wall time, fastest of {repeats}",
                    setting=wanted),
         saved_account(step.timeline, step.kept_bytes, "operator", "the allocator when backward began"),
     ]  # fmt: skip
@@ -153,10 +155,13 @@ def _check_trains(model: torch.nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
 
 
-def _clock(timed: Sequence[Levers], observed: Sequence[Observation], phases: Sequence[Mapping[str, int]]) -> Clock:
-    """What steps with these levers cost, from the time that each phase took [ns]."""
-    return Clock.fit([Run(levers, step.timeline, step.durations_ns, sum(spent.values()))
-                      for levers, step, spent in zip(timed, observed, phases, strict=True)])  # fmt: skip
+def _clock(timed: Sequence[Levers], observed: Sequence[Observation], spent: Sequence[Steps]) -> Clock:
+    """What steps with these levers cost, from the time that each phase of each repeat took [ns]."""
+    runs = []
+    for levers, step, steps in zip(timed, observed, spent, strict=True):
+        repeats = tuple(sum(phases.values()) for phases in steps)
+        runs.append(Run(levers, step.timeline, step.durations_ns, min(repeats), repeats))
+    return Clock.fit(runs)
 
 
 def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: Any) -> Account:
@@ -169,17 +174,13 @@ def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: 
     return Account.of(f"Saved activations by {by}", "bytes", sizes.to_dict(), total=total, source=source, **more)
 
 
-def _calibrated(
-    forecaster: Forecaster, model: torch.nn.Module, size: Size, timed: Sequence[Levers], observed: Sequence[Observation]
-) -> float:
-    """Teach the forecaster what a replay does not see, if there is any; its error on the step that was measured."""
+def _calibrated(forecaster: Forecaster, size: Size, levers: Levers, step: Observation) -> float:
+    """Teach the forecaster which operators hide memory; its error on the step that was measured."""
     try:
-        if any(op_workspace.opaque(step.timeline) for step in observed):
-            forecaster.calibrate(model, *dict.fromkeys(half for combination in timed for half in combination.half))
-        predicted = int(forecaster.timeline(size, timed[0]).levels().sum(axis=0).max())
+        predicted = int(forecaster.watch(step.timeline, size, levers).levels().sum(axis=0).max())
     except ValueError:  # this step can be measured, not forecast; who asks for a forecast is told why
         return float("nan")
-    return predicted / observed[0].peak_bytes - 1
+    return predicted / step.peak_bytes - 1
 
 
 def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None) -> list[Levers]:
@@ -200,10 +201,10 @@ def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None)
 def _timed(
     forecaster: Forecaster, model: torch.nn.Module, size: Size, timed: Sequence[Levers], repeats: int,
     tell: Callable[[int], None],
-) -> list[dict[str, int]]:  # fmt: skip
-    """Nanoseconds of each phase of the fastest step with each of these levers, all run in turn."""
+) -> list[Steps]:  # fmt: skip
+    """Nanoseconds of each phase of each step with each of these levers, all run in turn."""
     batch = forecaster.batch(size)
-    spent: list[list[dict[str, int]]] = [[] for _ in timed]
+    spent: list[Steps] = [[] for _ in timed]
     with unchanged(model):
         updates = {lever.optimizer_states: still(model.parameters(), lever.optimizer(forecaster.make_optimizer))
                    for lever in timed}  # fmt: skip
@@ -215,7 +216,7 @@ def _timed(
                 watch()
                 if turn:  # the first makes the optimizer's state, and warms up
                     spent[i].append(watch.spent)
-    return [min(steps, key=lambda phases: sum(phases.values())) for steps in spent]
+    return spent
 
 
 class _Stopwatch:

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from effkit.activations.timeline import Timeline
+from effkit.lab import Hull
 from effkit.least_squares import Floats
 
 
@@ -58,9 +59,12 @@ class Surface:
 
     def covers(self, num_rows: int, num_cells: int | None) -> bool:
         """Whether this lies between the sizes that were replayed."""
-        rows, lengths = zip(*self.settings, strict=True)
-        inside = num_cells is None or min(lengths) <= num_cells <= max(lengths)
-        return inside and min(rows) <= num_rows <= max(rows)
+        return not self.doublings(num_rows, num_cells)
+
+    def doublings(self, num_rows: int, num_cells: int | None) -> float:
+        """How far this lies beyond the sizes that were replayed (see :meth:`Hull.doublings`); 0 between them."""
+        hull = Hull.of([{"rows": rows, "cells": cells or 1} for rows, cells in self.settings], room=1.0)
+        return hull.doublings({"rows": num_rows, "cells": num_cells or 1})
 
 
 def _solved(settings: Sequence[tuple[int, int | None]], amounts: Floats) -> Floats:

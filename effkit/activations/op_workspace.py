@@ -1,77 +1,136 @@
-"""What a replay cannot see: memory that one operator allocates inside itself, found by two small real steps."""
+"""What a replay cannot see: memory that an operator allocates inside itself, found by running that operator alone."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from effkit.activations.op_costs import HALF_FLOPS, MOVED
+from effkit.activations.op_costs import MOVED
+from effkit.activations.real_step import Recording, mark
+from effkit.activations.storage_tracker import Call, Like
 from effkit.activations.timeline import Signature, Timeline
-from effkit.operators import CONVOLUTION, RECURRENT, family_of_operator
+from effkit.recording import memory_events
 
-# of operators that leave their work to a library with memory of its own
-OPAQUE = (CONVOLUTION, RECURRENT)
-Line = tuple[float, float]
-
-
-def opaque(timeline: Timeline) -> bool:
-    """Whether a step has operators whose memory a replay is known to be blind to.
-
-    Convolutions, recurrent layers, and on a CPU products in half precision.
-    """
-    halved = bool(timeline.work[:, HALF_FLOPS].any())
-    return halved or any(family_of_operator(name) in OPAQUE for name in set(timeline.ops))
+_REFUSED = (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError)
+_NUMBERS_BYTES = 64  # inside an operator, up to so much is numbers that became tensors: the same at any size
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Workspace:
-    """Bytes inside an operator, and of what it returns, each as ``a + b x`` of the bytes that it reads and writes.
+    """Bytes that operators allocate inside themselves, and the sizes of what they return.
 
-    The lines go by the operator's shapes but for the batch size; at another sequence length, by its weights.
+    A replay knows of each operator all but this. An operator that hid nothing in a real step hides nothing at smaller
+    sizes; any other is run alone, on zeros, at each size that is asked for: which way a library goes depends on it.
+
+    Attributes
+    ----------
+    inside, sizes
+        Of each signature that was run alone.
+    hidden
+        Name and data types -> the most that such an operator hid in a real step, or alone, and the most it moved there.
+    unknown
+        Those that could not be run alone.
     """
 
-    inside: dict[Any, Line]
-    outputs: dict[Any, Line]
+    inside: dict[Signature, int] = field(default_factory=dict)
+    sizes: dict[Signature, tuple[int, ...]] = field(default_factory=dict)
+    hidden: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    unknown: set[Signature] = field(default_factory=set)
+
+    def watch(self, real: Timeline, replayed: Timeline) -> None:
+        """Learn from a real step, and its replay, which operators hide something."""
+        expected = dict(zip(replayed.signatures, _returned(replayed), strict=True))
+        for signature, work, inside, sizes in zip(
+            real.signatures, real.work, real.inside_bytes, _returned(real), strict=True
+        ):
+            self._note(signature, int(work[MOVED]), int(inside), sizes, expected.get(signature, sizes))
+
+    def learn(self, timeline: Timeline, calls: Mapping[Signature, Call]) -> None:
+        """Run alone those operators of a replay that may hide something, and were not run yet."""
+        moves = dict(zip(timeline.signatures, timeline.work[:, MOVED], strict=True))
+        new = [signature for signature, moved in moves.items()
+               if moved and signature not in self.inside and signature not in self.unknown
+               and self._may_hide(signature, moved)]  # fmt: skip
+        if not new:
+            return
+        tries: list[Signature] = []
+        ran: dict[int, int] = {}  # number of a try that went well -> bytes that it left
+
+        def attempt(signature: Signature, real: bool) -> bool:
+            tries.append(signature)
+            call = calls[signature]
+            try:
+                args, kwargs = self._arguments(signature, calls, real)
+                with torch.set_grad_enabled(call.learns), mark(len(tries) - 1):
+                    out = call.func(*args, **kwargs)
+            except _REFUSED:
+                return False
+            self.sizes[signature] = tuple(tensor.untyped_storage().nbytes() for tensor in _made(out, (args, kwargs)))
+            ran[len(tries) - 1] = sum(self.sizes[signature])
+            return True
+
+        def run() -> None:
+            # a replay may be wrong about what an operator returns, such as its data type, and the next refuse that
+            self.unknown.update(s for s in new if not attempt(s, False) and not attempt(s, True))
+
+        with torch.random.fork_rng():
+            recording = Recording.of(memory_events(run), cuda=any(_cuda(calls[signature]) for signature in new))
+        kept = np.array([ran.get(number, 0) for number in recording.numbers.tolist()], dtype="int64")
+        for number, amount in zip(recording.numbers.tolist(), recording.inside(kept).tolist(), strict=True):
+            if number in ran:
+                signature = tries[number]
+                self.inside[signature] = amount
+                self._note(signature, int(moves[signature]), amount, self.sizes[signature], calls[signature].sizes)
+
+    def _note(
+        self, signature: Signature, moved: int, inside: int, real: Sequence[int], replayed: Sequence[int]
+    ) -> None:
+        hidden = max(inside, abs(sum(real) - sum(replayed)))
+        most, moved_most = self.hidden.get(signature.kind, (0, 0))
+        self.hidden[signature.kind] = max(most, hidden), max(moved_most, moved)
+
+    def _may_hide(self, signature: Signature, moved: int) -> bool:
+        """Nothing is known of it, it hid something, or it moves more than any that hid nothing."""
+        most, moved_most = self.hidden.get(signature.kind, (0, 0))
+        return moved > moved_most or most > _NUMBERS_BYTES
+
+    def _arguments(self, signature: Signature, calls: Mapping[Signature, Call], real: bool = False) -> Any:
+        """Zeros of these looks; but of what a replay has only an empty tensor, and with ``real`` of all that an
+        operator made, what that really returns."""
+        call = calls[signature]
+        leaves = [self._tensor(leaf, calls, real) if isinstance(leaf, Like) else leaf for leaf in call.leaves]
+        return tree_unflatten(leaves, call.spec)
+
+    def _tensor(self, like: Like, calls: Mapping[Signature, Call], real: bool) -> torch.Tensor:
+        if like.maker is not None:
+            maker, place = like.maker
+            empty = not calls[maker].sizes[place] and any(self.sizes.get(maker, ())[place : place + 1])
+            if real or empty:
+                args, kwargs = self._arguments(maker, calls)
+                with torch.set_grad_enabled(calls[maker].learns):
+                    made = _made(calls[maker].func(*args, **kwargs), (args, kwargs))[place]
+                if empty or made.shape == like.shape:
+                    return made
+        span = 1 + sum((size - 1) * step for size, step in zip(like.shape, like.stride, strict=True))
+        flat = torch.zeros(max(0, span) if all(like.shape) else 0, dtype=like.dtype, device=like.device)
+        return flat.as_strided(like.shape, like.stride)
 
     def applied(self, timeline: Timeline) -> Timeline:
         """A replayed timeline with what the replay did not see."""
-        moved = timeline.work[:, MOVED]
-        inside = [_at(self.inside, signature, (), x) or 0
-                  for signature, x in zip(timeline.signatures, moved, strict=True)]  # fmt: skip
+        inside = [self.inside[s] if s in self.inside else min(self.hidden.get(s.kind, (0, 0))[0], _NUMBERS_BYTES)
+                  for s in timeline.signatures]  # fmt: skip
         births = timeline.allocations["birth"].to_numpy()
         sizes = timeline.allocations["size_bytes"].to_numpy().copy()
         for row, (op, place) in enumerate(zip(births, places(births), strict=True)):
-            size = _at(self.outputs, timeline.signatures[op], (place,), moved[op])
-            sizes[row] = sizes[row] if size is None else size
+            real = self.sizes.get(timeline.signatures[op], ())
+            sizes[row] = real[place] if place < len(real) else sizes[row]
         return replace(timeline, allocations=timeline.allocations.assign(size_bytes=sizes),
                        inside_bytes=timeline.inside_bytes + np.array(inside, dtype="int64"))  # fmt: skip
-
-
-def fit(observed: Sequence[Timeline], replayed: Sequence[Timeline]) -> Workspace:
-    """From real steps at two batch sizes or more, and the replays of the same steps."""
-    inside: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    outputs: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    for real, fake in zip(observed, replayed, strict=True):
-        # as the replay will see it: what a library returns may be empty there
-        moved = dict(zip(fake.signatures, fake.work[:, MOVED].tolist(), strict=True))
-        for signature, amount in zip(real.signatures, real.inside_bytes.tolist(), strict=True):
-            for key in _keys(signature, ()):
-                inside[key].append((moved.get(signature, 0), amount))
-        expected = _sizes(fake, moved)
-        for key, points in _sizes(real, moved).items():
-            if expected.get(key, points) != points:
-                outputs[key] += points
-    # of one size alone nobody can tell a constant from a rate: then the operators with the same weights tell
-    inside_lines, output_lines = (
-        {key: _line(points) for key, points in samples.items()
-         if not isinstance(key[0], Signature) or len(set(points)) > 1}
-        for samples in (inside, outputs)
-    )  # fmt: skip
-    return Workspace({key: line for key, line in inside_lines.items() if any(y for _, y in inside[key])}, output_lines)
 
 
 def places(births: Any) -> Any:
@@ -79,28 +138,24 @@ def places(births: Any) -> Any:
     return np.arange(len(births)) - np.searchsorted(births, births, "left")
 
 
-def _sizes(timeline: Timeline, moved: dict[Signature, int]) -> dict[Any, list[tuple[int, int]]]:
-    """Bytes read and written, and size of each thing returned, by what returned it."""
-    samples: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    births = timeline.allocations["birth"].to_numpy()
-    for op, place, size in zip(births, places(births), timeline.allocations["size_bytes"], strict=True):
-        signature = timeline.signatures[op]
-        for key in _keys(signature, (place,)):
-            samples[key].append((moved.get(signature, 0), int(size)))
-    return samples
+def _returned(timeline: Timeline) -> list[list[int]]:
+    """Sizes of what each operator made."""
+    sizes: list[list[int]] = [[] for _ in timeline.ops]
+    for op, size in zip(timeline.allocations["birth"], timeline.allocations["size_bytes"], strict=True):
+        sizes[op].append(int(size))
+    return sizes
 
 
-def _keys(signature: Signature, place: tuple[int, ...]) -> tuple[Any, Any]:
-    return (signature, *place), (signature.name, signature.weights, *place)
+def _made(out: Any, given: Any) -> list[torch.Tensor]:
+    """The first tensor of each storage that an operator made: its inputs' are somebody else's."""
+    seen = {leaf.untyped_storage()._cdata for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)}
+    made = []
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in seen:
+            seen.add(leaf.untyped_storage()._cdata)
+            made.append(leaf)
+    return made
 
 
-def _at(lines: dict[Any, Line], signature: Signature, place: tuple[int, ...], x: int) -> int | None:
-    line = next((lines[key] for key in _keys(signature, place) if key in lines), None)
-    return None if line is None else max(0, round(line[0] + line[1] * int(x)))
-
-
-def _line(points: Sequence[tuple[int, int]]) -> Line:
-    x, y = np.array(points, dtype="float64").T
-    spread = x - x.mean()
-    slope = float(spread @ y / (spread @ spread)) if spread.any() else 0.0
-    return float(y.mean()) - slope * float(x.mean()), slope
+def _cuda(call: Call) -> bool:
+    return any(isinstance(leaf, Like) and leaf.device.type == "cuda" for leaf in call.leaves)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from effkit.account import Account
-from effkit.activations import lossy_gradients, op_workspace
+from effkit.activations import lossy_gradients
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, complete, parted
 from effkit.activations.live import TIME, Calibration, measure, saved_account
@@ -63,8 +63,8 @@ def forecast(
 ) -> Account:  # fmt: skip
     """The peak of a training step before it is run: of this model at any size, with any levers in force.
 
-    The whole step is replayed on fake tensors: no memory, and no arithmetic. Convolutions and recurrent layers have
-    libraries do their work, in memory that a replay cannot see: then two steps on two and three rows are run first.
+    The whole step is replayed on fake tensors: no memory, and no arithmetic. What operators allocate inside themselves
+    a replay cannot see: each of them is run once, alone, on zeros.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def forecast(
         ``"cuda"``: as on a GPU, on a machine that has none. What a GPU does otherwise is then assumed, not measured:
         see :mod:`effkit.activations.gpu_assumptions`.
     calibrate
-        Whether to run the small steps; where a replay is known to need them, unless given.
+        Whether to run operators; unless given, where the model is on this machine and ``device`` is left out.
     setting
         As in :func:`predict`.
     """
@@ -200,15 +200,12 @@ def _forecaster(
     model: torch.nn.Module, batch: Any, loss: Loss | None, optimizer: MakeOptimizer | None,
     make_batch: MakeBatch | None, device: str | None, calibrate: bool | None, setting: Mapping[str, Any],
 ) -> Forecaster:  # fmt: skip
-    """What forecasts around the size of this setting, calibrated at its sequence length where it has to be."""
+    """What forecasts around the size of this setting."""
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     forecaster = Forecaster(model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device)
-    forecaster.size, levers = parted(complete(forecaster.rest(), setting))
-    if calibrate is None:
-        on_meta = any(parameter.is_meta for parameter in model.parameters())
-        calibrate = device is None and not on_meta and op_workspace.opaque(forecaster.timeline(forecaster.size, levers))
-    if calibrate:
-        forecaster.calibrate(model, *levers.half)
+    forecaster.size, _ = parted(complete(forecaster.rest(), setting))
+    if calibrate is not None:
+        forecaster.runs_operators = calibrate
     return forecaster
 
 
@@ -218,16 +215,18 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     total = sum(peak.rows.values())
     error = abs(calibration.error_frac) if calibration else 0.0
     trust = Trust(error, least_frac=max(_LEAST_BAND_FRAC, forecaster.doubt_frac))
+    half_width = total * trust.beyond(peak.doublings, peak.seen)
     companions: list[Account] = []
     if calibration is not None and (clock := calibration.clock) is not None:
         time_ns = round(forecaster.step_ns(size, levers, clock))
+        known = clock.knows(levers)
+        time_half_width = time_ns * Trust(clock.error_frac, clock.noise_frac).beyond(peak.doublings, known)
         companions = [Account.of(
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
-            basis="derived", **interval(time_ns, time_ns * Trust(clock.error_frac).band_frac), setting=wanted,
-            in_range=peak.covered and clock.knows(levers),
+            basis="derived", **interval(time_ns, time_half_width), setting=wanted, in_range=peak.covered and known,
         ), *lossy_gradients.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
     return Account.of(
-        PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, total * trust.band_frac),
+        PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, half_width),
         source=f"a replay on fake tensors: the peak is in {peak.phase}, at {peak.op}{forecaster.assumptions}",
         in_range=peak.covered, setting=wanted, companions=tuple(companions),
         calibration=calibration or forecaster,

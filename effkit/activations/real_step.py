@@ -17,8 +17,49 @@ from effkit.activations.timeline import CATEGORIES, Ints, Timeline
 from effkit.device import synchronize
 from effkit.gc_disabled import gc_disabled
 from effkit.recording import memory_events
+from effkit.trace.tidying import Trace
 
 _MARK = "effkit::operator#"
+
+
+def mark(number: int) -> Any:
+    """A context to run the operator of this number in, whose begin and end a recording then has."""
+    return _RecordFunctionFast(f"{_MARK}{number}")
+
+
+class Recording(NamedTuple):
+    """What the profiler saw of operators that ran in marks.
+
+    ``numbers`` are the marks', ``starts`` and ``ends`` when each began and ended; ``memory`` are the allocations and
+    frees, ``times`` when each was, ``levels`` the total before the first, and after each [bytes].
+    """
+
+    numbers: Any
+    starts: Any
+    ends: Any
+    memory: pd.DataFrame
+    times: Any
+    levels: Any
+
+    @classmethod
+    def of(cls, recording: Trace, *, cuda: bool) -> Recording:
+        """The memory of the GPU, or of the CPU."""
+        memory = recording.memory[recording.memory["device"].str.startswith("cuda" if cuda else "cpu")]
+        marks = recording.events[recording.events["name"].str.startswith(_MARK)]
+        numbers = marks["name"].str.removeprefix(_MARK).astype("int64").to_numpy()
+        order = np.argsort(numbers)
+        starts = marks["start_ns"].to_numpy()[order]
+        totals = memory["total_bytes"].to_numpy("int64")
+        before = int(totals[0] - memory["size_bytes"].iloc[0]) if len(memory) else 0
+        return cls(numbers[order], starts, starts + marks["dur_ns"].to_numpy()[order], memory,
+                   memory["time_ns"].to_numpy(), np.append(before, totals))  # fmt: skip
+
+    def inside(self, kept: Ints) -> Ints:
+        """How far the level rose during each operator beyond what the operator left behind, ``kept`` [bytes]."""
+        first = np.searchsorted(self.times, self.starts, "left")
+        last = np.searchsorted(self.times, self.ends, "right")
+        highest = np.array([self.levels[a : b + 1].max() for a, b in zip(first, last, strict=True)], dtype="int64")
+        return np.maximum(0, highest - self.levels[first] - kept)
 
 
 class Observation(NamedTuple):
@@ -50,7 +91,7 @@ def observe(
     On a GPU the peak is the allocator's own; on the CPU it is what the profiler's running total rose by, and what was
     there before it: ``residents``.
     """
-    follower = Follower(residents, lambda number: _RecordFunctionFast(f"{_MARK}{number}"))
+    follower = Follower(residents, mark)
     cuda = next(model.parameters()).is_cuda
 
     def follow() -> None:
@@ -61,39 +102,26 @@ def observe(
         synchronize()
         torch.cuda.reset_peak_memory_stats()
     with gc_disabled():  # what an earlier step left in cycles would die during this one, and pass for its own
-        recording = memory_events(follow)
+        recording = Recording.of(memory_events(follow), cuda=cuda)
     counted = torch.cuda.max_memory_allocated() if cuda else None
     timeline = follower.timeline()
-    memory = recording.memory[recording.memory["device"].str.startswith("cuda" if cuda else "cpu")]
-    marks = recording.events[recording.events["name"].str.startswith(_MARK)]
-    order = np.argsort(marks["name"].str.removeprefix(_MARK).astype("int64").to_numpy())
-    starts = marks["start_ns"].to_numpy()[order]
-    ends = starts + marks["dur_ns"].to_numpy()[order]
-    times, totals = memory["time_ns"].to_numpy(), memory["total_bytes"].to_numpy("int64")
-    before = int(totals[0] - memory["size_bytes"].iloc[0]) if len(memory) else 0
-    levels = np.append(before, totals)
-    at = int(totals.argmax()) if len(memory) else -1
+    _, starts, ends, memory, times, levels = recording
+    before = int(levels[0])
+    at = int(levels[1:].argmax()) if len(memory) else -1
     op = int(np.searchsorted(starts, times[at], "right")) - 1 if at >= 0 else -1
     rows = dict(timeline.resident_bytes) | _alive(memory.iloc[: at + 1], follower, timeline, op)
     source = "torch.cuda.max_memory_allocated"
     if counted is None:
-        counted = sum(timeline.resident_bytes.values()) + (max(0, int(totals[at]) - before) if at >= 0 else 0)
+        counted = sum(timeline.resident_bytes.values()) + (max(0, int(levels[at + 1]) - before) if at >= 0 else 0)
         source = "resident tensors + the profiler's Total Allocated"
     # nothing is kept for a backward pass that never comes
     backward = starts[timeline.backward : timeline.backward + 1]
     kept = int(levels[np.searchsorted(times, backward[0], "left")]) - before if len(backward) else 0
+    made = np.bincount(timeline.allocations["birth"], timeline.allocations["size_bytes"], minlength=len(timeline.ops))
     return Observation(
-        replace(timeline, inside_bytes=_inside(timeline, starts, ends, times, levels)), ends - starts,
+        replace(timeline, inside_bytes=recording.inside(made.astype("int64"))), ends - starts,
         {name: rows[name] for name in CATEGORIES if rows.get(name)}, counted, source, kept,
     )  # fmt: skip
-
-
-def _inside(timeline: Timeline, starts: Any, ends: Any, times: Any, levels: Any) -> Ints:
-    """How far the recorded level rose during each operator beyond what the operator left behind [bytes]."""
-    first, last = np.searchsorted(times, starts, "left"), np.searchsorted(times, ends, "right")
-    kept = np.bincount(timeline.allocations["birth"], timeline.allocations["size_bytes"], minlength=len(timeline.ops))
-    highest = np.array([levels[a : b + 1].max() for a, b in zip(first, last, strict=True)], dtype="int64")
-    return np.maximum(0, highest - levels[first] - kept.astype("int64"))
 
 
 def _alive(memory: pd.DataFrame, follower: Follower, timeline: Timeline, op: int) -> dict[str, int]:

@@ -5,19 +5,41 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from effkit.activations import op_costs, saved_tensor_hooks
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
 
 OUTSIDE = ""  # of any module
+_TELLING = (int, str, torch.dtype, torch.memory_format)  # arguments whose values decide what an operator allocates
+
+
+class Like(NamedTuple):
+    """How a tensor looks; and the operator that made its storage, and as the how-manieth of its results."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    maker: tuple[Signature, int] | None
+
+
+class Call(NamedTuple):
+    """How to run an operator again: ``leaves`` and ``spec`` are its arguments, ``learns`` whether autograd was on;
+    ``sizes`` those of what it made."""
+
+    func: Any
+    leaves: list[Any]
+    spec: Any
+    learns: bool
+    sizes: tuple[int, ...]
 
 
 class Follower(TorchDispatchMode):
@@ -47,6 +69,7 @@ class Follower(TorchDispatchMode):
         self._segments: list[Segment] = []
         self._work: list[tuple[int, ...]] = []
         self._signatures: list[Signature] = []
+        self.calls: dict[Signature, Call] = {}  # of a replay
         self._aside: list[bool] = []
         self._parameters: list[torch.nn.Parameter] = []
         self._modules: list[str] = []
@@ -89,16 +112,33 @@ class Follower(TorchDispatchMode):
         number = len(self._ops)
         with self._mark(number):
             out = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves, spec = tree_flatten((args, kwargs or {}))
+        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self._births(given, made, number)
         self._ops.append(func._schema.name.removeprefix("aten::"))
-        weights = tuple(tuple(t.shape) for t in given if self._allocation_of.get(t.untyped_storage()._cdata) == -1)
+        others = [func._overloadname, *(leaf if isinstance(leaf, _TELLING) else type(leaf).__name__ for leaf in leaves)]
         half = bool(given) and given[0].dtype in op_costs.HALF
-        self._signatures.append(Signature(self._ops[-1], tuple(tuple(t.shape[1:]) for t in given), weights, half))
+        looks = tuple((tuple(t.shape), tuple(t.stride()), str(t.dtype)) for t in given)
+        self._signatures.append(Signature(self._ops[-1], looks, str(others), half))
+        first = len(self._sizes)
+        self._births(given, made, number)
+        if not self._has_addresses and self._signatures[-1] not in self.calls:
+            alike = [self._like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            sizes = tuple(self._sizes[first:])
+            self.calls[self._signatures[-1]] = Call(func, alike, spec, torch.is_grad_enabled(), sizes)
         self._aside.append(saved_tensor_hooks.at_work())
         self._work.append(op_costs.work(func, args, kwargs, out, given, made))
         return out
+
+    def _like(self, tensor: torch.Tensor) -> Like:
+        made = self._allocation_of.get(tensor.untyped_storage()._cdata, -1)
+        maker = None
+        if made >= 0:
+            op, first = self._born[made][0], made
+            while first and self._born[first - 1][0] == op:
+                first -= 1
+            maker = self._signatures[op], made - first
+        return Like(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device, maker)
 
     @property
     def _latest(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from effkit.activations.levers import NONE, Levers
 from effkit.activations.low_bit import STATES
 from effkit.activations.op_costs import FLOPS, HALF_FLOPS, MOVED
 from effkit.activations.timeline import Ints, Timeline
+from effkit.lab import noise, rms
 from effkit.least_squares import Floats, nonnegative
 
 _OF_THE_OPTIMIZER = {("optimizer_states", form) for form in STATES}
@@ -22,13 +23,15 @@ _APART = 1.5  # sizes that differ by less are one size
 class Run:
     """A step that was run: followed once, and timed without being followed.
 
-    ``durations_ns`` is the time of each operator, ``step_ns`` the wall time of the whole step.
+    ``durations_ns`` is the time of each operator, ``step_ns`` the wall time of the whole step, the fastest of
+    ``repeats_ns``.
     """
 
     levers: Levers
     timeline: Timeline
     durations_ns: Ints
     step_ns: int
+    repeats_ns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +45,31 @@ class Clock:
 
     ``costs`` maps (name, whether in half precision) to ns per call, per byte and per FLOP; ``weights`` are ``s``,
     ``p`` [ns] and ``q`` [ns]; ``corrections`` maps a lever to ns at full force, ``None`` to the plain step's;
-    ``error_frac`` is the root mean square of the relative errors on the runs before they were corrected.
+    ``errors`` are those of each run (predicted over measured, minus 1) by a clock of the other runs, which knows
+    neither its operators nor its lever; ``noise_frac`` is how far repeats of one step lay apart.
     """
 
     costs: dict[tuple[str, bool], Floats]
     weights: Floats
     corrections: dict[Hashable, float]
-    error_frac: float
+    errors: tuple[float, ...] = ()
+    noise_frac: float = 0.0
+
+    @property
+    def error_frac(self) -> float:
+        """Root mean square of the errors."""
+        return rms(self.errors)
 
     @classmethod
     def fit(cls, runs: Sequence[Run]) -> Clock:
         """From a plain step, and one for each lever alone at full force."""
+        others = [[other for other in runs if other is not run] for run in runs[1:]]
+        errors = [cls._fitted(rest).step_ns(run.timeline, run.levers) / run.step_ns - 1
+                  for run, rest in zip(runs[1:], others, strict=True)]  # fmt: skip
+        return replace(cls._fitted(runs), errors=tuple(errors), noise_frac=noise(run.repeats_ns for run in runs))
+
+    @classmethod
+    def _fitted(cls, runs: Sequence[Run]) -> Clock:
         samples: dict[tuple[str, bool], list[tuple[Floats, float]]] = defaultdict(list)
         for run in runs:
             for key, features, duration in zip(*_features(run.timeline), run.durations_ns, strict=True):
@@ -66,7 +83,7 @@ class Clock:
         plain = next(short[i] for i, run in enumerate(runs) if not _forces(run.levers))
         corrections: dict[Hashable, float] = {None: float(plain)}
         corrections |= {lever: float(short[i] - plain) for i, run in enumerate(runs) for lever in _forces(run.levers)}
-        return cls(costs, weights, corrections, float(np.sqrt(np.mean(np.square(short / truth)))))
+        return cls(costs, weights, corrections)
 
     def step_ns(self, timeline: Timeline, levers: Levers, growth: float = 1.0) -> float:
         """The time of a replayed step, of a batch that holds ``growth`` times what the runs did."""

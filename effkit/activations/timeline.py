@@ -28,13 +28,18 @@ class Segment(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What an operator is called on, but for the batch size: its name, the shapes without dimension 0, the weights, and
+    """What an operator is called on: its name; shape, strides and data type of each tensor; all other arguments; and
     whether in half precision."""
 
     name: str
-    shapes: tuple[tuple[int, ...], ...]
-    weights: tuple[tuple[int, ...], ...]
-    half: bool
+    given: tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...] = ()
+    others: str = ""
+    half: bool = False
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Name and data types: at other sizes it is the same operator."""
+        return self.name, *(dtype for *_, dtype in self.given)
 
 
 @dataclass(frozen=True, eq=False)
