@@ -33,14 +33,16 @@ class Workspace:
         Of each signature that was run alone.
     hidden
         Name and data types -> the most that such an operator hid in a real step, or alone, and the most it moved there.
-    unknown
-        Those that could not be run alone.
     """
 
     inside: dict[Signature, int] = field(default_factory=dict)
     sizes: dict[Signature, tuple[int, ...]] = field(default_factory=dict)
     hidden: dict[Any, tuple[int, int]] = field(default_factory=dict)
-    unknown: set[Signature] = field(default_factory=set)
+
+    @property
+    def unknown(self) -> frozenset[Signature]:
+        """Those that could not be run alone."""
+        return frozenset(self.sizes.keys() - self.inside.keys())
 
     def watch(self, real: Timeline, replayed: Timeline) -> None:
         """Learn from a real step, and its replay, which operators hide something."""
@@ -54,7 +56,7 @@ class Workspace:
         """Run alone those operators of a replay that may hide something, and were not run yet."""
         moves = dict(zip(timeline.signatures, timeline.work[:, MOVED], strict=True))
         new = [signature for signature, moved in moves.items()
-               if moved and signature not in self.inside and signature not in self.unknown
+               if moved and signature not in self.sizes and not _shows(calls[signature])
                and self._may_hide(signature, moved)]  # fmt: skip
         if not new:
             return
@@ -76,7 +78,9 @@ class Workspace:
 
         def run() -> None:
             # a replay may be wrong about what an operator returns, such as its data type, and the next refuse that
-            self.unknown.update(s for s in new if not attempt(s, False) and not attempt(s, True))
+            for signature in new:
+                if not attempt(signature, False) and not attempt(signature, True):
+                    self.sizes[signature] = calls[signature].sizes
 
         with torch.random.fork_rng():
             recording = Recording.of(memory_events(run), cuda=any(_cuda(calls[signature]) for signature in new))
@@ -159,3 +163,8 @@ def _made(out: Any, given: Any) -> list[torch.Tensor]:
 
 def _cuda(call: Call) -> bool:
     return any(isinstance(leaf, Like) and leaf.device.type == "cuda" for leaf in call.leaves)
+
+
+def _shows(call: Call) -> bool:
+    """Whether this only makes a tensor show another storage."""
+    return any(isinstance(leaf, torch.UntypedStorage) for leaf in call.leaves)

@@ -28,7 +28,9 @@ _FEW_ROWS = 8  # to begin a search from
 
 
 def predict(base: Account, **setting: Any) -> Account:
-    """The peak at another setting, without running anything: a replay on fake tensors, or a surface through a few.
+    """The peak at another setting, without running the model: a replay on fake tensors, or a surface through a few.
+
+    Operators that hide memory, and those of a precision that no step has run, are run once, alone, on zeros.
 
     Parameters
     ----------
