@@ -167,4 +167,4 @@ def _cuda(call: Call) -> bool:
 
 def _shows(call: Call) -> bool:
     """Whether this only makes a tensor show another storage."""
-    return any(isinstance(leaf, torch.UntypedStorage) for leaf in call.leaves)
+    return any(leaf is torch.UntypedStorage for leaf in call.leaves)

@@ -123,7 +123,9 @@ class Follower(TorchDispatchMode):
         first = len(self._sizes)
         self._births(given, made, number)
         if not self._has_addresses and self._signatures[-1] not in self.calls:
-            alike = [self._like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            # of a storage only its type: who holds it keeps it alive
+            plain = [torch.UntypedStorage if isinstance(leaf, torch.UntypedStorage) else leaf for leaf in leaves]
+            alike = [self._like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in plain]
             sizes = tuple(self._sizes[first:])
             self.calls[self._signatures[-1]] = Call(func, alike, spec, torch.is_grad_enabled(), sizes)
         self._aside.append(saved_tensor_hooks.at_work())
