@@ -23,6 +23,11 @@ def cost(alone, several, per_row, cold, per_cell=0.0):
     return StepCost(tuple(time + share * cold for share in (0, 0.4, 1) for time in rows), per_cell, most=1e9)
 
 
+def bulk(fixed, per_cell, per_pair=0.0):
+    """A straight line over the cells."""
+    return BulkCost((0.0, 1e6), (fixed, fixed + 1e6 * per_cell), per_pair)
+
+
 COSTS = Costs(
     lattice=NODES,
     layer={
@@ -36,16 +41,11 @@ COSTS = Costs(
         OUTPUT: cost(80e3, 100e3, 4e3, 0),
         BETWEEN: cost(150e3, 150e3, 2e3, 100e3),
     },
-    keys_values=BulkCost(50e3, 400),
-    front=BulkCost(500e3, 4000),
-    encoder_layer=BulkCost(200e3, 3000, 0.4),
-    prefill={
-        SELF: BulkCost(100e3, 3000, 5),
-        CROSS: BulkCost(0, 0),
-        FFN: BulkCost(90e3, 9000),
-        NORMS: BulkCost(50e3, 300),
-    },
-    start=BulkCost(2e6, 100),
+    keys_values=bulk(50e3, 400),
+    front=bulk(500e3, 4000),
+    encoder_layer=bulk(200e3, 3000, 0.4),
+    prefill={SELF: bulk(100e3, 3000, 5), CROSS: BulkCost(), FFN: bulk(90e3, 9000), NORMS: bulk(50e3, 300)},
+    start=(2e6, 100),
 )
 READ_BYTES_PER_S, PRODUCTS = 20e9, ProductCost((1, 2, 8, 32), (0.2, 0.32, 0.38, 0.62))  # ns per weight
 
@@ -70,7 +70,7 @@ def run(setting: Setting, size: StepSize, costs: Costs = COSTS) -> Run:
         for part, bulk in costs.prefill.items():
             frame.loc[0, part] = depth * bulk.ns(rows, size.prompt_cells)
     steps = frame.round().astype("int64")
-    start = costs.start.ns(1, 0) + costs.start.per_cell * rows * depth * setting.input_length
+    start = costs.start[0] + costs.start[1] * rows * depth * setting.input_length
     wall = int(round(encoder) + steps.to_numpy().sum() + round(start))
     return Run(setting, (Watched(steps, round(encoder), round(layers), wall),) * 2, (wall, wall), size)
 

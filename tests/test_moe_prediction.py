@@ -102,7 +102,7 @@ def test_noise_counts_once(base):
     known = replace(base.calibration, error_frac=0.03, walls_ns=[[1] * 3], num_steps=3)
     quiet, noisy = (replace(known, noise_frac=noise) for noise in (0.06, 0.12))
     assert quiet.band_frac == pytest.approx(2 * 0.03)
-    assert noisy.band_frac == pytest.approx(2 * 1.25 * 0.12 / 3)
+    assert noisy.band_frac == pytest.approx(2 * (np.pi / 2) ** 0.5 * 0.12 / 3)
 
 
 def test_combinations_that_no_run_had_are_another_regime(base):

@@ -252,7 +252,7 @@ def test_noise_in_an_epoch_is_less_than_in_one_step():
     exact = replace(calibration, cost=replace(calibration.cost, error_frac=0.0), noise_frac=0.2)
     repeats = 100
     often = replace(exact, steps=exact.steps.assign(times_ns=[[1] * repeats] * len(exact.steps)))
-    assert exact.band_frac == pytest.approx(2 * 1.25 * 0.2 / np.sqrt(len(exact.steps)))
+    assert exact.band_frac == pytest.approx(2 * np.sqrt(np.pi / 2) * 0.2 / np.sqrt(len(exact.steps)))
     assert often.band_frac == pytest.approx(exact.band_frac / 10)
 
 

@@ -88,11 +88,11 @@ class Calibration(Observed):
     @property
     def trust(self) -> Trust:
         """How far a prediction is off."""
-        return Trust(self.error_frac, self.noise_frac)
+        return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns))
 
     @property
     def band_frac(self) -> float:
-        """Half the width of a prediction's band: two standard errors."""
+        """Half the width of a prediction's band."""
         return self.trust.band_frac
 
     def resolved(self, setting: Setting) -> Setting:

@@ -98,18 +98,23 @@ class StepCost:
 
 @dataclass(frozen=True)
 class BulkCost:
-    """Time of all positions of an input at once [ns]: ``fixed + per_cell·B·T + per_pair·B·T²``."""
+    """Time of all positions of an input at once [ns]: on lines between ``nodes`` at so many ``cells = B·T``, plus
+    ``per_pair·B·T²``. Many positions cost more each than few where caches no longer hold what lies between operators.
+    """
 
-    fixed: float
-    per_cell: float
+    cells: tuple[float, ...] = (0.0,)
+    nodes: tuple[float, ...] = (0.0,)
     per_pair: float = 0.0
 
-    def ns(self, batch: float, cells: float) -> float:
-        return self.fixed + self.per_cell * batch * cells + self.per_pair * batch * cells * cells
+    def ns(self, batch: float, length: float) -> float:
+        on_lines = _between(np.asarray(self.cells), batch * length) @ np.asarray(self.nodes)
+        return max(0.0, float(on_lines)) + self.per_pair * batch * length * length
 
     def times(self, per_cell: float, per_pair: float) -> BulkCost:
-        """With more to do for each cell and each pair of cells."""
-        return BulkCost(self.fixed, self.per_cell * per_cell, self.per_pair * per_pair)
+        """With more to do for each cell and each pair of cells; what no cell at all costs stays."""
+        none = max(0.0, float(_between(np.asarray(self.cells), 0.0) @ np.asarray(self.nodes)))
+        nodes = tuple(max(0.0, none + per_cell * (node - none)) for node in self.nodes)
+        return BulkCost(self.cells, nodes, self.per_pair * per_pair)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Costs:
     prefill
         Of a decoder-only model: the first forward, per layer and part, over the prompt.
     start
-        Before and after the steps; ``per_cell`` is per cell and decoder layer: a cache is laid out and freed.
+        Before and after the steps [ns], and so much per cell and decoder layer: a cache is laid out and freed.
     """
 
     lattice: Lattice
@@ -139,7 +144,7 @@ class Costs:
     front: BulkCost
     encoder_layer: BulkCost
     prefill: Mapping[str, BulkCost]
-    start: BulkCost
+    start: tuple[float, float] = (0.0, 0.0)
 
     def part_ns(self, part: str, setting: Setting, cells: float | Floats = 0.0, rows: int = 0) -> Any:
         """One part of one step [ns], all its layers together; of ``rows`` sequences, or the setting's."""
@@ -167,7 +172,7 @@ class Costs:
         for part in self.step:
             num_times = setting.num_steps - 1 if part == BETWEEN else len(kv)
             times[part] = num_times * float(self.part_ns(part, setting))
-        times[START] = self.start.fixed + self.start.per_cell * rows * depth * max(crossed, prompt_cells)
+        times[START] = self.start[0] + self.start[1] * rows * depth * max(crossed, prompt_cells)
         return {part: time_ns for part, time_ns in times.items() if time_ns > 0}
 
 
@@ -176,7 +181,7 @@ def fit(runs: Sequence[Run], lattice: Lattice) -> Costs:
     layer = {part: _step_cost(runs, part, lattice) for part in PER_LAYER}
     step = {part: _step_cost(runs, part, lattice) for part in PER_STEP}
     coded = [run for run in runs if run.setting.encoder_layers]
-    keys_values = front = encoder_layer = BulkCost(0.0, 0.0)
+    keys_values = front = encoder_layer = BulkCost()
     prefill: dict[str, BulkCost] = {}
     if coded:
         keys_values = _bulk(coded, lambda w, s: w.steps[CROSS_KV].iloc[0] / s.depth, pairs=False)
@@ -184,7 +189,7 @@ def fit(runs: Sequence[Run], lattice: Lattice) -> Costs:
         encoder_layer = _bulk(coded, lambda w, s: w.encoder_layers_ns / s.encoder_layers)
     else:
         prefill = {part: _bulk(runs, lambda w, s, part=part: w.steps[part].iloc[0] / s.depth) for part in PER_LAYER}
-    costs = Costs(lattice, layer, step, keys_values, front, encoder_layer, prefill, BulkCost(0.0, 0.0))
+    costs = Costs(lattice, layer, step, keys_values, front, encoder_layer, prefill)
     return replace(costs, start=_start(runs, costs))
 
 
@@ -199,41 +204,47 @@ def _step_cost(runs: Sequence[Run], part: str, lattice: Lattice) -> StepCost:
                 read = setting.rows * {SELF: cells[chunk].mean(), CROSS: setting.input_length}.get(part, 0.0)
                 rows.append([*nodes, read, (part == SELF) * read**2])
                 target.append(np.median(times[chunk]))
-    design, times = np.asarray(rows), np.asarray(target)
-    if not (times > 0).any():
+    if not any(target):
         return StepCost((0.0,) * len(lattice.bends().T))
-    found = _straightest(design, times, lattice.bends())
-    return StepCost(tuple(found[:-2]), found[-2], found[-1], most=float(design[:, -2].max()))
-
-
-def _straightest(design: Floats, times: Floats, bends: Floats) -> list[float]:
-    """Nodes and the two costs of reading; where the runs leave a choice, the one whose lines bend least."""
-    weight = 1.0 / np.maximum(times, 1e-3 * times.max())
-    bends = np.pad(bends, ((0, 0), (0, 2))) * _STRAIGHT / np.median(times[times > 0])
-    design, target = np.vstack([design * weight[:, None], bends]), np.append(times * weight, np.zeros(len(bends)))
-    scale = np.abs(design).max(axis=0)
-    used = np.flatnonzero(scale)
-    while True:
-        found = np.zeros(design.shape[1])
-        found[used] = np.linalg.lstsq(design[:, used] / scale[used], target, rcond=None)[0] / scale[used]
-        if (found[-2:] >= 0).all():
-            return [float(value) for value in found]
-        used = used[
-            used != len(found) - 2 + int(np.argmin(found[-2:] * scale[-2:]))
-        ]  # reading costs no less than nothing
+    found = _straightest(rows, target, lattice.bends())
+    return StepCost(tuple(found[:-2]), found[-2], found[-1], most=max(float(row[-2]) for row in rows))
 
 
 def _bulk(runs: Sequence[Run], time_ns: Any, pairs: bool = True) -> BulkCost:
+    """Nodes lie at the runs of the base's length: at all its numbers of rows."""
+    length = runs[0].setting.input_length
+    cells = np.unique([run.setting.rows * length for run in runs if run.setting.input_length == length]).astype(float)
     rows, target = [], []
     for run in runs:
         setting = run.setting
-        cells = setting.rows * setting.input_length
-        rows.append([1.0, cells, cells * setting.input_length * pairs])
+        of_run = setting.rows * setting.input_length
+        rows.append([*_between(cells, of_run), of_run * setting.input_length * pairs, 0.0])
         target.append(run.undisturbed(lambda w, setting=setting: time_ns(w, setting)))
-    return BulkCost(*_fitted(rows, target))
+    if not any(target):
+        return BulkCost()
+    *nodes, per_pair, _ = _straightest(rows, target, _bends(cells))
+    return BulkCost(tuple(cells.tolist()), tuple(nodes), per_pair)
 
 
-def _start(runs: Sequence[Run], costs: Costs) -> BulkCost:
+def _straightest(rows: Sequence[Any], target: Sequence[Any], bends: Floats) -> list[float]:
+    """Nodes, and two costs that are not below 0, by least squares of relative errors; where the runs leave a choice,
+    those whose lines bend least."""
+    times = np.asarray(target, dtype=np.float64)
+    weight = 1.0 / np.maximum(times, 1e-3 * times.max())
+    bends = np.pad(bends, ((0, 0), (0, 2))) * _STRAIGHT / np.median(times[times > 0])
+    design = np.vstack([np.asarray(rows, dtype=np.float64) * weight[:, None], bends])
+    wanted, scale = np.append(times * weight, np.zeros(len(bends))), np.abs(design).max(axis=0)
+    used = np.flatnonzero(scale)
+    while True:
+        found = np.zeros(design.shape[1])
+        found[used] = np.linalg.lstsq(design[:, used] / scale[used], wanted, rcond=None)[0] / scale[used]
+        if (found[-2:] >= 0).all():
+            return [float(value) for value in found]
+        least = len(found) - 2 + int(np.argmin(found[-2:] * scale[-2:]))
+        used = used[used != least]
+
+
+def _start(runs: Sequence[Run], costs: Costs) -> tuple[float, float]:
     """What a generation does around its steps, and what its first step takes beyond a later one."""
     rows, target = [], []
     for run in runs:
@@ -248,17 +259,13 @@ def _start(runs: Sequence[Run], costs: Costs) -> BulkCost:
             first = run.undisturbed(lambda w: w.steps.iloc[0].sum() - w.steps[CROSS_KV].iloc[0])
             taken += max(0.0, float(first) - usual)
         rows.append([1.0, setting.rows * setting.depth * cells])
-        target.append(taken)
-    return BulkCost(*_fitted(rows, target))
-
-
-def _fitted(rows: Sequence[Any], target: Sequence[Any]) -> list[float]:
-    """Relative errors count; a target of nothing costs nothing."""
-    design, times = np.asarray(rows, dtype=np.float64), np.asarray(target, dtype=np.float64)
-    if not (times > 0).any():
-        return [0.0] * design.shape[1]
+        target.append(max(0.0, float(taken)))
+    times = np.asarray(target)
+    if not times.any():
+        return 0.0, 0.0
     weight = 1.0 / np.maximum(times, 1e-3 * times.max())
-    return [float(value) for value in nonnegative(design * weight[:, None], times * weight)]
+    fixed, per_cell = nonnegative(np.asarray(rows) * weight[:, None], times * weight)
+    return float(fixed), float(per_cell)
 
 
 def _between(nodes: Floats, place: float) -> Floats:

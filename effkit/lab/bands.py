@@ -21,6 +21,9 @@ SPREAD = 2.0  # a band is two standard errors wide on each side
 # measured there
 _UNSEEN, _LEAST_UNSEEN_FRAC = 3.0, 0.3
 _ROOM = 1.05  # a size so many times beyond what was run is the same size: batches of an epoch are not equally long
+_OF_A_MEDIAN = math.sqrt(
+    math.pi / 2
+)  # a median's standard error over a mean's, of repeats that scatter as a normal does
 _OF_DIFFERENCES = 1.4826 / math.sqrt(2)  # a normal's standard deviation over the median distance of two draws
 
 
@@ -31,24 +34,26 @@ class Trust:
     Attributes
     ----------
     error_frac
-        Error of the model, as a fraction of the time.
+        Error of the model on runs that were left out of its fit, as a fraction of the time.
     noise_frac
-        Distance of repeats of one run, as a fraction.
-    least_error_frac, least_noise_frac, least_frac
-        What error, noise and the band's half-width are at least: few runs can agree by chance.
+        How far repeats of one run lie apart (:func:`noise`).
+    num_repeats
+        Repeats that a figure is the median of.
+    least_frac
+        What the band's half-width is at least.
     """
 
     error_frac: float
     noise_frac: float = 0.0
-    least_error_frac: float = 0.0
-    least_noise_frac: float = 0.0
+    num_repeats: float = 1.0
     least_frac: float = 0.0
 
     @property
     def band_frac(self) -> float:
-        """Half-width of the band: error and noise do not know of each other, so their squares add."""
-        error, noise = max(self.error_frac, self.least_error_frac), max(self.noise_frac, self.least_noise_frac)
-        return max(self.least_frac, SPREAD * math.hypot(error, noise))
+        """Half-width of the band. The error of runs that were left out holds their noise: noise counts by itself only
+        where few errors are smaller than it by chance."""
+        noise_of_figure = _OF_A_MEDIAN * self.noise_frac / math.sqrt(self.num_repeats)
+        return max(self.least_frac, SPREAD * max(self.error_frac, noise_of_figure))
 
     def beyond(self, doublings: float, seen: bool = True) -> float:
         """Half-width of the band outside the range: so many doublings beyond the sizes that were run, or in a regime

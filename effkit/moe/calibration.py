@@ -22,7 +22,6 @@ _LEVERS: Mapping[str, Mapping[str, Any]] = {
     "float8": {"message_dtype": "float8"},
 }
 _NUM_AROUND = 6  # settings that the costs of plain steps are fitted on; those of levers follow
-_OF_A_MEDIAN = 1.25  # its standard error over that of a mean, of repeats that scatter as a normal does
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +74,9 @@ class Calibration:
 
     @property
     def trust(self) -> Trust:
-        """In a step's time, the median of the rounds, averaged over the routings. What was left out was as noisy: its
-        error holds the noise, and is no less."""
+        """In a step's time, the median of the rounds, averaged over the routings."""
         num_repeats = self.num_steps * max(map(len, self.walls_ns), default=1)
-        return Trust(max(self.error_frac, _OF_A_MEDIAN * self.noise_frac / num_repeats**0.5))
+        return Trust(self.error_frac, self.noise_frac, num_repeats)
 
     @property
     def band_frac(self) -> float:

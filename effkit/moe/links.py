@@ -19,7 +19,6 @@ from effkit.units import readable
 DELAY_BYTES = 2**18  # 2.6 ms at 100 MB/s: what the machine's scheduler adds is small beside that
 _FEWEST = 3  # sizes in a regime: one may be left out and a line is left
 _CLEARLY_BETTER = 0.8  # two lines must leave this much of one line's error, or less
-_OF_A_MEDIAN = 1.25  # its standard error over that of a mean, of repeats that scatter as a normal does
 
 
 class Regime(NamedTuple):
@@ -98,8 +97,7 @@ class Link:
             raise ValueError(f"size_bytes is the size of one message, 0 or more; given: {size_bytes}")
         dur_ns = _at(self.regimes, size_bytes, self.num_messages)
         doublings = Hull.of({"size_bytes": size} for size in self.frame.index).doublings({"size_bytes": size_bytes})
-        # what was left out was as noisy: its error holds the noise, and is no less
-        margin = Trust(max(self.error_frac, self.noise_frac)).beyond(doublings) * dur_ns
+        margin = Trust(self.error_frac, self.noise_frac).beyond(doublings) * dur_ns
         return Duration(dur_ns, max(0.0, dur_ns - margin), dur_ns + margin, doublings == 0)
 
     def __repr__(self) -> str:
@@ -179,7 +177,7 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
         frame.loc[size, "held_out_ns"] = _at(_regimes(np.delete(points, i, axis=1), num_messages), size, num_messages)
     frame["held_out_error"] = frame["held_out_ns"] / frame["dur_ns"] - 1
     error_frac = rms(frame["held_out_error"].dropna())
-    noise_frac = _OF_A_MEDIAN * noise(times.to_numpy() for _, times in by_size) / by_size.size().median() ** 0.5
+    noise_frac = noise(times.to_numpy() for _, times in by_size) / by_size.size().median() ** 0.5
     return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac, noise_frac)
 
 

@@ -11,8 +11,6 @@ from effkit.padding.cost import CostModel
 from effkit.padding.memory import MemoryModel
 from effkit.padding.plans import Plan
 
-_OF_A_MEDIAN = 1.25  # its standard error over that of a mean, of repeats that scatter as a normal does
-
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -43,10 +41,9 @@ class Calibration:
 
     @property
     def trust(self) -> Trust:
-        """In an epoch's time, which every repeat of every step tells something of. The error of steps that were left
-        out holds their noise, and is no less."""
+        """In an epoch's time, which every repeat of every step tells something of."""
         times = self.steps["times_ns"] if "times_ns" in self.steps else self.steps["dur_ns"].map(lambda time: [time])
-        return Trust(max(self.cost.error_frac, _OF_A_MEDIAN * self.noise_frac / times.map(len).sum() ** 0.5))
+        return Trust(self.cost.error_frac, self.noise_frac, times.map(len).sum())
 
     @property
     def band_frac(self) -> float:
