@@ -82,13 +82,12 @@ def test_an_account_without_calibration_is_refused_in_the_same_sentence(analysis
         analysis.predict({}, num_steps=3)
 
 
-def test_a_band_is_two_standard_errors_of_what_was_left_out_or_of_noise():
-    """Runs that were left out were as noisy as any: their error holds the noise."""
-    assert lab.Trust(0.05, 0.03).band_frac == pytest.approx(0.10)
-    assert lab.Trust(0.01, 0.03).band_frac == pytest.approx(2 * 0.03 * math.sqrt(math.pi / 2))
-    assert lab.Trust(0.01, 0.03, num_repeats=4).band_frac == pytest.approx(0.03 * math.sqrt(math.pi / 2))
+def test_a_band_is_two_standard_errors_of_error_and_of_a_figures_noise():
+    assert lab.Trust(0.05).band_frac == pytest.approx(0.10)
+    assert lab.Trust(0.0, 0.03).band_frac == pytest.approx(2 * 0.03 * math.sqrt(math.pi / 2))
     medians = np.median(np.random.default_rng(0).normal(1, 0.03, (20_000, 25)), axis=1)
     assert lab.Trust(0.0, 0.03, num_repeats=25).band_frac == pytest.approx(2 * medians.std(), rel=0.05)
+    assert lab.Trust(0.03, 0.04, num_repeats=math.pi / 2).band_frac == pytest.approx(0.10)
     assert lab.Trust(0.0, 0.0, least_frac=0.02).band_frac == 0.02
 
 

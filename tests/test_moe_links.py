@@ -75,8 +75,9 @@ def test_the_band_holds_two_standard_errors_and_no_floor():
     assert in_range
     noisy = fit(measured(lambda size: 300_000 + size, noise=0.2), 2, 2)
     told = noisy.dur_ns(2**20)
-    assert told.high_ns == pytest.approx(told.dur_ns * (1 + 2 * max(noisy.error_frac, noisy.noise_frac)))
-    assert noisy.noise_frac == pytest.approx(1.25 * 0.2 / np.sqrt(5), rel=0.3)
+    half = 2 * np.hypot(noisy.error_frac, np.sqrt(np.pi / 2) * noisy.noise_frac)
+    assert told.high_ns == pytest.approx(told.dur_ns * (1 + half))
+    assert noisy.noise_frac == pytest.approx(0.2 / np.sqrt(5), rel=0.3)
 
 
 def test_beyond_the_sizes_that_were_measured_the_band_widens_with_the_doublings():

@@ -50,10 +50,10 @@ class Trust:
 
     @property
     def band_frac(self) -> float:
-        """Half-width of the band. The error of runs that were left out holds their noise: noise counts by itself only
-        where few errors are smaller than it by chance."""
+        """Half-width of the band. Error, and the noise of the figure that it is held against, do not know of each
+        other: their squares add."""
         noise_of_figure = _OF_A_MEDIAN * self.noise_frac / math.sqrt(self.num_repeats)
-        return max(self.least_frac, SPREAD * max(self.error_frac, noise_of_figure))
+        return max(self.least_frac, SPREAD * math.hypot(self.error_frac, noise_of_figure))
 
     def beyond(self, doublings: float, seen: bool = True) -> float:
         """Half-width of the band outside the range: so many doublings beyond the sizes that were run, or in a regime
