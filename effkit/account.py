@@ -117,10 +117,7 @@ class Account:
     def closed(self, tolerance_frac: float = 0.0) -> Account:
         """This Account, if its rows explain the total to within ``tolerance_frac`` of it.
 
-        Raises
-        ------
-        ValueError
-            When they do not: the ledger says by how much.
+        ValueError when they do not: the ledger says by how much.
         """
         if abs(self.residual) > tolerance_frac * abs(self.total):
             raise ValueError(
@@ -146,13 +143,7 @@ class Account:
         return table
 
     def companion(self, title: str) -> Account:
-        """The Account of this title among the companions.
-
-        Raises
-        ------
-        ValueError
-            When there is none: the titles that there are.
-        """
+        """The Account of this title among the companions. ValueError when there is none: the titles that there are."""
         for account in self.companions:
             if account.title == title:
                 return account

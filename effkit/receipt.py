@@ -91,12 +91,8 @@ class Receipt:
     def append_to(self, path: str | Path, *, lab: str, model: str, knob: str) -> None:
         """Append one line per quantity to an error ledger (CSV), which is created with a header if absent.
 
-        All of them are written, or none.
-
-        Raises
-        ------
-        ValueError
-            When the file exists and its header is not a ledger's: nothing is written.
+        All of them are written, or none. ValueError when the file exists and its header is not a ledger's: nothing is
+        written.
         """
         path = Path(path)
         text = io.StringIO()

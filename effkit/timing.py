@@ -28,12 +28,8 @@ def interleaved_ns(
     """Time of each call [ns]: all run once, ``repeats`` times after a warm-up that is not counted.
 
     Each time in another order, so that none always finds the caches as the same other left them. ``pick`` makes one
-    time of a call's: their median, or ``min`` where other work on the machine is the only noise.
-
-    Raises
-    ------
-    ValueError
-        When repeats is below 1.
+    time of a call's: their median, or ``min`` where other work on the machine is the only noise. ValueError when
+    repeats is below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; given: {repeats}")

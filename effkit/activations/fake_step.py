@@ -38,12 +38,7 @@ class Replayer:
 
     The model, real or on the meta device, is copied, not touched; ``loss`` and ``optimizer`` are those of
     :func:`effkit.activations.measure`. With ``as_on_gpu``, what differs on a GPU is done as it is done there (see
-    :mod:`effkit.activations.gpu_assumptions`).
-
-    Raises
-    ------
-    ValueError
-        When the model cannot be copied.
+    :mod:`effkit.activations.gpu_assumptions`). ValueError when the model cannot be copied.
     """
 
     def __init__(
@@ -71,10 +66,7 @@ class Replayer:
     def replay(self, batch: Any, levers: Levers) -> Timeline:
         """One steady step on a batch, real or fake, of which two micro-batches stand for all.
 
-        Raises
-        ------
-        ValueError
-            When the shapes of the step depend on the values of activations, which a replay does not have.
+        ValueError when the shapes of the step depend on the values of activations, which a replay does not have.
         """
         with self._faking():
             fake = tree_map_only(torch.Tensor, self._mode.valued, batch)

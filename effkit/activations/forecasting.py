@@ -121,10 +121,7 @@ class Forecaster:
     def surface(self, levers: Levers) -> Surface:
         """The timeline as a function of the size; takes two or six replays the first time.
 
-        Raises
-        ------
-        ValueError
-            When the step runs other operators at other sizes.
+        ValueError when the step runs other operators at other sizes.
         """
         if levers not in self._surfaces:
             try:

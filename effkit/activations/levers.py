@@ -115,10 +115,7 @@ KNOBS = tuple(field.name for field in fields(Levers))
 def complete(rest: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The setting ``rest`` with these changes, as a full setting.
 
-    Raises
-    ------
-    ValueError
-        For a knob that there is not, or that this model has no use for.
+    ValueError for a knob that there is not, or that this model has no use for.
     """
     changes = asked(changes, (*SIZE_KNOBS, *KNOBS))
     useless = sorted(name for name in ("length", "keep_frac") if name in changes and name not in rest)

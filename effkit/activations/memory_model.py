@@ -36,10 +36,7 @@ class Surface:
     def fit(cls, settings: Sequence[tuple[int, int | None]], timelines: Sequence[Timeline]) -> Surface:
         """Through as many replays as there are terms: two batch sizes, times three lengths where there are any.
 
-        Raises
-        ------
-        ValueError
-            When the replays ran different operators: the step is not one function of B and S.
+        ValueError when the replays ran different operators: the step is not one function of B and S.
         """
         if len({timeline.main_ops for timeline in timelines}) != 1:
             raise ValueError("the step runs other operators at other sizes, so no one timeline fits them all")

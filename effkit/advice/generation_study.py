@@ -193,10 +193,7 @@ def called(generate: Any, model: Any, inputs: Any, **forced: Any) -> None:
 def observed(generate: Any, model: Any, inputs: Any) -> Call:
     """Run the call once, and note what it asks of the model.
 
-    Raises
-    ------
-    TypeError, ValueError
-        When it cannot be called, or never comes to the model's ``generate``.
+    TypeError or ValueError when it cannot be called, or never comes to the model's ``generate``.
     """
     if not hasattr(model, "generate"):
         raise TypeError(f"model is a transformers model with generate(); given: {type(model).__name__}. For a step of "

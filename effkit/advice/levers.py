@@ -72,10 +72,7 @@ class Lever:
     def apply(self) -> Any:
         """What to use in its place: a DataLoader, a context for the step, keyword arguments, a configuration.
 
-        Raises
-        ------
-        RuntimeError
-            When it has to be written into code: ``code`` says what.
+        RuntimeError when it has to be written into code: ``code`` says what.
         """
         if self.use is None:
             raise RuntimeError(f"“{self.name}” is a change of your code, and cannot be handed over: {self.code}")

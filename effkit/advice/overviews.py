@@ -53,13 +53,7 @@ class Overview:
 
     @property
     def memory(self) -> Account:
-        """The account in bytes.
-
-        Raises
-        ------
-        ValueError
-            When memory was not visible.
-        """
+        """The account in bytes. ValueError when memory was not visible."""
         for account in self.accounts:
             if account.unit == "bytes":
                 return account

@@ -30,10 +30,7 @@ _NAMES = re.compile(r"<metadata>.*?</metadata>| xmlns(?::\w+)?=\"[^\"]*\"", re.D
 def write(study: Reported, path: Path, advice: Advice) -> Path:
     """Write the page, with the study's overview and receipts, to a file in a folder that exists; whole, or not at all.
 
-    Raises
-    ------
-    FileNotFoundError, IsADirectoryError
-        When the folder is absent, or the path is one.
+    FileNotFoundError or IsADirectoryError when the folder is absent, or the path is one.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of the file to write, {path / 'report.html'} say")

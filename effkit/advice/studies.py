@@ -70,12 +70,8 @@ class Study:
     def compare(self, other: Study) -> pd.DataFrame:
         """This study before, the other after: the rows of their accounts, side by side.
 
-        Columns ``before, after, difference`` and ``ratio`` (after / before); indexed by account and item.
-
-        Raises
-        ------
-        TypeError, ValueError
-            When the other is no study, or one of another kind of run.
+        Columns ``before, after, difference`` and ``ratio`` (after / before); indexed by account and item. TypeError or
+        ValueError when the other is no study, or one of another kind of run.
         """
         if not isinstance(other, Study):
             raise TypeError(f"compare() takes another study; given: {type(other).__name__}")

@@ -206,10 +206,7 @@ class TrainingStudy(Study):
     def lab_base(self) -> Account:
         """The activation lab's account of the batch that takes longest, every lever timed.
 
-        Raises
-        ------
-        ValueError
-            When the lab cannot run this model's step: the output has no loss, say.
+        ValueError when the lab cannot run this model's step: the output has no loss, say.
         """
         own = [type(optimizer) for optimizer in self.optimizers if type(optimizer) is not torch.optim.AdamW]
         make = partial(own[0], **self.optimizers[0].defaults) if own else None

@@ -137,13 +137,7 @@ class Claim:
 
 @cache
 def rows() -> Mapping[str, Claim]:
-    """All rows of the table, by name of the paper.
-
-    Raises
-    ------
-    FileNotFoundError
-        When effkit was copied without its table.
-    """
+    """All rows of the table, by name of the paper. FileNotFoundError when effkit was copied without its table."""
     path = next((path for path in PATHS if path.exists()), None)
     if path is None:
         raise FileNotFoundError(

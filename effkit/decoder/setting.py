@@ -74,10 +74,7 @@ class Setting:
     def change(self, **changes: Any) -> Setting:
         """This setting with these changes; None leaves a knob as it is.
 
-        Raises
-        ------
-        ValueError
-            For a name that no setting has, or a value that cannot be.
+        ValueError for a name that no setting has, or a value that cannot be.
         """
         return changed(self, changes)
 

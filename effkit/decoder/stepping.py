@@ -32,12 +32,8 @@ def measure_step(
 ) -> Account:  # fmt: skip
     """Call ``step`` for every token; rows are the first step, with no cache yet, and the later ones.
 
-    What a step does inside is not visible here. ``batch`` says how many sequences the tokens hold.
-
-    Raises
-    ------
-    ValueError
-        For no steps, or a step that does not return (token, cache).
+    What a step does inside is not visible here. ``batch`` says how many sequences the tokens hold. ValueError for no
+    steps, or a step that does not return (token, cache).
     """
     if num_steps < 1 or batch < 1:
         raise ValueError(f"a generation has num_steps >= 1 and batch >= 1; given: {num_steps} and {batch}")

@@ -71,23 +71,14 @@ def check(setting: Any) -> None:
 def changed(setting: Setting, changes: Mapping[str, Any]) -> Setting:
     """A copy of a dataclass with these fields changed; a value of None leaves the field as it is.
 
-    Raises
-    ------
-    ValueError
-        For a name that the setting has not, or a value that cannot be.
+    ValueError for a name that the setting has not, or a value that cannot be.
     """
     names = [field.name for field in dataclasses.fields(setting)]  # type: ignore[arg-type]
     return dataclasses.replace(setting, **asked(changes, names))  # type: ignore[type-var]
 
 
 def asked(changes: Mapping[str, Any], knobs: Iterable[str]) -> dict[str, Any]:
-    """The changes that are asked for: those that are not None.
-
-    Raises
-    ------
-    ValueError
-        For a name that is no knob.
-    """
+    """The changes that are asked for: those that are not None. ValueError for a name that is no knob."""
     knobs = list(knobs)
     if unknown := sorted(set(changes) - set(knobs)):
         raise ValueError(f"no such knob: {', '.join(unknown)}; the knobs are {', '.join(knobs)}")

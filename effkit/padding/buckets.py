@@ -101,10 +101,7 @@ def assign(lengths: Ints, edges: Ints) -> Ints:
 def assign2d(inputs: Ints, outputs: Ints, edges: Ints, second: Ints) -> Ints:
     """The flat bucket ``input_bucket · second.shape[1] + output_bucket`` of each example.
 
-    Raises
-    ------
-    ValueError
-        When an example fits no bucket (longer input or output than its edges).
+    ValueError when an example fits no bucket (longer input or output than its edges).
     """
     first = assign(inputs, edges)
     if len(first) and int(first.max()) >= len(edges):

@@ -48,10 +48,7 @@ class MemoryModel:
     def largest_batches(self, edges: pd.DataFrame) -> Floats:
         """The largest whole batch for each bucket, at its upper edges.
 
-        Raises
-        ------
-        ValueError
-            When not even one example of a bucket fits.
+        ValueError when not even one example of a bucket fits.
         """
         output = edges["output_length"] if "output_length" in edges else self.shapes[1][1]
         sizes = np.floor(self.batch_size(edges["input_length"], output) * (1 + 1e-9)).astype("int64")

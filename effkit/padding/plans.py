@@ -61,10 +61,7 @@ class Plan:
     def replanned(self, seed: int) -> Plan:
         """The same strategy and limits once more; by this seed, where chance has a part.
 
-        Raises
-        ------
-        ValueError
-            When nobody planned these batches.
+        ValueError when nobody planned these batches.
         """
         if self.planner is None:
             raise ValueError(f"these batches are {self.strategy}: plan() makes a plan that can be followed again")

@@ -40,13 +40,8 @@ class Batched(Protocol):
 def deal(plan: Batched, world_size: int, rng: np.random.Generator) -> list[Step]:
     """Deal the batches of a plan to ranks: a shuffled list of steps, each with one batch per rank of one bucket.
 
-    What a bucket has left over (fewer batches than ranks) is split until it goes round; too few examples even for
-    that join the next bucket, one by one.
-
-    Raises
-    ------
-    ValueError
-        When the examples cannot be dealt out evenly, each exactly once.
+    What a bucket has left over (fewer batches than ranks) is split until it goes round; too few examples even for that
+    join the next bucket, one by one. ValueError when the examples cannot be dealt out evenly, each exactly once.
     """
     groups, leftovers = _dealt(plan, world_size, rng)
     batches = plan.batches
