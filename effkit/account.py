@@ -22,6 +22,8 @@ BASES = ("measured", "derived", "assumed")
 class Account:
     """Rows that explain one total.
 
+    ValueError when the frame is not of that form, or a band does not enclose its total.
+
     Parameters
     ----------
     title
@@ -45,11 +47,6 @@ class Account:
         Other totals at the same setting (memory beside time, say), each an Account.
     calibration
         What ``predict`` needs to move away from here; absent from reprs.
-
-    Raises
-    ------
-    ValueError
-        When the frame is not of that form, or a band does not enclose its total.
 
     Examples
     --------

@@ -16,17 +16,14 @@ from effkit.units import readable
 class MemoryBrowser(Screen):
     """A slider over the moments of a recorded memory, and what is alive at each.
 
+    ValueError when the capture holds no memory.
+
     Attributes
     ----------
     controls
         ``moment`` (a number of the timeline's rows) and ``by`` (``category`` or ``stack``).
     result
         The Account of the moment on the screen.
-
-    Raises
-    ------
-    ValueError
-        When the capture holds no memory.
     """
 
     def __init__(self, capture: Capture, *, device: str | None = None, rank: int | None = None) -> None:

@@ -43,7 +43,9 @@ def capture(
                                                          '--- the capture's window -'
 
     The plain steps on both sides are the same work without the profiler: their median against the recorded steps'
-    median is what capturing cost, and stands in ``provenance["overhead_frac"]``.
+    median is what capturing cost, and stands in ``provenance["overhead_frac"]``. TypeError or ValueError when ``step``
+    cannot be called or a count is out of range. RuntimeError when another profiler is active. Errors of ``step`` itself
+    come through unchanged.
 
     Parameters
     ----------
@@ -55,13 +57,6 @@ def capture(
         Record allocations, input shapes, Python stacks: off by default, for each costs time per event.
     settings, what
         Kept in the provenance: what was run, with which settings.
-
-    Raises
-    ------
-    TypeError, ValueError
-        When ``step`` cannot be called or a count is out of range.
-    RuntimeError
-        When another profiler is active. Errors of ``step`` itself come through unchanged.
 
     Examples
     --------

@@ -148,12 +148,8 @@ class WhatIf(Screen):
     def measure(self) -> Receipt:
         """Run the setting on the screen and return the Receipt. What the button calls; blocks until done.
 
-        Raises
-        ------
-        ValueError
-            When the setting on the controls was refused.
-        RuntimeError
-            When there is nothing to run it on, or a measurement is under way.
+        ValueError when the setting on the controls was refused. RuntimeError when there is nothing to run it on, or a
+        measurement is under way.
         """
         return self._measure(None)
 

@@ -33,12 +33,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
     They are the members with parameters of the outermost ``ModuleList`` and ``Sequential`` that hold two or more of one
     class. Lists of compound layers come before lists of plain ones: the two convolutions in front of a speech encoder
-    are not blocks beside its layers, yet those of a plain ``Sequential`` are.
-
-    Raises
-    ------
-    ValueError
-        If the model has none.
+    are not blocks beside its layers, yet those of a plain ``Sequential`` are. ValueError if the model has none.
     """
     lists = list(_lists(model))
     compound = [members for members in lists if all(any(member.children()) for member in members)]
@@ -68,6 +63,8 @@ def checkpoint(model: nn.Module, every: int = 1, *, keep: str | None = None) -> 
     are updated once (recomputing runs on copies of them). Blocks in evaluation mode, and all under ``no_grad``, run as
     they are. A key-value cache is kept from recomputed blocks, which would fill it twice; a model that makes one when
     it trains (``use_cache=True``) then multiplies keys in another memory order, and its gradients differ in rounding.
+    ValueError if there are no blocks; and in the forward pass, if a block is given a key-value cache that holds
+    positions.
 
     Parameters
     ----------
@@ -79,11 +76,6 @@ def checkpoint(model: nn.Module, every: int = 1, *, keep: str | None = None) -> 
         ``"matmul"`` keeps the outputs of matrix products, convolutions and attention, and recomputes all else
         (``torch.utils.checkpoint.create_selective_checkpoint_contexts``). They do not pass through the hooks of saved
         tensors, so :func:`compressed` and :func:`offloaded` leave them as they are.
-
-    Raises
-    ------
-    ValueError
-        If there are no blocks; and in the forward pass, if a block is given a key-value cache that holds positions.
     """
     if every < 1 or keep not in (None, "matmul"):
         raise ValueError(

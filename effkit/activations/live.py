@@ -55,8 +55,9 @@ def measure(
     """The peak memory of one steady training step, by what it is for; and the step's time.
 
     A step runs once so that the optimizer has its state, once with every operator followed and every allocation
-    recorded, and ``repeats`` times by the clock (the fastest counts). The model comes out as it went in: the
-    optimizer steps with learning rate 0, buffers and random state are restored.
+    recorded, and ``repeats`` times by the clock (the fastest counts). The model comes out as it went in: the optimizer
+    steps with learning rate 0, buffers and random state are restored. ValueError for a model without parameters, a
+    batch without tensors, a loss that is no number or needs no gradient.
 
     Parameters
     ----------
@@ -89,11 +90,6 @@ def measure(
         memory, which on a CPU is the same), recomputed activation, workspace. The total is the allocator's.
         Companions: the step's time by phase; what is saved for backward, by operator; for lossy levers the gradient's
         error, beside its noise between two half batches.
-
-    Raises
-    ------
-    ValueError
-        For a model without parameters, a batch without tensors, a loss that is no number or needs no gradient.
     """
     _check_trains(model)
     if repeats < 1:

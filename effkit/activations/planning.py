@@ -31,7 +31,7 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
 
     The search begins with the plain step and adds one lever at a time to what is on the front so far (no other
     combination is both quicker and smaller), until nothing new is found: combinations of what does not pay alone are
-    left out.
+    left out. ValueError for a base whose levers were not timed, or an unknown lever.
 
     Parameters
     ----------
@@ -48,11 +48,6 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
         One row per combination tried, by time: the levers' settings that differ from a plain step as a text
         ``setting``, ``peak_bytes``, ``step_ns``, ``lossless`` and ``on_front``; ``attrs["settings"]`` has the
         settings by that text.
-
-    Raises
-    ------
-    ValueError
-        For a base whose levers were not timed, or an unknown lever.
     """
     if unknown := set(levers) - set(POSITIONS):
         raise ValueError(f"no such lever: {', '.join(sorted(unknown))}; there are {', '.join(POSITIONS)}")
@@ -75,13 +70,9 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
 def cheapest(base: Account, budget_bytes: int, *, levers: Sequence[str] = LEVERS, lossless: bool = False) -> Account:
     """The quickest combination of levers whose predicted peak, its band included, fits into a budget.
 
-    ``levers`` and ``lossless`` are those of :func:`front`. Measure its setting with
-    ``measure(model, batch, base=base, **changes)``, where the changes are ``front(base).attrs["settings"]``.
-
-    Raises
-    ------
-    ValueError
-        When none fits: the smallest is named.
+    ``levers`` and ``lossless`` are those of :func:`front`. Measure its setting with ``measure(model, batch, base=base,
+    **changes)``, where the changes are ``front(base).attrs["settings"]``. ValueError when none fits: the smallest is
+    named.
     """
     table = front(base, levers=levers, lossless=lossless)
     for name in table["setting"]:

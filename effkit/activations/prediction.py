@@ -30,7 +30,8 @@ _FEW_ROWS = 8  # to begin a search from
 def predict(base: Account, **setting: Any) -> Account:
     """The peak at another setting, without running the model: a replay on fake tensors, or a surface through a few.
 
-    Operators that hide memory, and those of a precision that no step has run, are run once, alone, on zeros.
+    Operators that hide memory, and those of a precision that no step has run, are run once, alone, on zeros. ValueError
+    for an unknown knob, a base without calibration, or a step that cannot be replayed.
 
     Parameters
     ----------
@@ -46,11 +47,6 @@ def predict(base: Account, **setting: Any) -> Account:
         In bytes, with a band; ``source`` says in which operator the peak is. The step's time is a companion where
         levers were timed. ``in_range`` is False beyond the sizes that were replayed. At the measured setting: ``base``
         itself.
-
-    Raises
-    ------
-    ValueError
-        For an unknown knob, a base without calibration, or a step that cannot be replayed.
     """
     calibration = calibration_of(base, Calibration, "activations")
     wanted = complete(base.setting, setting)
@@ -93,10 +89,7 @@ def largest_batch(
 ) -> int:  # fmt: skip
     """The largest batch size whose step fits into ``budget_bytes``, found without running out of memory.
 
-    Raises
-    ------
-    ValueError
-        When not even one row fits.
+    ValueError when not even one row fits.
     """
     setting = {**setting, "batch_size": max(setting.get("micro_batches") or 1, _FEW_ROWS)}
     forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, None, setting)

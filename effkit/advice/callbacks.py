@@ -39,18 +39,13 @@ def trainer_callback(
     ``args`` say bf16 or fp16), backward, the optimizer's own step. A loss of the trainer's own, clipping and
     accumulation are left out.
 
-    Its options are those of :func:`effkit.study`.
+    Its options are those of :func:`effkit.study`. ImportError without transformers.
 
     Returns
     -------
     TrainerCallback
         ``.study`` is the Study once training has begun. Where it could not be made ``.study`` stays None, and a
         warning says why: a training is not given up for it.
-
-    Raises
-    ------
-    ImportError
-        Without transformers.
     """
     options = locals()
     try:
@@ -92,18 +87,13 @@ def lightning_callback(
     A step is the module's ``training_step`` in the trainer's precision, backward, and its optimizer's step; what the
     module logs meanwhile is not kept. Clipping, accumulation and other hooks are left out.
 
-    Its options are those of :func:`effkit.study`.
+    Its options are those of :func:`effkit.study`. ImportError with neither package.
 
     Returns
     -------
     Callback
         Of ``lightning.pytorch`` or ``pytorch_lightning``, whichever is in use. ``.study`` is the Study once training
         has begun; where it could not be made ``.study`` stays None, and a warning says why.
-
-    Raises
-    ------
-    ImportError
-        With neither package.
     """
     options = locals()
     base: Any = _lightning().Callback

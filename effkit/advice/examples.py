@@ -56,10 +56,7 @@ class Examples:
     def plan(self) -> Plan:
         """The batches as a plan of the padding lab.
 
-        Raises
-        ------
-        ValueError
-            When no lengths are visible.
+        ValueError when no lengths are visible.
         """
         if self.watched is None:
             raise ValueError(self.why_unseen)

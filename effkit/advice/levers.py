@@ -81,10 +81,7 @@ class Lever:
     def measure(self) -> Receipt:
         """Run it beside the base, here and now, and return the Receipt; blocks until done.
 
-        Raises
-        ------
-        RuntimeError
-            When there is nothing live to run it on.
+        RuntimeError when there is nothing live to run it on.
         """
         if self.run is None:
             raise RuntimeError(f"nothing to measure “{self.name}” on: study a live model, not a recording")

@@ -48,6 +48,8 @@ Files = str | Path | Sequence[str | Path]
 class RecordedStudy(Study):
     """A profiler trace, or one per rank, and a memory snapshot; nothing is run.
 
+    FileNotFoundError or ValueError when a file is absent, or holds no events (a trace) or no memory (a snapshot).
+
     Attributes
     ----------
     capture
@@ -56,11 +58,6 @@ class RecordedStudy(Study):
         The Capture that memory was recorded in; None where neither file holds any.
     trace
         The path that was given.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        When a file is absent, or holds no events (a trace) or no memory (a snapshot).
     """
 
     def __init__(self, trace: Files | None, snapshot: str | Path | None, *, step: str | None = None) -> None:

@@ -30,6 +30,9 @@ def record(folder: str | Path, step: Callable[..., object], loader: Any = None, 
         # afterwards, anywhere
         ek.study(trace="traces/").overview()
 
+    TypeError or ValueError when ``step`` cannot be called, ``num_steps`` is less than 1, or the loader is empty.
+    RuntimeError when another profiler is active. Errors of ``step`` come through unchanged.
+
     Parameters
     ----------
     folder
@@ -45,13 +48,6 @@ def record(folder: str | Path, step: Callable[..., object], loader: Any = None, 
     -------
     Path
         The file of this rank, ``rank<number>.pt.trace.json.gz``: whole, or not there.
-
-    Raises
-    ------
-    TypeError, ValueError
-        When ``step`` cannot be called, ``num_steps`` is less than 1, or the loader is empty.
-    RuntimeError
-        When another profiler is active. Errors of ``step`` come through unchanged.
     """
     if not callable(step):
         raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")

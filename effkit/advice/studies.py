@@ -40,6 +40,8 @@ class Study:
     ) -> Advice:  # fmt: skip
         """What would help, ranked by predicted gain; nothing whose band includes "no gain".
 
+        ValueError for another goal, or a price or count that is not positive.
+
         Parameters
         ----------
         goal
@@ -51,11 +53,6 @@ class Study:
         price_per_hour, num_steps, num_devices
             Of one device, in your currency; steps of the whole run; devices that run it: for GPU-hours and money. What
             leaks is counted over ``num_steps``, 1,000 unless given.
-
-        Raises
-        ------
-        ValueError
-            For another goal, or a price or count that is not positive.
         """
         if goal not in GOALS:
             raise ValueError(f"goal is one of {', '.join(GOALS)}; given: {goal!r}")

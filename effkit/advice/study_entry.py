@@ -25,6 +25,9 @@ def study(
         study = ek.study(generate=generate, model=model, inputs=inputs)  # a generation
         study = ek.study(trace="traces/", snapshot="memory.pickle")      # files alone
 
+    TypeError when what was given is none of the three. ValueError for a training loop on one of several ranks: see
+    :func:`effkit.advice.record`.
+
     Parameters
     ----------
     step, model, loader
@@ -45,13 +48,6 @@ def study(
     -------
     Study
         With ``overview()``, ``advise()``, ``compare(other)``, ``report(path)``.
-
-    Raises
-    ------
-    TypeError
-        When what was given is none of the three.
-    ValueError
-        For a training loop on one of several ranks: see :func:`effkit.advice.record`.
     """
     files = trace is not None or snapshot is not None
     kinds = {"step": step is not None, "generate": generate is not None, "trace or snapshot": files}

@@ -62,19 +62,14 @@ class Finding:
 def check(paper: str, value: float) -> Finding:
     """Hold what a cell found against the table: the last line of every cell that a row rests on.
 
+    KeyError for a paper that is not in the table. ValueError when the value is not finite.
+
     Parameters
     ----------
     paper
         As in the table.
     value
         What was found, in the unit of the row: a ratio, a fraction of 1, a correlation.
-
-    Raises
-    ------
-    KeyError
-        For a paper that is not in the table.
-    ValueError
-        When the value is not finite.
     """
     table = rows()
     if paper not in table:

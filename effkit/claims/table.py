@@ -154,6 +154,8 @@ def rows() -> Mapping[str, Claim]:
 def claims(*, theme: str | None = None, resource: str | None = None, status: str | None = None) -> pd.DataFrame:
     """What the papers claim, and what this kit shows of it.
 
+    ValueError for a theme or a resource that no row has, or an unknown status.
+
     Parameters
     ----------
     theme, resource
@@ -166,11 +168,6 @@ def claims(*, theme: str | None = None, resource: str | None = None, status: str
     DataFrame
         Indexed by ``paper``: ``arxiv, claim, resource, theme, status, figure`` (what is compared), ``ours``, ``theirs``
         (in words), ``gap`` (theirs / ours - 1; positive: more is claimed than the cell shows), ``scale``, ``link``.
-
-    Raises
-    ------
-    ValueError
-        For a theme or a resource that no row has, or an unknown status.
     """
     cells = [vars(row) | {"ours": figure(row.ours, row.unit), "theirs": row.theirs_in_words, "gap": row.gap,
                           "link": row.link} for row in rows().values()]  # fmt: skip

@@ -18,8 +18,8 @@ def exit_at(model: Any, depth: int) -> Iterator[None]:
 
     Then come its last norm and its output layer, as after all layers (nested sub-networks that share parameters:
     SortedNet, arXiv 2309.00255). ``model(...)`` and ``model.generate(...)`` both do, with a cache of ``depth`` layers,
-    and ``model.parameters()`` leaves out the layers above. Afterwards, also after an error, the model is as before.
-    A cache that was filled at one depth does not serve another.
+    and ``model.parameters()`` leaves out the layers above. Afterwards, also after an error, the model is as before. A
+    cache that was filled at one depth does not serve another. ValueError when there is no such depth.
 
     Parameters
     ----------
@@ -27,11 +27,6 @@ def exit_at(model: Any, depth: int) -> Iterator[None]:
         Decoder-only, or an encoder-decoder, whose encoder stays whole.
     depth
         1 to the number of its decoder layers.
-
-    Raises
-    ------
-    ValueError
-        When there is no such depth.
 
     Examples
     --------

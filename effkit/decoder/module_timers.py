@@ -64,12 +64,8 @@ def watch(model: nn.Module, generate: Callable[[], object], clock: Clock | None 
 
     On a GPU the clocks are events on the stream, so that the device's time is told and nothing waits for it. The
     models' own code runs unchanged; what the clocks cost shows as the difference to a run without them. ``generate()``
-    runs ``model``; another ``clock`` may count something else than time.
-
-    Raises
-    ------
-    ValueError
-        When the model has no layers that can be told, or ``generate`` never calls it.
+    runs ``model``; another ``clock`` may count something else than time. ValueError when the model has no layers that
+    can be told, or ``generate`` never calls it.
     """
     parts = [Part(_STEP, -1, model), *module_roles.parts(model)]
     clock = clock or Stopwatch(cuda=any(parameter.is_cuda for parameter in model.parameters()))

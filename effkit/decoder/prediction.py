@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def predict(base: Account, **setting: Any) -> Account:
     """A generation at another setting, without running anything.
 
-    The sum of the parts' costs, which the runs of the calibration gave, anchored at the base's measured time;
-    weights and cache are counted.
+    The sum of the parts' costs, which the runs of the calibration gave, anchored at the base's measured time; weights
+    and cache are counted. ValueError for an unknown knob, a value that cannot be, or a base without calibration.
 
     Parameters
     ----------
@@ -37,11 +37,6 @@ def predict(base: Account, **setting: Any) -> Account:
     Account
         In ns, with a band; companions as measured ones have, each with its band (bytes are exact). ``in_range`` is
         False where the calibration has seen nothing like it. At the measured setting: ``base`` itself.
-
-    Raises
-    ------
-    ValueError
-        For an unknown knob, a value that cannot be, or a base without calibration.
     """
     calibration = calibration_of(base, Calibration, "decoder")
     memory, rest = calibration.memory, calibration.observed.setting

@@ -46,7 +46,8 @@ def rebalance(config: PreTrainedConfig, decoder_layers: int, *, tolerance_frac: 
 
     The encoder runs once and over all positions together, the decoder once per token: layers moved from it to the
     encoder shorten a generation (Canary, arXiv 2503.05931: 24/24 to 32/4). The result has to be trained anew. The other
-    way, a T5 with more decoder than encoder layers, transformers 5.23 makes too small a cache for.
+    way, a T5 with more decoder than encoder layers, transformers 5.23 makes too small a cache for. ValueError when it
+    is not an encoder-decoder, when its layers are not alike, or when no encoder layer would be left.
 
     Parameters
     ----------
@@ -61,11 +62,6 @@ def rebalance(config: PreTrainedConfig, decoder_layers: int, *, tolerance_frac: 
     -------
     PreTrainedConfig
         A new one of the same class.
-
-    Raises
-    ------
-    ValueError
-        When it is not an encoder-decoder, when its layers are not alike, or when no encoder layer would be left.
     """
     if not getattr(config, "is_encoder_decoder", False):
         raise ValueError(

@@ -36,8 +36,9 @@ def account(capture: Capture, step: str | None = None) -> Account:
     ``choosing tokens``, and the rest of the operators: host time where no device was recorded, otherwise the device's,
     of the kernels and copies that they launched. ``host between operators`` is time in which none ran: on a GPU, its
     launch gaps. Kernels that no operator launched, as those of CUDA graphs, count by their own names; where these do
-    not tell, and what an unrecorded device did while the host waited, is ``not visible``. Batched products and
-    softmax count as attention, which models that use no fused operator write out in them.
+    not tell, and what an unrecorded device did while the host waited, is ``not visible``. Batched products and softmax
+    count as attention, which models that use no fused operator write out in them. ValueError when no operator was
+    recorded.
 
     Parameters
     ----------
@@ -51,11 +52,6 @@ def account(capture: Capture, step: str | None = None) -> Account:
     Account
         In ns; the total is the wall time of the recorded steps. ``setting``: ``num_steps`` recorded,
         ``device_busy_frac`` (None where no device was recorded) and ``notes``.
-
-    Raises
-    ------
-    ValueError
-        When no operator was recorded.
     """
     table, overview = capture.families(), capture.overview(step)
     if table.empty:
@@ -84,16 +80,13 @@ def account(capture: Capture, step: str | None = None) -> Account:
 def positions(measured: Account) -> pd.DataFrame:
     """Time of every token of a measured generation, by its position: the first holds the prefill.
 
+    ValueError for an account whose steps were not timed: a prediction, or a compiled model's.
+
     Returns
     -------
     DataFrame
         Indexed by ``token``, from 1; ``time_ns``, from the end of the step before to the end of its own, the median
         over repetitions, as they were timed (of a measurement with a base: not relative to it).
-
-    Raises
-    ------
-    ValueError
-        For an account whose steps were not timed: a prediction, or a compiled model's.
     """
     calibration = None if measured.predicted else measured.calibration
     if isinstance(calibration, Steps):

@@ -95,10 +95,10 @@ def speculate(
 ) -> Account:  # fmt: skip
     """Run speculative decoding and say where its time went.
 
-    Both models run as in earnest: the draft model step by step, the target model over ``num_draft`` + 1 tokens at
-    once, both caches cropped after a rejection. Only whether a drafted token is accepted is not theirs to say: models
-    with random weights agree by chance alone, so a seeded coin decides, with probability ``acceptance``. The time is
-    real; the text is not the target model's.
+    Both models run as in earnest: the draft model step by step, the target model over ``num_draft`` + 1 tokens at once,
+    both caches cropped after a rejection. Only whether a drafted token is accepted is not theirs to say: models with
+    random weights agree by chance alone, so a seeded coin decides, with probability ``acceptance``. The time is real;
+    the text is not the target model's. ValueError when a model or a number does not fit.
 
     Parameters
     ----------
@@ -123,11 +123,6 @@ def speculate(
         In ns: ``draft``, ``verify`` and ``cropping and sampling``; its total is an outer clock's. In ``setting``:
         ``num_tokens`` made, ``num_cycles``, ``num_draft``, ``acceptance``, and ``accepted_frac``, what the coin gave:
         accepted tokens over those that were put to it (after a rejection none is).
-
-    Raises
-    ------
-    ValueError
-        When a model or a number does not fit.
     """
     _check(num_draft, acceptance, least=1)
     _check_run(batch, num_steps, input_length, num_draft, target, draft)

@@ -12,12 +12,7 @@ Kind = TypeVar("Kind")
 def calibration_of(base: Account, kind: type[Kind], lab: str) -> Kind:
     """The calibration, a ``kind``, that an account of ``lab``'s ``measure()`` carries.
 
-    Raises
-    ------
-    TypeError
-        When ``base`` is no Account.
-    ValueError
-        When it carries no calibration of this lab.
+    TypeError when ``base`` is no Account. ValueError when it carries no calibration of this lab.
     """
     if not isinstance(base, Account):
         raise TypeError(f"{lab}.predict() takes an Account of {lab}.measure(); given: {type(base).__name__}")

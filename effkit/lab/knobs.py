@@ -58,10 +58,7 @@ def flag(default: Any = dataclasses.MISSING) -> Any:
 def check(setting: Any) -> None:
     """Check every field of a frozen dataclass, and keep the values as plain Python numbers.
 
-    Raises
-    ------
-    ValueError
-        For the first field whose value cannot be; the sentence names it, what it takes and what was given.
+    ValueError for the first field whose value cannot be; the sentence names it, what it takes and what was given.
     """
     for field in dataclasses.fields(setting):
         if of_field := field.metadata.get("check"):

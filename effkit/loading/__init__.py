@@ -24,6 +24,9 @@ def load(
 ) -> Capture:
     """Read what PyTorch or :meth:`Capture.save` wrote. Needs neither torch nor a GPU.
 
+    FileNotFoundError when there is nothing at the path. ValueError when a file is something else, or damaged, or holds
+    far more than its size lets expect.
+
     Parameters
     ----------
     path
@@ -35,13 +38,6 @@ def load(
         Keep the events of Python functions.
     client
         A ``dask.distributed.Client``: ranks are then read by its workers, which must see the same paths.
-
-    Raises
-    ------
-    FileNotFoundError
-        When there is nothing at the path.
-    ValueError
-        When a file is something else, or damaged, or holds far more than its size lets expect.
 
     Examples
     --------

@@ -50,7 +50,9 @@ def account(capture: Capture | str | Path, step: str | None = None) -> Account:
     moving comes before waiting. The rest is as in :meth:`Capture.overview`: ``computing`` (kernels, or operators where
     no device was recorded), ``copies``, ``data loading``, ``host and idle``, ``not visible``. ``step not begun or
     over`` is time in which the slowest rank was in its step and the others were not. A row is absent where nothing of
-    it was recorded; calls that no other rank's recording shows stand in rows ``(waiting not visible)``.
+    it was recorded; calls that no other rank's recording shows stand in rows ``(waiting not visible)``. ValueError when
+    no collective was recorded, or none with its time, or a device on some ranks only; when a rank's file is missing
+    from the folder.
 
     Parameters
     ----------
@@ -68,12 +70,6 @@ def account(capture: Capture | str | Path, step: str | None = None) -> Account:
         *Communication of one step*, has rows ``exposed`` and ``hidden`` per kind. ``setting`` holds ``num_ranks``
         (recorded), ``world_size``, ``missing_ranks``, ``num_steps``, ``slowest_rank``, ``clock_spread_ns`` and
         ``notes``; what was not recorded is None.
-
-    Raises
-    ------
-    ValueError
-        When no collective was recorded, or none with its time, or a device on some ranks only; when a rank's file is
-        missing from the folder.
 
     Examples
     --------

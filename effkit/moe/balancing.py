@@ -18,6 +18,9 @@ from effkit.moe.prediction import simulated
 def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
     """What balance would save, in nanoseconds of a step.
 
+    ValueError when the loads do not fit the measured layer, or something else decides what travels: compression,
+    padding.
+
     Parameters
     ----------
     base
@@ -32,11 +35,6 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
         ``basis``. ``perfect balance`` is a bound: every rank's copies spread evenly over the experts. The policies:
         ``balanced placement`` by the mean loads, ``capacity 1.0`` (which drops what exceeds it), and
         ``replicate the hottest`` expert of each rank.
-
-    Raises
-    ------
-    ValueError
-        When the loads do not fit the measured layer, or something else decides what travels: compression, padding.
     """
     calibration = calibration_of(base, Calibration, "moe")
     setting, owner, num_ranks = calibration.setting, calibration.owner, calibration.num_ranks

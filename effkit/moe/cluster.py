@@ -58,9 +58,11 @@ def scale(
     """A step of the measured layer on ``num_ranks`` ranks of a cluster: what is computed as measured, links as assumed.
 
     An exchange takes ``alpha + max(bytes to ranks of the node / intra, bytes to other nodes / inter)``, the formula
-    that the lesson on DeepEP holds against a published table; what a rank keeps does not travel. Every rank sends
-    every other the same, the expected bytes. Every rank has the tokens and the experts of a measured one, unless
-    ``num_tokens`` or ``num_experts`` (over all ranks) are given.
+    that the lesson on DeepEP holds against a published table; what a rank keeps does not travel. Every rank sends every
+    other the same, the expected bytes. Every rank has the tokens and the experts of a measured one, unless
+    ``num_tokens`` or ``num_experts`` (over all ranks) are given. ValueError for a base without calibration, ranks that
+    do not fill nodes or cannot share the experts, a link that was neither measured nor given, or numbers that cannot
+    be.
 
     Parameters
     ----------
@@ -91,12 +93,6 @@ def scale(
         is that of the calibration on computing, and 11% on exchanges, if the links are as assumed. Never ``in_range``.
         Companions: communication exposed and hidden; bytes by level; and what is left out: this layer makes tables of
         experts by ranks in Python, and one made for hundreds of ranks would not. ``setting`` lists what was assumed.
-
-    Raises
-    ------
-    ValueError
-        For a base without calibration, ranks that do not fill nodes or cannot share the experts, a link that was
-        neither measured nor given, or numbers that cannot be.
     """
     calibration = calibration_of(base, Calibration, "moe")
     _check(num_ranks, node_size, num_nics_per_node, overlap_frac, imbalance, intra, inter)
@@ -157,12 +153,7 @@ def scaling_table(
 
     Indexed by ``num_ranks``: ``total_ns``, ``low_ns``, ``high_ns``; ``computing_ns``, ``moving_ns`` (exposed),
     ``waiting_ns``; ``hidden_ns``; ``moving_frac`` of the total; ``between_nodes_frac`` of the bytes that leave a rank;
-    ``efficiency_frac``: tokens per second and rank, relative to the first size.
-
-    Raises
-    ------
-    ValueError
-        As :func:`scale`.
+    ``efficiency_frac``: tokens per second and rank, relative to the first size. ValueError as :func:`scale`.
     """
     rows = []
     for num_ranks in sizes:

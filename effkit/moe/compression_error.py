@@ -29,7 +29,8 @@ def output_error(setting: Setting | None = None, **changes: Any) -> pd.DataFrame
 
     The gradient that comes from above is a random linear function of the token, so that tokens that are alike have
     gradients that are alike. LSH hands every token of a bucket the mean of their gradients: where m tokens of a bucket
-    have independent ones, the error of the input's gradient is near sqrt(1 - 1 / m) instead.
+    have independent ones, the error of the input's gradient is near sqrt(1 - 1 / m) instead. ValueError for a change
+    that no setting has or allows.
 
     Parameters
     ----------
@@ -46,11 +47,6 @@ def output_error(setting: Setting | None = None, **changes: Any) -> pd.DataFrame
         difference over that of the exact one; the gradients are nan without a backward pass. ``sent_frac``: rows sent
         over token copies kept; ``bytes_frac``: bytes of the messages over those of the lossless layer, over all
         exchanges (dispatch and combine, forward and backward).
-
-    Raises
-    ------
-    ValueError
-        For a change that no setting has or allows.
 
     Examples
     --------

@@ -43,6 +43,9 @@ def launch(
 ) -> Run:  # fmt: skip
     """Run these settings in turn, ``num_rounds`` times ``num_steps`` steps of each, on ranks of their own.
 
+    ValueError for a number of ranks that cannot be or cannot share the experts, or a link that this system does not let
+    us make. RuntimeError when a rank ends or hangs: its own error, and where the log is.
+
     Parameters
     ----------
     link_bytes_per_s
@@ -63,14 +66,6 @@ def launch(
         After this, the run is ended.
     progress
         ``progress(done, total)``; may raise, which ends the run.
-
-    Raises
-    ------
-    ValueError
-        For a number of ranks that cannot be or cannot share the experts, or a link that this system does not let us
-        make.
-    RuntimeError
-        When a rank ends or hangs: its own error, and where the log is.
     """
     check(num_ranks, link_bytes_per_s, ranks_per_node, backend)
     per_node = ranks_per_node or (1 if link_bytes_per_s or slow else num_ranks)

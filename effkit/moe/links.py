@@ -128,7 +128,8 @@ def link(
     """Time all-to-alls between ranks of their own, 1 KiB to 4 MiB to each, and fit an alpha and a bandwidth.
 
     The clock runs from the first rank's arrival to the last one's departure, for a rank that comes early may be sent to
-    at once: started at the last arrival it would miss up to three quarters of the transfer.
+    at once: started at the last arrival it would miss up to three quarters of the transfer. ValueError when such ranks
+    or such a link cannot be had here. RuntimeError when a rank fails or hangs.
 
     Parameters
     ----------
@@ -138,13 +139,6 @@ def link(
         A slower network, made for real: see :func:`effkit.moe.launching.launch`. 0: this machine's loopback.
     num_repeats
         All sizes in turn, this many times.
-
-    Raises
-    ------
-    ValueError
-        When such ranks or such a link cannot be had here.
-    RuntimeError
-        When a rank fails or hangs.
     """
     if num_repeats < 1:
         raise ValueError(f"num_repeats is at least 1; given: {num_repeats}")
@@ -189,6 +183,7 @@ def delays(
     """Times [ns] of one message from each rank to each other, live: what :func:`find_slow` looks at.
 
     One pair talks at a time, over its own way through a link that all ranks share, each on a node of its own.
+    ValueError when such ranks or such a link cannot be had here. RuntimeError when a rank fails or hangs.
 
     Parameters
     ----------
@@ -211,13 +206,6 @@ def delays(
     numpy.ndarray
         [num_rounds, num_ranks (sender), num_ranks (receiver)], NaN on the diagonal; where ``slow`` is a sequence
         [len(slow), num_rounds, num_ranks, num_ranks].
-
-    Raises
-    ------
-    ValueError
-        When such ranks or such a link cannot be had here.
-    RuntimeError
-        When a rank fails or hangs.
     """
     for name, value, least in (("num_rounds", num_rounds, 1), ("quickest_of", quickest_of, 1),
                                ("size_bytes", size_bytes, 8)):  # fmt: skip

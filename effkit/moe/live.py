@@ -35,7 +35,9 @@ def measure(
     Rows are means over the ranks; each rank's phases and its waiting (until the last rank has come to an exchange) and
     moving (from then on), where no computing hides them. The total is the slowest rank's wall time: the median over
     ``num_rounds``, averaged over ``num_steps`` steps of different routing. Companions: communication exposed and
-    hidden, bytes between ranks, token copies kept and dropped (both exact).
+    hidden, bytes between ranks, token copies kept and dropped (both exact). ValueError when the ranks cannot share the
+    experts, or the link cannot be made here. RuntimeError when a rank fails or hangs: its own error, and where the log
+    is.
 
     Parameters
     ----------
@@ -55,13 +57,6 @@ def measure(
         Let the ranks meet before every exchange: waiting is then what the barrier took, another way to tell it.
     profile
         A folder for a trace of each rank.
-
-    Raises
-    ------
-    ValueError
-        When the ranks cannot share the experts, or the link cannot be made here.
-    RuntimeError
-        When a rank fails or hangs: its own error, and where the log is.
     """
     calibration = calibration_of(base, Calibration, "moe") if base is not None else None
     setting = (setting or (calibration.setting if calibration else Setting())).change(**changes)
@@ -89,12 +84,8 @@ def prepare(
     """Write down a measurement for ranks that are started elsewhere; returns the command to start them with.
 
     Every node of a cluster runs the command (with its own rendezvous options); what they write into ``folder``, which
-    all must see, :func:`effkit.moe.account` reads.
-
-    Raises
-    ------
-    ValueError
-        When the ranks cannot share the experts, or do not fill the nodes.
+    all must see, :func:`effkit.moe.account` reads. ValueError when the ranks cannot share the experts, or do not fill
+    the nodes.
     """
     if num_nodes < 1 or num_ranks % num_nodes:
         raise ValueError(f"num_ranks is a multiple of num_nodes; given: {num_ranks} and {num_nodes}")

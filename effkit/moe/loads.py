@@ -18,7 +18,8 @@ def imbalance(loads: Any, owner: Sequence[int] | None = None, *, num_ranks: int 
     """How unevenly tokens fall on experts, and on the ranks that hold them.
 
     Every figure is taken **per step, then averaged** over the steps that have tokens: all wait for the most loaded of
-    *their* step. Averaging the loads first lets one step's peak fill another's gap, and understates.
+    *their* step. Averaging the loads first lets one step's peak fill another's gap, and understates. ValueError when
+    the loads are not of that form, or the ranks cannot hold equal numbers of experts.
 
     Parameters
     ----------
@@ -38,11 +39,6 @@ def imbalance(loads: Any, owner: Sequence[int] | None = None, *, num_ranks: int 
         (standard deviation over mean); ``busiest``, the most loaded over all steps; ``share_of_busiest_frac``, its
         share of all tokens; ``idle_frac`` = 1 - mean / max, what the others lose by waiting if time is proportional to
         load.
-
-    Raises
-    ------
-    ValueError
-        When the loads are not of that form, or the ranks cannot hold equal numbers of experts.
 
     Examples
     --------

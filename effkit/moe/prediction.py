@@ -27,7 +27,8 @@ def predict(base: Account, **setting: Any) -> Account:
     """The step at another setting, without running anything.
 
     Every rank's phases and exchanges are played through, with the costs that were fitted; bytes and token copies are
-    counted exactly.
+    counted exactly. ValueError for an unknown knob, a base without calibration, ranks that cannot share the experts, or
+    a lever whose time was not measured.
 
     Parameters
     ----------
@@ -43,12 +44,6 @@ def predict(base: Account, **setting: Any) -> Account:
         In ns, with a band; communication, bytes and token copies are companions. ``in_range`` is False for more than
         the calibration has seen, levers or overlaps that it did not run, other ranks or another link: the band is
         wider there. At the measured setting: ``base`` itself.
-
-    Raises
-    ------
-    ValueError
-        For an unknown knob, a base without calibration, ranks that cannot share the experts, or a lever whose time was
-        not measured.
     """
     calibration = calibration_of(base, Calibration, "moe")
     on = {name: setting.pop(name) for name in _OF_THE_RANKS if setting.get(name) is not None}

@@ -18,16 +18,13 @@ COMPUTING, LINK = "computing", "link"
 def timeline(account: Account) -> pd.DataFrame:
     """The first step of an account that :func:`effkit.moe.measure` returned, or :func:`effkit.moe.predict`.
 
+    ValueError for an account that keeps no calibration.
+
     Returns
     -------
     DataFrame
         A row per stretch of time: ``rank``; ``lane``, computing or link; ``what``, a phase, or waiting and moving of
         dispatch and combine; ``start_ns`` and ``end_ns`` from the beginning of the step.
-
-    Raises
-    ------
-    ValueError
-        For an account that keeps no calibration.
     """
     calibration = calibration_of(account, Calibration, "moe")
     if not account.predicted:

@@ -19,6 +19,8 @@ DTYPES = ("float32", "bfloat16")
 class Setting:
     """One expert-parallel layer and the load on it.
 
+    ValueError when a value is out of range; the sentence says which.
+
     Parameters
     ----------
     num_tokens
@@ -62,11 +64,6 @@ class Setting:
         Whether a step has a backward pass.
     seed
         Of tokens, routing and weights.
-
-    Raises
-    ------
-    ValueError
-        When a value is out of range; the sentence says which.
     """
 
     num_tokens: int = whole(1024)

@@ -44,7 +44,8 @@ def find_slow(delays: Any, threshold: float = THRESHOLD) -> Finding | None:
     rounds the median of each cell is taken, in logarithms, so that one late round says nothing. A row stands out when
     the median of its cells exceeds that of the cells with which this rank has nothing to do; a cell, when it exceeds
     the median of the others in its row and column. The excess must reach ``threshold`` and 4.5 times its own standard
-    error, from the spread (median absolute deviation) of the other cells and of each cell over the rounds.
+    error, from the spread (median absolute deviation) of the other cells and of each cell over the rounds. ValueError
+    when the delays are not such an array, hold a time that is not positive, or nothing at all.
 
     Parameters
     ----------
@@ -61,11 +62,6 @@ def find_slow(delays: Any, threshold: float = THRESHOLD) -> Finding | None:
     -------
     Finding or None
         The slowest thing, if any is; None too where more than a quarter of the links stand out: they are of two kinds.
-
-    Raises
-    ------
-    ValueError
-        When the delays are not such an array, hold a time that is not positive, or nothing at all.
 
     Examples
     --------

@@ -16,6 +16,8 @@ from effkit.padding.plans import Plan
 def account(recorded: Plan | Watch | Capture | Sequence[Any], cells: str = "input") -> Account:
     """The cells of what was recorded: rows ``real`` and ``padding``.
 
+    ValueError when a Capture does not say which lengths its batches had: padding is then not visible.
+
     Parameters
     ----------
     recorded
@@ -23,11 +25,6 @@ def account(recorded: Plan | Watch | Capture | Sequence[Any], cells: str = "inpu
         ``settings`` hold such a list under ``batches``.
     cells
         As in :meth:`Plan.account`; only a Plan knows more than ``"input"``.
-
-    Raises
-    ------
-    ValueError
-        When a Capture does not say which lengths its batches had: padding is then not visible.
 
     Examples
     --------

@@ -86,17 +86,14 @@ def left_out_error(design: Floats) -> float:
 def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> CostModel:
     """Fit the cost model to measured steps, each weighted by its relative error.
 
+    ValueError with fewer than three steps, or a column missing.
+
     Parameters
     ----------
     measured_steps
         Columns ``num_rows``, ``input_length`` and, where there are outputs, ``output_length`` [cells]; ``dur_ns``.
     attention
         Which attention path they ran.
-
-    Raises
-    ------
-    ValueError
-        With fewer than three steps, or a column missing.
     """
     if missing := {"num_rows", "input_length", "dur_ns"} - set(measured_steps.columns):
         raise ValueError(

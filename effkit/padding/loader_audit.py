@@ -136,6 +136,8 @@ class Watch:
 def watch(loader: Iterable[Any], *, budget_cells: int | None = None, num_batches: int | None = None) -> Watch:
     """Audit any DataLoader without changing it: it may stay in the training loop.
 
+    ValueError when a batch shows no mask and no lengths: padding is then not visible, and not guessed.
+
     Parameters
     ----------
     loader
@@ -145,11 +147,6 @@ def watch(loader: Iterable[Any], *, budget_cells: int | None = None, num_batches
         What the loader believes to be its largest batch [cells].
     num_batches
         Stop after so many.
-
-    Raises
-    ------
-    ValueError
-        When a batch shows no mask and no lengths: padding is then not visible, and not guessed.
 
     Examples
     --------

@@ -68,6 +68,8 @@ class MemoryModel:
 def fit_memory(probes: pd.DataFrame) -> MemoryModel:
     """Fit the memory model to probe shapes.
 
+    ValueError with fewer than three probes, or probes that do not vary.
+
     Parameters
     ----------
     probes
@@ -79,11 +81,6 @@ def fit_memory(probes: pd.DataFrame) -> MemoryModel:
     -------
     MemoryModel
         ``budget`` is 1 without ``peak_bytes``, else the largest peak that was probed.
-
-    Raises
-    ------
-    ValueError
-        With fewer than three probes, or probes that do not vary.
     """
     if missing := {"input_length", "batch_size"} - set(probes.columns):
         raise ValueError(

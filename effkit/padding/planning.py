@@ -28,6 +28,8 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Assign every example to a batch.
 
+    ValueError when a limit is missing, out of range, or an example alone exceeds ``max_input_cells``.
+
     Parameters
     ----------
     lengths
@@ -54,11 +56,6 @@ def plan(
         ``False`` keeps the example that overshoots ``max_input_cells``, as Lhotse's samplers do.
     seed
         Of the shuffle.
-
-    Raises
-    ------
-    ValueError
-        When a limit is missing, out of range, or an example alone exceeds ``max_input_cells``.
 
     Examples
     --------

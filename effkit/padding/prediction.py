@@ -33,6 +33,8 @@ _WHOLE = {"batch_size": 1, "max_input_cells": 1, "num_buckets": 1, "num_output_b
 def predict(base: Account, **setting: Any) -> Account:
     """The epoch at another setting: time, cells, steps and peak memory, without running anything.
 
+    ValueError for an unknown knob, a base without calibration, or limits that no plan can keep.
+
     Parameters
     ----------
     base
@@ -49,11 +51,6 @@ def predict(base: Account, **setting: Any) -> Account:
         what was measured, for packed rows (their mask costs differently) where padded ones were measured, or the other
         way round, and for several ranks (communication was not measured). Cells and steps,
         among the companions, are exact; peak memory has a band. At the measured setting: ``base`` itself.
-
-    Raises
-    ------
-    ValueError
-        For an unknown knob, a base without calibration, or limits that no plan can keep.
     """
     calibration = calibration_of(base, Calibration, "padding")
     wanted = complete(base, setting)

@@ -55,6 +55,9 @@ def lengths(
 ) -> pd.DataFrame:
     """The length of every example, whatever it is listed in.
 
+    ValueError naming the first line whose length is missing, NaN, zero or negative; or for an empty source.
+    FileNotFoundError when the path is none.
+
     Parameters
     ----------
     source
@@ -72,13 +75,6 @@ def lengths(
     DataFrame
         Integer columns ``input_length`` [cells] and, where the source has outputs, ``output_length`` [cells].
         ``attrs["input_unit"]`` and ``attrs["output_unit"]`` say what a cell is.
-
-    Raises
-    ------
-    ValueError
-        Naming the first line whose length is missing, NaN, zero or negative; or for an empty source.
-    FileNotFoundError
-        When the path is none.
 
     Examples
     --------

@@ -47,6 +47,8 @@ _COLOURS = NAMED | {item: colour for colour, items in _ITEMS.items() for item in
 def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """Several accounts under one another, a bar and a legend each.
 
+    ValueError when there is nothing to draw, or too few axes are given.
+
     Parameters
     ----------
     accounts
@@ -58,11 +60,6 @@ def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Seq
     -------
     Sequence of Axes
         One per account that was drawn.
-
-    Raises
-    ------
-    ValueError
-        When there is nothing to draw, or too few axes are given.
     """
     fitting = [account for account in accounts if account.unit in _UNITS]
     shown = [account for account in fitting if len(account.frame) > 1] or fitting
