@@ -18,12 +18,8 @@ class MemoryBrowser(Screen):
 
     ValueError when the capture holds no memory.
 
-    Attributes
-    ----------
-    controls
-        ``moment`` (a number of the timeline's rows) and ``by`` (``category`` or ``stack``).
-    result
-        The Account of the moment on the screen.
+    ``controls`` are ``moment`` (a number of the timeline's rows) and ``by`` (``category`` or ``stack``); ``result`` is
+    the Account of the moment on the screen.
     """
 
     def __init__(self, capture: Capture, *, device: str | None = None, rank: int | None = None) -> None:

@@ -14,14 +14,8 @@ def nonnegative(design: Floats, target: Floats) -> Floats:
     """The ``x >= 0`` that minimises ``|design @ x - target|``.
 
     For the handful of terms that we fit, trying every set of active terms is exact and instant: the optimum is the
-    unconstrained solution on its own support. Sets with more terms than there are rows are left out.
-
-    Parameters
-    ----------
-    design
-        Shape ``[num_rows, num_terms]``, at most 8 terms.
-    target
-        Shape ``[num_rows]``.
+    unconstrained solution on its own support. Sets with more terms than there are rows are left out. Shapes: ``design``
+    ``[num_rows, num_terms]``, at most 8 terms, ``target`` ``[num_rows]``.
 
     >>> nonnegative(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([2.0, -1.0])).tolist()
     [2.0, 0.0]

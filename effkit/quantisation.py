@@ -58,13 +58,9 @@ def quantise(x: Tensor, dtype: str = "int8", group: int | str = 128, num_heads: 
     of 128 that is 136 bytes instead of 512. ``fp8_e4m3`` and ``fp8_e5m2`` scale the largest magnitude of each group to
     the largest of the format (448 and 57344) and round: a relative error of at most 2^-4 and 2^-3 for normal numbers.
 
-    A group that holds an inf or a nan comes back without any finite value: the overflow stays visible.
-
-    Parameters
-    ----------
-    group
-        Values in a row that share a scale (the last group may be short); ``"tensor"``: all; ``"head"``: the same
-        slice of ``last dimension / num_heads`` channels in all rows (Mesa, arXiv 2111.11124, section 3.1).
+    A group that holds an inf or a nan comes back without any finite value: the overflow stays visible. ``group``:
+    values in a row that share a scale (the last group may be short); ``"tensor"``: all; ``"head"``: the same slice of
+    ``last dimension / num_heads`` channels in all rows (Mesa, arXiv 2111.11124, section 3.1).
     """
     if not x.is_floating_point():
         raise TypeError(f"quantise() takes a floating-point tensor; given: {x.dtype}: keep others as they are")

@@ -23,16 +23,9 @@ _recording = threading.Lock()
 
 
 def capture(
-    step: Callable[[], object],
-    *,
-    warmup: int = 2,
-    steps: int = 3,
-    memory: bool = False,
-    shapes: bool = False,
-    stacks: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    what: str | None = None,
-) -> Capture:
+    step: Callable[[], object], *, warmup: int = 2, steps: int = 3, memory: bool = False, shapes: bool = False,
+    stacks: bool = False, settings: Mapping[str, Any] | None = None, what: str | None = None,
+) -> Capture:  # fmt: skip
     """Run ``step()`` under ``torch.profiler`` and return what was seen.
 
     ::
@@ -130,7 +123,7 @@ def memory_events(step: Callable[[], object]) -> trace.Trace:
     return trace.read(_exported(profiler))
 
 
-def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4) -> bytes:
+def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4, shapes: bool = False) -> bytes:
     """Call ``step()`` ``warmup`` times, then ``steps`` times under the profiler, and return its trace (JSON).
 
     The device is waited for before the first recorded step and after the last, not between them: a loop's host runs
@@ -139,7 +132,7 @@ def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4) -> 
     with _alone("trace_of()"):
         for _ in range(warmup - 1):
             step()
-        with _profiler(steps) as profiler:
+        with _profiler(steps, record_shapes=shapes) as profiler:
             step()
             synchronize()
             profiler.step()

@@ -99,9 +99,8 @@ class WhatIf(Screen):
     # of all what-ifs together, which may share a model
     _running: ClassVar[threading.Lock] = threading.Lock()  # a measurement
     _computing: ClassVar[threading.RLock] = threading.RLock()  # a prediction
-    _moving: ClassVar[
-        list[WhatIf]
-    ] = []  # those that a move is predicted of: in JupyterLab, in another thread than cells
+    # those that a move is predicted of: in JupyterLab, in another thread than cells
+    _moving: ClassVar[list[WhatIf]] = []
 
     def __init__(
         self, base: Account, predict: Callable[..., Account], knobs: Sequence[Slider | Choice],

@@ -209,7 +209,6 @@ def test_modules_that_are_computed_twice(reentrant):
             step(lambda _: checkpoint(model, given, use_reentrant=reentrant))
             assert heard.num_recomputed == 4 * number  # the Sequential and its three
             assert heard.forwards == 2 * number
-    assert heard.recomputing_ns > 0
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -231,7 +230,7 @@ def test_nothing_is_computed_twice_without_checkpoints():
     model = stack()
     with listening(model) as heard:
         stepping(model)()
-    assert (heard.num_recomputed, heard.recomputing_ns) == (0, 0)
+    assert heard.num_recomputed == 0
 
 
 # Afterwards

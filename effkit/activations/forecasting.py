@@ -47,16 +47,9 @@ class Peak(NamedTuple):
 class Forecaster:
     """Forecasts the steps of a model at any size and with any levers.
 
-    Parameters
-    ----------
-    model
-        The real model: copied, not kept.
-    batch
-        An example: the size to start from.
-    make_batch
-        ``(batch_size, length) -> batch``; unless given, the example is repeated and cut.
-    device
-        ``"cuda"``: as on a GPU, wherever the model is.
+    The real ``model`` is copied, not kept; ``batch`` is an example, the size to start from, and is repeated and cut
+    unless ``make_batch`` is given, ``(batch_size, length) -> batch``. With ``device="cuda"``: as on a GPU, wherever the
+    model is.
 
     It forecasts around ``size``, and exactly at it: the example's, unless another is set. Operators that hide memory
     are run alone where ``runs_operators`` is set. ``basis``, ``assumptions``

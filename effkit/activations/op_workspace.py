@@ -27,12 +27,8 @@ class Workspace:
     A replay knows of each operator all but this. An operator that hid nothing in a real step hides nothing at smaller
     sizes; any other is run alone, on zeros, at each size that is asked for: which way a library goes depends on it.
 
-    Attributes
-    ----------
-    inside, sizes
-        Of each signature that was run alone.
-    hidden
-        Name and data types -> the most that such an operator hid in a real step, or alone, and the most it moved there.
+    ``inside`` and ``sizes`` are of each signature that was run alone; ``hidden`` has, by name and data types, the most
+    that such an operator hid in a real step, or alone, and the most it moved there.
     """
 
     inside: dict[Signature, int] = field(default_factory=dict)

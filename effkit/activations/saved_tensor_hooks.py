@@ -51,16 +51,11 @@ _STAGES: ContextVar[tuple[_Stage, ...]] = ContextVar("_STAGES", default=())
 def stage(place: Place, pack: Callable[[Tensor, Kept], Kept], unpack: Callable[[Kept], Kept]) -> Iterator[None]:
     """Let each tensor that autograd saves in this context pass through ``pack``, and in backward through ``unpack``.
 
-    Parameters
-    ----------
-    place
-        Before or after which other stages, whatever the order in which the contexts were entered. Of several contexts
-        at ``COMPRESS`` the innermost holds, and so at ``OFFLOAD``; at ``WATCH`` all do.
-    pack
-        ``(the tensor as autograd saves it, what the stages before keep of it) -> what is kept``. The second is the
-        first when no stage has changed it, and may be given back.
-    unpack
-        The reverse of ``pack``; the last one yields a tensor of the shape, dtype and device that were saved.
+    ``place`` says before or after which other stages, whatever the order in which the contexts were entered. Of several
+    contexts at ``COMPRESS`` the innermost holds, and so at ``OFFLOAD``; at ``WATCH`` all do. ``pack`` is ``(the tensor
+    as autograd saves it, what the stages before keep of it) -> what is kept``; the second is the first when no stage
+    has changed it, and may be given back. ``unpack`` is its reverse; the last one yields a tensor of the shape, dtype
+    and device that were saved.
     """
     others = [other for other in _STAGES.get() if other.place != place or place == Place.WATCH]
     stages = tuple(sorted([*others, _Stage(place, pack, unpack)], key=lambda stage: stage.place))

@@ -12,7 +12,7 @@ from effkit import moe
 from effkit.account import Account
 from effkit.advice.experts import Experts
 from effkit.advice.levers import Lever
-from effkit.lab import SPREAD, interval
+from effkit.lab import OF_A_MEDIAN, SPREAD, interval
 from effkit.moe import Setting
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _TRAINING = 3  # forward passes that a forward and a backward pass take
 _CHUNKS = (2, 4)
 _CAPACITY = 1.25
 _ROUNDS = 4  # of a layer's measurement
-_MEDIAN_ERROR, _LEAST_NOISE = 1.25, 0.03  # standard error of a median over that of a mean; of two runs
+_LEAST_NOISE = 0.03  # of two runs
 
 
 def levers(study: Training) -> list[Lever]:
@@ -72,7 +72,7 @@ def _predicted(layer: Account, changes: Mapping[str, Any]) -> Account:
     only the noise of both runs on the whole.
     """
     predicted, calibration = moe.predict(layer, **changes), layer.calibration
-    noise = SPREAD * _MEDIAN_ERROR * calibration.noise_frac / math.sqrt(_ROUNDS)
+    noise = SPREAD * OF_A_MEDIAN * calibration.noise_frac / math.sqrt(_ROUNDS)
     half = calibration.band_frac * abs(layer.total - predicted.total) + max(_LEAST_NOISE, noise) * layer.total
     return replace(predicted, **interval(predicted.total, half))
 

@@ -43,16 +43,9 @@ def row(family: str) -> str:
 def rows_ns(capture: Capture, plain_ns: float) -> dict[str, float]:
     """The rows of all steps of a live capture [ns], without what recording cost.
 
-    Recording costs the same for every event: the time that recorded steps took more than plain ones, over the number
-    of events. This cost is subtracted from the time of the event around it. On a GPU operators count by their kernels,
-    and the host's row is the time in which no kernel runs.
-
-    Parameters
-    ----------
-    capture
-        What was recorded.
-    plain_ns
-        The time of the same steps when they were not recorded.
+    Recording costs the same for every event: the time that recorded steps took more than plain ones (``plain_ns``, the
+    same steps when they were not recorded), over the number of events. This cost is subtracted from the time of the
+    event around it. On a GPU operators count by their kernels, and the host's row is the time in which no kernel runs.
     """
     events = capture.events
     each, launched = each_operator(events[~events["name"].str.startswith(STEP)])

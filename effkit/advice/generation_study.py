@@ -45,14 +45,8 @@ class Call:
 class GenerationStudy(Study):
     """A generation: ``generate(inputs)``, or keyword arguments of ``model.generate``.
 
-    Attributes
-    ----------
-    call
-        What was asked for.
-    base
-        It, measured part by part.
-    known
-        The calibration that predictions rest on: the base where it is greedy and cached, else such a one.
+    ``call`` is what was asked for; ``base`` is it, measured part by part; ``known`` the calibration that predictions
+    rest on: the base where it is greedy and cached, else such a one.
     """
 
     def __init__(self, generate: Any, model: Any, inputs: Any = None, *, repeats: int = 5) -> None:
@@ -108,10 +102,6 @@ class GenerationStudy(Study):
         found = [*self._cached(), *self._rebalanced(), *(self._batched() if goal == "cost" else ())]
         return ranked(goal, found, **more)
 
-    @property
-    def _now(self) -> dict[str, Any]:
-        return {"num_steps": self.call.num_steps, "batch": self.call.batch}
-
     def _cached(self) -> list[Lever]:
         if self.call.cache == "on" or self.call.num_beams > 1:
             return []
@@ -161,7 +151,7 @@ class GenerationStudy(Study):
         self, kind: str, name: str, found: str, changes: Mapping[str, Any], code: str, effects: tuple[str, ...],
         use: Callable[[], Any] | None, scale: float = 1.0,
     ) -> Lever:  # fmt: skip
-        wanted: dict[str, Any] = self._now | dict(changes)
+        wanted = {"num_steps": self.call.num_steps, "batch": self.call.batch, **changes}
 
         def run() -> Account:
             return _scaled(decoder.measure(self.model, self.inputs, base=self.known, repeats=self.repeats, **wanted),

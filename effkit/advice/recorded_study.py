@@ -21,7 +21,7 @@ from effkit.captured import Capture
 from effkit.loading import load
 from effkit.loading.fleet import Fleet
 from effkit.moe import UNSEEN
-from effkit.panes.breakdown import NO_DEVICE
+from effkit.panes.breakdown import NO_DEVICE, mean_of
 from effkit.panes.families import NOT_VISIBLE as NOBODY
 from effkit.units import readable
 
@@ -50,14 +50,8 @@ class RecordedStudy(Study):
 
     FileNotFoundError or ValueError when a file is absent, or holds no events (a trace) or no memory (a snapshot).
 
-    Attributes
-    ----------
-    capture
-        What the trace holds; None where none was given.
-    of_memory
-        The Capture that memory was recorded in; None where neither file holds any.
-    trace
-        The path that was given.
+    ``capture`` is what the trace holds, None where none was given; ``of_memory`` the Capture that memory was recorded
+    in, None where neither file holds any; ``trace`` the path that was given.
     """
 
     def __init__(self, trace: Files | None, snapshot: str | Path | None, *, step: str | None = None) -> None:
@@ -111,14 +105,14 @@ class RecordedStudy(Study):
         if self.capture is None:
             return None
         whole = "kernel_ns" if self.saw_device else "cpu_exec_ns"
-        rows = {name: share * _mean(self.parts[whole]) for name, share in self._shares().items()}
-        rows |= {row: _mean(self.parts[part]) for part, row in _ROWS.items()
+        rows = {name: share * mean_of(self.parts[whole]) for name, share in self._shares().items()}
+        rows |= {row: mean_of(self.parts[part]) for part, row in _ROWS.items()
                  if part != whole and self.parts[part].notna().all()}  # fmt: skip
         shown = {row: round(value) for row, value in rows.items() if value >= 1}
         basis = {row: "derived" if row in (*_COMPUTING, NO_OPERATOR) else "measured" for row in shown}
         source = (self._marks or ["the recorded steps"])[0].removeprefix(_FROM)
         return Account.of(
-            TIME, "ns", shown, basis=basis, total=round(_mean(self.parts["dur_ns"])),
+            TIME, "ns", shown, basis=basis, total=round(mean_of(self.parts["dur_ns"])),
             source=f"{source}, the mean over {self.num_steps:,} of them" if self.num_steps > 1 else source,
             setting={"num_ranks": self.num_ranks, "num_steps": self.num_steps},
         )  # fmt: skip
@@ -254,11 +248,6 @@ class RecordedStudy(Study):
         if goal == "memory":
             return recorded_levers.of_memory(self.memory, budget_bytes, **more)
         return recorded_levers.of_time(self, goal, **more)
-
-
-def _mean(column: pd.Series[Any]) -> float:
-    """The mean over the ranks of each one's mean over its steps."""
-    return float(column.astype("float64").groupby(level="rank").mean().mean())
 
 
 def _holds_memory(capture: Capture) -> bool:

@@ -20,12 +20,8 @@ from effkit.training import unchanged
 def restored(model: torch.nn.Module) -> Iterator[dict[torch.optim.Optimizer, Any]]:
     """Undo in the end what steps inside have learned: parameters, buffers, gradients, optimizers, random states.
 
-    Copies wait in host memory. What a step changes elsewhere (a scheduler, counters of its own) stays.
-
-    Yields
-    ------
-    dict
-        The optimizers that have taken a step so far, and the states that they had before.
+    Copies wait in host memory. What a step changes elsewhere (a scheduler, counters of its own) stays. Yields the
+    optimizers that have taken a step so far, and the states that they had before.
     """
     before: dict[torch.Tensor, torch.Tensor] = {}
     seen: dict[torch.optim.Optimizer, Any] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,6 @@ class Heard:
 
     asked: Counter[str] = field(default_factory=Counter)  # place in the user's code -> how often it asked for a number
     num_recomputed: int = 0  # modules whose forward ran in backward
-    recomputing_ns: int = 0  # how long that took
     let_go: bool | None = None
     zeroed: bool = False  # zero_grad was told to write zeros
     autocast: bool = False  # a module ran under autocast
@@ -48,7 +46,7 @@ def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = No
     """Note what steps inside do; ``enter`` hears which phase begins (``backward``, ``optimizer``)."""
     heard = Heard()
     kind = next(model.parameters()).device.type
-    in_backward = depth = started = 0
+    in_backward = depth = 0
     marks: list[Any] = []
 
     def begins(phase: str) -> None:
@@ -57,7 +55,7 @@ def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = No
             enter(phase)
 
     def before(module: torch.nn.Module, _: Any) -> None:
-        nonlocal depth, started
+        nonlocal depth
         if module is model:
             heard.forwards += 1
         if in_backward:
@@ -65,7 +63,6 @@ def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = No
             if not depth:
                 marks.append(_RecordFunctionFast(RECOMPUTED))
                 marks[-1].__enter__()
-                started = time.perf_counter_ns()
             depth += 1
         elif torch.is_autocast_enabled(kind):
             heard.autocast = True
@@ -75,7 +72,6 @@ def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = No
         if in_backward and depth:
             depth -= 1
             if not depth:
-                heard.recomputing_ns += time.perf_counter_ns() - started
                 marks.pop().__exit__(None, None, None)
 
     backward = torch.autograd.backward

@@ -41,20 +41,10 @@ _PADDED = (families.PRODUCTS, families.ATTENTION, families.NORMS, families.OTHER
 class TrainingStudy(Study):
     """A training loop: ``step(batch)`` over a loader.
 
-    Attributes
-    ----------
-    model, step, loss
-        As given; ``step`` takes a batch, and is run many times.
-    batches
-        Those that are studied.
-    examples
-        What they were made of; None where the loader does not say.
-    heard
-        What one step did.
-    steps_ns
-        The fastest time of each batch.
-    waiting_ns, loop_ns
-        For the loader, per step; and the whole of the loop, run once: its steps are not the fastest.
+    ``model``, ``step`` and ``loss`` are as given; ``step`` takes a batch, and is run many times. ``batches`` are those
+    that are studied, ``examples`` what they were made of (None where the loader does not say), ``heard`` is what one
+    step did, ``steps_ns`` the fastest time of each batch. ``waiting_ns`` is for the loader, per step; ``loop_ns`` the
+    whole of the loop, run once: its steps are not the fastest.
     """
 
     def __init__(
@@ -74,7 +64,9 @@ class TrainingStudy(Study):
             with listening(model) as self.heard:
                 self.step(self.batches[-1])
             self._say_what_is_unseen()
-            self.epoch = self._epoch()
+            # the padding lab's account of these batches, which predicts other ones
+            lengths_seen = self.examples is not None and self.examples.watched is not None
+            self.epoch = self.measured_plan(None) if lengths_seen else None
             self.steps_ns = self._times()
             self.waiting_ns, self.loop_ns = self._wait()
             self.rows_ns, self.num_operators = loop_timing.rows(
@@ -132,10 +124,6 @@ class TrainingStudy(Study):
             say("the model's own forward: the step does not call it, so that levers on it may do nothing")
         if self.num_ranks < 2 and experts.layers_of(self.model):
             say("what uneven experts cost: on one rank they cost nothing; give num_ranks=")
-
-    def _epoch(self) -> Account | None:
-        """The padding lab's account of these batches, which predicts other ones."""
-        return None if self.examples is None or self.examples.watched is None else self.measured_plan(None)
 
     def measured_plan(self, also: padding.Plan | None) -> Account:
         """The batches as they were delivered, by the padding lab; with larger ones in the calibration, if given."""

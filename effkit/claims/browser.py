@@ -21,12 +21,8 @@ _SHOWN = ("claim", "figure", "theirs", "ours", "status")
 class ClaimsBrowser(Screen):
     """Three lists to choose from, and the claims that fit.
 
-    Attributes
-    ----------
-    controls
-        ``theme``, ``resource`` and ``status``, each ``"all"`` or one of the table's words.
-    result
-        The rows on the screen, as :func:`effkit.claims` gives them.
+    ``controls`` are ``theme``, ``resource`` and ``status``, each ``"all"`` or one of the table's words; ``result`` the
+    rows on the screen, as :func:`effkit.claims` gives them.
     """
 
     def __init__(self) -> None:

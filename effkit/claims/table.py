@@ -27,19 +27,8 @@ UNITS: Mapping[str, tuple[str, str, int]] = {
     "correlation": ("{:.2f}", "ppm", 1_000_000),
 }
 _COLUMNS = (
-    "paper",
-    "arxiv",
-    "claim",
-    "resource",
-    "theme",
-    "status",
-    "figure",
-    "ours",
-    "theirs",
-    "gap",
-    "scale",
-    "link",
-)
+    "paper", "arxiv", "claim", "resource", "theme", "status", "figure", "ours", "theirs", "gap", "scale", "link",
+)  # fmt: skip
 _FIGURE = re.compile(r"(?:(over|under|up to|about) )?([\d.]+)(?: to ([\d.]+))?")
 
 

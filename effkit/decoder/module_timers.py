@@ -29,15 +29,9 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 class Watched:
     """One generation, part by part.
 
-    Attributes
-    ----------
-    steps
-        One row per forward of the decoder, the first one the prefill; columns ``OF_STEP`` [ns]. ``BETWEEN`` is the
-        time since the step before. A part that the model does not have is a column of zeros.
-    encoder_ns, encoder_layers_ns
-        The encoder, and of it the layers.
-    wall_ns
-        From the call to its return.
+    ``steps`` has a row per forward of the decoder, the first one the prefill, and columns ``OF_STEP`` [ns]: ``BETWEEN``
+    is the time since the step before, a part that the model does not have is a column of zeros. ``encoder_ns`` is of
+    the encoder, ``encoder_layers_ns`` of its layers alone, ``wall_ns`` from the call to its return.
     """
 
     steps: pd.DataFrame
@@ -55,7 +49,6 @@ class Clock(Protocol):
     """Whatever can be read at any moment, and tells how far apart two moments were."""
 
     def mark(self) -> Any: ...
-
     def ns(self, marks: Sequence[Any]) -> Ints: ...
 
 

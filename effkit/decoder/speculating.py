@@ -22,17 +22,9 @@ DRAFT, VERIFY, REST = "draft", "verify", "cropping and sampling"
 def expected_tokens(num_draft: int, acceptance: float) -> float:
     """Tokens that one cycle makes on average: (1 - a^(k+1)) / (1 - a), equation 1 of arXiv 2211.17192.
 
-    A cycle drafts k tokens, keeps those before the first rejection, and adds one of the target model's own.
+    A cycle drafts k (``num_draft``) tokens, keeps those before the first rejection, and adds one of the target model's
+    own. ``acceptance``: a, probability in [0, 1] that a drafted token is accepted, for each independently.
 
-    Parameters
-    ----------
-    num_draft
-        k, tokens drafted per cycle.
-    acceptance
-        a, probability in [0, 1] that a drafted token is accepted, for each independently.
-
-    Examples
-    --------
     >>> expected_tokens(4, 0.0), expected_tokens(4, 0.5), expected_tokens(4, 1.0)
     (1.0, 1.9375, 5.0)
     """
@@ -43,17 +35,10 @@ def expected_tokens(num_draft: int, acceptance: float) -> float:
 def speed_up(num_draft: int, acceptance: float, draft_frac: float, verify_frac: float = 1.0) -> float:
     """Time of plain decoding over that of speculative decoding: theorem 3.8 of arXiv 2211.17192.
 
-    (1 - a^(k+1)) / ((1 - a) (k c + v)), with v = 1 in the paper.
-
-    Parameters
-    ----------
-    num_draft, acceptance
-        k and a, as in :func:`expected_tokens`.
-    draft_frac
-        c, time of a step of the draft model over a step of the target model; may be above 1.
-    verify_frac
-        v, time in which the target model checks k + 1 tokens at once, over one of its steps. Near 1 where weights
-        have to be read for each step, towards k + 1 where arithmetic binds.
+    (1 - a^(k+1)) / ((1 - a) (k c + v)), with v = 1 in the paper; k and a are those of :func:`expected_tokens`.
+    ``draft_frac``: c, time of a step of the draft model over a step of the target model; may be above 1.
+    ``verify_frac``: v, time in which the target model checks k + 1 tokens at once, over one of its steps. Near 1 where
+    weights have to be read for each step, towards k + 1 where arithmetic binds.
     """
     if draft_frac < 0 or verify_frac <= 0:
         raise ValueError(

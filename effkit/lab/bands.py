@@ -21,9 +21,8 @@ SPREAD = 2.0  # a band is two standard errors wide on each side
 # measured there
 _UNSEEN, _LEAST_UNSEEN_FRAC = 3.0, 0.3
 _ROOM = 1.05  # a size so many times beyond what was run is the same size: batches of an epoch are not equally long
-_OF_A_MEDIAN = math.sqrt(
-    math.pi / 2
-)  # a median's standard error over a mean's, of repeats that scatter as a normal does
+# A median's standard error over that of a mean, of repeats that scatter as a normal does
+OF_A_MEDIAN = math.sqrt(math.pi / 2)
 _OF_DIFFERENCES = 1.4826 / math.sqrt(2)  # a normal's standard deviation over the median distance of two draws
 
 
@@ -31,16 +30,9 @@ _OF_DIFFERENCES = 1.4826 / math.sqrt(2)  # a normal's standard deviation over th
 class Trust:
     """How far a lab's predictions can be trusted.
 
-    Attributes
-    ----------
-    error_frac
-        Error of the model on runs that were left out of its fit, as a fraction of the time.
-    noise_frac
-        How far repeats of one run lie apart (:func:`noise`).
-    num_repeats
-        Repeats that a figure is the median of.
-    least_frac
-        What the band's half-width is at least.
+    ``error_frac`` is the error of the model on runs that were left out of its fit, as a fraction of the time;
+    ``noise_frac``, how far repeats of one run lie apart (:func:`noise`); ``num_repeats``, the repeats that a figure is the
+    median of; ``least_frac``, what the band's half-width is at least.
     """
 
     error_frac: float
@@ -52,7 +44,7 @@ class Trust:
     def band_frac(self) -> float:
         """Half-width of the band. Error, and the noise of the figure that it is held against, do not know of each
         other: their squares add."""
-        noise_of_figure = _OF_A_MEDIAN * self.noise_frac / math.sqrt(self.num_repeats)
+        noise_of_figure = OF_A_MEDIAN * self.noise_frac / math.sqrt(self.num_repeats)
         return max(self.least_frac, SPREAD * math.hypot(self.error_frac, noise_of_figure))
 
     def beyond(self, doublings: float, seen: bool = True) -> float:
@@ -64,14 +56,9 @@ class Trust:
 
 @dataclass(frozen=True)
 class Hull:
-    """The sizes that a calibration ran: lowest and highest of each quantity.
+    """The sizes that a calibration ran: lowest and highest of each quantity, ``low`` and ``high``.
 
-    Attributes
-    ----------
-    low, high
-        Quantity -> value.
-    room
-        A size counts as covered up to so many times the highest, and down to the lowest over it.
+    A size counts as covered up to ``room`` times the highest, and down to the lowest over it.
     """
 
     low: Mapping[str, float]
@@ -108,12 +95,8 @@ def noise(repeats: Iterable[Sequence[float]]) -> float:
     """How far repeats of one run lie apart: their standard deviation, as a fraction of their median.
 
     From the distances of successive repeats, pooled over the runs, by their median: a disturbed repeat does not count,
-    nor does a machine whose speed drifts.
-
-    Parameters
-    ----------
-    repeats
-        Of each run, the times of its repeats in the order they were run; a run with one says nothing. 0 of none.
+    nor does a machine whose speed drifts. ``repeats`` are of each run the times of its repeats in the order they were
+    run; a run with one says nothing. 0 of none.
     """
     distances = [np.abs(np.diff(times)) / np.median(times) for times in repeats if len(times) > 1]
     return _OF_DIFFERENCES * float(np.median(np.concatenate(distances))) if distances else 0.0

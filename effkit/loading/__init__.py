@@ -16,12 +16,9 @@ _SUFFIXES = (".json", ".json.gz", ".zip", ".pickle", ".pkl")
 
 
 def load(
-    path: str | Path | Sequence[str | Path],
-    *,
-    columns: Sequence[str] = trace.DETAIL_COLUMNS,
-    stacks: bool = False,
+    path: str | Path | Sequence[str | Path], *, columns: Sequence[str] = trace.DETAIL_COLUMNS, stacks: bool = False,
     client: Any = None,
-) -> Capture:
+) -> Capture:  # fmt: skip
     """Read what PyTorch or :meth:`Capture.save` wrote. Needs neither torch nor a GPU.
 
     FileNotFoundError when there is nothing at the path. ValueError when a file is something else, or damaged, or holds

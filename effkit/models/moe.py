@@ -22,16 +22,9 @@ from effkit.quantisation import GROUP
 class ExpertParallel(nn.Module):
     """A top-k mixture of experts whose experts lie on the ranks of a group.
 
-    The weights depend on the seed and the expert alone, so that any number of ranks computes the same.
-
-    Attributes
-    ----------
-    marks
-        What the last step did when.
-    kept_counts, sent_counts
-        Token copies kept, and rows sent, of the last forward pass on this rank, by expert [E].
-    num_dropped
-        Token copies of the last forward pass that found their expert full.
+    The weights depend on the seed and the expert alone, so that any number of ranks computes the same. ``marks`` say
+    what the last step did when. Of the last forward pass on this rank, ``kept_counts`` and ``sent_counts`` are token
+    copies kept, and rows sent, by expert [E], ``num_dropped`` the token copies that found their expert full.
     """
 
     place: torch.Tensor

@@ -15,6 +15,7 @@ from effkit.captured import Capture
 from effkit.loading.fleet import Fleet
 from effkit.moe.live import of_folder
 from effkit.panes import collectives
+from effkit.panes.breakdown import mean_of
 from effkit.trace import intervals
 from effkit.units import readable
 
@@ -103,18 +104,13 @@ def account(capture: Capture | str | Path, step: str | None = None) -> Account:
     moved = ["exposed_communication_ns", "hidden_communication_ns"]
     communication = Account.of(
         "Communication of one step", "ns", _by_kind(exposed, hidden),
-        total=round(_mean(overview[moved].sum(axis=1))), setting=setting,
+        total=round(mean_of(overview[moved].sum(axis=1))), setting=setting,
         source="the time in which the recorded ranks communicate, their mean",
     )  # fmt: skip
     return Account.of(
         "Time of one step", "ns", {row: round(value) for row, value in rows.items()}, total=steps.total_ns,
         source="; ".join([source, *setting["notes"]]), basis=basis, setting=setting, companions=(communication,),
     )  # fmt: skip
-
-
-def _mean(column: pd.Series[Any]) -> float:
-    """The mean over the ranks of each one's mean over its steps."""
-    return float(column.groupby(level="rank").mean().mean())
 
 
 def _steps(capture: Capture, overview: pd.DataFrame) -> _Steps:
@@ -216,7 +212,7 @@ def _rest(overview: pd.DataFrame) -> dict[str, float]:
         rows["data loading"] = overview["dataloader_ns"]
     rows["host and idle"] = overview["idle_ns"] + (overview["cpu_exec_ns"] if device.all() else 0)
     rows["not visible"] = overview["not_visible_ns"]
-    return {name: _mean(column) for name, column in rows.items() if column.notna().any()}
+    return {name: mean_of(column) for name, column in rows.items() if column.notna().any()}
 
 
 def _outside(steps: _Steps) -> dict[str, float]:

@@ -25,6 +25,7 @@ from effkit.moe import routing
 from effkit.moe.layers import layer_of
 from effkit.moe.netns import ask_for, end_with_parent
 from effkit.moe.setting import Setting
+from effkit.recording import trace_of
 from effkit.whole_files import replacing
 
 _LINK_SIZES = tuple(2**power for power in range(10, 23))  # bytes to each other rank
@@ -236,7 +237,9 @@ def _run(folder: Path) -> None:
                     progress.write(".")
     recorded["clock"].append(clock_offset(travels_on))
     if run.get("profile") and jobs:
-        _profile(jobs[0], num_steps, folder / f"trace{rank}.json")
+        turns = iter([0, *range(num_steps)])  # the first is for the profiler to warm up
+        trace = trace_of(lambda: jobs[0].run(next(turns)), warmup=1, steps=num_steps, shapes=True)
+        (folder / f"trace{rank}.json").write_bytes(trace)
     with replacing(folder / f"rank{rank}.json") as part:
         part.write_text(json.dumps(recorded))
     dist.barrier()
@@ -262,19 +265,6 @@ def _machine() -> str:
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
-
-
-def _profile(job: Job, num_steps: int, path: Path) -> None:
-    """The steps once more, under the profiler."""
-    from torch.profiler import ProfilerActivity, profile, schedule
-
-    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    with profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True,
-                 schedule=schedule(wait=0, warmup=1, active=num_steps, repeat=1)) as profiler:  # fmt: skip
-        for step in [0, *range(num_steps)]:
-            job.run(step)
-            profiler.step()
-    profiler.export_chrome_trace(str(path))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 from effkit.moe.setting import Setting
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Clock = Callable[[int], int]
 
 
 class Call(NamedTuple):
@@ -112,7 +113,7 @@ def read(folder: str | Path) -> Run:
 def _assembled(run: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Run:
     first = ranks[0]
     one_clock = len({rank["machine"] for rank in ranks}) == 1 and first["machine"]
-    clocks = [_Clock([] if one_clock else rank["clock"]) for rank in ranks]
+    clocks = [_clock([] if one_clock else rank["clock"]) for rank in ranks]
     facts = {
         **{name: first[name] for name in ("num_ranks", "backend", "where", "provenance")},
         "ranks_per_node": int(run.get("ranks_per_node") or first["local_world_size"]),
@@ -132,31 +133,26 @@ def _by_step(ranks: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[int, i
             for records in zip(*(rank["steps"] for rank in ranks), strict=True)}  # fmt: skip
 
 
-def _steps(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[_Clock]) -> list[Step]:
+def _steps(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[Clock]) -> list[Step]:
     return [Step(records[0]["job"], records[0]["round"], records[0]["step"],
                  [_of_rank(record, clock) for record, clock in zip(records, clocks, strict=True)])
             for records in zip(*(rank["steps"] for rank in ranks), strict=True)]  # fmt: skip
 
 
-class _Clock:
+def _clock(offsets: Sequence[Sequence[int]]) -> Clock:
     """A rank's clock on the first rank's: offsets measured before and after, and a line between them."""
-
-    def __init__(self, offsets: Sequence[Sequence[int]]) -> None:
-        self.at = [offset[0] for offset in offsets] or [0]
-        self.ahead = [offset[1] for offset in offsets] or [0]
-
-    def __call__(self, time_ns: int) -> int:
-        return time_ns - round(float(np.interp(time_ns, self.at, self.ahead)))
+    at, ahead = ([offset[i] for offset in offsets] or [0] for i in range(2))
+    return lambda time_ns: time_ns - round(float(np.interp(time_ns, at, ahead)))
 
 
-def _of_rank(record: Mapping[str, Any], clock: _Clock) -> OfRank:
+def _of_rank(record: Mapping[str, Any], clock: Clock) -> OfRank:
     stamps = [(name, clock(time_ns)) for name, time_ns in record["phases"]]
     phases = [(name, begin, end) for (name, begin), (_, end) in pairwise(stamps) if name]
     calls = [Call(kind, clock(start), clock(end), out, back) for kind, start, end, out, back in record["calls"]]
     return OfRank(clock(record["begin_ns"]), clock(record["turn_ns"]), clock(record["end_ns"]), phases, calls)
 
 
-def _links(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[_Clock]) -> pd.DataFrame:
+def _links(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[Clock]) -> pd.DataFrame:
     rows = []
     for probes in zip(*(rank.get("links", ()) for rank in ranks), strict=True):
         starts = [clock(probe[1]) for probe, clock in zip(probes, clocks, strict=True)]
@@ -165,7 +161,7 @@ def _links(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[_Clock]) -> pd.D
     return pd.DataFrame(rows, columns=["size_bytes", "dur_ns"])
 
 
-def _delays(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[_Clock]) -> Array:
+def _delays(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[Clock]) -> Array:
     num_rounds = 1 + max((delay[0] for rank in ranks for delay in rank.get("delays", ())), default=-1)
     table = np.full((num_rounds, len(ranks), len(ranks)), np.nan)
     for receiver, (rank, clock) in enumerate(zip(ranks, clocks, strict=True)):

@@ -19,16 +19,9 @@ _CLUSTER_SPREAD = 0.1  # of the tokens around their cluster's centre, which have
 class Traffic:
     """What one step sends.
 
-    Attributes
-    ----------
-    routed
-        Token copies that each rank's tokens ask of each expert, shape [num_ranks, num_experts].
-    kept
-        Those within the capacity, same shape.
-    rows
-        What travels: kept copies, or centroids, or full capacities, same shape.
-    owner
-        The rank that holds each expert, shape [num_experts]; -1 where every rank does.
+    ``routed`` are the token copies that each rank's tokens ask of each expert, shape [num_ranks, num_experts]; of the
+    same shape, ``kept`` those within the capacity, and ``rows`` what travels: kept copies, or centroids, or full
+    capacities. ``owner`` is the rank that holds each expert, shape [num_experts]; -1 where every rank does.
     """
 
     routed: Array

@@ -16,20 +16,12 @@ from effkit.padding.plans import Plan
 class Calibration:
     """What a measurement found, and all that :func:`~effkit.padding.predict` needs.
 
-    Attributes
-    ----------
-    plan
-        The plan that was measured.
-    cost, memory
-        Time and peak memory of a step as functions of its shape.
-    steps
-        One row per measured batch: ``num_rows, input_length, output_length`` [cells], ``whole`` (False for one that
-        was cut down) and its number ``batch`` in the plan (-1), ``dur_ns``, ``peak_bytes``, and ``times_ns``, its times
-        in the order they were run.
-    noise_frac
-        How far steps on the same batch lay apart (:func:`effkit.lab.noise`).
-    anchor
-        Measured over modelled time of those batches: 1.0 when the model fits perfectly.
+    ``plan`` was measured; ``cost`` and ``memory`` are time and peak memory of a step as functions of its shape.
+    ``steps`` has a row per measured batch: ``num_rows, input_length, output_length`` [cells], ``whole`` (False for one
+    that was cut down) and its number ``batch`` in the plan (-1), ``dur_ns``, ``peak_bytes``, and ``times_ns``, its
+    times in the order they were run. ``noise_frac``: how far steps on the same batch lay apart
+    (:func:`effkit.lab.noise`). ``anchor``: measured over modelled time of those batches, 1.0 when the model fits
+    perfectly.
     """
 
     plan: Plan

@@ -11,7 +11,6 @@ import pandas as pd
 from effkit.lab import SPREAD, Hull, rms
 from effkit.least_squares import Floats, nonnegative
 
-TERMS = ("1", "BT", "BU", "BT²", "BUT")
 ATTENTION = ("padded", "block_mask", "varlen")
 # Student's t that nine of ten draws stay within, by how many rows there are more than coefficients; 2 or less from 5
 _STUDENT = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13}

@@ -10,26 +10,14 @@ from effkit.padding.buckets import Ints
 
 
 def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
-    """The row of each item, in the best-fit-decreasing order (Johnson 1974).
+    """The row of each item, numbered from 0 without gaps, in the best-fit-decreasing order (Johnson 1974).
+
+    ``lengths`` [num_items] are each in ``1..capacity``, the cells per row.
 
     Items are taken from long to short; each goes to the row with the least room that still holds it. All items of
     one length, and all rows with one amount of room, are alike: so they move together. A row with room ``r`` takes
     ``r // length`` items in succession, because after each item it is again the fullest row that fits.
 
-    Parameters
-    ----------
-    lengths
-        Shape ``[num_items]``, each in ``1..capacity``.
-    capacity
-        Cells per row.
-
-    Returns
-    -------
-    rows
-        Shape ``[num_items]``: the row of each item, numbered from 0 without gaps.
-
-    Examples
-    --------
     >>> best_fit_decreasing(np.array([3, 5, 2, 4]), capacity=7).tolist()
     [1, 0, 0, 1]
     """

@@ -172,8 +172,6 @@ class Plan:
     def straggler(self, world_size: int, cells: str = "input") -> float:
         """E[max over ranks] / mean of the padded cells per step: 1.0 is no waiting at all.
 
-        Examples
-        --------
         >>> from effkit.padding import plan
         >>> plan(pd.DataFrame({"input_length": [3, 3, 1, 1]}), "sorted", batch_size=1).straggler(2)
         1.0

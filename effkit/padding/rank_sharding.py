@@ -20,19 +20,14 @@ class Batched(Protocol):
 
     @property
     def strategy(self) -> str: ...
-
     @property
     def lengths(self) -> pd.DataFrame: ...
-
     @property
     def order(self) -> Ints: ...
-
     @property
     def bucket(self) -> Ints: ...
-
     @property
     def batches(self) -> Sequence[Ints]: ...
-
     @property
     def frame(self) -> pd.DataFrame: ...
 

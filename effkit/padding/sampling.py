@@ -17,13 +17,10 @@ class Planned(Batched, Protocol):
 
     @property
     def row_starts(self) -> Ints | None: ...
-
     @property
     def batch_starts(self) -> Ints: ...
-
     @property
     def num_rows(self) -> int: ...
-
     def replanned(self, seed: int) -> Planned: ...
 
 

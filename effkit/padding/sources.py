@@ -46,13 +46,9 @@ class _Entry(msgspec.Struct):
 
 
 def lengths(
-    source: Any,
-    *,
-    input: str | None = None,
-    output: str | None = None,
-    tokenize: Callable[[str], Any] | None = None,
-    frames_per_second: float = FRAMES_PER_SECOND,
-) -> pd.DataFrame:
+    source: Any, *, input: str | None = None, output: str | None = None,
+    tokenize: Callable[[str], Any] | None = None, frames_per_second: float = FRAMES_PER_SECOND,
+) -> pd.DataFrame:  # fmt: skip
     """The length of every example, whatever it is listed in.
 
     ValueError naming the first line whose length is missing, NaN, zero or negative; or for an empty source.

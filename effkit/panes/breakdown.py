@@ -148,6 +148,11 @@ def overview(parts: Sequence[tuple[pd.DataFrame, list[str]]]) -> pd.DataFrame:
     return frame
 
 
+def mean_of(column: pd.Series[Any]) -> float:
+    """The mean over the ranks of each one's mean over its steps, of a column of an overview."""
+    return float(column.astype("float64").groupby(level="rank").mean().mean())
+
+
 # part of the time, from which share on it is worth a word, and the word
 _ADVICE: Mapping[str, tuple[float, str]] = {
     "exposed_communication_ns": (0.15, "is communication that no computation hides: overlap it, or send less"),

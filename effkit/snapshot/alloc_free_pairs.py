@@ -21,19 +21,17 @@ def from_events(memory: pd.DataFrame, *, stacks: pd.Series[str] | None = None) -
     times = distinct(memory["time_ns"].to_numpy())
     birth, death = pair(sizes > 0, memory["address"].to_numpy(), pd.factorize(memory["device"])[0])
     event = np.where(birth >= 0, birth, death)  # which tells size and place
-    frame = pd.DataFrame(
-        {
-            "size_bytes": np.abs(sizes[event]),
-            "alloc_ns": moments(times, birth),
-            "free_ns": moments(times, death),
-            "device": memory["device"].iloc[event].array,
-            "rank": memory["rank"].to_numpy()[event],
-            "stack": chosen([] if stacks is None else stacks, np.full_like(birth, -1) if stacks is None else birth),
-            "category": chosen(["unknown"], np.zeros_like(birth)),
-            "known_by": chosen(["not recorded"], np.zeros_like(birth)),
-        }
-    )
-    return frame.rename_axis("allocation")
+    columns = {
+        "size_bytes": np.abs(sizes[event]),
+        "alloc_ns": moments(times, birth),
+        "free_ns": moments(times, death),
+        "device": memory["device"].iloc[event].array,
+        "rank": memory["rank"].to_numpy()[event],
+        "stack": chosen([] if stacks is None else stacks, np.full_like(birth, -1) if stacks is None else birth),
+        "category": chosen(["unknown"], np.zeros_like(birth)),
+        "known_by": chosen(["not recorded"], np.zeros_like(birth)),
+    }
+    return pd.DataFrame(columns).rename_axis("allocation")
 
 
 def pair(born: Any, *place: Any) -> tuple[Any, Any]:

@@ -57,16 +57,9 @@ def peak_ns(allocations: pd.DataFrame, device: str) -> int:
 
 
 def account(
-    allocations: pd.DataFrame,
-    *,
-    peak_bytes: int,
-    source: str,
-    device: str,
-    by: str = "category",
-    segments: pd.DataFrame | None = None,
-    at_ns: int | None = None,
-    num_rows: int = 12,
-) -> Account:
+    allocations: pd.DataFrame, *, peak_bytes: int, source: str, device: str, by: str = "category",
+    segments: pd.DataFrame | None = None, at_ns: int | None = None, num_rows: int = 12,
+) -> Account:  # fmt: skip
     """What fills the memory of a device at the moment ``at_ns`` [ns]; by default the first with most bytes alive.
 
     ``peak_bytes`` is the allocator's own total at that moment, by the counter ``source``. ``by`` is ``"category"``, or

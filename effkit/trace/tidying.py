@@ -195,20 +195,19 @@ class _Columns:
         numbers = {name: np.concatenate(parts) for name, parts in self._numbers.items()}
         order = np.argsort(numbers["start_ns"], kind="stable")
         strings = self._strings
-        frame = pd.DataFrame(
-            {
-                "name": strings["name"].column(order),
-                "category": strings["category"].column(order, lambda category: TODAY.get(category, category)),
-                "start_ns": since(base_ns, numbers["start_ns"], numbers["dur_ns"])[order],
-                "dur_ns": numbers["dur_ns"][order],
-                "rank": np.full(len(order), rank, "int64"),
-                "process": strings["process"].column(order),
-                "thread": strings["thread"].column(order),
-                "stream": _masked(numbers["stream"][order]),
-                "correlation": _masked(numbers["correlation"][order]),
-                **{name: detail.column(order) for name, detail in self._details.items() if len(detail)},
-            }
-        )
+        columns = {
+            "name": strings["name"].column(order),
+            "category": strings["category"].column(order, lambda category: TODAY.get(category, category)),
+            "start_ns": since(base_ns, numbers["start_ns"], numbers["dur_ns"])[order],
+            "dur_ns": numbers["dur_ns"][order],
+            "rank": np.full(len(order), rank, "int64"),
+            "process": strings["process"].column(order),
+            "thread": strings["thread"].column(order),
+            "stream": _masked(numbers["stream"][order]),
+            "correlation": _masked(numbers["correlation"][order]),
+        }
+        details = {name: detail.column(order) for name, detail in self._details.items() if len(detail)}
+        frame = pd.DataFrame(columns | details)
         if "Operator" in self._strings["category"].values:
             frame.loc[frame["name"].str.startswith(ANNOTATIONS), "category"] = "user_annotation"
         return frame
@@ -216,18 +215,17 @@ class _Columns:
     def memory(self, base_ns: int, rank: int) -> pd.DataFrame:
         numbers = {name: np.concatenate(parts) for name, parts in self._memory.items()}
         order = np.argsort(numbers["time_ns"], kind="stable")
-        return pd.DataFrame(
-            {
-                "time_ns": since(base_ns, numbers["time_ns"])[order],
-                "address": numbers["address"][order],
-                "size_bytes": numbers["size_bytes"][order],
-                "total_bytes": _masked(numbers["total_bytes"][order]),
-                "device": self._places["device"].column(order),
-                "rank": np.full(len(order), rank, "int64"),
-                "process": self._places["process"].column(order),
-                "thread": self._places["thread"].column(order),
-            }
-        )
+        columns = {
+            "time_ns": since(base_ns, numbers["time_ns"])[order],
+            "address": numbers["address"][order],
+            "size_bytes": numbers["size_bytes"][order],
+            "total_bytes": _masked(numbers["total_bytes"][order]),
+            "device": self._places["device"].column(order),
+            "rank": np.full(len(order), rank, "int64"),
+            "process": self._places["process"].column(order),
+            "thread": self._places["thread"].column(order),
+        }
+        return pd.DataFrame(columns)
 
 
 def _masked(numbers: Any) -> Any:

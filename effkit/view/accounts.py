@@ -32,7 +32,7 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     ax.set_title(account.headline(), loc="left", fontsize=10)
     ax.set_yticks([])
     unit_axis(ax.xaxis, account.unit)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["left"].set_visible(False)
     below = -0.62 if ax.get_xlabel() else -0.35
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=columns, frameon=False, fontsize=9)
     return ax
@@ -56,6 +56,5 @@ def plan(plan: Any, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
     ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the legend
     padding = plan.account().share["padding"]
     ax.set_title(f"{plan.strategy}: {padding:.0%} of the cells are padding", loc="left", fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     return ax

@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from effkit.view.style import GREY, OKABE_ITO, png, svg
+from effkit.view.style import GREY, OKABE_ITO, Picture
 
 _STATUS_MARKS = {"measured live": ("o", OKABE_ITO[2]), "recomputed from published figures": ("s", OKABE_ITO[0]),
                  "what-if only": ("^", OKABE_ITO[1])}  # fmt: skip
 
 
-class ClaimsPicture:
+class ClaimsPicture(Picture[pd.DataFrame]):
     """Ratios on a logarithmic axis, shares beside them: a bar for what is published, a mark for what a cell found."""
 
     def __init__(self) -> None:
@@ -55,11 +55,3 @@ class ClaimsPicture:
         if scale == 1:
             handles, labels = ax.get_legend_handles_labels()
             self._figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=8)
-
-    def svg(self, rows: pd.DataFrame, *, label: str) -> str:
-        """As an accessible ``<svg>``."""
-        return svg(self._draw(rows), label=label)
-
-    def png(self, rows: pd.DataFrame) -> bytes:
-        """For places without a browser."""
-        return png(self._draw(rows))

@@ -10,12 +10,12 @@ from matplotlib.patches import Rectangle
 from effkit.account import Account
 from effkit.receipt import Receipt
 from effkit.units import readable
-from effkit.view.style import colour, legend_columns, png, svg
+from effkit.view.style import Picture, colour, legend_columns
 
 _ONE_LINE, _COLUMNS = 6, 4  # rows that a legend names on one line; in how many columns at most more of them stand
 
 
-class Comparison:
+class Comparison(Picture[Account, Receipt | None]):
     """Measured, predicted and receipt as bars under one another, in one figure that is drawn again and again.
 
     A new figure costs several times as much as moving the bars of an old one, and a slider cannot wait.
@@ -41,17 +41,7 @@ class Comparison:
         self._ax.add_patch(self._outline)
         self._shown: list[str] = []
 
-    def svg(self, result: Account, receipt: Receipt | None, *, label: str) -> str:
-        """The picture as an accessible ``<svg>`` element."""
-        self._draw(result, receipt)
-        return svg(self.figure, label=label)
-
-    def png(self, result: Account, receipt: Receipt | None) -> bytes:
-        """The picture for places without a browser."""
-        self._draw(result, receipt)
-        return png(self.figure)
-
-    def _draw(self, result: Account, receipt: Receipt | None) -> None:
+    def _draw(self, result: Account, receipt: Receipt | None) -> Figure:
         bars = [self._base, result, receipt.measured if receipt else None]
         notes = ("", "" if result.in_range else "  outside the calibrated range",
                  f"  error {receipt.error:+.1%}" if receipt else "")  # fmt: skip
@@ -69,6 +59,7 @@ class Comparison:
         self._outline.set_width(result.total)
         self._outline.set_visible(not result.in_range)
         self._ax.set_xlim(0, reach * 1.32)
+        return self.figure
 
     def _bar(self, row: int, bar: Account | None) -> None:
         values = {} if bar is None else {**bar.frame["value"], "residual": bar.residual}

@@ -40,7 +40,6 @@ def roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.5 * parts["time_ns"].max())
     unit_axis(ax.xaxis, "ns")
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
 
@@ -56,7 +55,6 @@ def curves(table: pd.DataFrame, unit: str, ax: Axes | None = None, *, log: bool 
         ax.plot(table.index, table[name], color=OKABE_ITO[position % len(OKABE_ITO)], linewidth=1.4, markersize=4,
                 marker=_MARKERS[position % len(_MARKERS)] if few else None, label=str(name))  # fmt: skip
     ax.set_xlabel(str(table.index.name or ""))
-    ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
     if table.shape[1] > 1:
         ax.legend(frameon=False, fontsize=8)

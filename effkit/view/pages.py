@@ -45,21 +45,10 @@ _COLOURS = NAMED | {item: colour for colour, items in _ITEMS.items() for item in
 
 
 def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """Several accounts under one another, a bar and a legend each.
+    """Several accounts under one another, a bar and a legend each; returns the axes, one per account that was drawn.
 
-    ValueError when there is nothing to draw, or too few axes are given.
-
-    Parameters
-    ----------
-    accounts
-        Those in ns and bytes are drawn, those of a single row only where there are no others.
-    axes
-        To draw on, one for each of them; those of a new figure unless given.
-
-    Returns
-    -------
-    Sequence of Axes
-        One per account that was drawn.
+    Those in ns and bytes are drawn, those of a single row only where there are no others; on ``axes``, one for each of
+    them, or those of a new figure. ValueError when there is nothing to draw, or too few axes are given.
     """
     fitting = [account for account in accounts if account.unit in _UNITS]
     shown = [account for account in fitting if len(account.frame) > 1] or fitting

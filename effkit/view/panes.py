@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from effkit.account import Account
 from effkit.units import readable
 from effkit.view import accounts
-from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, png, svg, unit_axis
+from effkit.view.style import GREY, NAMED, OKABE_ITO, Picture, axes, colour, unit_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,6 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     unit_axis(ax.xaxis, "ns")
     ax.set_title(f"Where the time of a step goes{', on average' if means else ''}", loc="left", fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
     below = -0.3 / (0.5 + 0.2 * len(bars))
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, below), ncols=4, frameon=False, fontsize=9)
     return ax
@@ -95,7 +94,6 @@ def _top(times: pd.Series[Any], title: str, ax: Axes | None, unit: str = "ns") -
     ax.invert_yaxis()
     ax.set_title(f"{title}: {readable(total, unit)}", loc="left", fontsize=10)
     unit_axis(ax.xaxis, unit)
-    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
@@ -126,7 +124,6 @@ def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     unit_axis(ax.xaxis, "ns")
     ax.set_title("Communication, summed over ranks", loc="left", fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return ax
 
@@ -137,7 +134,7 @@ def rank_pairs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if table.empty:
         return _nothing(ax, "no all-to-all whose bytes were recorded")
     rows, columns = (min(7.0, 1.6 + 0.35 * side) for side in table.shape)
-    ax = axes(ax, (columns + 1.2, rows))
+    ax = axes(ax, (columns + 1.2, rows), framed=True)
     picture = ax.imshow(table.to_numpy("float64"), cmap="cividis", vmin=0, aspect="auto")
     ax.set_xticks(range(table.shape[1]), [str(rank) for rank in table.columns])
     ax.set_yticks(range(table.shape[0]), [str(rank) for rank in table.index])
@@ -168,7 +165,6 @@ def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         peak = frame["allocated_bytes"].max()
         ax.set_title(f"Allocated memory, peak {readable(int(peak), 'bytes')}", loc="left", fontsize=10)
         ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
@@ -185,7 +181,7 @@ PANES: Mapping[str, Callable[..., Axes]] = {
 }  # fmt: skip
 
 
-class MemoryPicture:
+class MemoryPicture(Picture[Account, int]):
     """A timeline with a mark that is moved again and again, and who holds the memory at that moment."""
 
     def __init__(self, timeline: pd.DataFrame) -> None:
@@ -196,17 +192,7 @@ class MemoryPicture:
         self._mark = upper.axvline(0, color=OKABE_ITO[5], linewidth=2)
         self.figure.subplots_adjust(left=0.12, right=0.98, top=0.93, bottom=0.04, hspace=0.45)
 
-    def svg(self, account: Account, time_ns: int, *, label: str) -> str:
-        """The picture at a moment as an accessible ``<svg>`` element."""
-        self._draw(account, time_ns)
-        return svg(self.figure, label=label)
-
-    def png(self, account: Account, time_ns: int) -> bytes:
-        """The picture at a moment for places without a browser."""
-        self._draw(account, time_ns)
-        return png(self.figure)
-
-    def _draw(self, account: Account, time_ns: int) -> None:
+    def _draw(self, account: Account, time_ns: int) -> Figure:
         moment = (time_ns - self._start_ns) / 1e6
         self._mark.set_xdata([moment, moment])
         self._lower.clear()
@@ -218,3 +204,4 @@ class MemoryPicture:
             left += value
         self._lower.set_ylim(-3.2, 0.4)
         self._lower.legend(loc="upper left", bbox_to_anchor=(0, 0.75), ncols=2, frameon=False, fontsize=8)
+        return self.figure

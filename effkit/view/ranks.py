@@ -38,7 +38,7 @@ def timeline(stretches: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(len(ranks) - 0.1, -0.1)
     ax.set_xlim(0, stretches["end_ns"].max())
     unit_axis(ax.xaxis, "ns")
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=5)
     return ax
@@ -60,7 +60,6 @@ def policies(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.25 * table["step_ns"].max())
     unit_axis(ax.xaxis, "ns")
-    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
@@ -69,7 +68,7 @@ def delays(matrix: Any, ax: Axes | None = None) -> Axes:
     times = np.asarray(matrix, dtype=float)
     if times.ndim == 3:
         times = np.median(times, axis=0)
-    ax = axes(ax, (0.9 + 0.62 * len(times), 0.7 + 0.55 * len(times)))
+    ax = axes(ax, (0.9 + 0.62 * len(times), 0.7 + 0.55 * len(times)), framed=True)
     ax.imshow(times, cmap="cividis", vmin=0)
     middle = np.nanmax(times) / 2
     for sender, receiver in np.argwhere(~np.isnan(times)):

@@ -41,7 +41,6 @@ def live_bytes(levels: pd.DataFrame, ax: Axes | None = None) -> Axes:
     unit_axis(ax.yaxis, "bytes")
     where = f"{levels['phase'].iloc[at]}, at {levels['operator'].iloc[at]}"
     ax.set_title(f"Peak {readable(int(below[at]), 'bytes')} in {where}", loc="left", fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
     return ax
 
@@ -71,6 +70,5 @@ def front(table: pd.DataFrame, receipts: Sequence[Receipt] = (), ax: Axes | None
     ax.set_ylabel("peak")
     ax.set_ylim(bottom=0)
     ax.set_title("What each byte saved costs in time", loc="left", fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9)
     return ax

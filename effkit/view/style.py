@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVarTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+Shown = TypeVarTuple("Shown")
 # Okabe and Ito's palette: told apart with any colour vision. The first four suit stacked rows.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 GREY = "#777777"
@@ -72,13 +73,30 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The axes given, or those of a new figure of that size [inches]."""
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot  # only to make the figure that a notebook shows
+class Picture(Generic[*Shown]):
+    """A figure that is drawn again and again: a subclass has ``_draw``, which takes what is to be shown."""
 
-    return pyplot.subplots(figsize=size, layout="constrained")[1]
+    def _draw(self, *shown: *Shown) -> Figure:
+        raise NotImplementedError
+
+    def svg(self, *shown: *Shown, label: str) -> str:
+        """As an accessible ``<svg>`` element."""
+        return svg(self._draw(*shown), label=label)
+
+    def png(self, *shown: *Shown) -> bytes:
+        """For places without a browser."""
+        return png(self._draw(*shown))
+
+
+def axes(ax: Axes | None, size: tuple[float, float], *, framed: bool = False) -> Axes:
+    """The axes given, or those of a new figure of that size [inches]; open above and at the right unless framed."""
+    if ax is None:
+        from matplotlib import pyplot  # only to make the figure that a notebook shows
+
+        ax = pyplot.subplots(figsize=size, layout="constrained")[1]
+    if not framed:
+        ax.spines[["top", "right"]].set_visible(False)
+    return ax
 
 
 def legend_columns(names: Sequence[str], most: int) -> int:
