@@ -155,10 +155,8 @@ def _profiler(steps: int | None = None, **options: Any) -> Any:
 
 
 def _peak(memory: pd.DataFrame) -> int:
-    """The profiler's highest running total above where it stood when this recording began [bytes].
-
-    The total goes on counting from one recording of the process to the next.
-    """
+    """The profiler's highest running total above where it stood when this recording began [bytes]. The total goes on
+    counting from one recording of the process to the next."""
     if memory.empty:
         return 0
     before = int(memory["total_bytes"].iloc[0] - memory["size_bytes"].iloc[0])

@@ -135,10 +135,8 @@ def _cost(points: Sequence[tuple[Floats, float]], floor_ns: float) -> Floats:
 
 
 def _parts(timeline: Timeline, costs: dict[tuple[str, bool], Floats], levers: Levers) -> tuple[float, float, float]:
-    """Time inside operators [ns]; number of operators; number of those about which selective checkpointing decides.
-
-    An operator that was never timed costs what the median one does.
-    """
+    """Time inside operators [ns]; number of operators; number of those about which selective checkpointing decides. An
+    operator that was never timed costs what the median one does."""
     keys, features = _features(timeline)
     usual = np.median(np.array(list(costs.values())), axis=0)
     table = np.array([costs.get(key, usual) for key in keys])

@@ -143,12 +143,10 @@ def _workers(study: Training, examples: Examples) -> Lever | None:
 
 
 def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
-    """The padding lab's prediction of these examples, as time per step of the loop as it is.
-
-    The lab's band is for the time of an epoch. Here one cost model predicts two epochs, and an error in the scale of
-    both cancels. The band of their ratio has two parts: the jackknife's standard error of the ratio, and the model's
-    error on steps that it has not seen, times the change.
-    """
+    """The padding lab's prediction of these examples, as time per step of the loop as it is. The lab's band is for the
+    time of an epoch. Here one cost model predicts two epochs, and an error in the scale of both cancels. The band of
+    their ratio has two parts: the jackknife's standard error of the ratio, and the model's error on steps that it has
+    not seen, times the change."""
     calibration = epoch.calibration
     total = study.computing_ns * predicted.total / epoch.total + study.waiting_ns
     change = abs(1 - predicted.total / epoch.total)

@@ -66,11 +66,8 @@ def levers(study: Training) -> list[Lever]:
 
 
 def _predicted(layer: Account, changes: Mapping[str, Any]) -> Account:
-    """The lab's prediction, with a band for the change.
-
-    At the measured setting the prediction is the measurement: what the cost model is wrong by acts on the change, and
-    only the noise of both runs on the whole.
-    """
+    """The lab's prediction, with a band for the change. At the measured setting the prediction is the measurement: what
+    the cost model is wrong by acts on the change, and only the noise of both runs on the whole."""
     predicted, calibration = moe.predict(layer, **changes), layer.calibration
     noise = SPREAD * OF_A_MEDIAN * calibration.noise_frac / math.sqrt(_ROUNDS)
     half = calibration.band_frac * abs(layer.total - predicted.total) + max(_LEAST_NOISE, noise) * layer.total

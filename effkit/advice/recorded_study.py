@@ -123,10 +123,8 @@ class RecordedStudy(Study):
         return [note for note in self.parts.attrs["notes"] if note.startswith(_FROM)]
 
     def _shares(self) -> dict[str, float]:
-        """How the time of kernels, or of operators, is divided between families; they sum to 1.
-
-        Copies and communication have rows of their own: what they take on the device is not shared out again.
-        """
+        """How the time of kernels, or of operators, is divided between families; they sum to 1. Copies and
+        communication have rows of their own: what they take on the device is not shared out again."""
         table = self.inside.families()
         column = table["kernel_ns" if self.saw_device else "host_self_ns"].astype("float64").fillna(0).clip(lower=0)
         nobody = float(column.get(NOBODY, 0.0))

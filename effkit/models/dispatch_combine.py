@@ -150,10 +150,8 @@ def _there_and_back(
     layer: Layer, rows: torch.Tensor, pieces: Sequence[Chunk],
     experts: Callable[[torch.Tensor, Chunk], torch.Tensor], *, forward: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Send the pieces off, let the experts work on each as it arrives, and send their answers back.
-
-    Backward, the gradients of what the combine brought go first, by the way that the dispatch took.
-    """
+    """Send the pieces off, let the experts work on each as it arrives, and send their answers back. Backward, the
+    gradients of what the combine brought go first, by the way that the dispatch took."""
     marks, exchange = layer.marks, layer.exchange
     out, home = ("dispatch", "combine") if forward else ("combine", "dispatch")
     form, rest = (form_of(layer.message_dtype, forward=forward, out=side) for side in (True, False))

@@ -149,10 +149,8 @@ class ExpertParallel(nn.Module):
         return place
 
     def _sorted(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token of each kept copy in the order of places, its row among full capacities, and rows per place [E].
-
-        First choices come before second ones (GShard), so that these are dropped first.
-        """
+        """Token of each kept copy in the order of places, its row among full capacities, and rows per place [E]. First
+        choices come before second ones (GShard), so that these are dropped first."""
         num_tokens = len(chosen)
         place = self.place[chosen.T.reshape(-1)]  # [k * N]
         order = place.argsort(stable=True)

@@ -216,11 +216,9 @@ def _rest(overview: pd.DataFrame) -> dict[str, float]:
 
 
 def _outside(steps: _Steps) -> dict[str, float]:
-    """Time of the slowest rank's steps in which the others have none [ns per step]; {} where that is not visible.
-
-    What they do then was not marked as part of a step, and ranks that stand in unlike numbers of steps cannot be laid
-    over one another.
-    """
+    """Time of the slowest rank's steps in which the others have none [ns per step]; {} where that is not visible. What
+    they do then was not marked as part of a step, and ranks that stand in unlike numbers of steps cannot be laid over
+    one another."""
     starts, ends = steps.stretches[steps.slowest]
     if len(steps.stretches) < 2 or not steps.aligned or len({len(begin) for begin, _ in steps.stretches.values()}) > 1:
         return {}

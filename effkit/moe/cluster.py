@@ -289,10 +289,8 @@ def _way(
 
 
 def _replicas(setting: Setting, way: _Way) -> dict[str, float]:
-    """``replicas``: the time to sum their gradients over the ranks [ns]; {} where none are.
-
-    A ring: every rank sends all but its own share, twice, to its neighbour; one rank of a node to the next node.
-    """
+    """``replicas``: the time to sum their gradients over the ranks [ns]; {} where none are. A ring: every rank sends
+    all but its own share, twice, to its neighbour; one rank of a node to the next node."""
     if not (setting.backward and setting.num_replicas and way.num_ranks > 1):
         return {}
     weights = 2 * setting.num_replicas * setting.hidden * setting.ffn * ITEM_BYTES[setting.dtype]

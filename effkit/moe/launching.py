@@ -173,11 +173,9 @@ def _command(folder: Path, num_ranks: int, run: Mapping[str, Any]) -> list[str]:
 def _watch(
     command: list[str], folder: Path, num_ranks: int, timeout_s: float, progress: Progress | None, total: int
 ) -> None:
-    """Run it to its end, or end it, and whatever it started.
-
-    Ranks that have written all they saw are done, whether they then end well, badly, or not at all: the launcher waits
-    for them at a barrier of its own, up to five minutes.
-    """
+    """Run it to its end, or end it, and whatever it started. Ranks that have written all they saw are done, whether
+    they then end well, badly, or not at all: the launcher waits for them at a barrier of its own, up to five
+    minutes."""
     path = os.pathsep.join(filter(None, [str(Path(netns.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     # the launcher leaves folders of its own behind: they go with ours
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, "TMPDIR": str(folder)}

@@ -220,10 +220,8 @@ def delays(
 
 
 def _regimes(points: Floats, num_messages: int) -> tuple[Regime, ...]:
-    """One line, or the pair of lines with the least left-out error, if that is clearly less.
-
-    ``points``: size, time and relative doubt, shape [3, num_sizes].
-    """
+    """One line, or the pair of lines with the least left-out error, if that is clearly less. ``points``: size, time and
+    relative doubt, shape [3, num_sizes]."""
 
     def error(*parts: Floats) -> float:
         return float(np.linalg.norm(np.concatenate([_left_out_errors(part) for part in parts])))

@@ -106,10 +106,8 @@ def _blind(waits: pd.DataFrame, device: intervals.Covered) -> pd.DataFrame:
 
 
 def _with_their_device_work(starts: Any, ends: Any, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
-    """Starts and ends of the steps, each until what it launched has run; the next step begins no earlier.
-
-    The same rule as the TensorBoard plugin's: the host runs ahead of the device, and a mark is made on the host.
-    """
+    """Starts and ends of the steps, each until what it launched has run; the next step begins no earlier. The same rule
+    as the TensorBoard plugin's: the host runs ahead of the device, and a mark is made on the host."""
     starts = starts.copy()
     linked = launches.drop_duplicates("correlation").dropna(subset="correlation").set_index("correlation")["start_ns"]
     launched = on_device["correlation"].map(linked).astype("Int64").fillna(-1).to_numpy("int64")

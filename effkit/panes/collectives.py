@@ -118,10 +118,8 @@ def _listed(text: Any) -> list[Any]:
 
 
 def _moved(call: pd.Series[Any], payload: pd.Series[Any], inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """group, num_ranks, dtype, size_bytes and splits of one call, each None where it was not recorded.
-
-    ``payload`` is the event into which c10d wrote what the call moves.
-    """
+    """group, num_ranks, dtype, size_bytes and splits of one call, each None where it was not recorded. ``payload`` is
+    the event into which c10d wrote what the call moves."""
     rows = (payload, call)
     group = next((str(row[name]) for name in ("group", "group_name") for row in rows if _is(row[name])), "")
     num_ranks = next((row["group_size"] for row in rows if _is(row["group_size"])), None)

@@ -84,11 +84,9 @@ def _num_lines(account: Account) -> int:
 
 
 def _drawn(account: Account, ax: Axes) -> None:
-    """The usual picture of an account, with rows told apart and the legend at a fixed distance.
-
-    The usual legend hangs a share of the axes' height below them: under one another, where the height is found by
-    making room for legends, they would lie on each other.
-    """
+    """The usual picture of an account, with rows told apart and the legend at a fixed distance. The usual legend hangs
+    a share of the axes' height below them: under one another, where the height is found by making room for legends,
+    they would lie on each other."""
     usual.account(account, ax)
     items = [str(item) for item in account.frame.index]
     for position, (item, share) in enumerate(account.share.items()):
