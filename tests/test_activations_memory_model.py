@@ -50,15 +50,15 @@ def test_a_step_of_that_form_is_known_everywhere_and_its_peak_moves_between_oper
     truth = made(rows, cells).levels().sum(axis=0)
     assert levels.sum() == pytest.approx(truth.max(), rel=1e-6)
     assert truth[op] == pytest.approx(truth.max(), rel=1e-6)
-    assert SURFACE.covers(rows, cells) == (2 <= rows <= 16 and 8 <= cells <= 32)
+    assert (not SURFACE.doublings(rows, cells)) == (2 <= rows <= 16 and 8 <= cells <= 32)
 
 
 def test_two_sizes_are_enough_without_a_sequence():
     surface = Surface.fit([(2, None), (8, None)], [made(2, 1), made(8, 1)])
     assert surface.peak(5, None)[0].sum() == pytest.approx(made(5, 1).levels().sum(axis=0).max())
     assert surface.amount(np.array([10.0, 40.0]), 5, None) == pytest.approx(25)
-    assert surface.covers(5, None)
-    assert not surface.covers(9, None)
+    assert not surface.doublings(5, None)
+    assert surface.doublings(9, None)
 
 
 def test_steps_of_other_operators_have_no_surface():
@@ -125,7 +125,7 @@ def test_predictions_explain_themselves(bases, rows, cells):
     assert guess.low < guess.total < guess.high
     assert guess.frame["value"]["parameter"] == base.frame["value"]["parameter"]
     assert guess.frame["value"]["optimizer state"] == base.frame["value"]["optimizer state"]
-    assert guess.in_range == base.calibration.forecaster.surface(Levers()).covers(rows, cells)
+    assert guess.in_range == (not base.calibration.forecaster.surface(Levers()).doublings(rows, cells))
     assert guess.setting["batch_size"] == rows
 
 

@@ -236,7 +236,7 @@ def half_width(account):
 
 def test_the_band_widens_with_the_doublings_beyond_what_was_measured():
     inside, twice, four = (predict(BASE, batch_size=size) for size in (7, 16, 32))
-    band_frac = BASE.calibration.band_frac
+    band_frac = BASE.calibration.trust.band_frac
     assert half_width(inside) == pytest.approx(band_frac, rel=1e-6)
     cells = BASE.calibration.cost.largest[2]
     for wider, size in ((twice, 16), (four, 32)):
@@ -252,8 +252,8 @@ def test_noise_in_an_epoch_is_less_than_in_one_step():
     exact = replace(calibration, cost=replace(calibration.cost, error_frac=0.0), noise_frac=0.2)
     repeats = 100
     often = replace(exact, steps=exact.steps.assign(times_ns=[[1] * repeats] * len(exact.steps)))
-    assert exact.band_frac == pytest.approx(2 * np.sqrt(np.pi / 2) * 0.2 / np.sqrt(len(exact.steps)))
-    assert often.band_frac == pytest.approx(exact.band_frac / 10)
+    assert exact.trust.band_frac == pytest.approx(2 * np.sqrt(np.pi / 2) * 0.2 / np.sqrt(len(exact.steps)))
+    assert often.trust.band_frac == pytest.approx(exact.trust.band_frac / 10)
 
 
 # Pure

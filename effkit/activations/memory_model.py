@@ -54,10 +54,6 @@ class Surface:
         """Any other amount that grows as the levels do, such as time, from what it is at each of the settings."""
         return float(np.array(_terms(num_rows, num_cells)) @ _solved(self.settings, amounts))
 
-    def covers(self, num_rows: int, num_cells: int | None) -> bool:
-        """Whether this lies between the sizes that were replayed."""
-        return not self.doublings(num_rows, num_cells)
-
     def doublings(self, num_rows: int, num_cells: int | None) -> float:
         """How far this lies beyond the sizes that were replayed (see :meth:`Hull.doublings`); 0 between them."""
         hull = Hull.of([{"rows": rows, "cells": cells or 1} for rows, cells in self.settings], room=1.0)

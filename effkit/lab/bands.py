@@ -31,8 +31,8 @@ class Trust:
     """How far a lab's predictions can be trusted.
 
     ``error_frac`` is the error of the model on runs that were left out of its fit, as a fraction of the time;
-    ``noise_frac``, how far repeats of one run lie apart (:func:`noise`); ``num_repeats``, the repeats that a figure is the
-    median of; ``least_frac``, what the band's half-width is at least.
+    ``noise_frac``, how far repeats of one run lie apart (:func:`noise`); ``num_repeats``, the repeats that a figure is
+    the median of; ``least_frac``, what the band's half-width is at least.
     """
 
     error_frac: float

@@ -10,7 +10,6 @@ import numpy as np
 
 from effkit.moe.recorded import OfRank, Step
 
-Array = np.ndarray[Any, np.dtype[Any]]
 TRAVELS = ("dispatch", "combine", "replicas")
 BARRIER = " barrier"
 END, HANDING = "waiting at the end", "handing over"

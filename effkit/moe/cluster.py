@@ -24,7 +24,6 @@ BYTES = "Bytes that a rank sends to others in one step"
 WAITING = "waiting for the most loaded rank"
 BOOKKEEPING = "Tables of experts by ranks, beyond the measured ones"
 _LINK_BAND_FRAC = 0.11  # the worst miss of the same formula on DeepEP's published table
-_COUNT_BYTES = 8  # of one expert's count
 
 
 class Level(NamedTuple):
@@ -106,7 +105,7 @@ def scale(
     rows: dict[str, float] = {name: sum(times.values()) for name, times in mean.items()}
     waiting = sum(sum(times.values()) for times in most.values()) - sum(rows.values())
     waiting += sum(moving_most.values()) - sum(moving.values())
-    moving["dispatch"] += way.dur_ns(*way.split(_COUNT_BYTES * setting.num_experts * num_ranks))
+    moving["dispatch"] += way.dur_ns(*way.split(costs.COUNT_BYTES * setting.num_experts * num_ranks))
     moving |= _replicas(setting, way)
     rows |= {f"{kind} moving": time_ns for kind, time_ns in moving.items()}
     if waiting > 0:

@@ -22,6 +22,7 @@ from effkit.moe.recorded import Call, OfRank, Step
 from effkit.moe.setting import Setting
 from effkit.trace.names import ITEM_BYTES
 
+COUNT_BYTES = 8  # of one expert's count, which every rank tells every other
 Key = tuple[bool, str, str]  # forward?, before / during / after the experts, phase
 
 

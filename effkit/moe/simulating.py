@@ -10,8 +10,6 @@ from effkit.moe.recorded import Call, OfRank, Step
 from effkit.moe.setting import Setting
 from effkit.trace.names import ITEM_BYTES
 
-_COUNT_BYTES = 8  # of one expert's count
-
 
 class _Simulation:
     """The ranks' clocks as a step goes on; what they do is written down as the ranks of a run write it."""
@@ -79,7 +77,7 @@ def simulate(
     of = _Simulation(setting, traffic, fitted, ranks_per_node)
     for phase in ("gate", "permute", "compress"):
         of.work(True, "before", phase)
-    of.wait("dispatch", of.start("dispatch", np.full((num_ranks, num_ranks), _COUNT_BYTES * setting.num_experts)))
+    of.wait("dispatch", of.start("dispatch", np.full((num_ranks, num_ranks), costs.COUNT_BYTES * setting.num_experts)))
     of.there_and_back(True)
     for phase in ("permute", "compress", "unpermute"):
         of.work(True, "after", phase)

@@ -36,8 +36,3 @@ class Calibration:
         """In an epoch's time, which every repeat of every step tells something of."""
         times = self.steps["times_ns"] if "times_ns" in self.steps else self.steps["dur_ns"].map(lambda time: [time])
         return Trust(self.cost.error_frac, self.noise_frac, times.map(len).sum())
-
-    @property
-    def band_frac(self) -> float:
-        """Half-width of the band on an epoch's time, inside the range."""
-        return self.trust.band_frac
