@@ -100,7 +100,7 @@ def perceptron(dtype=torch.float32, width=128):
 
 
 def clip():
-    parts = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = parts | {"vocab_size": 100, "max_position_embeddings": 16, "eos_token_id": 99, "bos_token_id": 0}
     vision = parts | {"image_size": 16, "patch_size": 8}
     return transformers.CLIPModel(
@@ -138,7 +138,7 @@ ARCHITECTURES = {  # how to build it, an example, its loss
     "MLP": (perceptron, values(48, 128), square),
     "MLP in bfloat16": (lambda: perceptron(torch.bfloat16), values(48, 128, torch.bfloat16), square),
     "MLP in float16": (lambda: perceptron(torch.float16), values(48, 128, torch.float16), square),
-    "ViT": (lambda: models.vision(image=16, **TINY), own(6), own_loss),
+    "ViT": (lambda: models.vision(image=16, **(TINY | {"layers": 2})), own(6), own_loss),
     "GPT": (lambda: models.gpt(vocabulary=100, **(TINY | {"layers": 2})), own(6, 32), own_loss),
     "Llama": (lambda: models.text(vocabulary=100, **(TINY | {"layers": 2})), own(6, 32), own_loss),
     "Llama in bfloat16": (
