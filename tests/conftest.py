@@ -18,8 +18,8 @@ TIMED = {"test_advice_planted", "test_decoder_measure", "test_timing"}
 ALONE = {"test_device", "test_moe_links", "test_moe_measure"}
 # They take more than ten seconds each; with the lessons' own tests, what `make quick` leaves to `make test`.
 SLOW = {
-    "test_activations_architectures", "test_activations_forecast", "test_activations_levers", "test_activations_memory_model",
-    "test_activations_planning",
+    "test_activations_architectures", "test_activations_forecast", "test_activations_levers",
+    "test_activations_memory_model", "test_activations_planning",
     "test_activations_whatif", "test_advice_door", "test_advice_probing", "test_app", "test_decoder_floors",
     "test_decoder_memory", "test_loading_damaged", "test_loading_ranks", "test_padding_peers", "test_padding_sampling",
     "test_recorded_by_others", "test_recording", "test_snapshot_hostile", "test_unchanged_figures",
