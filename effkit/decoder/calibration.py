@@ -87,8 +87,9 @@ class Calibration(Observed):
 
     @property
     def trust(self) -> Trust:
-        """How far a prediction is off."""
-        return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns))
+        """How far a prediction is off. A measurement is told relative to the base: three figures are as noisy, its own,
+        that of the base beside it, and that of the base in the fit."""
+        return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns) / 3)
 
     @property
     def band_frac(self) -> float:
