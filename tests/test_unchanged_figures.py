@@ -72,14 +72,6 @@ CLASSES = {tag: getattr(importlib.import_module(f"effkit.{where.split()[0]}"), w
            for tag, where in NAMES.items()}  # fmt: skip
 
 
-def decoder_calibration(runs, **fields):
-    """The stored accounts were measured without a base: what they observed is the first of their runs."""
-    return decoder.calibration.Calibration(runs[0], runs, **fields)
-
-
-READ = CLASSES | {"decoder": decoder_calibration}  # to write, every value has a class; to read, some fields are new
-
-
 def stored(name):
     path = HERE / "figures" / f"{name}.json.gz"
     return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
@@ -127,15 +119,15 @@ def rebuilt(one):
     model = built(one["model"]) if one["model"] else None
     given = not_stored(model, one["usual"])
     if one["workspace"]:
-        setattr(given["activations"][FORECASTER], WORKSPACE, decode(one["workspace"], READ, RENAMED, {}))
-    return decode(one["base"], READ, RENAMED, given)
+        setattr(given["activations"][FORECASTER], WORKSPACE, decode(one["workspace"], CLASSES, RENAMED, {}))
+    return decode(one["base"], CLASSES, RENAMED, given)
 
 
 def predictions(lab, one, whole=True):
     """Setting, figures as stored, figures now."""
     base = rebuilt(one)
     for text, before in one["predictions"]:
-        setting = decode(json.loads(text), READ, RENAMED, {})
+        setting = decode(json.loads(text), CLASSES, RENAMED, {})
         if whole or lab != "activations" or quick(one["model"][0], setting):
             yield setting, before, figures(LABS[lab].predict(base, **setting))
 
