@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker("alone")
         if item.path.stem in SLOW or item.path.parent.name == "lessons":
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # long ones first: no worker waits at the end
+    # whole notebooks first, then other long ones: no worker waits at the end
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem != "test_notebooks"))
 
 
 def matmul_step():

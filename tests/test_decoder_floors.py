@@ -219,7 +219,8 @@ def test_the_step_that_is_told_apart_is_the_last_one():
     ready = prepared(model, None, setting_of(model, num_steps=3))
     with torch.no_grad():
         found = step_times(ready.model, ready.call, 3)
-        counted = module_timers.watch(ready.model, ready.call, Launches()).steps.iloc[-1]
+        with Launches() as counter:
+            counted = module_timers.watch(ready.model, ready.call, counter).steps.iloc[-1]
     assert list(found.index) == list(counted.index)
     assert ((found["operators"] > 0) == (counted > 0)).all()
 
