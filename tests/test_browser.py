@@ -53,8 +53,8 @@ def cut(name: str, last: str, folder: Path) -> str:
     return name
 
 
-@pytest.mark.parametrize("name", ["01_padding", "04_decoder_bottleneck"])
-def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt(name, tmp_path):
+def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt(tmp_path):
+    name = "01_padding"
     notebook = cut(f"{name}.ipynb", ".whatif(", tmp_path)
     SCREENSHOTS.mkdir(exist_ok=True)
     before, blocked = started_by(os.getpid()), []
