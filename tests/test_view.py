@@ -91,8 +91,8 @@ def test_the_picture_says_in_words_what_is_measured_and_predicted():
 def test_extrapolating_looks_different_beyond_colour():
     comparison = view.Comparison(epoch())
     inside, outside = (comparison.svg(result, None, label="") for result in (PREDICTED, OUTSIDE))
-    assert "outside the calibrated range" in words(outside)
-    assert "outside the calibrated range" not in words(inside)
+    assert "out of range" in words(outside)
+    assert "out of range" not in words(inside)
     assert outside.count("stroke-dasharray") > inside.count("stroke-dasharray")
     assert outside.count("<pattern") > inside.count("<pattern"), "hatched"
 

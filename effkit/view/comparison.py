@@ -43,7 +43,7 @@ class Comparison(Picture[Account, Receipt | None]):
 
     def _draw(self, result: Account, receipt: Receipt | None) -> Figure:
         bars = [self._base, result, receipt.measured if receipt else None]
-        notes = ("", "" if result.in_range else "  outside the calibrated range",
+        notes = ("", "" if result.in_range else "  out of range",
                  f"  error {receipt.error:+.1%}" if receipt else "")  # fmt: skip
         reach = max(max(bar.total, bar.high or 0) for bar in bars if bar is not None) or 1
         for row, (bar, label, value) in enumerate(zip(bars, self._labels, self._values, strict=True)):
