@@ -120,10 +120,6 @@ class Calibration(Observed):
         return Hull.of([*sizes, sizes[0] | {"num_steps": 1, "encoder_layers": min(1, sizes[0]["encoder_layers"])}]
                        ).doublings(_sizes(setting))  # fmt: skip
 
-    def covers(self, setting: Setting) -> bool:
-        """Whether the setting lies within the probes: its sizes between theirs, its other knobs as they had them."""
-        return self.seen(setting) and self.doublings(setting) == 0
-
 
 def _sizes(setting: Setting) -> dict[str, int]:
     names = ("encoder_layers", "batch", "num_steps", "input_length")

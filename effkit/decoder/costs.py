@@ -230,7 +230,7 @@ def _straightest(rows: Sequence[Any], target: Sequence[Any], bends: Floats) -> l
     """Nodes, and two costs that are not below 0, by least squares of relative errors; where the runs leave a choice,
     those whose lines bend least."""
     times = np.asarray(target, dtype=np.float64)
-    weight = 1.0 / np.maximum(times, 1e-3 * times.max())
+    weight = _relative(times)
     bends = np.pad(bends, ((0, 0), (0, 2))) * _STRAIGHT / np.median(times[times > 0])
     design = np.vstack([np.asarray(rows, dtype=np.float64) * weight[:, None], bends])
     wanted, scale = np.append(times * weight, np.zeros(len(bends))), np.abs(design).max(axis=0)
@@ -263,9 +263,14 @@ def _start(runs: Sequence[Run], costs: Costs) -> tuple[float, float]:
     times = np.asarray(target)
     if not times.any():
         return 0.0, 0.0
-    weight = 1.0 / np.maximum(times, 1e-3 * times.max())
+    weight = _relative(times)
     fixed, per_cell = nonnegative(np.asarray(rows) * weight[:, None], times * weight)
     return float(fixed), float(per_cell)
+
+
+def _relative(times: Floats) -> Floats:
+    """Weights that make errors relative; times near nothing do not count for more than a thousandth of the longest."""
+    return np.asarray(1.0 / np.maximum(times, 1e-3 * times.max()))
 
 
 def _between(nodes: Floats, place: float) -> Floats:

@@ -13,13 +13,13 @@ import torch
 from effkit.account import Account
 from effkit.decoder.calibration import Calibration
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.operator_times import FRAMEWORK, OPERATORS
+from effkit.decoder.operator_times import FRAMEWORK, LAUNCHES, OPERATORS
 from effkit.decoder.setting import DTYPES
 from effkit.device import Device
 from effkit.lab import calibration_of
 from effkit.timing import elapsed_ns
 
-LAUNCHES, READING, ARITHMETIC = "launches", "reading", "arithmetic"
+READING, ARITHMETIC = "reading", "arithmetic"
 _PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
 _COLUMNS = 1024  # of the matrices that are read
 _SECONDS = 0.05

@@ -18,7 +18,7 @@ from effkit.decoder.floors import reading_rate
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
 from effkit.decoder.module_timers import Watched, watch
-from effkit.decoder.operator_times import Launches, step_times
+from effkit.decoder.operator_times import LAUNCHES, step_times
 from effkit.decoder.product_costs import product_cost
 from effkit.decoder.scaling_rules import rows_ns
 from effkit.decoder.setting import DTYPES, Setting
@@ -97,10 +97,10 @@ def _measured(
     ready = [prepared(model, inputs, setting, built) for setting in settings]
     with evaluating(*(generation.model for generation in ready)):
         runs, caches, memory = _run(ready, model.config, repeats, progress)
-        half = prepared(
-            model, inputs, setting.change(num_steps=-(-setting.num_steps // 2)), built
-        )  # its last step is usual
-        calibration = _calibrated(half, runs, memory) if len(runs) > 1 else None
+        calibration = None
+        if len(runs) > 1:
+            halfway = setting.change(num_steps=-(-setting.num_steps // 2))  # its last step is a usual one
+            calibration = _calibrated(prepared(model, inputs, halfway, built), runs, memory)
     return _accounted(runs[0], ready[0], caches[0], calibration=calibration)
 
 
@@ -174,15 +174,13 @@ def _memory(ready: Ready, config: Any, cache: CacheBytes | None, prompt_cells: i
 
 
 def _calibrated(ready: Ready, runs: Sequence[Run], memory: Memory) -> Calibration:
-    with Launches() as counter:
-        launches = watch(ready.model, ready.call, counter)
-    apart = step_times(ready.model, ready.call, ready.setting.num_steps)
+    times = step_times(ready.model, ready.call, ready.setting.num_steps)
+    launches = times.pop(LAUNCHES).to_dict()
     step_bytes = runs[0].step.read_bytes
     shape = (ready.setting.width, configurations.sizes(ready.model.config).ffn)
     parameter, nodes = next(ready.model.parameters()), lattice(ready.model, runs[0].setting)
     return calibrate(
-        runs, nodes, memory, _seconds_per_cell(ready.model), dict(launches.steps.iloc[-1]),
-        apart.to_dict(),
+        runs, nodes, memory, _seconds_per_cell(ready.model), launches, times.to_dict(),
         reading_rate(step_bytes, parameter.dtype, parameter.device),
         {name: product_cost(*shape, step_bytes, nodes.rows, getattr(torch, name), parameter.device)
          for name in DTYPES},

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from effkit.decoder.module_timers import Ints, Stopwatch, watch
 from effkit.least_squares import Floats
 
-OPERATORS, FRAMEWORK = "operators", "framework"
+LAUNCHES, OPERATORS, FRAMEWORK = "launches", "operators", "framework"
 _REPEATS = 5
 # Beside true views: they lay out memory, or look at it in another shape
 _LAUNCH_NOTHING = ("aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::empty", "aten::empty_like",
@@ -151,12 +151,12 @@ class Framework(Launches):
 
 
 def step_times(model: torch.nn.Module, generate: Callable[[], object], num_steps: int) -> pd.DataFrame:
-    """Time of the last step of a generation of ``num_steps``, part by part [ns]: columns ``operators``, run alone, and
-    ``framework``, the code around them run alone."""
+    """The last step of a generation of ``num_steps``, part by part: columns ``launches``, how many operators; and times
+    [ns]: ``operators``, run alone, and ``framework``, the code around them run alone."""
     cuda = any(parameter.is_cuda for parameter in model.parameters())
     with torch.random.fork_rng():
         with Launches() as counter:
-            generate()
+            number = watch(model, generate, counter).steps.iloc[-1]
         with Operators(-(-3 * counter.number // (2 * num_steps)), cuda=cuda) as recorder:  # a step, and some before
             operators = watch(model, generate, recorder).steps.iloc[-1]
         turns = []
@@ -164,4 +164,4 @@ def step_times(model: torch.nn.Module, generate: Callable[[], object], num_steps
             with Framework(recorder) as clock:
                 turns.append(watch(model, generate, clock).steps.iloc[-1])
     framework = pd.concat(turns, axis=1).quantile(0.25, axis=1).clip(lower=0)
-    return pd.DataFrame({OPERATORS: operators, FRAMEWORK: framework}).round().astype("int64")
+    return pd.DataFrame({LAUNCHES: number, OPERATORS: operators, FRAMEWORK: framework}).round().astype("int64")

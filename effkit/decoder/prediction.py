@@ -44,8 +44,8 @@ def predict(base: Account, **setting: Any) -> Account:
     if wanted == rest:
         return base
     configurations.check_positions(memory.sizes(wanted), memory.prompt(wanted), wanted.num_steps)
-    covered = calibration.covers(wanted)
-    band = calibration.trust.beyond(calibration.doublings(wanted), calibration.seen(wanted))
+    doublings, seen = calibration.doublings(wanted), calibration.seen(wanted)
+    band = calibration.trust.beyond(doublings, seen)
     rows = {row: calibration.anchor * value for row, value in rows_ns(calibration, wanted).items()}
     rows = {row: rows[row] for row in (*accounting.ROWS, *rows) if row in rows}
     total = sum(rows.values())
@@ -56,7 +56,7 @@ def predict(base: Account, **setting: Any) -> Account:
         rows, {"prefill": first, "decode": total - first}, wanted, total_ns=total,
         weight_bytes=memory.weight_bytes(wanted), cache=memory.cache(wanted),
         seconds_per_cell=calibration.seconds_per_cell, source=f"the parts' costs in {_runs(calibration)}",
-        basis="derived", band_frac=band, in_range=covered, calibration=calibration,
+        basis="derived", band_frac=band, in_range=seen and not doublings, calibration=calibration,
     )  # fmt: skip
 
 

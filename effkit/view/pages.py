@@ -12,7 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from effkit.account import Account
 from effkit.view import accounts as usual
-from effkit.view.style import NAMED, OKABE_ITO
+from effkit.view.style import NAMED, OKABE_ITO, by_item
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ _ITEMS = {
     "#D55E00": ("all-to-all moving",),
     "#F0A3C8": ("step not begun or over",),
 }  # fmt: skip
-_COLOURS = NAMED | {item: colour for colour, items in _ITEMS.items() for item in items}
+_COLOURS = NAMED | by_item(_ITEMS)
 
 
 def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:

@@ -6,7 +6,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVarTuple
 
 import matplotlib as mpl
@@ -45,7 +45,14 @@ _ITEMS = {  # by colour: which items have it; those of one account have differen
     "#8CC4E6": ("cross-attention keys/values",),
     "#F5CE7F": ("cross-attention",),
 }  # fmt: skip
-NAMED = {item: colour for colour, items in _ITEMS.items() for item in items}
+
+
+def by_item(items_of: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Item -> its colour, of what says for each colour which items have it."""
+    return {item: colour for colour, items in items_of.items() for item in items}
+
+
+NAMED = by_item(_ITEMS)
 # text stays text (a browser draws it, a test reads it) and equal pictures are equal bytes
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "effkit"}
 
