@@ -14,8 +14,8 @@ settings.load_profile("effkit")
 
 # Their verdicts rest on a clock: `make test` runs them after the others, one on each core.
 TIMED = {"test_advice_planted", "test_decoder_measure", "test_timing"}
-# They time ranks or all cores: last, one after another.
-ALONE = {"test_device", "test_moe_links", "test_moe_measure"}
+# They time or stop ranks, or time all cores: last, one after another.
+ALONE = {"test_device", "test_moe_launching", "test_moe_links", "test_moe_measure"}
 # They take more than ten seconds each; with the lessons' own tests, what `make quick` leaves to `make test`.
 SLOW = {
     "test_activations_architectures", "test_activations_forecast", "test_activations_levers",
