@@ -80,6 +80,22 @@ def test_gradients_buffers_and_random_numbers_are_the_same_to_the_last_bit(build
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("keep", [None, "matmul"])
+def test_under_autocast_a_weight_that_two_blocks_share_is_cast_in_both(keep):
+    """In forward autocast would cast it once; backward runs the second block first, and has to cast it there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    gradients = []
+    for context in (ExitStack(), checkpoint(model, keep=keep)):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.ones(4, 8)).square().mean()
+        model.zero_grad()
+        loss.backward()
+        gradients.append(model[0].weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
 def test_running_statistics_are_updated_once():
     torch.manual_seed(0)
     model, loss = plain_cnn()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -34,7 +35,7 @@ def encloses(saving, truth, steps_ns=STEPS_NS):
 def test_in_proportion_is_in_proportion(rate):
     middle, half = made(lambda ns: rate * ns).over(STEPS_NS)
     assert middle == pytest.approx(rate * sum(STEPS_NS))
-    assert half == pytest.approx(2 * probing._LEAST_NOISE_FRAC * sum(STEPS_NS))
+    assert half == pytest.approx(probing._LEAST_DOUBT_FRAC * sum(STEPS_NS))
 
 
 @pytest.mark.parametrize("fixed", [50_000, -50_000])
@@ -73,7 +74,8 @@ def test_losses_are_savings_turned_round(steps_ns, first, second):
 
 def test_noise_widens_the_band_and_there_is_always_some():
     halves = [made(lambda ns: 0.1 * ns, noise).over(STEPS_NS)[1] for noise in (0.0, 0.001, 0.1)]
-    assert halves == pytest.approx([0.03 * sum(STEPS_NS), 0.03 * sum(STEPS_NS), 0.2 * sum(STEPS_NS)])
+    wide = 2 * np.sqrt(np.pi / 2) * 0.1 * np.sqrt(2)
+    assert halves == pytest.approx([0.03 * sum(STEPS_NS), 0.03 * sum(STEPS_NS), wide * sum(STEPS_NS)])
 
 
 # Parts of batches
@@ -119,9 +121,12 @@ def test_what_cannot_be_cut(batch):
 
 def test_probes_are_of_the_middling_batch():
     batches = [torch.full((6,), float(number)) for number in range(5)]
-    few, more = probes(batches, [50, 10, 30, 20, 40])
+    few, whole = probes(batches, [50, 10, 30, 20, 40])
     assert few.tolist() == [2.0] * 2
-    assert more.tolist() == [2.0] * 4
+    assert whole is batches[2]
+    few, more = probes(batches, [50, 10, 30, 20, 40], whole=False)
+    assert few.tolist() == [2.0] * 2
+    assert more.tolist() == [2.0] * 4, "a whole one may not fit"
 
 
 def test_where_nothing_can_be_cut_a_short_and_a_middling_batch_are_tried():
@@ -169,12 +174,14 @@ def test_savings_in_a_fake_world(monkeypatch):
     assert found["half"].plain_ns == (300_000, 500_000)
     assert found["half"].saved_ns == (150_000, 250_000)
     assert found["slower"].saved_ns == (-1000, -1000)
-    assert found["half"].noise_frac == pytest.approx(0.04)
+    assert found["half"].noise_frac == pytest.approx(1.4826 / np.sqrt(2) * 0.04 * 1.5 / 1.04, rel=0.02)
+    assert found["half"].num_repeats == seen["repeats"]
     assert set(seen["ran"]) == {(name, i) for name in (PLAIN, "half", "slower") for i in (0, 1)}
     assert probing._FEWEST <= seen["repeats"] <= probing._MOST
     middle, half = found["half"].over([1_000_000])
     assert middle == pytest.approx(500_000)
-    assert half == pytest.approx(80_000)
+    noise = found["half"].noise_frac * np.sqrt(2 / seen["repeats"])
+    assert half == pytest.approx(max(30_000, 2 * np.sqrt(np.pi / 2) * noise * 1_000_000))
 
 
 def test_each_step_runs_inside_of_its_intervention(monkeypatch):

@@ -43,7 +43,8 @@ NAMES = {  # tag in the stored data -> module of effkit, and class
     "padding": "padding.calibration Calibration", "plan": "padding.plans Plan",
     "padding cost": "padding.cost CostModel", "padding memory": "padding.memory MemoryModel",
     "activations": "activations.live Calibration", "clock": "activations.time_model Clock",
-    "workspace": "activations.op_workspace Workspace", "signature": "activations.timeline Signature",
+    "hull": "lab Hull", "workspace": "activations.op_workspace Workspace",
+    "signature": "activations.timeline Signature",
     "moe": "moe.calibration Calibration", "moe costs": "moe.costs Costs", "handing": "moe.costs Handing",
     "moe setting": "moe.setting Setting", "moe step": "moe.recorded Step", "of rank": "moe.recorded OfRank",
     "call": "moe.recorded Call",
@@ -106,7 +107,7 @@ def built(model):
 def not_stored(model, usual):
     """Fields that are made anew from the model, ``tag -> field -> value``, or that no prediction reads."""
     if model is None:
-        return {}
+        return {"plan": {"planner": None}}
     if usual is None:
         memory = {"kind": type(model), "config": model.config, "_counted": {}}
         return {"decoder memory": memory, "decoder run": {"watched": ()}}

@@ -98,12 +98,17 @@ def _recomputed(block: nn.Module, keep: str | None) -> Iterator[None]:
         # all tensors in one row: of keyword arguments torch keeps references, which no hook sees
         leaves, spec = tree_flatten((tuple(map(_uncached, args)), {name: _uncached(kwargs[name]) for name in kwargs}))
 
-        def call(*leaves: Any) -> Any:
-            args, kwargs = tree_unflatten(leaves, spec)
-            return forward(*args, **kwargs)
-
         # torch keeps the random state in a tensor per call, which nobody can follow; here it takes no tensor's memory
         cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in leaves)
+        kind = "cuda" if cuda else "cpu"
+
+        def call(*leaves: Any) -> Any:
+            args, kwargs = tree_unflatten(leaves, spec)
+            # a weight that an earlier block has cast is not cast here, and would be when this block runs again
+            cast = torch.is_autocast_enabled(kind) and keep is not None
+            with torch.autocast(kind, cache_enabled=False) if cast else nullcontext():
+                return forward(*args, **kwargs)
+
         contexts = partial(_contexts, block, keep, None if cuda else _random_state())
         return recompute(call, *leaves, use_reentrant=False, context_fn=contexts, preserve_rng_state=cuda)
 

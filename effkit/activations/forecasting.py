@@ -191,8 +191,11 @@ class Forecaster:
         return self._by_clock(size, levers, clock)
 
     def _by_clock(self, size: Size, levers: Levers, clock: Clock) -> float:
-        growth = (size.num_cells or 1) * size.num_rows / ((self.size.num_cells or 1) * self.size.num_rows)
-        return clock.step_ns(self.timeline(size, levers), levers, growth)
+        return clock.step_ns(self.timeline(size, levers), levers, self.growth(size))
+
+    def growth(self, size: Size) -> float:
+        """How many times as much a batch of this size holds as that of the base."""
+        return (size.num_cells or 1) * size.num_rows / ((self.size.num_cells or 1) * self.size.num_rows)
 
     def observe(self, model: torch.nn.Module, batch: Any, levers: Levers) -> Observation:
         """A real step, followed."""

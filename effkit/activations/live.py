@@ -101,21 +101,23 @@ def measure(
     )  # fmt: skip
     wanted = complete(forecaster.rest() if base is None else base.setting, setting)
     size, levers = parted(wanted)
-    timed = [levers, *(_single(model, size, optimizer) if time_levers and not earlier else ())]
-    num_runs = len(timed) * (repeats + 2)
+    alone = _single(model, size, optimizer) if time_levers and not earlier else []
+    timed = [levers, *alone]
+    steps = [(size, combination) for combination in timed] + (_checks(size, alone) if alone else [])
+    num_runs = len(steps) * (repeats + 2)
     tell = partial(lab.tell, progress)
     observed = []
-    for i, combination in enumerate(timed):
+    for i, (rows, combination) in enumerate(steps):
         tell(i, num_runs)
-        observed.append(forecaster.observe(model, forecaster.batch(size), combination))
-    spent = _timed(forecaster, model, size, timed, repeats, lambda done: tell(len(timed) + done, num_runs))
+        observed.append(forecaster.observe(model, forecaster.batch(rows), combination))
+    spent = _timed(forecaster, model, steps, repeats, lambda done: tell(len(steps) + done, num_runs))
     step, batch = observed[0], forecaster.batch(size)
     noise = lossy_gradients.noise(model, batch, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
     if earlier:
         calibration = replace(earlier, observed=step)
     else:
         error = _calibrated(forecaster, size, levers, step)
-        clock = _clock(timed, observed, spent) if time_levers else None
+        clock = _clock(steps, observed, spent, len(timed)) if time_levers else None
         errors = {name: lossy_gradients.measured(model, batch, lever, forecaster.loss)
                   for lever in timed[1:] for name in lossy_gradients.lossy(lever)}  # fmt: skip
         calibration = Calibration(forecaster, step, clock, error, errors, noise)
@@ -151,13 +153,17 @@ def _check_trains(model: torch.nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
 
 
-def _clock(timed: Sequence[Levers], observed: Sequence[Observation], spent: Sequence[Steps]) -> Clock:
-    """What steps with these levers cost, from the time that each phase of each repeat took [ns]."""
+def _clock(
+    steps: Sequence[tuple[Size, Levers]], observed: Sequence[Observation], spent: Sequence[Steps], num_fitted: int
+) -> Clock:
+    """What steps cost, from the time that each phase of each repeat took [ns]; those after the first ``num_fitted``
+    check it."""
     runs = []
-    for levers, step, steps in zip(timed, observed, spent, strict=True):
-        repeats = tuple(sum(phases.values()) for phases in steps)
-        runs.append(Run(levers, step.timeline, step.durations_ns, min(repeats), repeats))
-    return Clock.fit(runs)
+    for (size, levers), step, phases in zip(steps, observed, spent, strict=True):
+        repeats = tuple(sum(phase.values()) for phase in phases)
+        growth = size.num_rows / steps[0][0].num_rows
+        runs.append(Run(levers, step.timeline, step.durations_ns, min(repeats), repeats, growth))
+    return Clock.fit(runs[:num_fitted], runs[num_fitted:])
 
 
 def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: Any) -> Account:
@@ -194,21 +200,31 @@ def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None)
     return [Levers(checkpoint_every=1), Levers(checkpoint_every=1, keep="matmul"), *singles]
 
 
+def _checks(size: Size, alone: Sequence[Levers]) -> list[tuple[Size, Levers]]:
+    """Steps that no clock of levers ``alone`` has seen: two of them together, in part where they have parts, and half a
+    batch."""
+    rows = size.num_rows
+    in_part = {"checkpoint_every": 2, "offload_frac": 0.5, "micro_batches": min(4, rows)}
+    both = [one.changed | other.changed for one, other in zip(alone, alone[len(alone) // 2 :], strict=False)]
+    pairs = [(size, Levers(**{name: in_part.get(name, value) for name, value in changed.items()})) for changed in both]
+    return [*pairs, (replace(size, num_rows=rows // 2), Levers())] if rows > 1 else pairs
+
+
 def _timed(
-    forecaster: Forecaster, model: torch.nn.Module, size: Size, timed: Sequence[Levers], repeats: int,
+    forecaster: Forecaster, model: torch.nn.Module, steps: Sequence[tuple[Size, Levers]], repeats: int,
     tell: Callable[[int], None],
 ) -> list[Steps]:  # fmt: skip
-    """Nanoseconds of each phase of each step with each of these levers, all run in turn."""
-    batch = forecaster.batch(size)
-    spent: list[Steps] = [[] for _ in timed]
+    """Nanoseconds of each phase of each of these steps, all run in turn."""
+    batches = {size: forecaster.batch(size) for size, _ in steps}
+    spent: list[Steps] = [[] for _ in steps]
     with unchanged(model):
         updates = {lever.optimizer_states: still(model.parameters(), lever.optimizer(forecaster.make_optimizer))
-                   for lever in timed}  # fmt: skip
+                   for _, lever in steps}  # fmt: skip
         for turn in range(repeats + 1):
-            tell(turn * len(timed))
-            for i, lever in enumerate(timed):
+            tell(turn * len(steps))
+            for i, (size, lever) in enumerate(steps):
                 watch = _Stopwatch()
-                stepping.run(model, batch, forecaster.loss, updates[lever.optimizer_states], lever, watch)
+                stepping.run(model, batches[size], forecaster.loss, updates[lever.optimizer_states], lever, watch)
                 watch()
                 if turn:  # the first makes the optimizer's state, and warms up
                     spent[i].append(watch.spent)

@@ -214,11 +214,12 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     companions: list[Account] = []
     if calibration is not None and (clock := calibration.clock) is not None:
         time_ns = round(forecaster.step_ns(size, levers, clock))
-        known = clock.knows(levers)
-        time_half_width = time_ns * Trust(clock.error_frac, clock.noise_frac).beyond(peak.doublings, known)
+        known, beyond = clock.knows(levers), clock.sizes.doublings({"growth": forecaster.growth(size)})
+        time_half_width = time_ns * clock.trust.beyond(max(beyond, peak.doublings), known)
         companions = [Account.of(
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
-            basis="derived", **interval(time_ns, time_half_width), setting=wanted, in_range=peak.covered and known,
+            basis="derived", **interval(time_ns, time_half_width), setting=wanted,
+            in_range=peak.covered and known and not beyond,
         ), *lossy_gradients.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
     return Account.of(
         PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, half_width),

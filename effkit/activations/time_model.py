@@ -12,11 +12,12 @@ from effkit.activations.levers import NONE, Levers
 from effkit.activations.low_bit import STATES
 from effkit.activations.op_costs import FLOPS, HALF_FLOPS, MOVED
 from effkit.activations.timeline import Ints, Timeline
-from effkit.lab import noise, rms
+from effkit.lab import Hull, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
 
 _OF_THE_OPTIMIZER = {("optimizer_states", form) for form in STATES}
 _APART = 1.5  # sizes that differ by less are one size
+_AS_MEASURED = Hull({"growth": 1.0}, {"growth": 1.0})
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Run:
     """A step that was run: followed once, and timed without being followed.
 
     ``durations_ns`` is the time of each operator, ``step_ns`` the wall time of the whole step, the fastest of
-    ``repeats_ns``.
+    ``repeats_ns``; ``growth``, how many times as much its batch held as that of the plain step.
     """
 
     levers: Levers
@@ -32,6 +33,7 @@ class Run:
     durations_ns: Ints
     step_ns: int
     repeats_ns: tuple[int, ...] = ()
+    growth: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,9 @@ class Clock:
 
     ``costs`` maps (name, whether in half precision) to ns per call, per byte and per FLOP; ``weights`` are ``s``,
     ``p`` [ns] and ``q`` [ns]; ``corrections`` maps a lever to ns at full force, ``None`` to the plain step's;
-    ``errors`` are those of each run (predicted over measured, minus 1) by a clock of the other runs, which knows
-    neither its operators nor its lever; ``noise_frac`` is how far repeats of one step lay apart.
+    ``errors`` are those of steps that were run to check it (predicted over measured, minus 1) and that it did not see;
+    ``noise_frac`` is how far repeats of one step lay apart, ``num_repeats`` how many there were; ``sizes`` are those
+    of the batches that were run.
     """
 
     costs: dict[tuple[str, bool], Floats]
@@ -54,19 +57,24 @@ class Clock:
     corrections: dict[Hashable, float]
     errors: tuple[float, ...] = ()
     noise_frac: float = 0.0
+    num_repeats: int = 1
+    sizes: Hull = _AS_MEASURED
 
     @property
-    def error_frac(self) -> float:
-        """Root mean square of the errors."""
-        return rms(self.errors)
+    def trust(self) -> Trust:
+        """How far its times can be trusted."""
+        return Trust(rms(self.errors), self.noise_frac, self.num_repeats)
 
     @classmethod
-    def fit(cls, runs: Sequence[Run]) -> Clock:
-        """From a plain step, and one for each lever alone at full force."""
-        others = [[other for other in runs if other is not run] for run in runs[1:]]
-        errors = [cls._fitted(rest).step_ns(run.timeline, run.levers) / run.step_ns - 1
-                  for run, rest in zip(runs[1:], others, strict=True)]  # fmt: skip
-        return replace(cls._fitted(runs), errors=tuple(errors), noise_frac=noise(run.repeats_ns for run in runs))
+    def fit(cls, runs: Sequence[Run], checks: Sequence[Run] = ()) -> Clock:
+        """From a plain step, and one for each lever alone at full force; ``checks`` are combinations and sizes."""
+        clock = cls._fitted(runs)
+        errors = tuple(clock.step_ns(run.timeline, run.levers, run.growth) / run.step_ns - 1 for run in checks)
+        every = [*runs, *checks]
+        return replace(
+            clock, errors=errors, noise_frac=noise(run.repeats_ns for run in every),
+            num_repeats=max(1, len(runs[0].repeats_ns)), sizes=Hull.of({"growth": run.growth} for run in every),
+        )  # fmt: skip
 
     @classmethod
     def _fitted(cls, runs: Sequence[Run]) -> Clock:
@@ -103,7 +111,7 @@ def _forces(levers: Levers) -> dict[Hashable, float]:
     forces: dict[Hashable, float] = {
         ("checkpoint", levers.keep): 1 / every if every else 0.0,
         ("compress", levers.compress): float(levers.compress != NONE),
-        "offload": levers.offload_frac,
+        "offload": float(levers.offload_frac > 0),  # every saved tensor is looked at, whether it is moved or not
         "micro_batches": 2 * (1 - 1 / levers.micro_batches),
         ("autocast", levers.autocast): float(levers.autocast != NONE),
         ("optimizer_states", levers.optimizer_states): float(levers.optimizer_states != "float32"),

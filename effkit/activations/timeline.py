@@ -130,10 +130,11 @@ class Timeline:
         )  # fmt: skip
 
     def times_run(self, micro_batches: int) -> Ints:
-        """How often a real step runs each operator of one in which two micro-batches stand for all: shape [num_ops]."""
+        """How often a real step runs each operator, of one in which two micro-batches may stand for all: shape
+        [num_ops]."""
         count = np.ones(len(self.ops), dtype="int64")
         starts = [segment.first for segment in self.segments]
-        if micro_batches > 2:
+        if micro_batches > 2 and len(starts) == 5:  # two forwards, two backwards, and the update
             count[starts[2] : starts[4]] = micro_batches - 1  # forward and backward of the second
         return count
 

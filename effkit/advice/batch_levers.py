@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +17,7 @@ from effkit.advice.examples import Examples, rebuilt
 from effkit.advice.levers import Lever, banded
 from effkit.advice.loop_comparison import LEFT, in_turn, limit_bytes, relative
 from effkit.advice.loop_timing import WARM_UP, wait_ns
-from effkit.lab import SPREAD
-from effkit.padding import EPOCH_CELLS, EPOCH_TIME, PEAK, epoch_rows, input_lengths, plan_at
+from effkit.padding import EPOCH_CELLS, EPOCH_TIME, PEAK, input_lengths, plan_at
 from effkit.units import readable
 
 if TYPE_CHECKING:
@@ -143,30 +140,12 @@ def _workers(study: Training, examples: Examples) -> Lever | None:
 
 
 def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
-    """The padding lab's prediction of these examples, as time per step of the loop as it is. The lab's band is for the
-    time of an epoch. Here one cost model predicts two epochs, and an error in the scale of both cancels. The band of
-    their ratio has two parts: the jackknife's standard error of the ratio, and the model's error on steps that it has
-    not seen, times the change."""
-    calibration = epoch.calibration
-    total = study.computing_ns * predicted.total / epoch.total + study.waiting_ns
-    change = abs(1 - predicted.total / epoch.total)
-    doubt = SPREAD * math.hypot(ratio_error(epoch, predicted.setting), calibration.cost.error_frac * change)
-    half = study.computing_ns * (doubt + SPREAD * max(_LEAST_DOUBT_FRAC, calibration.noise_frac))
+    """The padding lab's prediction of these examples, as time per step of the loop as it is."""
+    scale = study.computing_ns / epoch.total
+    assert predicted.high is not None
+    total = scale * predicted.total + study.waiting_ns
+    half = scale * (predicted.high - predicted.total) + _LEAST_DOUBT_FRAC * study.computing_ns
     return banded(study.account, {LEFT: round(total)}, total, half, predicted.source, in_range=predicted.in_range)
-
-
-def ratio_error(epoch: Account, setting: Mapping[str, Any]) -> float:
-    """Standard error of the time at another setting over the time as it is: the jackknife (Efron 1979), each measured
-    step left out of the cost model in turn."""
-    calibration = epoch.calibration
-    now, then, measured = calibration.plan, plan_at(epoch, dict(setting)), calibration.steps
-
-    def ratio(steps: pd.DataFrame) -> float:
-        cost = padding.fit_cost(steps, attention=calibration.cost.attention)
-        return epoch_rows(then, cost)[1] / epoch_rows(now, cost)[1]
-
-    ratios = np.array([ratio(measured.drop(index=left_out)) for left_out in measured.index])
-    return float(np.sqrt((len(ratios) - 1) * np.var(ratios)))
 
 
 def _measured(study: Training, examples: Examples, epoch: Account, setting: Any) -> Account:

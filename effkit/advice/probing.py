@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from effkit import activations
+from effkit import activations, lab
 from effkit.advice.interventions import Intervention, gradients_to_none, under, without_intervening
-from effkit.lab import SPREAD
+from effkit.lab import Trust
 from effkit.recording import peak_memory
 from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import drop_gradients, residents, size_bytes
@@ -22,23 +22,28 @@ from effkit.training import drop_gradients, residents, size_bytes
 Step = Callable[[Any], object]
 _FEWEST, _MOST, _BUDGET_NS = 8, 25, 2_500_000_000  # runs of each small step; of a middling batch, together
 _APART = 1.2  # times of small steps
-_LEAST_NOISE_FRAC = 0.015  # two fastest runs may agree by chance
+_LEAST_DOUBT_FRAC = 0.03  # of all steps: repeats may agree by chance
 PLAIN = ""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Time that an intervention saved in the steps that were tried: each ``plain_ns``, and ``saved_ns`` of it."""
+    """Time that an intervention saved in the steps that were tried: each ``plain_ns``, and ``saved_ns`` of it.
+
+    ``noise_frac`` is how far repeats of one step lay apart, ``num_repeats`` how many there were.
+    """
 
     plain_ns: tuple[float, ...]
     saved_ns: tuple[float, ...]
     noise_frac: float
+    num_repeats: int = 1
 
     def over(self, steps_ns: Sequence[float]) -> tuple[float, float]:
         """What it would save in all of these steps, and half the width of its band [ns].
 
         Two models: saving in proportion to time, and a fixed saving per step plus one in proportion. The prediction is
-        the mean of both; the band holds both, and adds two standard errors of noise.
+        the mean of both; the band holds both, and adds two standard errors of noise: a saving is the difference of two
+        figures.
         """
         plain, saved = np.array(self.plain_ns), np.array(self.saved_ns)
         steps = np.array(steps_ns, dtype="float64")
@@ -49,7 +54,8 @@ class Saving:
             line = fixed * len(steps) + rate * steps.sum()
         middle = (proportional + line) / 2
         doubt = abs(proportional - line) / 2
-        return middle, doubt + SPREAD * max(self.noise_frac, _LEAST_NOISE_FRAC) * steps.sum()
+        trust = Trust(0.0, self.noise_frac, self.num_repeats / 2, _LEAST_DOUBT_FRAC)
+        return middle, doubt + trust.band_frac * steps.sum()
 
 
 def rows_of(batch: Any) -> int | None:
@@ -65,11 +71,13 @@ def cut(batch: Any, num_rows: int) -> Any:
     return tree_map_only(torch.Tensor, lambda t: t[:num_rows] if t.dim() else t, batch)
 
 
-def probes(batches: Sequence[Any], steps_ns: Sequence[int]) -> list[Any]:
-    """A third and two thirds of a middling batch; where batches cannot be cut, a short one and a middling one."""
+def probes(batches: Sequence[Any], steps_ns: Sequence[int], whole: bool = True) -> list[Any]:
+    """A third of a middling batch and all of it; two thirds where a ``whole`` one may not fit. Where batches cannot be
+    cut, a short one and a middling one."""
     order = np.argsort(np.array(steps_ns), kind="stable")
     middle = batches[int(order[len(order) // 2])]
-    return parts(middle) or [batches[int(order[0])], middle]
+    few, more = parts(middle) or (batches[int(order[0])], middle)
+    return [few, middle if whole else more]
 
 
 def parts(batch: Any) -> list[Any]:
@@ -88,18 +96,17 @@ def savings(
     everything = {PLAIN: without_intervening, **interventions}
     calls = {(name, i): under(intervention, model, step, batch)
              for name, intervention in everything.items() for i, batch in enumerate(tried)}  # fmt: skip
-    spread: list[float] = []
+    runs: list[list[int]] = []
 
     def fastest(times: list[int]) -> float:
-        first, second, *_ = sorted(times)
-        spread.append(second / first - 1)
-        return first
+        runs.append(times)
+        return min(times)
 
-    taken = elapsed_ns(partial(step, tried[-1]))
-    times = interleaved_ns(calls, max(_FEWEST, min(_MOST, _BUDGET_NS // taken)), fastest)
-    noise = float(np.median(spread))
+    num_repeats = max(_FEWEST, min(_MOST, _BUDGET_NS // elapsed_ns(partial(step, tried[-1]))))
+    times = interleaved_ns(calls, num_repeats, fastest)
+    noise = lab.noise(runs)
     plain = tuple(float(times[PLAIN, i]) for i in range(len(tried)))
-    return {name: Saving(plain, tuple(ns - times[name, i] for i, ns in enumerate(plain)), noise)
+    return {name: Saving(plain, tuple(ns - times[name, i] for i, ns in enumerate(plain)), noise, num_repeats)
             for name in interventions}  # fmt: skip
 
 

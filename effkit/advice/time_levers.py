@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -94,11 +95,17 @@ def _interventions(study: Training, budget_bytes: int | None) -> list[Lever]:
     ideas = _ideas(study)
     if not ideas:
         return []
+    levers: list[Lever | None] = []
     with study.held():
-        tried = probing.probes(study.batches, study.steps_ns)
-        study.step(tried[0])
-        savings = probing.savings(study.step, study.model, tried, {idea.kind: idea.intervention for idea in ideas})
-        return [lever for idea in ideas if (lever := _lever(study, idea, savings[idea.kind], tried, budget_bytes))]
+        for whole in (True, False):  # what raises memory is tried on parts of a batch
+            those = {idea.kind: idea for idea in ideas if idea.raises_memory != whole}
+            if those:
+                tried = probing.probes(study.batches, study.steps_ns, whole)
+                study.step(tried[0])
+                ways = {kind: idea.intervention for kind, idea in those.items()}
+                savings = probing.savings(study.step, study.model, tried, ways)
+                levers += [_lever(study, idea, savings[kind], tried, budget_bytes) for kind, idea in those.items()]
+    return [lever for lever in levers if lever is not None]
 
 
 def _lever(
@@ -106,15 +113,19 @@ def _lever(
 ) -> Lever | None:
     saved, doubt = (amount / len(study.steps_ns) for amount in saving.over(study.steps_ns))
     effects = list(idea.side_effects)
+    base, seen = study.account, True
     if idea.raises_memory:
         with study.held():
             peak, margin = study.peaks.at_full(probing.parts(study.largest) or tried, study.largest, idea.intervention)
         if peak + margin > limit_bytes(budget_bytes):
             return None
         effects.append(f"the peak rises to {readable(peak, 'bytes')}, predicted")
-    base = study.account
+        seen = not probing.parts(study.largest)
+        if not seen:
+            effects.append("tried on two thirds of a batch: a whole one may run other kernels")
+            doubt *= 1 + math.log2(3 / 2)  # by so many doublings a whole batch lies beyond what was tried
     predicted = banded(base, {LEFT: round(base.total - saved)}, base.total - saved, doubt,
-                       f"steps of {len(tried)} small batches with it and without it, in turn")  # fmt: skip
+                       f"steps of {len(tried)} batches with it and without it, in turn", in_range=seen)  # fmt: skip
     return Lever(
         idea.kind, idea.name, idea.found, base, predicted, idea.code, tuple(effects),
         run=lambda: measured_beside(study, idea.intervention), use=idea.use, keep=study._noted,

@@ -1,7 +1,7 @@
 """The padding analysis: how much of each step is computed on nothing, and what a better batch plan buys.
 
-Beside the public names, ``effkit.advice`` asks for ``input_lengths`` of a batch, ``plan_at`` a setting, ``epoch_rows``
-of a plan by a cost model, and the titles ``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
+Beside the public names, ``effkit.advice`` asks for ``input_lengths`` of a batch, ``plan_at`` a setting, and the titles
+``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from effkit.padding.cost import CostModel, fit_cost
 from effkit.padding.epoch_accounts import EPOCH_CELLS as EPOCH_CELLS
 from effkit.padding.epoch_accounts import EPOCH_TIME as EPOCH_TIME
 from effkit.padding.epoch_accounts import PEAK as PEAK
-from effkit.padding.epoch_accounts import epoch_rows as epoch_rows
 from effkit.padding.loader_audit import Watch, watch
 from effkit.padding.loader_audit import input_lengths as input_lengths
 from effkit.padding.memory import MemoryModel, fit_memory

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.lab import SPREAD, Hull, rms
+from effkit.lab import SPREAD, Hull
 from effkit.least_squares import Floats, nonnegative
 
 ATTENTION = ("padded", "block_mask", "varlen")
+_SHAPE = ("num_rows", "input_length", "output_length")
 # Student's t that nine of ten draws stay within, by how many rows there are more than coefficients; 2 or less from 5
 _STUDENT = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13}
 
@@ -27,24 +28,35 @@ class CostModel:
     attention
         The attention path that was measured: ``padded`` rows, packed rows under a dense ``block_mask``, or packed
         rows with ``varlen`` kernels. Paths cost differently; a model of one says nothing certain of another.
-    error_frac
-        Root mean square error of each measured step predicted from the others, as a fraction
-        (:func:`left_out_error`).
     num_steps
         How many steps were measured.
     largest
         The largest ``input_length``, ``output_length`` and ``BT`` that were measured.
+    left_out
+        For each measured step, the coefficients without it.
     """
 
-    coefficients: tuple[float, float, float, float, float]
+    coefficients: tuple[float, ...]
     attention: str
-    error_frac: float
     num_steps: int
     largest: tuple[float, float, float]
+    left_out: tuple[tuple[float, ...], ...]
 
     def step_ns(self, rows: Any, input_length: Any, output_length: Any = 0) -> Floats:
         """Time of a batch of ``rows`` padded to these lengths [ns]. Broadcasts."""
         return _terms(rows, input_length, output_length) @ np.array(self.coefficients)
+
+    def ratio_error_frac(self, then: pd.DataFrame, now: pd.DataFrame) -> float:
+        """Standard error of the time of the steps ``then`` over that of the steps ``now``, as a fraction of it.
+
+        The jackknife (Efron 1979), each measured step left out of the cost model in turn: noise moves the ratio, and
+        so does a step that the model does not fit.
+        """
+        fits = np.array(self.left_out)
+        sums = [_terms(*(frame.get(name, 0) for name in _SHAPE)).sum(axis=0) for frame in (then, now)]
+        ratios = (fits @ sums[0]) / (fits @ sums[1])
+        error_frac = float(np.sqrt((len(fits) - 1) * np.var(ratios)) / np.mean(ratios))
+        return error_frac * by_chance(len(fits) - sum(1 for cost in self.coefficients if cost))
 
     def real_ns(self, input_real: float, output_real: float, input_squared: float, cross: float) -> float:
         """Time of the real cells alone, given their sums [ns]; no fixed part."""
@@ -65,21 +77,10 @@ class CostModel:
         return self.doublings(rows, input_length, output_length) == 0
 
 
-def left_out_error(design: Floats) -> float:
-    """Root mean square of the errors at rows that the fit did not see, as one inside the range would have them.
-
-    ``design @ coefficients`` is 1 where the fit is right. A row that is left out at the edge is predicted from afar:
-    its squared error is 1 / (1 - h) times as large, h its leverage, which is taken out. Where there are hardly more
-    rows than coefficients, they can agree by chance: two errors then hold nine of ten, as Student's t has it.
-    """
-    ones = np.ones(len(design))
-    active = design[:, nonnegative(design, ones) > 0]
-    errors = np.array([row @ nonnegative(np.delete(design, i, axis=0), ones[1:]) - 1 for i, row in enumerate(design)])
-    free = len(design) - active.shape[1]
-    if not free:
-        return rms(errors)
-    leverage = np.square(np.linalg.qr(active)[0]).sum(axis=1)
-    return rms(errors * np.sqrt(np.clip(1 - leverage, 0, None))) * max(1.0, _STUDENT.get(free, 0.0) / SPREAD)
+def by_chance(num_free: int) -> float:
+    """What to multiply an error with where a fit had only so many more points than coefficients, which can agree by
+    chance: two errors then hold nine of ten, as Student's t has it."""
+    return max(1.0, _STUDENT.get(num_free, 0.0) / SPREAD)
 
 
 def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> CostModel:
@@ -107,9 +108,13 @@ def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> Cost
     outputs = measured_steps.get("output_length", pd.Series(0.0, measured_steps.index)).to_numpy(dtype="float64")
     times = measured_steps["dur_ns"].to_numpy(dtype="float64")
     design = _terms(rows, inputs, outputs) / times[:, None]
-    c0, a, b, q, e = (float(value) for value in nonnegative(design, np.ones(len(times))))
+
+    def fitted(steps: Floats) -> tuple[float, ...]:
+        return tuple(nonnegative(steps, np.ones(len(steps))).tolist())
+
+    left_out = tuple(fitted(np.delete(design, i, axis=0)) for i in range(len(design)))
     largest = (float(inputs.max()), float(outputs.max()), float((rows * inputs).max()))
-    return CostModel((c0, a, b, q, e), attention, left_out_error(design), num_steps=len(times), largest=largest)
+    return CostModel(fitted(design), attention, num_steps=len(times), largest=largest, left_out=left_out)
 
 
 def _terms(rows: Any, input_length: Any, output_length: Any) -> Floats:

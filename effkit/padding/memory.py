@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from effkit.lab import rms
 from effkit.least_squares import Floats, nonnegative
-from effkit.padding.cost import left_out_error
+from effkit.padding.cost import by_chance
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class MemoryModel:
         Lowest and highest T and U that the probes saw.
     error_frac
         Root mean square error of each probe predicted from the others, as a fraction
-        (:func:`~effkit.padding.cost.left_out_error`).
+        (:func:`left_out_error`).
     """
 
     per_example: tuple[float, float, float, float]
@@ -63,6 +64,21 @@ class MemoryModel:
         """Whether the probes enclosed these shapes (longer extrapolates; shorter than the shortest probe does not)."""
         (_, longest), (_, most) = self.shapes
         return bool(np.max(input_length) <= longest and np.max(output_length) <= most)
+
+
+def left_out_error(design: Floats) -> float:
+    """Root mean square of the errors at rows that the fit did not see, as one inside the range would have them.
+
+    ``design @ coefficients`` is 1 where the fit is right. A row that is left out at the edge is predicted from afar:
+    its squared error is 1 / (1 - h) times as large, h its leverage, which is taken out.
+    """
+    ones = np.ones(len(design))
+    active = design[:, nonnegative(design, ones) > 0]
+    errors = np.array([row @ nonnegative(np.delete(design, i, axis=0), ones[1:]) - 1 for i, row in enumerate(design)])
+    if len(design) == active.shape[1]:
+        return rms(errors)
+    leverage = np.square(np.linalg.qr(active)[0]).sum(axis=1)
+    return rms(errors * np.sqrt(np.clip(1 - leverage, 0, None))) * by_chance(len(design) - active.shape[1])
 
 
 def fit_memory(probes: pd.DataFrame) -> MemoryModel:

@@ -64,7 +64,7 @@ def predict(base: Account, **setting: Any) -> Account:
     doublings = cost.doublings(frame["num_rows"], frame["input_length"], output)
     path_seen = (planned.row_starts is not None) == (cost.attention != "padded")
     seen = path_seen and world_size == 1
-    band_frac = calibration.trust.beyond(doublings, seen)
+    band_frac = calibration.trust(frame).beyond(doublings, seen)
     total = round(epoch_ns * calibration.anchor)
     peak = round(float(np.max(memory.amount(frame["num_rows"], frame["input_length"], output))))
     of_peak = interval(peak, peak * Trust(memory.error_frac).beyond(doublings, path_seen))
