@@ -93,7 +93,8 @@ def test_under_autocast_a_weight_that_two_blocks_share_is_cast_in_both(keep):
         model.zero_grad()
         loss.backward()
         gradients.append(model[0].weight.grad.clone())
-    assert torch.equal(*gradients)
+    # the parts of its gradient are added before they are rounded, or after
+    torch.testing.assert_close(*gradients, rtol=0 if keep is None else 2**-7, atol=0 if keep is None else 1e-4)
 
 
 def test_running_statistics_are_updated_once():
