@@ -21,8 +21,9 @@ from effkit.activations.live import TIME
 from effkit.activations.lossy_gradients import NOISE
 from effkit.activations.timeline import PEAK
 from effkit.device import provenance, synchronize
+from effkit.restoring import unchanged
 from effkit.timing import elapsed_ns
-from effkit.training import still, unchanged
+from effkit.training import still
 from lessons import spiking
 
 # Configuration and the (batch size, length) that is measured, on a CPU and on a GPU.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 
@@ -20,6 +21,8 @@ from effkit.timing import elapsed_ns
 from effkit.trace import nesting
 
 _recording = threading.Lock()
+_own: list[Any] = []  # the profiler that is active, if it is one of ours
+_SECOND = "effkit::second"
 
 
 def capture(
@@ -97,11 +100,12 @@ def capture(
     return Capture(read.events, allocations, provenance() | facts)
 
 
-def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple[int, str]:
+def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0, again: bool = False) -> tuple[int, str]:
     """Run ``step()`` once and return the peak of its memory [bytes] and which counter said so.
 
     On a GPU that is the allocator's own ``max_memory_allocated``. On the CPU the profiler sees only what is allocated
-    while it runs: ``resident_bytes`` (parameters, optimizer state, the batch) is what was there before.
+    while it runs: ``resident_bytes`` (parameters, optimizer state, the batch) is what was there before. It does not see
+    the end of what is older than the recording: if ``again``, the step runs twice, and the second counts.
     """
     import torch
 
@@ -111,8 +115,21 @@ def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0) -> tuple
         step()
         synchronize()
         return torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
-    peak = _peak(memory_events(step).memory)
-    return resident_bytes + peak, "resident tensors + the profiler's Total Allocated"
+    memory = memory_events(step).memory if not again else _of_the_second(step)
+    return resident_bytes + _peak(memory), "resident tensors + the profiler's Total Allocated"
+
+
+def _of_the_second(step: Callable[[], object]) -> pd.DataFrame:
+    from torch._C._profiler import _RecordFunctionFast
+
+    def both() -> None:
+        step()
+        with _RecordFunctionFast(_SECOND):
+            step()
+
+    recorded = memory_events(both)
+    begin = recorded.events.loc[recorded.events["name"] == _SECOND, "start_ns"].iloc[0]
+    return recorded.memory[recorded.memory["time_ns"] >= begin]
 
 
 def memory_events(step: Callable[[], object]) -> trace.Trace:
@@ -151,7 +168,8 @@ def _profiler(steps: int | None = None, **options: Any) -> Any:
 
     cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     plan = None if steps is None else schedule(wait=0, warmup=1, active=steps, repeat=1)
-    return profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, **options)
+    _own.append(profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, **options))
+    return _own[-1]
 
 
 def _peak(memory: pd.DataFrame) -> int:
@@ -175,16 +193,26 @@ def _timed(step: Callable[[], object], count: int, after_each: Callable[[], obje
 
 @contextmanager
 def _alone(caller: str) -> Iterator[None]:
-    """Profilers do not nest: a second one ends the process, or one of them sees nothing."""
+    """Profilers do not nest: a second one ends the process, or one of them sees nothing. A step that starts one is
+    refused."""
     import torch
 
     if torch._C._autograd._profiler_enabled() or not _recording.acquire(blocking=False):
         raise RuntimeError(f"{caller} was called while another profiler is active; leave that one first")
     # Kineto writes its own markers to stderr at a level above "error"; a notebook would show them.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    prepare = torch.autograd.profiler.profile._prepare_trace
+
+    def prepared(profiler: Any) -> None:
+        if all(profiler is not own.profiler for own in _own):
+            raise RuntimeError("the step starts a profiler of its own; profilers do not nest: take it out of the step")
+        prepare(profiler)
+
     try:
-        yield
+        with mock.patch.object(torch.autograd.profiler.profile, "_prepare_trace", prepared):
+            yield
     finally:
+        _own.clear()
         _recording.release()
 
 

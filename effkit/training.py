@@ -1,7 +1,8 @@
-"""One steady training step, or an evaluation, of any model: what the analyses run, and how they leave it as it was."""
+"""One steady training step, or an evaluation, of any model: what the analyses run."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -81,6 +82,13 @@ def residents(
     return tensors
 
 
+def states_replaced(updates: Iterable[torch.optim.Optimizer]) -> Callable[[], bool]:
+    """Asked after a step: whether it has put other tensors into the place of these optimizers' states."""
+    leaves = tree_leaves([list(update.state.values()) for update in updates])
+    before = [weakref.ref(leaf.untyped_storage()) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return lambda: any(storage() is None for storage in before)
+
+
 def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Let go of all gradients, whoever may have taken over ``zero_grad``."""
     for parameter in parameters:
@@ -90,26 +98,6 @@ def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 def size_bytes(tensors: Any) -> int:
     """Bytes of the storages of these tensors, which share none."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-@contextmanager
-def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Give the model back as it was: buffers, gradients, training mode and random state."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng():
-        try:
-            drop_gradients(model.parameters())
-            yield
-        finally:
-            for module, mode in training:
-                module.training = mode
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 @contextmanager

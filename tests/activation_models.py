@@ -17,7 +17,8 @@ from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
 from effkit.models.building import random_tokens
 from effkit.recording import peak_memory
-from effkit.training import own_loss, residents, size_bytes, still, unchanged
+from effkit.restoring import unchanged
+from effkit.training import own_loss, residents, size_bytes, still
 from lessons import spiking
 
 SMALL = {"hidden": 32, "heads": 2, "vocabulary": 100, "device": "cpu"}

@@ -7,8 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effkit import models
-from effkit.activations.low_bit import LowBitAdamW, update_error
+from effkit.activations.low_bit import LowBitAdamW
 from effkit.quantisation import SIGNED, UNSIGNED, dequantise_state, quantise_state
+from lessons.moments import update_error
 
 FORMATS = ["int8", "fp8_e4m3"]
 

@@ -112,7 +112,7 @@ def test_a_reader_of_the_claims_chooses_a_theme_and_follows_a_row_to_its_cell(tm
     SCREENSHOTS.mkdir(exist_ok=True)
     for notebook in NOTEBOOKS.glob("06*.ipynb"):
         shutil.copy(notebook, tmp_path)
-    cut("06_claims.ipynb", "browse()", tmp_path)
+    cut("06_claims.ipynb", "claims_browser.browse()", tmp_path)
     blocked: list[str] = []
     with jupyterlab(tmp_path) as lab, notebook_page(lab, "06_claims.ipynb", blocked) as page:
         run_all_cells(page, timeout_s=120)

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 import effkit as ek
-from effkit.claims import Finding, browse, check, table
+from effkit.claims import Finding, check, table
 from effkit.claims.table import LIVE, RECOMPUTED, STATUSES, UNITS, WHAT_IF, Claim, rows
+from lessons.claims_browser import browse
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 ROWS = list(rows().values())

@@ -5,8 +5,8 @@ import torch
 
 from effkit import models
 from effkit.moe import routing
-from effkit.moe.compression_error import output_error
 from effkit.moe.setting import Setting
+from lessons.moe_compression import output_error
 
 ERRORS = ["output_error_frac", "input_gradient_error_frac", "weight_gradient_error_frac"]
 SMALL = Setting(num_tokens=256, hidden=128, ffn=64, num_clusters=16, num_hashes=4)

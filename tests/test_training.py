@@ -9,7 +9,8 @@ from activation_models import assert_same, state_of
 from torch import nn
 from transformers import BatchEncoding
 
-from effkit.training import forward, own_loss, residents, size_bytes, still, unchanged
+from effkit.restoring import unchanged
+from effkit.training import forward, own_loss, residents, size_bytes, still
 
 
 class Sum(nn.Module):

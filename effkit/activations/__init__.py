@@ -12,7 +12,7 @@ from effkit.activations.gradients import gradient_error
 from effkit.activations.levers import Levers
 from effkit.activations.live import TIME as TIME
 from effkit.activations.live import account, measure
-from effkit.activations.low_bit import LowBitAdamW, update_error
+from effkit.activations.low_bit import LowBitAdamW
 from effkit.activations.offloading import offloaded
 from effkit.activations.planning import cheapest, front
 from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif
@@ -26,7 +26,7 @@ from effkit.activations.timeline import PEAK as PEAK
 
 __all__ = [
     "Levers", "LowBitAdamW", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast", "front",
-    "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved", "update_error",
+    "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved",
     "whatif",
 ]  # fmt: skip
 

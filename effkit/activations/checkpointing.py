@@ -75,8 +75,8 @@ def checkpoint(model: nn.Module, every: int = 1, *, keep: str | None = None) -> 
     keep
         ``"matmul"`` keeps the outputs of matrix products, convolutions and attention, and recomputes all else
         (``torch.utils.checkpoint.create_selective_checkpoint_contexts``). They do not pass through the hooks of saved
-        tensors, so :func:`compressed` and :func:`offloaded` leave them as they are. Under autocast each block then casts
-        its weights anew, and gradients of a weight that blocks share differ in rounding.
+        tensors, so :func:`compressed` and :func:`offloaded` leave them as they are. Under autocast each block then
+        casts its weights anew, and gradients of a weight that blocks share differ in rounding.
     """
     if every < 1 or keep not in (None, "matmul"):
         raise ValueError(

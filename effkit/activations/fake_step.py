@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,8 @@ from effkit.activations.levers import Levers
 from effkit.activations.storage_tracker import Call, Follower
 from effkit.activations.timeline import Signature, Timeline
 from effkit.idle import give_way
+from effkit.interrupts import uninterrupted
+from effkit.restoring import random_numbers_kept
 from effkit.training import Loss, MakeOptimizer, drop_gradients, own_loss, residents, still
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -66,8 +69,12 @@ class Replayer:
     def replay(self, batch: Any, levers: Levers) -> Timeline:
         """One steady step on a batch, real or fake, of which two micro-batches stand for all.
 
-        ValueError when the shapes of the step depend on the values of activations, which a replay does not have.
+        ValueError when the shapes of the step depend on the values of activations, which a replay does not have. An
+        exception raised below a fake tensor's operator can end the process, so Ctrl-C waits until this has returned.
         """
+        return uninterrupted(partial(self._replay, batch, levers))
+
+    def _replay(self, batch: Any, levers: Levers) -> Timeline:
         with self._faking():
             fake = tree_map_only(torch.Tensor, self._mode.valued, batch)
             update = self._update(fake, levers)
@@ -100,7 +107,7 @@ class Replayer:
             stack.enter_context(self._mode)
             if self._as_on_gpu:
                 stack.enter_context(gpu_assumptions.AsOnGpu())
-            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(random_numbers_kept(devices=[]))
             try:
                 yield
             except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:

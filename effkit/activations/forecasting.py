@@ -20,7 +20,8 @@ from effkit.activations.op_workspace import Workspace
 from effkit.activations.real_step import Observation, observe
 from effkit.activations.time_model import Clock
 from effkit.activations.timeline import Timeline, rows_at
-from effkit.training import Loss, MakeOptimizer, own_loss, residents, still, unchanged
+from effkit.restoring import unchanged
+from effkit.training import Loss, MakeOptimizer, own_loss, residents, still
 
 MakeBatch = Callable[[int, int | None], Any]
 _SMOOTH_FRAC = 0.01
@@ -203,7 +204,7 @@ class Forecaster:
             update = still(model.parameters(), levers.optimizer(self.make_optimizer))
             step = partial(stepping.run, model, batch, self.loss, update, levers)
             step()  # the optimizer's state exists from here on
-            return observe(step, model, residents(model, update, batch))
+            return observe(step, model, lambda: residents(model, update, batch))
 
 
 def _thirds(low: int, high: int) -> list[int]:

@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from effkit.training import Loss, forward, own_loss, unchanged
+from effkit.restoring import unchanged
+from effkit.training import Loss, forward, own_loss
 
 ALL = "all"
 _Gradients = dict[str, Tensor]

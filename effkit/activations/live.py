@@ -24,7 +24,8 @@ from effkit.activations.timeline import PEAK, Timeline
 from effkit.captured import Capture
 from effkit.device import synchronize
 from effkit.lab import Progress
-from effkit.training import Loss, MakeOptimizer, still, unchanged
+from effkit.restoring import unchanged
+from effkit.training import Loss, MakeOptimizer, still
 
 TIME = "Time of one step"
 Steps = list[dict[str, int]]
@@ -55,8 +56,8 @@ def measure(
     """The peak memory of one steady training step, by what it is for; and the step's time.
 
     A step runs once so that the optimizer has its state, once with every operator followed and every allocation
-    recorded, and ``repeats`` times by the clock (the fastest counts). The model comes out as it went in: the optimizer
-    steps with learning rate 0, buffers and random state are restored. ValueError for a model without parameters, a
+    recorded, and ``repeats`` times by the clock (the fastest counts). The model comes out as it went in, whatever the
+    optimizer does: see :class:`effkit.restoring.unchanged`. ValueError for a model without parameters, a
     batch without tensors, a loss that is no number or needs no gradient.
 
     Parameters
@@ -106,21 +107,22 @@ def measure(
     steps = [(size, combination) for combination in timed] + (_checks(size, alone) if alone else [])
     num_runs = len(steps) * (repeats + 2)
     tell = partial(lab.tell, progress)
-    observed = []
-    for i, (rows, combination) in enumerate(steps):
-        tell(i, num_runs)
-        observed.append(forecaster.observe(model, forecaster.batch(rows), combination))
-    spent = _timed(forecaster, model, steps, repeats, lambda done: tell(len(steps) + done, num_runs))
-    step, batch = observed[0], forecaster.batch(size)
-    noise = lossy_gradients.noise(model, batch, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
-    if earlier:
-        calibration = replace(earlier, observed=step)
-    else:
-        error = _calibrated(forecaster, size, levers, step)
-        clock = _clock(steps, observed, spent, len(timed)) if time_levers else None
-        errors = {name: lossy_gradients.measured(model, batch, lever, forecaster.loss)
-                  for lever in timed[1:] for name in lossy_gradients.lossy(lever)}  # fmt: skip
-        calibration = Calibration(forecaster, step, clock, error, errors, noise)
+    with unchanged(model):
+        observed = []
+        for i, (rows, combination) in enumerate(steps):
+            tell(i, num_runs)
+            observed.append(forecaster.observe(model, forecaster.batch(rows), combination))
+        spent = _timed(forecaster, model, steps, repeats, lambda done: tell(len(steps) + done, num_runs))
+        step, batch = observed[0], forecaster.batch(size)
+        noise = lossy_gradients.noise(model, batch, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
+        if earlier:
+            calibration = replace(earlier, observed=step)
+        else:
+            error = _calibrated(forecaster, size, levers, step)
+            clock = _clock(steps, observed, spent, len(timed)) if time_levers else None
+            errors = {name: lossy_gradients.measured(model, batch, lever, forecaster.loss)
+                      for lever in timed[1:] for name in lossy_gradients.lossy(lever)}  # fmt: skip
+            calibration = Calibration(forecaster, step, clock, error, errors, noise)
     phases = min(spent[0], key=lambda phases: sum(phases.values()))
     companions = [
         Account.of(TIME, "ns", phases, total=sum(phases.values()), source=f"wall time, fastest of {repeats}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -42,13 +43,15 @@ class Recording(NamedTuple):
     levels: Any
 
     @classmethod
-    def of(cls, recording: Trace, *, cuda: bool) -> Recording:
-        """The memory of the GPU, or of the CPU."""
+    def of(cls, recording: Trace, *, cuda: bool, since_first: bool = False) -> Recording:
+        """The memory of the GPU, or of the CPU; if ``since_first``, from the first mark on."""
         memory = recording.memory[recording.memory["device"].str.startswith("cuda" if cuda else "cpu")]
         marks = recording.events[recording.events["name"].str.startswith(_MARK)]
         numbers = marks["name"].str.removeprefix(_MARK).astype("int64").to_numpy()
         order = np.argsort(numbers)
         starts = marks["start_ns"].to_numpy()[order]
+        if since_first:
+            memory = memory[memory["time_ns"] >= starts[0]]
         totals = memory["total_bytes"].to_numpy("int64")
         before = int(totals[0] - memory["size_bytes"].iloc[0]) if len(memory) else 0
         return cls(numbers[order], starts, starts + marks["dur_ns"].to_numpy()[order], memory,
@@ -84,17 +87,31 @@ class Observation(NamedTuple):
 
 
 def observe(
-    step: Callable[[Callable[[str], None]], None], model: torch.nn.Module, residents: dict[str, list[torch.Tensor]]
-) -> Observation:
-    """Run ``step(enter)`` once.
+    step: Callable[[Callable[[str], None]], None], model: torch.nn.Module,
+    residents: Callable[[], dict[str, list[torch.Tensor]]],
+) -> Observation:  # fmt: skip
+    """Run ``step(enter)`` once, and twice more where it replaces what was there before it.
 
     On a GPU the peak is the allocator's own; on the CPU it is what the profiler's running total rose by, and what was
-    there before it: ``residents``.
+    there before it: ``residents()``. That total does not fall when a block is freed that is older than the recording.
     """
-    follower = Follower(residents, mark)
     cuda = next(model.parameters()).is_cuda
+    seen = _observed(step, model, residents, cuda=cuda)
+    return _observed(step, model, residents, cuda=cuda, again=True) if seen.timeline.let_go and not cuda else seen
+
+
+def _observed(
+    step: Callable[[Callable[[str], None]], None], model: torch.nn.Module,
+    residents: Callable[[], dict[str, list[torch.Tensor]]], *, cuda: bool, again: bool = False,
+) -> Observation:  # fmt: skip
+    """If ``again``, the recording has two steps, of which the second is followed."""
+    followers: list[Follower] = []
 
     def follow() -> None:
+        if again:
+            step(lambda phase: None)
+        follower = Follower(residents(), mark)
+        followers.append(follower)
         with follower.following(model):
             step(follower.enter)
 
@@ -102,14 +119,17 @@ def observe(
         synchronize()
         torch.cuda.reset_peak_memory_stats()
     with gc_disabled():  # what an earlier step left in cycles would die during this one, and pass for its own
-        recording = Recording.of(memory_events(follow), cuda=cuda)
+        recording = Recording.of(memory_events(follow), cuda=cuda, since_first=again)
     counted = torch.cuda.max_memory_allocated() if cuda else None
+    (follower,) = followers
     timeline = follower.timeline()
     _, starts, ends, memory, times, levels = recording
     before = int(levels[0])
     at = int(levels[1:].argmax()) if len(memory) else -1
     op = int(np.searchsorted(starts, times[at], "right")) - 1 if at >= 0 else -1
-    rows = dict(timeline.resident_bytes) | _alive(memory.iloc[: at + 1], follower, timeline, op)
+    rows = Counter(timeline.resident_bytes)
+    rows.subtract(Counter({name: amount for name, last, amount in timeline.let_go if last <= op}))
+    rows.update(_alive(memory.iloc[: at + 1], follower, timeline, op))
     source = "torch.cuda.max_memory_allocated"
     if counted is None:
         counted = sum(timeline.resident_bytes.values()) + (max(0, int(levels[at + 1]) - before) if at >= 0 else 0)

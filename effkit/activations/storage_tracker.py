@@ -45,8 +45,8 @@ class Call(NamedTuple):
 class Follower(TorchDispatchMode):
     """Sees every operator below autograd, on real tensors or on fake ones, and learns of each storage's death.
 
-    ``residents`` are there all the time, by category, and not counted again. ``mark`` makes a context to run an
-    operator in, from its number; it is given for real tensors only, whose addresses are noted too.
+    ``residents`` are there from the beginning, by category, and not counted again; they are not held. ``mark`` makes a
+    context to run an operator in, from its number; it is given for real tensors only, whose addresses are noted too.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Follower(TorchDispatchMode):
         self._on_host: set[int] = set()
         self._addresses: list[int] = []
         self._gradients: set[int] = set()
+        self._new_buffers: set[int] = set()  # in the place of others
         self._segments: list[Segment] = []
         self._work: list[tuple[int, ...]] = []
         self._signatures: list[Signature] = []
@@ -74,14 +75,23 @@ class Follower(TorchDispatchMode):
         self._parameters: list[torch.nn.Parameter] = []
         self._modules: list[str] = []
         self._resident_bytes: dict[str, int] = {}
+        self._let_go: list[tuple[str, int, int]] = []
         self._device_type = next(tensor for tensors in residents.values() for tensor in tensors).device.type
         for category, tensors in residents.items():
             self._resident_bytes[category] = 0
             for tensor in tensors:
-                storage = tensor.untyped_storage()
-                self._allocation_of[storage._cdata] = -1
-                self._refs.append(storage)
-                self._resident_bytes[category] += storage.nbytes()
+                self._resides(tensor.untyped_storage(), category)
+
+    def _resides(self, storage: torch.UntypedStorage, category: str) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+
+        def dead(_: Any) -> None:
+            self._allocation_of.pop(key, None)
+            self._let_go.append((category, len(self._ops), num_bytes))
+
+        self._allocation_of[key] = -1
+        self._refs.append(weakref.ref(storage, dead))
+        self._resident_bytes[category] += num_bytes
 
     @contextmanager
     def following(self, model: torch.nn.Module) -> Iterator[None]:
@@ -95,6 +105,8 @@ class Follower(TorchDispatchMode):
             stack.enter_context(saved_tensor_hooks.watch(self._keep))
             stack.enter_context(self)
             yield
+        now = [buffer.untyped_storage()._cdata for buffer in model.buffers()]
+        self._new_buffers = {self._allocation_of.get(key, -1) for key in now}
 
     def enter(self, phase: str) -> None:
         """A phase of the step begins."""
@@ -217,7 +229,7 @@ class Follower(TorchDispatchMode):
         return Timeline(
             tuple(self._ops), frame.assign(category=category), self._resident_bytes, tuple(self._segments),
             np.array(self._work, dtype="int64").reshape(num_ops, -1), tuple(self._signatures),
-            np.array(self._aside, dtype=bool), np.zeros(num_ops, dtype="int64"),
+            np.array(self._aside, dtype=bool), np.zeros(num_ops, dtype="int64"), tuple(self._let_go),
         )  # fmt: skip
 
     def _categories(self, frame: pd.DataFrame) -> list[str]:
@@ -229,8 +241,12 @@ class Follower(TorchDispatchMode):
         phase = np.searchsorted([segment.first for segment in self._segments], birth, "right") - 1
         in_forward = np.array([segment.phase == FORWARD for segment in self._segments])
         kept = in_forward[phase] & (death > starts)
+        # what an optimizer makes and keeps is its state
+        state = np.array([segment.phase == OPTIMIZER for segment in self._segments])[phase] & (death == len(self._ops))
         return [
-            "gradient" if i in self._gradients
+            "optimizer state" if state[i]
+            else "buffer" if i in self._new_buffers
+            else "gradient" if i in self._gradients
             else "offloaded activation" if i in self._on_host
             else "saved activation" if i in self._saved or kept[i]
             else "recomputed activation" if again else "workspace"

@@ -55,7 +55,7 @@ class Timeline:
         longer, alive; ``category`` of :data:`CATEGORIES`; ``module`` and ``operator`` that saved it (that made it,
         where nothing saved it).
     resident_bytes
-        What is there all the time, by category.
+        What is there from the beginning, by category.
     segments
         The phases, in order.
     work
@@ -66,6 +66,9 @@ class Timeline:
         Which operators pack or unpack what is kept for backward, and are not the model's own.
     inside_bytes
         What each operator allocates and frees again inside itself, where that is known; else 0.
+    let_go
+        Of what was there from the beginning: category, first operator that no longer finds it, bytes. An optimizer that
+        replaces its state lets go of the old one.
     """
 
     ops: tuple[str, ...]
@@ -76,6 +79,7 @@ class Timeline:
     signatures: tuple[Signature, ...]
     aside: np.ndarray[Any, np.dtype[np.bool_]]
     inside_bytes: Ints
+    let_go: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def phases(self) -> list[str]:
@@ -98,6 +102,8 @@ class Timeline:
         levels[-1] += self.inside_bytes
         for name, amount in self.resident_bytes.items():
             levels[CATEGORIES.index(name)] += amount
+        for name, op, amount in self.let_go:
+            levels[CATEGORIES.index(name), op:] -= amount
         return levels
 
     def main_levels(self) -> Ints:
@@ -126,7 +132,8 @@ class Timeline:
                        for name in ("work", "aside", "inside_bytes")}  # fmt: skip
         return replace(
             self, ops=self.ops[:end] + other.ops[start:], signatures=self.signatures[:end] + other.signatures[start:],
-            allocations=pd.concat([before, after], ignore_index=True), resident_bytes=other.resident_bytes, **joined,
+            allocations=pd.concat([before, after], ignore_index=True), resident_bytes=other.resident_bytes,
+            let_go=tuple((name, op + end - start, amount) for name, op, amount in other.let_go), **joined,
         )  # fmt: skip
 
     def times_run(self, micro_batches: int) -> Ints:

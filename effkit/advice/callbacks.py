@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
-from effkit.advice.step_hooks import replaced
 from effkit.advice.studies import Study
 from effkit.advice.study_entry import study
 from effkit.training import forward, own_loss
@@ -106,7 +106,7 @@ def lightning_callback(
                 with ExitStack() as stack:
                     stack.enter_context(_precision(trainer))
                     for name in _LOGS:
-                        stack.enter_context(replaced(pl_module, name, _nothing))
+                        stack.enter_context(mock.patch.object(pl_module, name, _nothing, create=True))
                     output = pl_module.training_step(batch, 0)
                 return own_loss(output["loss"] if isinstance(output, Mapping) else output)
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from effkit.padding import Plan, Watch, watch
+from effkit.restoring import remembered
 
 DELIVERED = "as delivered"
-_HOLDERS = ("", "sampler", "batch_sampler", "batch_sampler.sampler")  # of a loader: where its order comes from
-_KEPT = ("generator", "epoch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +76,7 @@ def why_not_drawn(loader: Any) -> str | None:
 
 def drawn(loader: DataLoader[Any], num_batches: int) -> Examples:
     """The first batches that the loader's sampler names, made in this process."""
-    with torch.random.fork_rng(), order_kept(loader):
+    with remembered(loader):
         groups = [list(group) for group in islice(iter(loader.batch_sampler), num_batches)]  # type: ignore[arg-type]
     if not groups:
         raise ValueError("the loader is empty: there is no batch to study")
@@ -113,25 +110,3 @@ def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     if arguments["num_workers"]:
         arguments = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": True} | arguments
     return DataLoader(loader.dataset, **arguments)
-
-
-@contextmanager
-def order_kept(loader: Any) -> Iterator[None]:
-    """Batches drawn inside are drawn again afterwards: generators and epochs of samplers are put back."""
-    before: list[tuple[Any, str, Any, Any]] = []
-    for path in _HOLDERS:
-        holder = loader
-        for name in filter(None, path.split(".")):
-            holder = getattr(holder, name, None)
-        for name in _KEPT:
-            if holder is not None and name in getattr(holder, "__dict__", {}):
-                value = vars(holder)[name]
-                before.append((holder, name, value, value.get_state() if isinstance(value, torch.Generator) else None))
-    try:
-        yield
-    finally:
-        for holder, name, value, state in before:
-            if vars(holder)[name] is not value:
-                setattr(holder, name, value)
-            if state is not None:
-                value.set_state(state)

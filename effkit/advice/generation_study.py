@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 
@@ -15,7 +16,6 @@ from effkit.account import Account
 from effkit.advice.levers import Advice, Lever, ranked
 from effkit.advice.model_summary import described
 from effkit.advice.overviews import Overview
-from effkit.advice.step_hooks import replaced
 from effkit.advice.studies import Study
 from effkit.decoder import CACHE, WEIGHTS
 from effkit.device import synchronize
@@ -168,7 +168,10 @@ class GenerationStudy(Study):
 def called(generate: Any, model: Any, inputs: Any, **forced: Any) -> None:
     """Make somebody's call, with some of the keyword arguments of ``model.generate`` put in another's place."""
     native: Any = model.generate
-    with evaluating(model), replaced(model, "generate", lambda *args, **kwargs: native(*args, **(kwargs | forced))):
+    with (
+        evaluating(model),
+        mock.patch.object(model, "generate", lambda *args, **kwargs: native(*args, **(kwargs | forced))),
+    ):
         if isinstance(generate, Mapping):
             model.generate(**(inputs or {}), **generate)
         elif id(getattr(generate, "__self__", None)) == id(model):
@@ -213,7 +216,7 @@ def observed(generate: Any, model: Any, inputs: Any) -> Call:
             call.inputs["attention_mask"] = mask
         return output
 
-    with replaced(model, "generate", noting):
+    with mock.patch.object(model, "generate", noting):
         called(generate, model, inputs)
     if call.num_steps < 1:
         raise ValueError("generate() made no token, or never came to model.generate: there is nothing to study")

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils.checkpoint as checkpointing
 
-from effkit.advice.step_hooks import ASKS, own_code, replaced
+from effkit.advice.step_hooks import ASKS
+from effkit.restoring import own_code
 from effkit.training import drop_gradients
 
 Intervention = Callable[[torch.nn.Module], AbstractContextManager[None]]
@@ -56,7 +58,7 @@ def numbers_not_waited_for(model: torch.nn.Module) -> Iterator[None]:
     answers = {"item": item, "tolist": tolist, "__float__": to_float, "unbind": elements, "__iter__": each}
     with ExitStack() as stack:
         for name, answer in answers.items():
-            stack.enter_context(replaced(torch.Tensor, name, answer))
+            stack.enter_context(mock.patch.object(torch.Tensor, name, answer))
         yield
 
 
@@ -70,7 +72,7 @@ def gradients_to_none(model: torch.nn.Module) -> Iterator[None]:
     drop_gradients(model.parameters())
     with ExitStack() as stack:
         for owner in (torch.optim.Optimizer, torch.nn.Module):
-            stack.enter_context(replaced(owner, "zero_grad", clearing(owner.zero_grad)))
+            stack.enter_context(mock.patch.object(owner, "zero_grad", clearing(owner.zero_grad)))
         yield
 
 
@@ -87,7 +89,10 @@ def nothing_recomputed(model: torch.nn.Module) -> Iterator[None]:
         yield
 
     generator = "_checkpoint_without_reentrant_generator"
-    with replaced(checkpointing, "CheckpointFunction", Kept), replaced(checkpointing, generator, kept):
+    with (
+        mock.patch.object(checkpointing, "CheckpointFunction", Kept),
+        mock.patch.object(checkpointing, generator, kept),
+    ):
         yield
 
 
@@ -101,7 +106,7 @@ def in_bfloat16(model: torch.nn.Module) -> Iterator[None]:
         with torch.autocast(kind, torch.bfloat16):
             return forward(*args, **kwargs)
 
-    with replaced(model, "forward", cast):
+    with mock.patch.object(model, "forward", cast):
         yield
 
 

@@ -32,9 +32,10 @@ class Kept:
     holders: tuple[str, ...] = ()  # names of what holds them, where these could be found
 
 
-def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = ()) -> Kept:
-    """Run a few steps of one batch and see what stays; the gradients of ``parameters`` are let go of in between."""
-    growth = growth_bytes(lambda: step(batch), parameters)
+def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = (), period: int = 1) -> Kept:
+    """Run a few steps of one batch and see what stays; the gradients of ``parameters`` are let go of in between. An
+    optimizer steps once in ``period`` of them."""
+    growth = growth_bytes(lambda: step(batch), parameters, period)
     if growth < _LEAST_BYTES:
         return Kept(max(0, growth))
     with new_graphs() as tensors_left:
@@ -48,36 +49,36 @@ def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = ()) 
         return Kept(growth, -(-len(held) // _STEPS), own, tuple(dict.fromkeys(name for _, name in named)))
 
 
-def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Parameter] = ()) -> int:
-    """What one step adds to the memory that is in use, the mean of a few [bytes].
+def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Parameter] = (), period: int = 1) -> int:
+    """What one step adds to the memory that is in use, the mean of a few ``period``s [bytes].
 
     On a CPU the profiler does not see that blocks from before it began are freed: a first step lets go of them, and
     counting begins after it.
     """
-    step()
-    drop_gradients(parameters)
-    gc.collect()
-    if torch.cuda.is_available():
-        step()
-        before = torch.cuda.memory_allocated()
-        for _ in range(_STEPS):
+
+    def run(num_periods: int) -> None:
+        for _ in range(num_periods * period):
             step()
         gc.collect()
+
+    run(1)
+    drop_gradients(parameters)
+    if torch.cuda.is_available():
+        run(1)
+        before = torch.cuda.memory_allocated()
+        run(_STEPS)
         torch.cuda.synchronize()
-        return (torch.cuda.memory_allocated() - before) // _STEPS
+        return (torch.cuda.memory_allocated() - before) // (_STEPS * period)
 
     def several() -> None:
-        step()
-        gc.collect()
+        run(1)
         with _RecordFunctionFast(_MARK):
             pass
-        for _ in range(_STEPS):
-            step()
-        gc.collect()
+        run(_STEPS)
 
     read = memory_events(several)
     begun = int(read.events.loc[read.events["name"] == _MARK, "start_ns"].iloc[0])
-    return int(read.memory.loc[read.memory["time_ns"] > begun, "size_bytes"].sum()) // _STEPS
+    return int(read.memory.loc[read.memory["time_ns"] > begun, "size_bytes"].sum()) // (_STEPS * period)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from effkit.advice.interventions import Intervention, gradients_to_none, under, 
 from effkit.lab import Trust
 from effkit.recording import peak_memory
 from effkit.timing import elapsed_ns, interleaved_ns
-from effkit.training import drop_gradients, residents, size_bytes
+from effkit.training import drop_gradients, residents, size_bytes, states_replaced
 
 Step = Callable[[Any], object]
 _FEWEST, _MOST, _BUDGET_NS = 8, 25, 2_500_000_000  # runs of each small step; of a middling batch, together
@@ -114,7 +114,8 @@ def savings(
 class Peaks:
     """Peaks of somebody's step, on any batch.
 
-    ``let_go``: the step lets go of its gradients before it makes others. The profiler of a CPU does not see that blocks
+    ``let_go``: the step lets go of its gradients before it makes others; ``settle`` runs as many as make the next a
+    steady one, unless one is enough. The profiler of a CPU does not see that blocks
     from before it began are freed, so they go before.
     """
 
@@ -122,14 +123,21 @@ class Peaks:
     model: torch.nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     let_go: bool
+    settle: Step | None = None
 
     def of(self, batch: Any, intervention: Intervention = without_intervening) -> int:
         """What is in memory at the most [bytes], what is there all through the step included."""
         with intervention(self.model):
-            self.step(batch)  # the state of a steady step
+            (self.settle or self.step)(batch)  # the state of a steady step
             gc.collect()
-            resident = self.there(batch, let_go=self.let_go or intervention is gradients_to_none)
-            peak, _ = peak_memory(lambda: self.step(batch), resident_bytes=sum(map(size_bytes, resident.values())))
+            replaced = states_replaced(self.optimizers)
+            for again in (False, True):
+                resident = self.there(batch, let_go=self.let_go or intervention is gradients_to_none)
+                num_bytes = sum(map(size_bytes, resident.values()))
+                del resident  # it would keep what the step replaces
+                peak, _ = peak_memory(lambda: self.step(batch), resident_bytes=num_bytes, again=again)
+                if not replaced():
+                    break
         return peak
 
     def there(self, batch: Any, *, let_go: bool) -> dict[str, list[torch.Tensor]]:

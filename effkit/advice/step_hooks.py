@@ -9,15 +9,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._C._profiler import _RecordFunctionFast
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from effkit.restoring import own_code
+
 RECOMPUTED = "effkit::recomputation"
 ASKS = ("item", "tolist", "__float__")  # what waits until the device has computed a number
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "site-packages", "dist-packages")
 
 
 @dataclass
@@ -101,27 +103,12 @@ def listening(model: torch.nn.Module, enter: Callable[[str], object] | None = No
             register_optimizer_step_pre_hook(lambda *_: begins("optimizer")),
         ):
             stack.callback(hook.remove)
-        stack.enter_context(replaced(torch.autograd, "backward", going_back))
+        stack.enter_context(mock.patch.object(torch.autograd, "backward", going_back))
         for owner in (torch.optim.Optimizer, torch.nn.Module):
-            stack.enter_context(replaced(owner, "zero_grad", clearing(owner.zero_grad)))
+            stack.enter_context(mock.patch.object(owner, "zero_grad", clearing(owner.zero_grad)))
         for name in ASKS:
-            stack.enter_context(replaced(torch.Tensor, name, _noting(name, heard.asked)))
+            stack.enter_context(mock.patch.object(torch.Tensor, name, _noting(name, heard.asked)))
         yield heard
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Another value for an attribute, inside; inherited ones are uncovered again."""
-    own = name in vars(owner)
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 def _noting(name: str, asked: Counter[str]) -> Callable[[Any], Any]:
@@ -134,11 +121,6 @@ def _noting(name: str, asked: Counter[str]) -> Callable[[Any], Any]:
         return native(self)
 
     return noting
-
-
-def own_code(filename: str) -> bool:
-    """Whether this is the user's code: not a library's, which knows what it does."""
-    return not any(library in filename for library in _LIBRARIES)
 
 
 def _place(filename: str, function: str, line: int) -> str:

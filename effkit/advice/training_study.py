@@ -9,23 +9,24 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from effkit import activations, padding
 from effkit.account import Account
 from effkit.activations import BACKWARD, FORWARD, OPTIMIZER, PEAK, Observation, observe
 from effkit.advice import expert_levers, experts, families, loop_timing, memory_levers, time_levers
-from effkit.advice.examples import Examples, drawn, order_kept, why_not_drawn
+from effkit.advice.examples import Examples, drawn, why_not_drawn
 from effkit.advice.experts import Experts
 from effkit.advice.leaks import Kept, kept
 from effkit.advice.levers import Advice, Lever, ranked
 from effkit.advice.model_summary import described
 from effkit.advice.overviews import Overview, ceilings
 from effkit.advice.probing import Peaks, Step
-from effkit.advice.restore_state import restored
 from effkit.advice.step_hooks import listening
 from effkit.advice.studies import Study
 from effkit.device import Device
 from effkit.padding import EPOCH_CELLS
+from effkit.restoring import unchanged
 from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import Loss
 from effkit.units import readable
@@ -34,6 +35,7 @@ TIME = "Time of one step"
 _FEW = 6  # batches of a second calibration
 _FEWEST, _MOST = 4, 16  # batches, unless their number is given
 _BUDGET_NS = 600_000_000  # of them, run once
+_MOST_ACCUMULATED = 64  # batches to one step of an optimizer
 _REPEATS, _SLOW_NS = 3, 100_000_000  # runs of each batch; one fewer where a step takes longer
 _PADDED = (families.PRODUCTS, families.ATTENTION, families.NORMS, families.OTHER, families.RECOMPUTATION)
 
@@ -42,9 +44,10 @@ class TrainingStudy(Study):
     """A training loop: ``step(batch)`` over a loader.
 
     ``model``, ``step`` and ``loss`` are as given; ``step`` takes a batch, and is run many times. ``batches`` are those
-    that are studied, ``examples`` what they were made of (None where the loader does not say), ``heard`` is what one
-    step did, ``steps_ns`` the fastest time of each batch. ``waiting_ns`` is for the loader, per step; ``loop_ns`` the
-    whole of the loop, run once: its steps are not the fastest.
+    that are studied, ``rhythm`` the first step from the loop's beginning in which an optimizer steps, and every how
+    many it does (more than 1 where gradients are accumulated), ``examples`` what they were made of (None where the
+    loader does not say), ``heard`` is what one step did, ``steps_ns`` the fastest time of each batch. ``waiting_ns`` is
+    for the loader, per step; ``loop_ns`` the whole of the loop, run once: its steps are not the fastest.
     """
 
     def __init__(
@@ -72,13 +75,15 @@ class TrainingStudy(Study):
             self.rows_ns, self.num_operators = loop_timing.rows(
                 self.step, model, self.batches, recomputes=self.heard.num_recomputed > 0, steps_ns=self.steps_ns
             )
+        self.rhythm = self._rhythm() if self.optimizers else (1, 1)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Steps may be run inside; afterwards the model is as it was."""
-        with restored(self.model) as optimizers, order_kept(self.loader):
+        """Steps may be run inside; afterwards the model is as it was, and all that the step can reach."""
+        with unchanged(self.model, self.step, self.loss, self.loader) as given:
+            self.unseen += [sentence for sentence in given.unseen if sentence not in self.unseen]
             yield
-            self.optimizers = tuple(optimizers)
+            self.optimizers = tuple(given.optimizers)
 
     @property
     def computing_ns(self) -> float:
@@ -172,8 +177,8 @@ class TrainingStudy(Study):
     def observed(self) -> Observation:
         """The step of the largest batch, every operator followed and every allocation recorded."""
         with self.held():
-            self.step(self.largest)
-            residents = self.peaks.there(self.largest, let_go=self.peaks.let_go)
+            self.settle(self.largest)
+            peaks = self.peaks
 
             def run(enter: Callable[[str], None]) -> None:
                 enter(FORWARD)
@@ -181,14 +186,14 @@ class TrainingStudy(Study):
                 with listening(self.model, lambda phase: enter(phases[phase])):
                     self.step(self.largest)
 
-            return observe(run, self.model, residents)
+            return observe(run, self.model, lambda: peaks.there(self.largest, let_go=peaks.let_go))
 
     @cached_property
     def kept(self) -> Kept:
         """What stays from step to step."""
         with self.held():
-            self.step(self.largest)
-            return kept(self.step, self.largest, self.model.parameters())
+            self.settle(self.largest)
+            return kept(self.step, self.largest, self.model.parameters(), self.rhythm[1])
 
     @cached_property
     def lab_base(self) -> Account:
@@ -200,10 +205,32 @@ class TrainingStudy(Study):
         make = partial(own[0], **self.optimizers[0].defaults) if own else None
         return activations.measure(self.model, self.largest, loss=self.loss, optimizer=make, time_levers=True)
 
+    def _rhythm(self) -> tuple[int, int]:
+        """The first step in which an optimizer steps, and every how many it does; 1 and 1 where none is heard."""
+        steps: list[int] = []
+        number = 0
+        with self.held():
+            hook = register_optimizer_step_post_hook(lambda *_: steps.append(number))
+            try:
+                for number in range(1, _MOST_ACCUMULATED + 1):  # noqa: B007  (read by the hook)
+                    self.step(self.largest)
+                    if len(found := sorted(set(steps))) == 2:
+                        return found[0], found[1] - found[0]
+            finally:
+                hook.remove()
+        return 1, 1
+
+    def settle(self, batch: Any) -> None:
+        """Run steps of this batch until the next is one in which an optimizer steps, and has its state; from the
+        beginning of what is :meth:`held`."""
+        first, period = self.rhythm
+        for _ in range(first + period - 1):
+            self.step(batch)
+
     @property
     def peaks(self) -> Peaks:
         """Peaks of this step on other batches; ask while it is :meth:`held`."""
-        return Peaks(self.step, self.model, self.optimizers, let_go=self.heard.let_go is True)
+        return Peaks(self.step, self.model, self.optimizers, let_go=self.heard.let_go is True, settle=self.settle)
 
     @cached_property
     def memory(self) -> Account:

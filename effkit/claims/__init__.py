@@ -7,22 +7,10 @@ Python binds a subpackage to its parent once, when it is first imported, and the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from effkit.claims.findings import Finding, check
 from effkit.claims.table import claims
 
-if TYPE_CHECKING:
-    from effkit.claims.browser import ClaimsBrowser
-
-__all__ = ["Finding", "browse", "check", "claims"]
-
-
-def browse() -> ClaimsBrowser:
-    """The table with widgets to filter it by."""
-    from effkit.claims.browser import ClaimsBrowser  # widgets and pictures only for who asks for them
-
-    return ClaimsBrowser()
+__all__ = ["Finding", "check", "claims"]
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,6 @@ from effkit.moe.accounting import UNSEEN as UNSEEN
 from effkit.moe.accounting import account
 from effkit.moe.balancing import worth_balancing
 from effkit.moe.cluster import scale, scaling_table
-from effkit.moe.compression_error import output_error
 from effkit.moe.launching import why_no_links
 from effkit.moe.links import delays, link
 from effkit.moe.live import measure, prepare
@@ -22,7 +21,7 @@ from effkit.moe.slowness import find_slow
 
 __all__ = [
     "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link", "measure",
-    "output_error", "predict", "prepare", "scale", "scaling_table", "timeline", "whatif", "why_no_links",
+    "predict", "prepare", "scale", "scaling_table", "timeline", "whatif", "why_no_links",
     "worth_balancing",
 ]  # fmt: skip
 

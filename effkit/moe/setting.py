@@ -50,7 +50,7 @@ class Setting:
         the error is no more than the clusters' own width.
     compensate
         With ``"lsh"``: add what each token differs from its centroid to the expert's answer. For a model that is
-        trained with it; added afterwards it makes the error larger (:func:`effkit.moe.output_error`).
+        trained with it; added afterwards it makes the error larger, as notebook 03 shows.
     message_dtype
         What travels: ``"same"`` as computed, ``"bfloat16"``, or ``"float8"``: dispatch forward in e4m3 with a scale
         per 128 numbers, the rest in bfloat16 (as DeepEP does).

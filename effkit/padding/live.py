@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,9 @@ from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
 from effkit.recording import peak_memory
+from effkit.restoring import unchanged
 from effkit.timing import elapsed_ns
-from effkit.training import Loss, MakeOptimizer, own_loss, unchanged
+from effkit.training import Loss, MakeOptimizer, own_loss
 
 MakeBatch = Callable[[list[Ints], pd.DataFrame], Any]
 Step = Callable[[Any], object]
@@ -42,7 +43,7 @@ def measure(
     Each batch runs once untimed while its peak memory is read, then ``repeats`` timed passes go over all of them in
     turn. A batch whose two fastest times do not agree to 5% is run again, up to three times as often: other work on the
     machine makes steps slower and never faster, so the fastest time counts. The model comes
-    out as it went in: the optimizer steps with learning rate 0, buffers and random state are restored.
+    out as it went in, and all that a step of yours can reach: see :class:`effkit.restoring.unchanged`.
 
     Parameters
     ----------
@@ -63,8 +64,7 @@ def measure(
     optimizer
         Parameters -> optimizer; AdamW unless given.
     step
-        A training step of your own, ``step(batch)``, run as it is in place of forward, backward and optimizer. What it
-        learns is not undone here.
+        A training step of your own, ``step(batch)``, run as it is in place of forward, backward and optimizer.
     also
         A plan of the same examples, of which two batches join the calibration: larger ones, say, so that predictions
         about such lie within what was measured.
@@ -89,10 +89,11 @@ def measure(
     calibration: Calibration | None = getattr(base, "calibration", None)
     probes = _probes(plan, also, num_batches, repeats, own=calibration is None)
     tell = partial(lab.tell, progress)
-    with unchanged(model):
+    with unchanged(model, *([] if step is None else [step])) as given:
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
         train(make(probes[0].rows, plan.lengths))  # the optimizer's state exists from here on
-        peaks, peak_source = _peaks(model, make, train, update, probes, plan.lengths, repeats, tell)
+        updates = given.optimizers if update is None else [update]
+        peaks, peak_source = _peaks(model, make, train, updates, probes, plan.lengths, repeats, tell)
         times = _timed(make, train, probes, plan.lengths, repeats, tell)
     shapes = pd.DataFrame([probe.shape(plan.lengths) for probe in probes])
     steps = shapes.assign(dur_ns=[min(repeated) for repeated in times], peak_bytes=peaks, times_ns=times)
@@ -130,20 +131,24 @@ def _probes(plan: Plan, also: Plan | None, num_batches: int | None, repeats: int
 
 
 def _peaks(
-    model: torch.nn.Module, make: MakeBatch, train: Step, update: torch.optim.Optimizer | None,
+    model: torch.nn.Module, make: MakeBatch, train: Step, updates: Sequence[torch.optim.Optimizer],
     probes: list[Probe], lengths: pd.DataFrame, repeats: int, tell: Progress,
 ) -> tuple[list[int], str]:  # fmt: skip
     """Peak memory of one step on each batch [bytes], and the counter that saw it."""
-    peaks, source = [], ""
+    peaks, source, again = [], "", False
     for i, probe in enumerate(probes):
         batch = make(probe.rows, lengths)  # one at a time: others would count as its memory
         _check(batch, probe, lengths)
         tell(i, len(probes) * (repeats + 1))
         training.drop_gradients(model.parameters())  # those from before would be freed unseen
-        peak, source = peak_memory(
-            lambda batch=batch: train(batch),  # type: ignore[misc]
-            resident_bytes=sum(map(training.size_bytes, training.residents(model, update, batch).values())),
-        )
+        replaced = training.states_replaced(updates)
+        while True:
+            num_bytes = sum(map(training.size_bytes, training.residents(model, updates, batch).values()))
+            run = partial(train, batch)
+            peak, source = peak_memory(run, resident_bytes=num_bytes, again=again)
+            if again or not replaced():
+                break
+            again = True
         peaks.append(peak)
     return peaks, source
 

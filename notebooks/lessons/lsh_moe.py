@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from effkit.moe import routing
-from effkit.moe.compression_error import NUM_CLUSTERS, relative_error
 from effkit.moe.layers import layer_of
 from effkit.moe.setting import Setting
+from lessons.moe_compression import NUM_CLUSTERS, relative_error
 
 # LSH-MoE (arXiv 2411.08446): share of all-to-all in a step, fraction of its bytes still sent, published speed-up
 LSH: Mapping[str, tuple[float, float, float]] = {

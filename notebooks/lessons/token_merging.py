@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from effkit import models
 from effkit.decoder.module_roles import like_layers
+from effkit.restoring import unchanged
 from effkit.timing import interleaved_ns
-from effkit.training import forward, own_loss, unchanged
+from effkit.training import forward, own_loss
 from lessons.saved_for_backward import saved_bytes
 
 
