@@ -5,7 +5,7 @@ MAKEFLAGS += --jobs=2
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab app test quick lint notebooks bench ledger record clean help
+.PHONY: lab app test quick lint lowest notebooks bench ledger record clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -57,6 +57,13 @@ lint: .venv/.test  ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+lowest:  ## the quick tests on the oldest versions that pyproject.toml promises, from a wheel; downloads some GB
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c tests/lowest.txt torch
+	.venv-lowest/bin/pip wheel --quiet --no-deps --wheel-dir .venv-lowest/wheel .
+	.venv-lowest/bin/pip install --quiet -c tests/lowest.txt "$$(ls .venv-lowest/wheel/effkit-*.whl)[test]"
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n $(WORKERS) -q -m "not timed and not alone and not slow"
+
 notebooks: .venv/.test  ## execute every notebook and write its canonical form
 	$(BIN)/python notebooks/canonical.py $(FRESH) notebooks/*.ipynb notebooks/app/*.ipynb
 
@@ -71,4 +78,4 @@ record: .venv/.lab  ## re-create the captures and the ledger under data/, on thi
 	$(BIN)/python data/record.py all
 
 clean:  ## remove the virtual environment and caches
-	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis
