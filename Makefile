@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2
 WORKERS ?= 2
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# what is never imported need not be compiled
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: lab app test quick lint lowest notebooks bench ledger record clean help
 
@@ -34,7 +35,7 @@ help:  ## list the targets
 # The oracles of the panes, apart from what users install: pinned in a file of their own.
 .venv/.peers: tests/peers/constraints.txt | .venv/.lab
 	@test -x .venv-peers/bin/pip || $(PYTHON) -m venv --clear .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c tests/peers/constraints.txt \
+	.venv-peers/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c tests/peers/constraints.txt \
 	  traceinsight torch-tb-profiler tensorboard
 	@touch $@
 
