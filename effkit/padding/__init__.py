@@ -15,12 +15,12 @@ from effkit.padding.epoch_accounts import EPOCH_CELLS as EPOCH_CELLS
 from effkit.padding.epoch_accounts import EPOCH_TIME as EPOCH_TIME
 from effkit.padding.epoch_accounts import PEAK as PEAK
 from effkit.padding.loader_audit import Watch, watch
-from effkit.padding.loader_audit import input_lengths as input_lengths
 from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.planning import STRATEGIES, plan
 from effkit.padding.plans import Plan
 from effkit.padding.prediction import plan_at as plan_at
 from effkit.padding.prediction import predict, whatif
+from effkit.padding.real_cells import input_lengths as input_lengths
 from effkit.padding.sources import lengths
 
 if TYPE_CHECKING:

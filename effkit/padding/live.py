@@ -16,10 +16,10 @@ from effkit.padding.buckets import Ints
 from effkit.padding.calibration import Calibration
 from effkit.padding.cost import CostModel, fit_cost
 from effkit.padding.epoch_accounts import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
-from effkit.padding.loader_audit import input_lengths
 from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
+from effkit.padding.real_cells import input_lengths
 from effkit.recording import peak_memory
 from effkit.restoring import unchanged
 from effkit.timing import elapsed_ns

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
+from effkit.padding.real_cells import input_lengths, output_lengths
 
-_IGNORED_LABEL = -100  # torch's CrossEntropyLoss default ignore_index, which collators pad labels with
 _NO_BETTER_FRAC = 0.95  # of the padding that shuffled batches of the same sizes would have
 _DRAINED_FRAC = 0.8  # of the usual fill
 
@@ -45,7 +45,7 @@ class Watch:
         lengths, width = input_lengths(batch)
         row = {"num_rows": len(lengths), "input_length": width, "input_real": int(lengths.sum())}
         self._inputs.append(lengths)
-        if (outputs := _output_lengths(batch)) is not None and len(outputs[0]) == len(lengths):
+        if (outputs := output_lengths(batch)) is not None and len(outputs[0]) == len(lengths):
             row |= {"output_length": outputs[1], "output_real": int(outputs[0].sum())}
             self._outputs.append(outputs[0])
         self._seen.append(row)
@@ -155,42 +155,3 @@ def watch(loader: Iterable[Any], *, budget_cells: int | None = None, num_batches
     >>> seen.account.share["padding"], seen.findings                 # doctest: +SKIP
     """
     return Watch(loader, budget_cells, num_batches)
-
-
-def _get(batch: Any, *names: str) -> Any:
-    for name in names:
-        value = batch.get(name) if hasattr(batch, "get") else getattr(batch, name, None)
-        if value is not None:
-            return value
-    return None
-
-
-def _array(value: Any) -> Any:
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-
-
-def input_lengths(batch: Any) -> tuple[Any, int]:
-    """Real cells of each row, and the padded width."""
-    if (mask := _get(batch, "attention_mask", "padding_mask", "mask")) is not None:
-        mask = _array(mask)
-        if mask.ndim == 2:
-            return mask.astype(bool).sum(axis=1), mask.shape[1]
-        if mask.ndim == 4 and mask.dtype == bool:  # a block mask: a real cell sees at least itself
-            return mask[:, 0].diagonal(axis1=1, axis2=2).sum(axis=1), mask.shape[-1]
-    lengths = _get(batch, "input_lengths", "lengths", "length")
-    padded = _get(batch, "input_features", "input_values", "input_ids", "inputs")
-    if lengths is not None:
-        counted = _array(lengths).astype("int64")
-        return counted, int(counted.max() if padded is None else padded.shape[1])
-    names = ", ".join(map(str, batch)) if hasattr(batch, "keys") else type(batch).__name__
-    raise ValueError(
-        f"padding is not visible in this batch ({names}): it holds neither attention_mask nor lengths. Let the "
-        "collate function return one of them"
-    )
-
-
-def _output_lengths(batch: Any) -> tuple[Any, int] | None:
-    if (labels := _get(batch, "labels")) is None:
-        return None
-    labels = _array(labels)
-    return ((labels != _IGNORED_LABEL).sum(axis=1), labels.shape[1]) if labels.ndim == 2 else None

@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 import pandas as pd
 
+from effkit.padding.real_cells import IGNORED_LABEL, real_cells
+
 FRAMES_PER_SECOND = 100  # 10 ms, the usual step of speech features
 _LARGEST_BYTES = 8 * 2**30  # what a manifest may unpack to
 
@@ -20,6 +22,7 @@ _LARGEST_BYTES = 8 * 2**30  # what a manifest may unpack to
 INPUT_COLUMNS = ("input_length", "num_frames", "duration", "duration_s", "input_tokens", "num_tokens", "length",
                  "input_ids")  # fmt: skip
 OUTPUT_COLUMNS = ("output_length", "output_tokens", "num_output_tokens", "tokens", "labels", "text")
+_MASK = "attention_mask"
 
 
 class _Empty(ValueError):
@@ -82,10 +85,9 @@ def lengths(
     if isinstance(source, (str, Path)):
         return _from_file(Path(source), input, output, tokenize, frames_per_second)
     if hasattr(source, "column_names") and hasattr(source, "features"):  # a Hugging Face dataset
-        chosen_in = _choose(source.column_names, input, INPUT_COLUMNS)
-        chosen_out = _choose(source.column_names, output, OUTPUT_COLUMNS, required=False)
-        columns = {name: source[name] for name in (chosen_in, chosen_out) if name}
-        source = pd.DataFrame({name: list(column) for name, column in columns.items()})
+        chosen = {input, output, *INPUT_COLUMNS, *OUTPUT_COLUMNS, _MASK}
+        columns = {name: list(source[name]) for name in source.column_names if name in chosen}
+        source = pd.DataFrame(columns or {name: [] for name in source.column_names}, index=range(len(source)))
     if hasattr(source, "batch_sampler") and hasattr(source, "dataset"):  # a DataLoader
         from effkit.padding.loader_audit import watch
 
@@ -197,13 +199,18 @@ def _tidy(
     if not len(table):
         raise _Empty("an empty list of lengths: nothing to plan")
     chosen_in = _choose(table.columns, input, INPUT_COLUMNS)
-    chosen_out = _choose(table.columns, output, OUTPUT_COLUMNS, required=False)
+    # labels that are no lists are classes
+    usual = tuple(name for name in OUTPUT_COLUMNS if name != "labels" or (name in table and _are_lists(table[name])))
+    chosen_out = _choose(table.columns, output, usual, required=False)
     chosen = {"input_length": chosen_in, "output_length": None if chosen_out == chosen_in else chosen_out}
     cells, attrs, offences = {}, {}, []
     for target, column in chosen.items():
         if column is None:
             continue
         cells[target], attrs[target.replace("length", "unit")] = _cells(table[column], column, tokenize, rate)
+        if column == chosen_in and _MASK in table and _are_lists(table[column]) and np.ptp(cells[target]) == 0:
+            rows = (np.array(table[name].tolist()) for name in (_MASK, column))
+            cells[target] = real_cells(next(rows), rows).sum(axis=1).astype("float64")  # padded to one width
         bad = np.flatnonzero(~(np.isfinite(cells[target]) & (cells[target] > 0)))
         if len(bad):
             offences.append((int(bad[0]), column, len(bad)))
@@ -224,8 +231,9 @@ def _cells(column: pd.Series[Any], name: str, tokenize: Any, rate: float) -> tup
     """The column as float cells (NaN where there is no number), and what a cell is."""
     present = column[column.notna()]
     if not pd.api.types.is_numeric_dtype(column) and len(present):
-        if isinstance(present.iloc[0], (list, tuple, np.ndarray)):
-            return np.array([len(t) if hasattr(t, "__len__") else np.nan for t in column], dtype="float64"), "tokens"
+        if _are_lists(column):
+            sizes = [np.count_nonzero(np.asarray(t) != IGNORED_LABEL) if _is_list(t) else np.nan for t in column]
+            return np.array(sizes, dtype="float64"), "tokens"
         if pd.to_numeric(present, errors="coerce").notna().mean() < 0.5:  # mostly words: text, not damaged numbers
             count = _counter(tokenize)
             counted = np.array([count(t) if isinstance(t, str) else np.nan for t in column])
@@ -233,6 +241,14 @@ def _cells(column: pd.Series[Any], name: str, tokenize: Any, rate: float) -> tup
     values = pd.to_numeric(column, errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
     seconds = name == "duration" or name.endswith("_s")
     return (values * rate, f"frames of {1000 / rate:g} ms") if seconds else (values, "cells")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
+
+
+def _are_lists(column: pd.Series[Any]) -> bool:
+    return bool(column.dropna().head(1).map(_is_list).any())
 
 
 def _counter(tokenize: Any) -> Callable[[str], float]:
