@@ -50,7 +50,7 @@ class Dropping(torch.nn.Module):
         return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
-def hugging_face(tmp_path, given, **more):
+def hugging_face(tmp_path, given, collate=planted.padded, **more):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     losses = []
@@ -65,7 +65,7 @@ def hugging_face(tmp_path, given, **more):
     )  # fmt: skip
     torch.manual_seed(0)
     trainer = transformers.Trainer(
-        Dropping(), args, train_dataset=dataset(), data_collator=planted.padded, callbacks=[Noting(), *given]
+        Dropping(), args, train_dataset=dataset(), data_collator=collate, callbacks=[Noting(), *given]
     )
     trainer.train()
     return trainer, losses
@@ -99,6 +99,19 @@ def test_trainers_own_optimizer_took_the_steps(studied):
     assert callback.study.optimizers == (callbacks.unwrapped(trainer.optimizer),)
     assert callback.study.account.total > 0
     assert callback.study.examples is not None, "the loader was seen through accelerate's"
+
+
+def to_max_length(items):
+    return {name: torch.nn.functional.pad(tensor, (0, 20), value=-100 if name == "labels" else 0)
+            for name, tensor in planted.padded(items).items()}  # fmt: skip
+
+
+def test_trainer_with_rows_of_one_width(tmp_path):
+    """12 tokens in rows of 32, as with padding="max_length"."""
+    callback = ek.advice.trainer_callback(**FEW)
+    hugging_face(tmp_path, [callback], to_max_length)
+    cells = callback.study.epoch.companion(ek.padding.EPOCH_CELLS)
+    assert cells.frame["value"].to_dict() == {"real": 2 * 4 * 12, "padding": 2 * 4 * 20}
 
 
 def test_trainers_precision_is_the_studys(tmp_path):

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from effkit import padding
 from effkit.account import Account
-from effkit.advice.examples import Examples, rebuilt
+from effkit.advice.examples import Examples, collated_to_longest, rebuilt, to_longest
 from effkit.advice.levers import Lever, banded
 from effkit.advice.loop_comparison import LEFT, in_turn, limit_bytes, relative
 from effkit.advice.loop_timing import WARM_UP, wait_ns
@@ -42,11 +42,32 @@ def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
     if study.epoch is not None and examples.watched is not None:
         findings = examples.watched.findings
         grouping = next((sentence for sentence in findings if "grouping" in sentence), None)
-        levers += [_bucketed(study, examples, study.epoch, grouping),
+        levers += [_padded_to_longest(study, examples, study.epoch), _bucketed(study, examples, study.epoch, grouping),
                    _larger(study, examples, study.epoch, grouping, budget_bytes)]  # fmt: skip
     if study.waiting_ns >= _WAITING_FRAC * study.account.total:
         levers.append(_workers(study, examples))
     return [lever for lever in levers if lever is not None]
+
+
+def _padded_to_longest(study: Training, examples: Examples, epoch: Account) -> Lever | None:
+    if examples.fixed_width is None:
+        return None
+    predicted = padding.predict(epoch, pad_to_multiple_of=1)
+    found = f"{examples.fixed_width} ({_left(epoch):.0%} of the cells are padding, and {_left(predicted):.0%} would be)"
+    return Lever(
+        "padding", "pad to the longest row", found, study.account, _of_epoch(study, epoch, predicted),
+        "tokenize without padding='max_length', and let the collate function pad: padding='longest'",
+        ("batches have different widths: compiled models compile anew, or dynamically",),
+        group="batches", run=lambda: _measured(study, examples, epoch, predicted.setting), keep=study._noted,
+        use=lambda: _cut(examples, examples.loader),
+    )  # fmt: skip
+
+
+def _cut(examples: Examples, loader: Any) -> Any:
+    """This loader, with batches cut to their longest row where those studied have one width."""
+    if examples.fixed_width is None:
+        return loader
+    return rebuilt(loader, collate_fn=partial(collated_to_longest, loader.collate_fn))
 
 
 def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str | None) -> Lever | None:
@@ -55,12 +76,13 @@ def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str
         return None
     size = epoch.setting["batch_size"]
     counts = [num for num in _BUCKETS if num * size <= len(examples.items)] or [1]
-    best = min((padding.predict(epoch, strategy="bucket", batch_size=size, num_buckets=num) for num in counts),
+    cut = {} if examples.fixed_width is None else {"pad_to_multiple_of": 1}
+    best = min((padding.predict(epoch, strategy="bucket", batch_size=size, num_buckets=num, **cut) for num in counts),
                key=lambda predicted: predicted.total)  # fmt: skip
     found = f"{share:.0%} of the input cells are padding, and {_left(best):.0%} would be"
     if _groups(examples.loader) and grouping is not None:
         found = f"{grouping}; in buckets {_left(best):.0%} would be"
-    effects = ["batches hold examples of like length"]
+    effects = ["batches hold examples of like length"] + ["they are padded to their longest row"] * bool(cut)
     before, after = _peak(epoch), _peak(best)
     if after > 1.01 * before:
         effects.append(f"the peak rises by {after / before - 1:.0%}")
@@ -70,7 +92,7 @@ def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str
     return Lever(
         "padding", "batches of like length", found, study.account, _of_epoch(study, epoch, best), code, tuple(effects),
         group="batches", run=lambda: _measured(study, examples, epoch, best.setting), keep=study._noted,
-        use=lambda: _loader(examples.loader, strategy="bucket", batch_size=size, num_buckets=num),
+        use=lambda: _cut(examples, _loader(examples.loader, strategy="bucket", batch_size=size, num_buckets=num)),
     )  # fmt: skip
 
 
@@ -150,9 +172,14 @@ def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
 
 def _measured(study: Training, examples: Examples, epoch: Account, setting: Any) -> Account:
     """The batches of another plan and those that were delivered, in turn."""
-    planned = [examples.batch(batch) for batch in plan_at(epoch, dict(setting)).batches]
+    cut = to_longest if setting.get("pad_to_multiple_of") == 1 else _as_made
+    planned = [cut(examples.batch(batch)) for batch in plan_at(epoch, dict(setting)).batches]
     now, then = ([partial(study.step, batch) for batch in batches] for batches in (study.batches, planned))
     return in_turn(study, now, then)
+
+
+def _as_made(batch: Any) -> Any:
+    return batch
 
 
 def _with_workers(study: Training, examples: Examples, num: int) -> Account:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from effkit.padding import Plan, Watch, watch
+from effkit.padding import Plan, Watch, real_rows, watch
 from effkit.restoring import remembered
 
 DELIVERED = "as delivered"
@@ -40,8 +42,19 @@ class Examples:
         return self.loader.collate_fn([self.items[int(i)] for i in rows])
 
     def make_batch(self, rows: Sequence[Any], _: pd.DataFrame) -> Any:
-        """As the padding lab asks for it."""
-        return self.batch(np.concatenate(list(rows)))
+        """As the padding lab asks for it: where every batch has one width, others than those delivered are cut, since
+        what a step costs at other widths is to be found."""
+        numbers = np.concatenate(list(rows)).tolist()
+        starts = np.cumsum([0, *self.sizes])
+        whole = numbers in ([*range(a, b)] for a, b in pairwise(starts.tolist()))
+        batch = self.batch(numbers)
+        return batch if whole or self.fixed_width is None else to_longest(batch)
+
+    @property
+    def fixed_width(self) -> str | None:
+        """The finding that every batch has one width, beyond its longest row; None where it is not so."""
+        found = [] if self.watched is None else self.watched.findings
+        return next((sentence for sentence in found if "pad to the longest" in sentence), None)
 
     @property
     def batches(self) -> list[Any]:
@@ -59,7 +72,8 @@ class Examples:
             raise ValueError(self.why_unseen)
         order, starts = np.arange(len(self.items)), np.cumsum([0, *self.sizes[:-1]])
         usual = int(np.median(self.sizes))
-        return Plan(self.watched.lengths, DELIVERED, {"batch_size": usual}, order, None, starts,
+        limits = {"batch_size": usual} | (self.watched.padded_to or {})
+        return Plan(self.watched.lengths, DELIVERED, limits, order, None, starts,
                     np.zeros(len(starts), dtype="int64"))  # fmt: skip
 
 
@@ -94,9 +108,30 @@ def drawn(loader: DataLoader[Any], num_batches: int) -> Examples:
         watched = watch(made).run()
         if sum(map(len, groups)) != len(watched.lengths):
             watched, why = None, "the batches have other rows than their examples: padding is not visible"
+        elif watched.padded_to is None:
+            watched, why = None, "rows are wider than the longest, by no multiple: what padding costs is not visible"
     except ValueError as error:
         why = str(error)
     return Examples(loader, items, tuple(map(tuple, groups)), watched, why, *loading)
+
+
+def to_longest(batch: Any) -> Any:
+    """A batch without the cells beyond its longest row: all dimensions as wide as its rows are cut, of every tensor."""
+    real = real_rows(batch)
+    first, last = np.flatnonzero(real.any(axis=0))[[0, -1]].tolist()
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        for axis in range(1, tensor.ndim):
+            if tensor.shape[axis] == real.shape[1]:
+                tensor = tensor.narrow(axis, first, last + 1 - first)
+        return tensor.contiguous()
+
+    return tree_map_only(torch.Tensor, cut, dict(batch) if hasattr(batch, "keys") else batch)
+
+
+def collated_to_longest(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
+    """What a collate function makes, cut to its longest row."""
+    return to_longest(collate(items))
 
 
 def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:

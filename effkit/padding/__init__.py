@@ -1,7 +1,7 @@
 """The padding analysis: how much of each step is computed on nothing, and what a better batch plan buys.
 
-Beside the public names, ``effkit.advice`` asks for ``input_lengths`` of a batch, ``plan_at`` a setting, and the titles
-``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
+Beside the public names, ``effkit.advice`` asks for ``input_lengths`` and ``real_rows`` of a batch, ``plan_at`` a
+setting, and the titles ``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from effkit.padding.plans import Plan
 from effkit.padding.prediction import plan_at as plan_at
 from effkit.padding.prediction import predict, whatif
 from effkit.padding.real_cells import input_lengths as input_lengths
+from effkit.padding.real_cells import real_rows as real_rows
 from effkit.padding.sources import lengths
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from effkit.padding.rank_sharding import shares
 EPOCH_TIME = "Time of one epoch"
 EPOCH_CELLS = "Input cells of one epoch"
 PEAK = "Peak memory"
-LIMIT_KNOBS = ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic", "seed")
+LIMIT_KNOBS = ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic",
+               "pad_to_multiple_of", "seed")  # fmt: skip
 
 
 def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[str, int], float, int]:
@@ -29,8 +30,9 @@ def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[s
     times = cost.step_ns(frame["num_rows"], frame["input_length"], frame.get("output_length", 0))
 
     def of_piece(piece: Ints) -> float:
-        longest = [values[piece].max() for values in lengths.values()]
-        return float(cost.step_ns(len(piece), *longest))
+        longest = {name: values[piece].max() for name, values in lengths.items()}
+        longest["input_length"] = plan.padded(longest["input_length"])
+        return float(cost.step_ns(len(piece), **longest))
 
     steps = shares(plan, times, world_size, of_piece)
     overhead = cost.coefficients[0] * len(steps)

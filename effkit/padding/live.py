@@ -93,10 +93,9 @@ def measure(
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
         train(make(probes[0].rows, plan.lengths))  # the optimizer's state exists from here on
         updates = given.optimizers if update is None else [update]
-        peaks, peak_source = _peaks(model, make, train, updates, probes, plan.lengths, repeats, tell)
+        peaks, peak_source, shapes = _peaks(model, make, train, updates, probes, plan, repeats, tell)
         times = _timed(make, train, probes, plan.lengths, repeats, tell)
-    shapes = pd.DataFrame([probe.shape(plan.lengths) for probe in probes])
-    steps = shapes.assign(dur_ns=[min(repeated) for repeated in times], peak_bytes=peaks, times_ns=times)
+    steps = pd.DataFrame(shapes).assign(dur_ns=[min(repeated) for repeated in times], peak_bytes=peaks, times_ns=times)
     cost, memory = (calibration.cost, calibration.memory) if calibration else _fitted(steps, plan)
     whole = steps[steps["whole"]]
     modelled = cost.step_ns(whole["num_rows"], whole["input_length"], whole.get("output_length", 0))
@@ -132,13 +131,13 @@ def _probes(plan: Plan, also: Plan | None, num_batches: int | None, repeats: int
 
 def _peaks(
     model: torch.nn.Module, make: MakeBatch, train: Step, updates: Sequence[torch.optim.Optimizer],
-    probes: list[Probe], lengths: pd.DataFrame, repeats: int, tell: Progress,
-) -> tuple[list[int], str]:  # fmt: skip
-    """Peak memory of one step on each batch [bytes], and the counter that saw it."""
-    peaks, source, again = [], "", False
+    probes: list[Probe], plan: Plan, repeats: int, tell: Progress,
+) -> tuple[list[int], str, list[dict[str, Any]]]:  # fmt: skip
+    """Peak memory of one step on each batch [bytes], the counter that saw it, and the shapes of the batches."""
+    peaks, source, shapes, again = [], "", [], False
     for i, probe in enumerate(probes):
-        batch = make(probe.rows, lengths)  # one at a time: others would count as its memory
-        _check(batch, probe, lengths)
+        batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
+        shapes.append(_shape(batch, probe, plan))
         tell(i, len(probes) * (repeats + 1))
         training.drop_gradients(model.parameters())  # those from before would be freed unseen
         replaced = training.states_replaced(updates)
@@ -150,7 +149,7 @@ def _peaks(
                 break
             again = True
         peaks.append(peak)
-    return peaks, source
+    return peaks, source, shapes
 
 
 def _timed(
@@ -200,19 +199,22 @@ def _still_step(model: torch.nn.Module, to_loss: Loss, make: MakeOptimizer | Non
     return train, update
 
 
-def _check(batch: Any, probe: Probe, lengths: pd.DataFrame) -> None:
-    """Refuse a batch whose tensors do not hold the cells that its plan says: a receipt would compare two things."""
+def _shape(batch: Any, probe: Probe, plan: Plan) -> dict[str, Any]:
+    """The probe's shape, of a cut-down batch as it was made; a whole one whose tensors do not hold the cells that its
+    plan says is refused: a receipt would compare two things."""
+    shape = probe.shape(plan)
     try:
         real, width = input_lengths(batch)
     except ValueError:  # this batch shows no padding: nothing to compare
-        return
-    planned = sum(int(lengths["input_length"].to_numpy()[row].sum()) for row in probe.rows)
-    longest = probe.shape(lengths)["input_length"]
-    if int(real.sum()) != planned or width != longest:
+        return shape
+    planned = sum(int(plan.lengths["input_length"].to_numpy()[row].sum()) for row in probe.rows)
+    longest = shape["input_length"]
+    if int(real.sum()) != planned or (width != longest and probe.whole):
         raise ValueError(
             f"make_batch() made {int(real.sum()):,} real cells in rows of {width:,}, and the plan says {planned:,} in "
-            f"rows of {longest:,}: let it pad to the longest row and count as lengths do"
+            f"rows of {longest:,}: let it pad to the longest row or the plan's multiple, and count as lengths do"
         )
+    return shape | {"input_length": width}
 
 
 def _spread(times: list[int]) -> float:

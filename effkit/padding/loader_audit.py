@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
+from effkit.padding.plans import padded
 from effkit.padding.real_cells import input_lengths, output_lengths
 
 _NO_BETTER_FRAC = 0.95  # of the padding that shuffled batches of the same sizes would have
@@ -79,7 +80,29 @@ class Watch:
     @property
     def findings(self) -> list[str]:
         """What deserves a look, in sentences; empty when nothing does."""
-        return [sentence for sentence in (self._grouping(), self._budget(), self._draining()) if sentence]
+        found = self._fixed_width() or self._grouping(), self._budget(), self._draining()
+        return [sentence for sentence in found if sentence]
+
+    @property
+    def padded_to(self) -> dict[str, int] | None:
+        """The limit ``pad_to_multiple_of`` of a plan of these batches: {} where rows are padded to the longest, None
+        where it is no multiple. One width for all batches is a multiple of itself."""
+        widths, longest = self.frame["input_length"].to_numpy(), np.array([rows.max() for rows in self._inputs])
+        if (widths == longest).all():
+            return {}
+        largest = int(np.gcd.reduce(widths))
+        divisors = (multiple for multiple in range(largest, 1, -1) if largest % multiple == 0)
+        fits = (limit for limit in ({"pad_to_multiple_of": multiple} for multiple in divisors)
+                if (padded(longest, limit) == widths).all())  # fmt: skip
+        return next(fits, None)
+
+    def _fixed_width(self) -> str | None:
+        widths = self.frame["input_length"]
+        longest = [rows.max() for rows in self._inputs]
+        if len(widths) < 2 or np.ptp(widths) or min(longest) == widths[0]:
+            return None
+        words = f"{max(longest)}" if max(longest) < widths[0] else f"{np.median(longest):.0f} on average"
+        return f"every batch is {widths[0]} wide, its longest row {words}: pad to the longest row"
 
     def _grouping(self) -> str | None:
         frame = self.frame
@@ -89,10 +112,9 @@ class Watch:
         if len(frame) < 4 or np.ptp(lengths) == 0 or sizes.max() == 1:
             return None
         starts = np.cumsum(sizes) - sizes
-        rng = np.random.default_rng(0)
-        shuffled = np.mean([
-            1 - lengths.sum() / (np.maximum.reduceat(rng.permutation(lengths), starts) * sizes).sum() for _ in range(8)
-        ])  # fmt: skip
+        rng, limits = np.random.default_rng(0), self.padded_to or {}
+        draws = [np.maximum.reduceat(rng.permutation(lengths), starts) for _ in range(8)]
+        shuffled = np.mean([1 - lengths.sum() / (padded(longest, limits) * sizes).sum() for longest in draws])
         if padding < _NO_BETTER_FRAC * shuffled:
             return None
         return (

@@ -11,7 +11,7 @@ import pandas as pd
 from effkit.padding import buckets
 from effkit.padding.buckets import Ints
 from effkit.padding.packing import best_fit_decreasing
-from effkit.padding.plans import Plan
+from effkit.padding.plans import Plan, padded
 
 if TYPE_CHECKING:
     from effkit.padding.memory import MemoryModel
@@ -24,7 +24,7 @@ def plan(
     lengths: pd.DataFrame, strategy: str = "random", *, batch_size: int | Sequence[int] | None = None,
     max_input_cells: int | None = None, num_buckets: int = 30, num_output_buckets: int = 2,
     quadratic: float | None = None, memory: MemoryModel | None = None, edges: Ints | Sequence[int] | None = None,
-    output_edges: Ints | None = None, put_back: bool = True, seed: int = 0,
+    output_edges: Ints | None = None, put_back: bool = True, pad_to_multiple_of: int | None = None, seed: int = 0,
 ) -> Plan:  # fmt: skip
     """Assign every example to a batch.
 
@@ -54,6 +54,8 @@ def plan(
         Bucket edges of your own, inclusive upper bounds [cells]; output edges have shape [buckets, output buckets].
     put_back
         ``False`` keeps the example that overshoots ``max_input_cells``, as Lhotse's samplers do.
+    pad_to_multiple_of
+        Inputs are padded to the next multiple of it [cells], as the collate function does; to the longest unless given.
     seed
         Of the shuffle.
 
@@ -66,7 +68,8 @@ def plan(
     limits = {
         "batch_size": batch_size, "max_input_cells": max_input_cells, "num_buckets": num_buckets,
         "num_output_buckets": num_output_buckets, "quadratic": quadratic, "memory": memory, "edges": edges,
-        "output_edges": output_edges, "put_back": put_back, "seed": seed,
+        "output_edges": output_edges, "put_back": put_back, "pad_to_multiple_of": pad_to_multiple_of,
+        "seed": seed,
     }  # fmt: skip
     _check(lengths, strategy, limits)
     inputs = lengths["input_length"].to_numpy()
@@ -88,13 +91,13 @@ def plan(
         group = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=len(table)))[:-1]])
     sizes: Any = batch_size
     if memory is not None and "memory" in used:
-        fitting = memory.largest_batches(table)
+        fitting = memory.largest_batches(table.assign(input_length=padded(table["input_length"], kept)))
         sizes = fitting if batch_size is None else np.minimum(fitting, batch_size)
-    starts, of_bucket = _cut(inputs[order], group, sizes, max_input_cells, quadratic, put_back)
+    starts, of_bucket = _cut(padded(inputs[order], kept), group, sizes, max_input_cells, quadratic, put_back)
     return Plan(lengths, strategy, kept, order, None, starts, of_bucket, table, planner=plan)
 
 
-_COMMON = {"batch_size", "max_input_cells", "quadratic", "put_back"}
+_COMMON = {"batch_size", "max_input_cells", "quadratic", "put_back", "pad_to_multiple_of"}
 _BUCKET = _COMMON | {"num_buckets", "memory", "edges", "seed"}
 # which limits each strategy heeds; the others are dropped
 LIMITS: Mapping[str, set[str]] = {
@@ -124,7 +127,8 @@ def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> N
             raise ValueError(f"{name} is positive; given: {limits[name]}")
     if not isinstance(size, (int, np.integer, type(None))) and strategy not in BUCKETED:
         raise ValueError(f"one batch_size per bucket goes with a bucket strategy; {strategy} takes a single number")
-    _check_longest(float(lengths["input_length"].max()), strategy, limits)
+    longest = lengths["input_length"].max()
+    _check_longest(float(longest if strategy == "pack" else padded(longest, limits)), strategy, limits)
 
 
 def _check_lengths(lengths: pd.DataFrame, strategy: str) -> None:

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 CELLS = ("input", "output", "input_squared", "flops")
 
 
+def padded(longest: Any, limits: Mapping[str, Any]) -> Any:
+    """This length [cells], or the next multiple that ``limits`` ask for."""
+    multiple = limits.get("pad_to_multiple_of") or 1
+    return -(-longest // multiple) * multiple
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Every example in one batch; every batch a list of rows; every row one example (several when packed).
@@ -116,6 +122,10 @@ class Plan:
             cache[name] = self._reduced(name)
         return cache[name]
 
+    def padded(self, longest: Any) -> Any:
+        """The width [cells] of rows, the longest of which is so long."""
+        return padded(longest, self.limits)
+
     def _row_lengths(self, name: str) -> Ints:
         rows = self.lengths[name].to_numpy()[self.order]
         return rows if self.row_starts is None else np.add.reduceat(rows, self.row_starts)
@@ -123,7 +133,8 @@ class Plan:
     def _reduced(self, name: str) -> Ints:
         lengths = {column: self.lengths[column].to_numpy() for column in self.lengths}
         if name.endswith("_length"):
-            return np.maximum.reduceat(self._row_lengths(name), self.batch_starts)
+            longest = np.maximum.reduceat(self._row_lengths(name), self.batch_starts)
+            return self.padded(longest) if name == "input_length" else longest
         real = {
             "input_real": lambda: lengths["input_length"],
             "output_real": lambda: lengths["output_length"],

@@ -27,7 +27,7 @@ KNOBS = ("strategy", *LIMIT_KNOBS, *_OF_THE_EPOCH[1:])
 _DEFAULTS = {"num_buckets": 30, "num_output_buckets": 2}
 _MIB = 2**20
 _WHOLE = {"batch_size": 1, "max_input_cells": 1, "num_buckets": 1, "num_output_buckets": 1, "seed": 0,
-          "memory_bytes": 0, "max_length": 1, "world_size": 1}  # fmt: skip
+          "pad_to_multiple_of": 1, "memory_bytes": 0, "max_length": 1, "world_size": 1}  # fmt: skip
 
 
 def predict(base: Account, **setting: Any) -> Account:
@@ -40,9 +40,9 @@ def predict(base: Account, **setting: Any) -> Account:
     base
         What :func:`effkit.padding.measure` returned.
     setting
-        Any of ``strategy, batch_size, max_input_cells, num_buckets, num_output_buckets, quadratic, seed`` (see
-        :func:`effkit.padding.plan`); ``memory_bytes``, a budget that then decides the batch sizes; ``max_length``,
-        beyond which examples are left out [cells]; ``world_size``. The rest stays as it was measured.
+        Any of ``strategy, batch_size, max_input_cells, num_buckets, num_output_buckets, quadratic, seed,
+        pad_to_multiple_of`` (see :func:`effkit.padding.plan`); ``memory_bytes``, a budget that then decides the batch
+        sizes; ``max_length``, beyond which examples are left out [cells]; ``world_size``. The rest stays as measured.
 
     Returns
     -------
@@ -115,6 +115,9 @@ def plan_at(base: Account, setting: dict[str, Any]) -> Plan:
         )
     fixed = {name: value for name, value in measured.limits.items() if name not in KNOBS}
     limits = fixed | {name: value for name, value in setting.items() if name not in _OF_THE_EPOCH}
+    changed = {name for name in setting if setting[name] != base.setting.get(name)}
+    if setting["strategy"] not in STRATEGIES and changed <= {"pad_to_multiple_of", "world_size"}:
+        return replace(measured, limits=limits)  # the same batches, padded in another way
     longest = int(lengths["input_length"].max())
     if setting.get("memory_bytes"):
         budget = replace(calibration.memory, budget=float(setting["memory_bytes"]))

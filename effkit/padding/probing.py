@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from effkit.padding.buckets import Ints
 from effkit.padding.plans import Plan
@@ -24,10 +23,12 @@ class Probe:
         """Whether it is a batch of the plan as it stands."""
         return self.batch is not None
 
-    def shape(self, lengths: pd.DataFrame) -> dict[str, Any]:
+    def shape(self, plan: Plan) -> dict[str, Any]:
         """``num_rows``, padded ``input_length`` and, where known, ``output_length`` [cells]; ``whole``, and the
         number of the ``batch``, -1 for none."""
+        lengths = plan.lengths
         padded = {name: max(int(lengths[name].to_numpy()[row].sum()) for row in self.rows) for name in lengths}
+        padded["input_length"] = plan.padded(padded["input_length"])
         number = -1 if self.batch is None else self.batch
         return {"num_rows": len(self.rows), **padded, "whole": self.whole, "batch": number}
 

@@ -30,6 +30,7 @@ class Batched(Protocol):
     def batches(self) -> Sequence[Ints]: ...
     @property
     def frame(self) -> pd.DataFrame: ...
+    def padded(self, longest: Any) -> Any: ...
 
 
 def deal(plan: Batched, world_size: int, rng: np.random.Generator) -> list[Step]:
@@ -110,5 +111,5 @@ def straggler(plan: Batched, world_size: int, cells: str = "input") -> float:
     power = 2 if cells == "input_squared" else 1
     frame, lengths = plan.frame, plan.lengths["input_length"].to_numpy()
     cost = frame["num_rows"] * frame["input_length"] ** power
-    steps = shares(plan, cost, world_size, lambda piece: float(len(piece) * lengths[piece].max() ** power))
+    steps = shares(plan, cost, world_size, lambda piece: float(len(piece) * plan.padded(lengths[piece].max()) ** power))
     return float(steps.max(axis=1).sum() / steps.mean(axis=1).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,25 @@ _ADDED_AT_LEAST = -1000.0  # what hides a cell when it is added to its score: im
 
 
 def input_lengths(batch: Any) -> tuple[Any, int]:
-    """Real cells of each row, and the padded width. ValueError where the batch does not show them, or two ways."""
+    """Real cells of each row, and the padded width. ValueError as in :func:`real_rows`."""
+    real = real_rows(batch)
+    return real.sum(axis=1), real.shape[1]
+
+
+def real_rows(batch: Any) -> Any:
+    """Which cells of a batch are real, [B, T]. ValueError where it does not show it, or may be read two ways."""
     found = tensors(batch)
     lengths = next((found[name].astype("int64") for name in _LENGTHS if name in found and found[name].ndim == 1), None)
     names = [name for name in _MASKS if name in found] + [name for name in found if name.endswith(_MASKS[1])]
     for name in names:
         if (mask := _by_row(found[name])) is not None:
             beside = [array for other, array in found.items() if other != name and array.ndim > 1]
-            return real_cells(mask, beside, lengths).sum(axis=1), mask.shape[1]
+            return real_cells(mask, beside, lengths)
     padded = [found[name] for name in _INPUTS if name in found] + [a for a in found.values() if a.ndim > 1]
     if lengths is not None:
-        return lengths, lengths.max() if not padded else padded[0].shape[_axis(padded[0], lengths)]
-    if padded and (told := _told(padded[0], [array for array in found.values() if array is not padded[0]])):
+        return _within(lengths, padded[0].shape[_axis(padded[0], lengths)] if padded else lengths.max())
+    others = [array for array in found.values() if padded and array is not padded[0]]
+    if (told := next((real for array in others for real in _told(padded[0], array)), None)) is not None:
         return told
     raise ValueError(
         f"padding is not visible in this batch ({', '.join(found) or type(batch).__name__}): it holds neither "
@@ -105,20 +112,17 @@ def _by_row(mask: Any) -> Any:
     return mask.reshape(len(mask), -1) if flat else None
 
 
-def _told(padded: Any, others: Iterable[Any]) -> tuple[Any, int] | None:
-    """Lengths and width by a mask or lengths without a name: those that what they leave out of ``padded`` bears out."""
-    for array in others:
-        if array.dtype.kind not in "iub" or array.shape[:1] != padded.shape[:1]:
-            continue
-        if array.ndim == 1 and array.dtype != bool and array.min() >= 1:
-            for axis in range(1, padded.ndim):
-                if array.max() <= (width := padded.shape[axis]) and _is_blank_beyond(padded, _within(array, width)):
-                    return array.astype("int64"), width
-        elif array.ndim == 2 and array.shape[1] in padded.shape[1:] and set(np.unique(array)) <= {0, 1}:
-            sides = [side for side in (True, False) if _is_blank_beyond(padded, array.astype(bool) == side)]
-            if len(sides) == 1 and (array.any() or array.dtype == bool):
-                return (array.astype(bool) == sides[0]).sum(axis=1), array.shape[1]
-    return None
+def _told(padded: Any, array: Any) -> Iterator[Any]:
+    """Readings [B, T] of a mask or of lengths without a name, that the cells left out of ``padded`` bear out."""
+    if array.dtype.kind not in "iub" or array.shape[:1] != padded.shape[:1]:
+        return
+    if array.ndim == 1 and array.dtype != bool and array.min() >= 1:
+        readings = [_within(array, width) for width in padded.shape[1:] if array.max() <= width]
+        yield from (real for real in readings if _is_blank_beyond(padded, real))
+    elif array.ndim == 2 and array.shape[1] in padded.shape[1:] and set(np.unique(array)) <= {0, 1}:
+        readings = [real for real in (array == 1, array == 0) if _is_blank_beyond(padded, real)]
+        if len(readings) == 1 and (array.any() or array.dtype == bool):
+            yield readings[0]
 
 
 def _axis(padded: Any, lengths: Any) -> int:
