@@ -7,11 +7,13 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from test_padding_planning import BUCKETED, asked, effective, spread
 from torch.utils.data import DataLoader
 
+from effkit import models
 from effkit.padding import STRATEGIES, buckets, plan
 
 LIMITS = {
@@ -236,3 +238,61 @@ def test_errors_say_what_to_do():
         list(plan(spread(3), "random", batch_size=2).batch_sampler(0, 8))
     with pytest.raises(ValueError, match="cells is input or input_squared"):
         made.straggler(2, "output")
+
+
+# Handed over
+
+
+def prepared(made, rank, rank_of_sampler):
+    accelerate = pytest.importorskip("accelerate.data_loader")
+    loader = DataLoader(list(range(200)), batch_sampler=made.batch_sampler(rank_of_sampler, 2), collate_fn=list)
+    return accelerate.prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+
+
+@pytest.mark.parametrize("strategy", ["random", "bucket", "pack"])
+def test_accelerate_deals_a_sampler_of_all_ranks(strategy):
+    made = planned(strategy, 200)
+    loaders = [prepared(made, rank, None) for rank in range(2)]
+    seen = [list(loader) for loader in loaders]
+    assert examples(seen) == list(range(200))
+    assert seen == dealt(made, 2)
+    assert [len(loader) for loader in loaders] == [len(rank) for rank in seen]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_share_that_accelerate_would_share_again_is_refused(rank):
+    with pytest.raises(ValueError, match=r"rank 1 of 2, and would be sharded a second time: give .*rank=None"):
+        prepared(planned("bucket", 200), rank, 1)
+
+
+def test_one_process_needs_no_dealing():
+    made = planned("bucket", 200)
+    assert list(made.batch_sampler(None, 1)) == list(made.batch_sampler())
+    assert made.batch_sampler().batch_size is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_blocks_keep_packed_examples_apart(attention):
+    """As many separate rows give the same logits; without positions, neighbours mix."""
+    sampler = plan(pd.DataFrame({"input_length": [5, 9, 3]}), "pack", max_input_cells=20).batch_sampler()
+    torch.manual_seed(0)
+    model = models.text(layers=2, hidden=64, ffn=128).eval()
+    model.set_attn_implementation(attention)
+    texts = [torch.randint(4, 1000, (size,)) for size in (5, 9, 3)]
+    (row,) = list(sampler)
+    texts = [texts[i] for i in row]
+    with torch.no_grad():
+        apart = torch.cat([model(input_ids=text[None]).logits[0] for text in texts])
+        together = torch.cat(texts)[None]
+        packed = model(input_ids=together, **sampler.blocks(map(len, texts))).logits[0]
+        mixed = model(input_ids=together).logits[0]
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
+    assert (mixed - apart).abs().max() > 1e-3
+
+
+def test_boundaries_of_blocks():
+    blocks = plan(spread(50), "pack", max_input_cells=1024).batch_sampler().blocks([2, 3, 1])
+    assert blocks["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0]]
+    assert blocks["cu_seq_lens_q"].tolist() == blocks["cu_seq_lens_k"].tolist() == [0, 2, 5, 6]
+    assert blocks["cu_seq_lens_q"].dtype == torch.int32
+    assert blocks["max_length_q"] == blocks["max_length_k"] == 3

@@ -174,8 +174,12 @@ class Plan:
             setting={"strategy": self.strategy, **self.limits},
         )  # fmt: skip
 
-    def batch_sampler(self, rank: int = 0, world_size: int = 1, seed: int = 0) -> BatchSampler:
-        """A ``torch.utils.data`` batch sampler that follows this plan's strategy and limits, to take home."""
+    def batch_sampler(self, rank: int | None = 0, world_size: int = 1, seed: int = 0) -> BatchSampler:
+        """A ``torch.utils.data`` batch sampler that follows this plan's strategy and limits, to take home.
+
+        Under accelerate (so under the Trainer), which shards it: ``rank=None``. Of packed plans, its ``blocks()`` gives
+        the positions and boundaries that attention needs.
+        """
         from effkit.padding.sampling import BatchSampler  # torch is only needed here
 
         return BatchSampler(self, rank=rank, world_size=world_size, seed=seed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 
 from effkit.padding.buckets import Ints
@@ -37,7 +38,9 @@ class BatchSampler(Sampler[list[int]]):
     plan
         Gives lengths, strategy and limits.
     rank, world_size
-        Which share this process takes.
+        Which share this process takes. With ``rank=None``, all shares, rank after rank at each step: so it is under
+        accelerate (and the Trainer), which deals every ``world_size``-th batch to a process itself, and so refuses a
+        share that was dealt already.
     seed
         With the epoch, decides everything.
 
@@ -46,10 +49,12 @@ class BatchSampler(Sampler[list[int]]):
     >>> sampler = plan.batch_sampler(rank=0, world_size=8)     # doctest: +SKIP
     >>> sampler.set_epoch(3)                                   # doctest: +SKIP
     >>> loader = DataLoader(dataset, batch_sampler=sampler)    # doctest: +SKIP
+
+    Under accelerate: ``accelerator.prepare(DataLoader(dataset, batch_sampler=plan.batch_sampler(None, 8)))``.
     """
 
-    def __init__(self, plan: Planned, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        if not 0 <= rank < world_size:
+    def __init__(self, plan: Planned, *, rank: int | None = 0, world_size: int = 1, seed: int = 0) -> None:
+        if not 0 <= (rank or 0) < world_size:
             raise ValueError(f"rank is in 0..world_size-1; given: rank {rank} of {world_size}")
         if plan.row_starts is not None and len(plan.batch_starts) != plan.num_rows:
             raise ValueError(
@@ -59,6 +64,34 @@ class BatchSampler(Sampler[list[int]]):
         self.plan, self.rank, self.world_size, self.seed = plan, rank, world_size, seed
         self.epoch = self.step = 0
         self._planned: tuple[int, list[Step]] | None = None
+
+    @property
+    def batch_size(self) -> None:
+        """None: batches have different sizes. Who shards a sampler asks; ValueError where that was done already."""
+        if self.rank is not None and self.world_size > 1:
+            raise ValueError(
+                f"this batch sampler holds the share of rank {self.rank} of {self.world_size}, and would be sharded a "
+                f"second time: give batch_sampler(rank=None, world_size={self.world_size}), which accelerate deals out"
+            )
+
+    @staticmethod
+    def blocks(lengths: Iterable[int]) -> dict[str, Any]:
+        """Of one packed row: ``position_ids`` [1, T], and where its examples of these ``lengths`` begin and end.
+
+        For a collate function, as keyword arguments of a transformers model beside ``input_ids`` [1, T] and without
+        an ``attention_mask``. ``flash_attention_2`` (variable-length kernels) needs the boundaries ``cu_seq_lens_q``,
+        ``cu_seq_lens_k`` [examples + 1] and ``max_length_q``, ``max_length_k``; ``sdpa`` and ``eager`` build a block
+        mask of the positions; an attention that reads neither mixes neighbours.
+
+        >>> BatchSampler.blocks([2, 3])["position_ids"].tolist(), BatchSampler.blocks([2, 3])["cu_seq_lens_q"].tolist()
+        ([[0, 1, 0, 1, 2]], [0, 2, 5])
+        """
+        sizes = torch.tensor(list(lengths))
+        bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+        positions = torch.cat([torch.arange(int(size)) for size in sizes])[None]
+        longest = int(sizes.max())
+        return {"position_ids": positions, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
+                "max_length_k": longest}  # fmt: skip
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch; without this, epochs follow one another."""
@@ -80,14 +113,14 @@ class BatchSampler(Sampler[list[int]]):
         self._planned = None
 
     def __len__(self) -> int:
-        return len(self._steps()) - self.step
+        return (len(self._steps()) - self.step) * (self.world_size if self.rank is None else 1)
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = self._steps()
         while self.step < len(steps):
-            batch = steps[self.step][self.rank]
+            dealt = steps[self.step]
             self.step += 1
-            yield batch.tolist()
+            yield from (batch.tolist() for batch in (dealt if self.rank is None else [dealt[self.rank]]))
         self.epoch, self.step = self.epoch + 1, 0
 
     def _steps(self) -> list[Step]:
