@@ -230,8 +230,11 @@ ERRORS = {
     "sizes and buckets": ({"strategy": "bucket", "batch_size": [4, 2, 1], "num_buckets": 2}, "one size per bucket"),
     "sizes without buckets": ({"strategy": "random", "batch_size": [4, 2]}, "goes with a bucket strategy"),
     "edges too short": ({"strategy": "bucket", "batch_size": 2, "edges": [50]}, "longer than the last edge 50"),
-    "zero": ({"strategy": "random", "batch_size": 0}, "batch_size is positive; given: 0"),
-    "zero for one bucket": ({"strategy": "bucket", "batch_size": [4, 0], "num_buckets": 2}, "batch_size is positive"),
+    "zero": ({"strategy": "random", "batch_size": 0}, "batch_size is a whole number from 1 on; given: 0"),
+    "zero for one bucket": (
+        {"strategy": "bucket", "batch_size": [4, 0], "num_buckets": 2},
+        "batch_size is a whole number from 1 on",
+    ),
 }
 
 

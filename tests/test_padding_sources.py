@@ -14,6 +14,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from lhotse import CutSet, MonoCut, SupervisionSegment
+from lhotse.cut import MixedCut, MixTrack
 from torch.utils.data import DataLoader
 
 from effkit.padding import lengths
@@ -256,3 +257,42 @@ def test_the_word_null_is_a_text(tmp_path):
 def test_the_bad_value_stands_in_the_message_as_the_reader_wrote_it():
     with pytest.raises(ValueError, match=r"row 1: input_length is -2\.5;"):
         lengths([1.5, -2.5])
+
+
+# Manifests of other kinds
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+    with pytest.raises(ValueError, match=r"m\.jsonl is a pointer of Git LFS .*: run git lfs pull"):
+        lengths(written(tmp_path / "m.jsonl", pointer))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_list(tmp_path, indent):
+    path = written(tmp_path / "m.json", json.dumps([{"duration": 1.5}, {"duration": 2.0}], indent=indent))
+    with pytest.raises(ValueError, match=r"m\.json is a JSON list, .*pandas\.read_json"):
+        lengths(path)
+    assert columns(lengths(pd.read_json(path))) == {"input_length": [150, 200]}
+
+
+def test_mixed_cuts_last_until_their_last_track_ends(tmp_path):
+    def cut(i, seconds, text):
+        spoken = SupervisionSegment(f"s{i}", "r", 0, seconds, text=text)
+        return MonoCut(id=f"c{i}", start=0, duration=seconds, channel=0, supervisions=[spoken])
+
+    path = tmp_path / "cuts.jsonl"
+    mixed = MixedCut("m", [MixTrack(cut(0, 1.0, "one two")), MixTrack(cut(1, 2.0, "three"), offset=0.5)])
+    CutSet.from_cuts([mixed, cut(2, 0.5, "four")]).to_file(path)
+    assert columns(lengths(path, tokenize=str.split)) == {"input_length": [250, 50], "output_length": [3, 1]}
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_text_has_its_own_words_and_inputs_alone_are_allowed(tmp_path, empty):
+    path = json_lines(tmp_path / "m.jsonl", [{"duration": 1.5, "text": "a"}, {"duration": 2.5, "text": empty}])
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: text is .*without output \(1 such.*output=False"):
+        lengths(path)
+    assert columns(lengths(path, output=False)) == {"input_length": [150, 250]}
+    assert columns(lengths(pd.DataFrame({"duration": [1, 2], "text": ["a", ""]}), output=False)) == {
+        "input_length": [100, 200]
+    }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from effkit.advice.studies import Study
+from effkit.lab.knobs import checked_whole
 
 
 def study(
@@ -71,8 +72,7 @@ def study(
 
         return GenerationStudy(generate, model, inputs, **options)
     _check_parameters(model)
-    if options.get("num_batches", 1) < 1:
-        raise ValueError(f"num_batches is 1 or more; given: {num_batches}")
+    checked_whole("num_batches", options.get("num_batches", 1), 1)
     if not callable(step):
         raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")
     if _one_of_several_ranks():

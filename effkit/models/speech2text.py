@@ -34,13 +34,14 @@ class Speech(Speech2TextForConditionalGeneration):
         """Random ``input_features`` [B, T, 80], ``attention_mask`` [B, T], ``labels`` [B, U] (padded with -100).
 
         ``rows`` are the example indices of each row, one each (ValueError for packed rows); ``lengths`` is a frame with
-        ``input_length`` and ``output_length`` [cells].
+        ``input_length`` and ``output_length`` [cells]; without the second, a sixteenth of the first, as in speech.
         """
         if any(len(row) != 1 for row in rows):
             raise ValueError("a speech model takes one example per row: its convolutions would mix packed neighbours")
         indices = np.concatenate(list(rows))
         frames = torch.as_tensor(lengths["input_length"].to_numpy()[indices])
-        tokens = torch.as_tensor(lengths["output_length"].to_numpy()[indices])
+        known = "output_length" in lengths
+        tokens = torch.as_tensor(lengths["output_length"].to_numpy()[indices]) if known else (frames // 16).clamp(min=2)
         generator = torch.Generator().manual_seed(int(indices[0]))
         features = torch.randn(len(indices), int(frames.max()), NUM_MEL_BINS, generator=generator)
         labels = torch.randint(4, self.config.vocab_size, (len(indices), int(tokens.max())), generator=generator)

@@ -12,6 +12,7 @@ import torch
 from effkit import lab, training
 from effkit.account import Account
 from effkit.lab import Progress
+from effkit.lab.knobs import checked_whole
 from effkit.padding.buckets import Ints
 from effkit.padding.calibration import Calibration
 from effkit.padding.cost import CostModel, fit_cost
@@ -86,6 +87,9 @@ def measure(
         raise TypeError(
             f"measure() cannot make batches for {type(model).__name__}: give make_batch=(rows, lengths) -> batch"
         )
+    if not isinstance(plan, Plan):
+        raise TypeError(f"measure() takes a plan of padding.plan(); given: {type(plan).__name__}")
+    checked_whole("world_size", world_size, 1)
     calibration: Calibration | None = getattr(base, "calibration", None)
     probes = _probes(plan, also, num_batches, repeats, own=calibration is None)
     tell = partial(lab.tell, progress)
@@ -120,11 +124,9 @@ def measure(
 
 def _probes(plan: Plan, also: Plan | None, num_batches: int | None, repeats: int, *, own: bool) -> list[Probe]:
     """The batches to run; more kinds of them where a cost model is to be fitted (``own``)."""
-    fewest = 3 if own else 1
-    if repeats < 1 or (num_batches is not None and num_batches < fewest):
-        raise ValueError(
-            f"measure() takes repeats >= 1 and num_batches >= {fewest} here; given: {repeats} and {num_batches}"
-        )
+    checked_whole("repeats", repeats, 1)
+    if num_batches is not None:
+        checked_whole("num_batches", num_batches, 3 if own else 1)
     more = [] if also is None else choose(also, 2, cut_down=False)
     return [*choose(plan, num_batches, cut_down=own), *(Probe(probe.rows) for probe in more)]
 

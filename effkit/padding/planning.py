@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from effkit.lab.knobs import checked_whole
 from effkit.padding import buckets
 from effkit.padding.buckets import Ints
 from effkit.padding.packing import best_fit_decreasing
@@ -111,6 +112,10 @@ LIMITS: Mapping[str, set[str]] = {
 }
 
 
+_WHOLE = {"batch_size": 1, "num_buckets": 1, "num_output_buckets": 1, "pad_to_multiple_of": 1, "seed": 0,
+          "memory_bytes": 0, "max_length": 1, "world_size": 1}  # fmt: skip
+
+
 def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> None:
     _check_lengths(lengths, strategy)
     cells, size = limits["max_input_cells"], limits["batch_size"]
@@ -122,13 +127,22 @@ def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> N
         raise ValueError(
             f"{strategy} needs a limit: batch_size or max_input_cells (bucket strategies also take memory)"
         )
-    for name in ("batch_size", "max_input_cells", "num_buckets", "num_output_buckets", "quadratic"):
-        if limits[name] is not None and np.min(limits[name]) <= 0:
-            raise ValueError(f"{name} is positive; given: {limits[name]}")
+    check_whole(limits)
+    for name in ("max_input_cells", "quadratic"):
+        value = limits[name]
+        if value is not None and not (np.isreal(value) and not isinstance(value, bool) and value > 0):
+            raise ValueError(f"{name} is a positive number; given: {value!r}")
     if not isinstance(size, (int, np.integer, type(None))) and strategy not in BUCKETED:
         raise ValueError(f"one batch_size per bucket goes with a bucket strategy; {strategy} takes a single number")
     longest = lengths["input_length"].max()
     _check_longest(float(longest if strategy == "pack" else padded(longest, limits)), strategy, limits)
+
+
+def check_whole(limits: Mapping[str, Any]) -> None:
+    """Refuse a limit that has to be a whole number and is none; ``batch_size`` may be several."""
+    for name, least in _WHOLE.items():
+        for value in () if limits.get(name) is None else np.ravel(limits[name]).tolist():
+            checked_whole(name, value, least)
 
 
 def _check_lengths(lengths: pd.DataFrame, strategy: str) -> None:

@@ -9,11 +9,10 @@ import numpy as np
 
 from effkit.account import Account
 from effkit.lab import Trust, asked, calibration_of, interval
-from effkit.lab.knobs import checked_whole
 from effkit.padding import epoch_accounts
 from effkit.padding.calibration import Calibration
 from effkit.padding.epoch_accounts import EPOCH_TIME, LIMIT_KNOBS, PEAK, epoch_rows
-from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, plan
+from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, check_whole, plan
 from effkit.padding.plans import Plan
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ _OF_THE_EPOCH = ("strategy", "memory_bytes", "max_length", "world_size")
 KNOBS = ("strategy", *LIMIT_KNOBS, *_OF_THE_EPOCH[1:])
 _DEFAULTS = {"num_buckets": 30, "num_output_buckets": 2}
 _MIB = 2**20
-_WHOLE = {"batch_size": 1, "max_input_cells": 1, "num_buckets": 1, "num_output_buckets": 1, "seed": 0,
-          "pad_to_multiple_of": 1, "memory_bytes": 0, "max_length": 1, "world_size": 1}  # fmt: skip
 
 
 def predict(base: Account, **setting: Any) -> Account:
@@ -88,9 +85,7 @@ def complete(base: Account, changes: dict[str, Any]) -> dict[str, Any]:
     what was measured.
     """
     changes = asked(changes, KNOBS)
-    for name, least in _WHOLE.items():
-        for value in np.atleast_1d(changes.get(name, least)).tolist():
-            checked_whole(name, value, least)
+    check_whole(changes)
     setting = {**_DEFAULTS, **base.setting, **changes}
     if setting["strategy"] not in (*STRATEGIES, base.setting.get("strategy")):
         raise ValueError(f"unknown strategy {setting['strategy']!r}; choose one of {', '.join(STRATEGIES)}")
@@ -150,9 +145,8 @@ def whatif(
     """
     from effkit.whatif import Choice, Slider, WhatIf
 
-    rest = base.setting
-    longest = rest["max_length"]
-    shortest = int(np.percentile(calibration_of(base, Calibration, "padding").plan.lengths["input_length"], 50))
+    shortest = int(calibration_of(base, Calibration, "padding").plan.lengths["input_length"].median())
+    rest, longest = base.setting, base.setting["max_length"]
     peak_mib = base.companion(PEAK).total // _MIB
     limits = {
         "batch_size": ("Batch size [examples]", "Rows per batch, in every bucket"),

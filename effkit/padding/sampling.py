@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from effkit.lab.knobs import checked_whole
 from effkit.padding.buckets import Ints
 from effkit.padding.rank_sharding import Batched, Step, deal
 
@@ -54,7 +55,7 @@ class BatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, plan: Planned, *, rank: int | None = 0, world_size: int = 1, seed: int = 0) -> None:
-        if not 0 <= (rank or 0) < world_size:
+        if (0 if rank is None else rank) not in range(checked_whole("world_size", world_size, 0)):
             raise ValueError(f"rank is in 0..world_size-1; given: rank {rank} of {world_size}")
         if plan.row_starts is not None and len(plan.batch_starts) != plan.num_rows:
             raise ValueError(

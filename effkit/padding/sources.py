@@ -7,7 +7,7 @@ import gzip
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -23,6 +23,10 @@ INPUT_COLUMNS = ("input_length", "num_frames", "duration", "duration_s", "input_
                  "input_ids")  # fmt: skip
 OUTPUT_COLUMNS = ("output_length", "output_tokens", "num_output_tokens", "tokens", "labels", "text")
 _MASK = "attention_mask"
+_LFS = b"version https://git-lfs"
+
+
+_Output = str | Literal[False] | None
 
 
 class _Empty(ValueError):
@@ -33,8 +37,13 @@ class _Supervision(msgspec.Struct):
     text: str | None = None
 
 
+class _Track(msgspec.Struct):
+    cut: _Entry
+    offset: float = 0.0
+
+
 class _Entry(msgspec.Struct):
-    """One line of a NeMo manifest or of a Lhotse cut manifest."""
+    """One line of a NeMo manifest or of a Lhotse cut manifest; a mixed cut holds others as tracks."""
 
     duration: float | None = None
     num_frames: int | None = None
@@ -46,10 +55,17 @@ class _Entry(msgspec.Struct):
     tokens: int | list[Any] | None = None
     text: str | None = None
     supervisions: list[_Supervision] | None = None
+    tracks: list[_Track] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tracks and self.duration is None:
+            ends = [track.offset + track.cut.duration for track in self.tracks if track.cut.duration is not None]
+            self.duration = max(ends, default=None)
+            self.supervisions = [spoken for track in self.tracks for spoken in track.cut.supervisions or []]
 
 
 def lengths(
-    source: Any, *, input: str | None = None, output: str | None = None,
+    source: Any, *, input: str | None = None, output: _Output = None,
     tokenize: Callable[[str], Any] | None = None, frames_per_second: float = FRAMES_PER_SECOND,
 ) -> pd.DataFrame:  # fmt: skip
     """The length of every example, whatever it is listed in.
@@ -63,7 +79,7 @@ def lengths(
         An array ``[num_examples]`` or ``[num_examples, 2]``, a DataFrame, a Hugging Face dataset, a running
         ``DataLoader``, or the path of a CSV, a NeMo JSON-lines manifest or Lhotse cuts (``.jsonl``, ``.jsonl.gz``).
     input, output
-        Column names, where they are not the usual ones.
+        Column names, where they are not the usual ones; ``output=False`` takes inputs alone.
     tokenize
         ``text -> tokens`` (or their number) for sources that hold text; without it, characters are counted.
     frames_per_second
@@ -105,7 +121,7 @@ def lengths(
     return _tidy(source, input, output, tokenize, frames_per_second, lambda row: f"row {row}")
 
 
-def _from_file(path: Path, input: str | None, output: str | None, tokenize: Any, rate: float) -> pd.DataFrame:
+def _from_file(path: Path, input: str | None, output: _Output, tokenize: Any, rate: float) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"no list of lengths at {path}")
     name = path.name.removesuffix(".gz")
@@ -138,7 +154,7 @@ def _line(path: Path, mark: str, row: int) -> int:
         return reader.line_num
 
 
-def _manifest(path: Path, input: str | None, output: str | None) -> tuple[pd.DataFrame, list[int]]:
+def _manifest(path: Path, input: str | None, output: _Output) -> tuple[pd.DataFrame, list[int]]:
     """Decode a JSON-lines manifest into the columns that any line of it has, and the line number of each row."""
     named = [name for name in (input, output) if name and name not in _Entry.__struct_fields__]
     decoder: Any = msgspec.json.Decoder(dict[str, Any] if named else _Entry)
@@ -147,6 +163,10 @@ def _manifest(path: Path, input: str | None, output: str | None) -> tuple[pd.Dat
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
+        if number == 1 and line.startswith(_LFS):
+            raise ValueError(f"{path.name} is a pointer of Git LFS and not the file itself: run git lfs pull")
+        if number == 1 and line.lstrip().startswith(b"["):
+            raise ValueError(f"{path.name} is a JSON list, not an example a line: give lengths(pandas.read_json(path))")
         try:
             entries.append(decoder.decode(line))
         except msgspec.DecodeError as error:
@@ -157,7 +177,7 @@ def _manifest(path: Path, input: str | None, output: str | None) -> tuple[pd.Dat
 
 def _columns(entries: list[_Entry]) -> pd.DataFrame:
     """The fields that any entry has."""
-    fields = [field for field in _Entry.__struct_fields__ if field not in ("text", "supervisions")]
+    fields = [field for field in _Entry.__struct_fields__ if field not in ("text", "supervisions", "tracks")]
     columns: dict[str, list[Any]] = {field: [getattr(entry, field) for entry in entries] for field in fields}
     # a text stands in either of two places
     columns["text"] = [entry.text if entry.text is not None else _spoken(entry) for entry in entries]
@@ -194,14 +214,19 @@ def _choose(names: Any, asked: str | None, usual: tuple[str, ...], *, required: 
 
 
 def _tidy(
-    table: pd.DataFrame, input: str | None, output: str | None, tokenize: Any, rate: float, where: Callable[[int], str]
+    table: pd.DataFrame,
+    input: str | None,
+    output: _Output,
+    tokenize: Any,
+    rate: float,
+    where: Callable[[int], str],
 ) -> pd.DataFrame:
     if not len(table):
         raise _Empty("an empty list of lengths: nothing to plan")
     chosen_in = _choose(table.columns, input, INPUT_COLUMNS)
     # labels that are no lists are classes
     usual = tuple(name for name in OUTPUT_COLUMNS if name != "labels" or (name in table and _are_lists(table[name])))
-    chosen_out = _choose(table.columns, output, usual, required=False)
+    chosen_out = None if output is False else _choose(table.columns, output, usual, required=False)
     chosen = {"input_length": chosen_in, "output_length": None if chosen_out == chosen_in else chosen_out}
     cells, attrs, offences = {}, {}, []
     for target, column in chosen.items():
@@ -218,6 +243,11 @@ def _tidy(
         row, column, count = min(offences, key=lambda offence: offence[0])
         value = table[column].iloc[row]
         value = value.item() if isinstance(value, np.generic) else value
+        if column == chosen_out and (value is None or value == "" or value != value):
+            raise ValueError(
+                f"{where(row)}: {column} is {value!r}, an example without output ({count:,} such in all): drop them, or "
+                "take inputs alone with output=False"
+            )
         raise ValueError(
             f"{where(row)}: {column} is {value!r}; a length is a positive number ({count:,} such in all): mend or drop "
             "them"
