@@ -59,14 +59,11 @@ def _padded_to_longest(study: Training, examples: Examples, epoch: Account) -> L
         "tokenize without padding='max_length', and let the collate function pad: padding='longest'",
         ("batches have different widths: compiled models compile anew, or dynamically",),
         group="batches", run=lambda: _measured(study, examples, epoch, predicted.setting), keep=study._noted,
-        use=lambda: _cut(examples, examples.loader),
+        use=lambda: _cut(examples.loader),
     )  # fmt: skip
 
 
-def _cut(examples: Examples, loader: Any) -> Any:
-    """This loader, with batches cut to their longest row where those studied have one width."""
-    if examples.fixed_width is None:
-        return loader
+def _cut(loader: Any) -> Any:
     return rebuilt(loader, collate_fn=partial(collated_to_longest, loader.collate_fn))
 
 
@@ -92,7 +89,8 @@ def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str
     return Lever(
         "padding", "batches of like length", found, study.account, _of_epoch(study, epoch, best), code, tuple(effects),
         group="batches", run=lambda: _measured(study, examples, epoch, best.setting), keep=study._noted,
-        use=lambda: _cut(examples, _loader(examples.loader, strategy="bucket", batch_size=size, num_buckets=num)),
+        use=lambda: _loader(_cut(examples.loader) if cut else examples.loader, strategy="bucket", batch_size=size,
+                            num_buckets=num),
     )  # fmt: skip
 
 
@@ -172,14 +170,11 @@ def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
 
 def _measured(study: Training, examples: Examples, epoch: Account, setting: Any) -> Account:
     """The batches of another plan and those that were delivered, in turn."""
-    cut = to_longest if setting.get("pad_to_multiple_of") == 1 else _as_made
-    planned = [cut(examples.batch(batch)) for batch in plan_at(epoch, dict(setting)).batches]
+    planned = [examples.batch(batch) for batch in plan_at(epoch, dict(setting)).batches]
+    if setting.get("pad_to_multiple_of") == 1:
+        planned = [to_longest(batch) for batch in planned]
     now, then = ([partial(study.step, batch) for batch in batches] for batches in (study.batches, planned))
     return in_turn(study, now, then)
-
-
-def _as_made(batch: Any) -> Any:
-    return batch
 
 
 def _with_workers(study: Training, examples: Examples, num: int) -> Account:

@@ -245,8 +245,8 @@ def _tidy(
         value = value.item() if isinstance(value, np.generic) else value
         if column == chosen_out and (value is None or value == "" or value != value):
             raise ValueError(
-                f"{where(row)}: {column} is {value!r}, an example without output ({count:,} such in all): drop them, or "
-                "take inputs alone with output=False"
+                f"{where(row)}: {column} is {value!r}, an example without output ({count:,} such in all): drop "
+                "them, or take inputs alone with output=False"
             )
         raise ValueError(
             f"{where(row)}: {column} is {value!r}; a length is a positive number ({count:,} such in all): mend or drop "
