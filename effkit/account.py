@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -95,6 +96,8 @@ class Account:
     ) -> Account:  # fmt: skip
         """An Account from a mapping ``item -> value [unit]``; ``basis`` is one word for all rows or one per item."""
         bases = [basis if isinstance(basis, str) else basis[item] for item in rows]
+        if wrong := [value for value in rows.values() if not isinstance(value, Real) or value != value]:
+            raise ValueError(f"an Account's values are integers; given: {wrong[0]!r}. Count or round them")
         values = pd.array([int(value) for value in rows.values()], dtype="int64")
         frame = pd.DataFrame({"value": values, "basis": bases}, index=pd.Index(list(rows), name="item"))
         return cls(title=title, unit=unit, frame=frame, total=int(total), source=source, **more)

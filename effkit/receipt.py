@@ -16,6 +16,7 @@ import pandas as pd
 
 from effkit import markup, whole_files
 from effkit.account import Account
+from effkit.arguments import described
 from effkit.units import readable
 
 LEDGER_COLUMNS = (
@@ -56,6 +57,8 @@ class Receipt:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if wrong := [one for one in (self.predicted, self.measured) if not isinstance(one, Account)]:
+            raise TypeError(f"a receipt takes two Accounts, predicted and measured; given: {described(wrong[0])}")
         if self.predicted.unit != self.measured.unit:
             units = f"{self.predicted.unit} and {self.measured.unit}"
             raise ValueError(f"a receipt compares like with like; given: {units}")

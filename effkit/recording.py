@@ -15,6 +15,7 @@ from unittest import mock
 import pandas as pd
 
 from effkit import snapshot, trace
+from effkit.arguments import checked_function, checked_whole, described
 from effkit.captured import Capture
 from effkit.device import provenance, synchronize
 from effkit.timing import elapsed_ns
@@ -60,10 +61,10 @@ def capture(
     >>> run.steps["dur_ns"].median()                                        # doctest: +SKIP
     61_300_512.0
     """
-    if not callable(step):
-        raise TypeError(f"capture() takes a callable without arguments; given: {type(step).__name__}")
-    if steps < 1 or warmup < 0:
-        raise ValueError(f"capture() takes steps >= 1 and warmup >= 0; given: steps={steps}, warmup={warmup}")
+    checked_function("step", step, "without arguments", num=0)
+    steps, warmup = checked_whole("steps", steps, 1), checked_whole("warmup", warmup, 0)
+    if not isinstance(settings, Mapping | None):
+        raise TypeError(f"settings is a mapping, of names to values; given: {described(settings)}")
     import torch
 
     with _alone("capture()"):

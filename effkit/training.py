@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from effkit.arguments import OPTIMIZER, described
 from effkit.idle import give_way
 
 Loss = Callable[[Any], torch.Tensor]
@@ -36,6 +37,8 @@ def own_loss(output: Any) -> torch.Tensor:
 def still(parameters: Any, make: MakeOptimizer | None = None) -> torch.optim.Optimizer:
     """The optimizer (AdamW unless another is made) with learning rate 0: all of a step's work, and nothing learned."""
     update = (make or torch.optim.AdamW)(parameters)
+    if not hasattr(update, "param_groups"):
+        raise TypeError(f"optimizer is a function {OPTIMIZER}; it returned {described(update)}")
     for group in update.param_groups:
         group["lr"] = 0.0
     return update

@@ -252,7 +252,7 @@ def test_positions_hold_the_prefill_in_the_first(base):
         (lambda: torch.nn.Linear(2, 2), {}, r"Linear has no generate\(\): give a transformers model .* step\(token"),
         (MODELS["text"], {"num_steps": 0}, "num_steps is a whole number from 1 on; given: 0"),
         (MODELS["text"], {"batch": 0}, "batch is a whole number from 1 on; given: 0"),
-        (MODELS["text"], {"repeats": 0}, "repeats is at least 1; given: 0"),
+        (MODELS["text"], {"repeats": 0}, "repeats is a whole number from 1 on; given: 0"),
         (MODELS["gpt2"], {"num_steps": 1000}, "pass the model's 1024 positions; take at most 992"),
         (MODELS["whisper"], {"input_length": 101}, "passes the encoder's 50 positions"),
         (MODELS["text"], {"inputs": {"input_features": torch.ones(1)}}, "hold the tensor 'input_ids'; given: inp"),

@@ -78,7 +78,7 @@ def test_an_account_without_calibration_is_refused_in_the_same_sentence(analysis
     name = analysis.__name__.removeprefix("effkit.")
     with pytest.raises(ValueError, match=rf"^this account carries no calibration; {name}\.measure\(\) makes one"):
         analysis.predict(account, num_steps=3)
-    with pytest.raises(TypeError, match=rf"^{name}\.predict\(\) takes an Account of {name}\.measure\(\); given: dict"):
+    with pytest.raises(TypeError, match=rf"^base is an Account, of {name}\.measure\(\); given: dict$"):
         analysis.predict({}, num_steps=3)
 
 

@@ -238,5 +238,5 @@ def test_a_folder_of_folders_is_not_searched_but_they_are_named(tmp_path):
 
 
 def test_what_is_no_path_is_refused_in_a_sentence():
-    with pytest.raises(TypeError, match="load\\(\\) takes a path or a list of paths; given: int"):
+    with pytest.raises(TypeError, match="load\\(\\) takes a path or a list of paths; given: 3"):
         ek.load(3)

@@ -60,9 +60,9 @@ def test_an_error_of_the_step_comes_through_and_the_next_capture_works(step, fai
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"step": 3}, TypeError, "given: int"),
-        ({"steps": 0}, ValueError, "given: steps=0, warmup=2"),
-        ({"warmup": -1}, ValueError, "given: steps=3, warmup=-1"),
+        ({"step": 3}, TypeError, "step is a function without arguments; given: 3"),
+        ({"steps": 0}, ValueError, "steps is a whole number from 1 on; given: 0"),
+        ({"warmup": -1}, ValueError, "warmup is a whole number from 0 on; given: -1"),
     ],
 )
 def test_bad_arguments(arguments, error, words):

@@ -81,10 +81,10 @@ HOUSE = [
     {"receipt", "least_squares", "gc_disabled", "idle", "interrupts", "operators"},
     {"account"},
     {"markup", "whole_files"},
-    {"units"},
+    {"arguments", "units"},
 ]
 LONGEST_FILE = 450  # lines
-MOST_LINES = 24_000  # of the whole library
+MOST_LINES = 24_900  # of the whole library: 24,000, and 900 for the doors
 FLOOR = {room: -depth for depth, rooms in enumerate(HOUSE) for room in rooms}
 # plot() has to reach the drawing functions; inside the function, so that nothing is loaded for it
 PERMITTED_WHEN_CALLED = {("account", "view"), ("captured", "view"), ("captured", "browsing")}

@@ -20,6 +20,7 @@ from effkit.activations.op_workspace import Workspace
 from effkit.activations.real_step import Observation, observe
 from effkit.activations.time_model import Clock
 from effkit.activations.timeline import Timeline, rows_at
+from effkit.arguments import shapes
 from effkit.restoring import unchanged
 from effkit.training import Loss, MakeOptimizer, own_loss, residents, still
 
@@ -71,7 +72,7 @@ class Forecaster:
         self.loss, self.make_optimizer = loss or own_loss, optimizer
         self._make = make_batch or (lambda num_rows, num_cells: stepping.resized(batch, num_rows, num_cells))
         self.size = self._example = Size(stepping.rows(batch), stepping.length(batch))
-        self.workspace = Workspace()
+        self.workspace, self.shapes = Workspace(), shapes(model)
         self.runs_operators = not elsewhere and not any(parameter.is_meta for parameter in model.parameters())
         self._timelines: dict[tuple[Size, Levers], Timeline] = {}
         self._surfaces: dict[Levers, Surface | str] = {}  # or why there is none

@@ -13,8 +13,9 @@ from effkit.activations.checkpointing import checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.low_bit import STATES, LowBitAdamW
 from effkit.activations.offloading import offloaded
+from effkit.arguments import checked_whole
 from effkit.lab import asked, check, one_of, share, whole
-from effkit.lab.knobs import checked_share, checked_whole
+from effkit.lab.knobs import checked_share
 from effkit.quantisation import FORMATS
 from effkit.training import MakeOptimizer
 

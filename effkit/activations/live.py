@@ -21,9 +21,10 @@ from effkit.activations.real_step import Observation
 from effkit.activations.storage_tracker import OUTSIDE
 from effkit.activations.time_model import Clock, Run
 from effkit.activations.timeline import PEAK, Timeline
+from effkit.arguments import checked_training, checked_whole, shapes
 from effkit.captured import Capture
 from effkit.device import synchronize
-from effkit.lab import Progress
+from effkit.lab import Progress, calibration_of
 from effkit.restoring import unchanged
 from effkit.training import Loss, MakeOptimizer, still
 
@@ -92,11 +93,13 @@ def measure(
         Companions: the step's time by phase; what is saved for backward, by operator; for lossy levers the gradient's
         error, beside its noise between two half batches.
     """
-    _check_trains(model)
-    if repeats < 1:
-        raise ValueError(f"repeats is at least 1; given: {repeats}")
+    check_trains(model, loss, optimizer, make_batch)
+    repeats = checked_whole("repeats", repeats, 1)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    earlier = getattr(base, "calibration", None)
+    earlier = None if base is None else calibration_of(base, Calibration, "activations")
+    if earlier and earlier.forecaster.shapes != shapes(model):
+        raise ValueError(f"base is an account of another model: this {type(model).__name__} has parameters of other "
+                         "shapes; measure it without base=")  # fmt: skip
     forecaster = earlier.forecaster if earlier else Forecaster(
         model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch
     )  # fmt: skip
@@ -148,7 +151,9 @@ def account(recorded: Capture, *, by: str = "category", device: str | None = Non
     return recorded.memory(by=by, device=device, rank=rank)
 
 
-def _check_trains(model: torch.nn.Module) -> None:
+def check_trains(model: Any, loss: Any, optimizer: Any, make_batch: Any, *, runs: bool = True) -> None:
+    """TypeError or ValueError unless a training step can be made of these."""
+    checked_training(model, loss, optimizer, make_batch, "(batch_size, length) -> batch", runs=runs)
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("a training step cannot run under inference mode: leave torch.inference_mode() first")
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -12,6 +12,7 @@ from effkit.account import Account
 from effkit.activations.levers import Levers
 from effkit.activations.live import TIME
 from effkit.activations.prediction import predict
+from effkit.arguments import checked_amount
 from effkit.units import readable
 
 # each lever's positions, from one that is off; of two on the list the later saves more, as a rule
@@ -49,6 +50,8 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
         ``setting``, ``peak_bytes``, ``step_ns``, ``lossless`` and ``on_front``; ``attrs["settings"]`` has the
         settings by that text.
     """
+    if isinstance(levers, str):
+        raise TypeError(f"levers is a list of names; given: {levers!r}")
     if unknown := set(levers) - set(POSITIONS):
         raise ValueError(f"no such lever: {', '.join(sorted(unknown))}; there are {', '.join(POSITIONS)}")
     tried: dict[Levers, tuple[int, int]] = {}
@@ -74,6 +77,7 @@ def cheapest(base: Account, budget_bytes: int, *, levers: Sequence[str] = LEVERS
     **changes)``, where the changes are ``front(base).attrs["settings"]``. ValueError when none fits: the smallest is
     named.
     """
+    budget_bytes = checked_amount("budget_bytes", budget_bytes)
     table = front(base, levers=levers, lossless=lossless)
     for name in table["setting"]:
         account = predict(base, **{**asdict(Levers()), **table.attrs["settings"][name]})

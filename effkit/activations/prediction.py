@@ -11,9 +11,10 @@ from effkit.account import Account
 from effkit.activations import lossy_gradients
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, complete, parted
-from effkit.activations.live import TIME, Calibration, measure, saved_account
+from effkit.activations.live import TIME, Calibration, check_trains, measure, saved_account
 from effkit.activations.low_bit import STATES
 from effkit.activations.timeline import CATEGORIES, PEAK, RESIDENTS, Timeline
+from effkit.arguments import checked_amount, described
 from effkit.lab import Progress, Trust, calibration_of, interval
 from effkit.training import Loss, MakeOptimizer
 from effkit.units import readable
@@ -91,6 +92,7 @@ def largest_batch(
 
     ValueError when not even one row fits.
     """
+    budget_bytes = checked_amount("budget_bytes", budget_bytes)
     setting = {**setting, "batch_size": max(setting.get("micro_batches") or 1, _FEW_ROWS)}
     forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, None, setting)
     setting["batch_size"] = setting.get("micro_batches") or 1
@@ -142,12 +144,13 @@ def live_bytes(account: Account) -> pd.DataFrame:
 
 
 def _timeline(account: Account) -> Timeline:
-    calibration = account.calibration
+    calibration = getattr(account, "calibration", None)
     if isinstance(calibration, Calibration) and not account.predicted:
         return calibration.observed.timeline
     forecaster = calibration.forecaster if isinstance(calibration, Calibration) else calibration
     if not isinstance(forecaster, Forecaster):
-        raise ValueError("this account has no timeline; those of activations.measure(), predict() and forecast() have")
+        raise ValueError("an Account of activations.measure(), predict() or forecast() has a timeline; given: "
+                         f"{described(account)}")  # fmt: skip
     return forecaster.timeline(*parted(account.setting))
 
 
@@ -196,6 +199,7 @@ def _forecaster(
     make_batch: MakeBatch | None, device: str | None, calibrate: bool | None, setting: Mapping[str, Any],
 ) -> Forecaster:  # fmt: skip
     """What forecasts around the size of this setting."""
+    check_trains(model, loss, optimizer, make_batch, runs=False)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     forecaster = Forecaster(model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device)
     forecaster.size, _ = parted(complete(forecaster.rest(), setting))

@@ -56,10 +56,9 @@ def _check(value: Any) -> None:
 def rows(batch: Any) -> int:
     """Size of dimension 0, the batch size, which all tensors of a batch share."""
     sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.dim()}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"the tensors of a batch share their first dimension, the batch size; given: {sorted(sizes) or 'no tensor'}"
-        )
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError("the tensors of a batch share their first dimension, the batch size, and have at least one "
+                         f"row; given: {sorted(sizes) or 'no tensor'}")  # fmt: skip
     return int(sizes.pop())
 
 

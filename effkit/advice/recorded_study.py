@@ -55,11 +55,11 @@ class RecordedStudy(Study):
     """
 
     def __init__(self, trace: Files | None, snapshot: str | Path | None, *, step: str | None = None) -> None:
+        self.capture = None if trace is None else load(trace)
+        memory = None if snapshot is None else load(snapshot)
         named = [_named(path) for path in (trace, snapshot) if path is not None]
         super().__init__(f"a recording, {' and '.join(named)}")
         self.trace, self.step = trace, step
-        self.capture = None if trace is None else load(trace)
-        memory = None if snapshot is None else load(snapshot)
         if self.capture is not None and self.parts.empty:
             raise ValueError(f"there are no events in {named[0]}: trace= takes what torch.profiler exported, snapshot= "
                              "what torch.cuda.memory._dump_snapshot() wrote")  # fmt: skip

@@ -9,6 +9,7 @@ import pandas as pd
 
 from effkit.advice.levers import GOALS, Advice
 from effkit.advice.overviews import Overview, changes
+from effkit.arguments import checked_amount, checked_whole
 from effkit.receipt import Receipt
 
 
@@ -56,13 +57,14 @@ class Study:
         """
         if goal not in GOALS:
             raise ValueError(f"goal is one of {', '.join(GOALS)}; given: {goal!r}")
-        run: dict[str, Any] = {"price_per_hour": price_per_hour, "num_steps": num_steps, "num_devices": num_devices}
-        for name, value in ({"budget_bytes": budget_bytes} | run).items():
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is more than 0; given: {value}")
+        run: dict[str, Any] = {"budget_bytes": budget_bytes, "price_per_hour": price_per_hour, "num_steps": num_steps,
+                               "num_devices": num_devices}  # fmt: skip
+        for name, value in run.items():
+            if value is not None:
+                run[name] = checked_whole(name, value, 1) if name.startswith("num") else checked_amount(name, value)
         if goal == "cost" and (price_per_hour is None or num_steps is None):
             raise ValueError("goal='cost' takes price_per_hour= and num_steps=, to count hours and money with")
-        return self._advise(goal, budget_bytes, **run)
+        return self._advise(goal, **run)
 
     def compare(self, other: Study) -> pd.DataFrame:
         """This study before, the other after: the rows of their accounts, side by side.

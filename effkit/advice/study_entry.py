@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from effkit.advice.studies import Study
-from effkit.lab.knobs import checked_whole
+from effkit.arguments import LOSS, checked_amount, checked_function, checked_loader, checked_model, checked_whole
 
 
 def study(
@@ -61,6 +61,12 @@ def study(
     options: dict[str, Any] = {"loss": loss, "num_batches": num_batches, "num_ranks": num_ranks,
                                "link_bytes_per_s": link_bytes_per_s, "repeats": repeats}  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
+    for name in ("num_batches", "num_ranks", "repeats"):
+        if name in options:
+            options[name] = checked_whole(name, options[name], 1)
+    if link_bytes_per_s is not None:
+        checked_amount("link_bytes_per_s", link_bytes_per_s)
+    checked_function("loss", loss, LOSS)
     if files:
         from effkit.advice.recorded_study import RecordedStudy
 
@@ -71,10 +77,13 @@ def study(
         from effkit.advice.generation_study import GenerationStudy
 
         return GenerationStudy(generate, model, inputs, **options)
-    _check_parameters(model)
-    checked_whole("num_batches", options.get("num_batches", 1), 1)
-    if not callable(step):
-        raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")
+    checked_model(model)
+    if not any(True for _ in model.parameters()):
+        raise TypeError(f"{type(model).__name__} has no parameters: give model= the one that step() trains")
+    checked_function("step", step, "step(batch), or step() without a loader", num=0 if loader is None else 1)
+    if loader is not None:
+        checked_loader(loader)
+    assert step is not None
     if _one_of_several_ranks():
         raise ValueError(
             "this is one of several ranks, which have to take the same steps, and a study takes as many as it needs: "
@@ -83,11 +92,6 @@ def study(
     from effkit.advice.training_study import TrainingStudy
 
     return TrainingStudy(step, model, loader, **options)
-
-
-def _check_parameters(model: Any) -> None:
-    if not any(True for _ in getattr(model, "parameters", tuple)()):
-        raise TypeError(f"model is a module with parameters, the one that step() trains; given: {type(model).__name__}")
 
 
 def _one_of_several_ranks() -> bool:

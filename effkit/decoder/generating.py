@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from effkit.arguments import described
 from effkit.decoder import configurations
 from effkit.decoder.early_exit import exit_at
 from effkit.decoder.setting import Setting
@@ -37,7 +38,7 @@ def setting_of(model: Any, inputs: Any = None, **changes: Any) -> Setting:
     """
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
         raise ValueError(
-            f"{type(model).__name__} has no generate(): give a transformers model that generates, or a function "
+            f"{described(model)} has no generate(): give a transformers model that generates, or a function "
             "step(token, cache) -> (token, cache)"
         )
     sizes, name = configurations.sizes(model.config), model.main_input_name

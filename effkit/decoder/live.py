@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from effkit.account import Account
+from effkit.arguments import checked_whole
 from effkit.decoder import accounting, configurations
 from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes
 from effkit.decoder.costs import Run
@@ -71,10 +72,9 @@ def measure(
     ValueError
         When the model cannot generate, or not this way.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats is at least 1; given: {repeats}")
+    repeats = checked_whole("repeats", repeats, 1)
     counts = {name: value for name, value in {"num_steps": num_steps, "batch": batch}.items() if value is not None}
-    if not hasattr(model, "generate") and not isinstance(model, torch.nn.Module) and callable(model):
+    if not hasattr(model, "generate") and not isinstance(model, torch.nn.Module | type) and callable(model):
         if unknown := [*changes, *(["base"] if base is not None else [])]:
             raise ValueError(
                 "a step(token, cache) function is measured as it is, with num_steps and batch; given: "
@@ -109,7 +109,10 @@ def _measured_beside(
 ) -> Account:
     """The base's setting with these changes, run in turn with the base and told relative to it."""
     calibration = calibration_of(base, Calibration, "decoder")
-    before = calibration.observed.setting
+    before, config = calibration.observed.setting, calibration.memory.config
+    if configurations.sizes(model.config) != configurations.sizes(config):
+        raise ValueError(f"base is an account of another model: this {type(model).__name__} has other sizes; measure "
+                         "it without base=")  # fmt: skip
     setting = checked(model, calibration.resolved(before.change(**changes)))
     ready = [prepared(model, inputs, before), prepared(model, inputs, setting)]
     with evaluating(*(generation.model for generation in ready)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from effkit.account import Account
+from effkit.arguments import described
 
 Kind = TypeVar("Kind")
 
@@ -15,7 +16,7 @@ def calibration_of(base: Account, kind: type[Kind], lab: str) -> Kind:
     TypeError when ``base`` is no Account. ValueError when it carries no calibration of this lab.
     """
     if not isinstance(base, Account):
-        raise TypeError(f"{lab}.predict() takes an Account of {lab}.measure(); given: {type(base).__name__}")
+        raise TypeError(f"base is an Account, of {lab}.measure(); given: {described(base)}")
     if not isinstance(base.calibration, kind):
         raise ValueError(f"this account carries no calibration; {lab}.measure() makes one that does")
     return base.calibration

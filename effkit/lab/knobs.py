@@ -7,11 +7,12 @@ A lab's setting is a frozen dataclass whose fields are made by :func:`whole`, :f
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+
+from effkit.arguments import checked_number, checked_whole
 
 Setting = TypeVar("Setting")
 Check = Callable[[str, Any], Any]  # (knob, value) -> the value as it is kept
@@ -24,8 +25,7 @@ def whole(default: Any = dataclasses.MISSING, *, least: int = 1) -> Any:
 
 def number(default: Any = dataclasses.MISSING, *, least: float = 0.0) -> Any:
     """A field of real numbers from ``least`` on."""
-    said = f"a number from {least:g} on"
-    return _field(default, lambda name, value: _real(name, value, least, float("inf"), said))
+    return _field(default, lambda name, value: checked_number(name, value, least, float("inf")))
 
 
 def share(default: Any = dataclasses.MISSING, *, positive: bool = False) -> Any:
@@ -82,32 +82,13 @@ def asked(changes: Mapping[str, Any], knobs: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in changes.items() if value is not None}
 
 
-def checked_whole(name: str, value: Any, least: int) -> int:
-    """The value as an int, if it is a whole number from ``least`` on."""
-    try:
-        integer = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        integer = None
-    if integer is None or integer < least:
-        raise ValueError(f"{name} is a whole number from {least} on; given: {value!r}")
-    return integer
-
-
 def checked_share(name: str, value: Any, *, positive: bool = False) -> float:
     """The value, if it is a fraction from 0 to 1; with ``positive``, above 0."""
     said = f"a share in {'(' if positive else '['}0, 1]"
-    fraction = _real(name, value, 0.0, 1.0, said)
+    fraction = checked_number(name, value, 0.0, 1.0, said)
     if positive and fraction == 0:
         raise ValueError(f"{name} is {said}; given: {value!r}")
     return fraction
-
-
-def _real(name: str, value: Any, least: float, most: float, said: str) -> Any:
-    """The value as a number of Python's, if it lies in this range; NaN lies in none."""
-    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    if isinstance(plain, bool) or not isinstance(plain, int | float) or not least <= plain <= most:
-        raise ValueError(f"{name} is {said}; given: {value!r}")
-    return plain
 
 
 def _field(default: Any, of_field: Check) -> Any:

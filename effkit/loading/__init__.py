@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effkit import trace
+from effkit.arguments import described
 from effkit.captured import Capture
 from effkit.loading.files import Options, load_file
 from effkit.loading.fleet import Fleet
@@ -54,9 +55,10 @@ def load(
 
 
 def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    if not isinstance(path, str | Path | Sequence):
-        raise TypeError(f"load() takes a path or a list of paths; given: {type(path).__name__}")
-    paths = [Path(path)] if isinstance(path, str | Path) else list(map(Path, path))
+    given = list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path]
+    if wrong := [each for each in given if not isinstance(each, str | Path)]:
+        raise TypeError(f"load() takes a path or a list of paths; given: {described(wrong[0])}")
+    paths = list(map(Path, given))
     files = [file for each in paths for file in (_inside(each) if each.is_dir() else [each])]
     absent = next((file for file in files if not file.is_file()), None)
     if absent or not files:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from effkit.arguments import checked_number, checked_whole
 from effkit.lab import Progress
 from effkit.moe import netns, routing
 from effkit.moe.recorded import Run, read
@@ -100,12 +101,11 @@ def launch(
 
 def check(num_ranks: int, link_bytes_per_s: float, ranks_per_node: int, backend: str) -> None:
     """Raise ValueError unless such ranks can be started here."""
-    if not 2 <= num_ranks <= MOST_RANKS:
+    if not 2 <= checked_whole("num_ranks", num_ranks, 1) <= MOST_RANKS:
         raise ValueError(f"num_ranks is 2 to {MOST_RANKS} on one machine; given: {num_ranks}. On a cluster, start "
                          "effkit.moe.rank with torchrun")  # fmt: skip
-    if link_bytes_per_s < 0:
-        raise ValueError(f"link_bytes_per_s is a rate, or 0 for this machine's own; given: {link_bytes_per_s}")
-    if ranks_per_node < 0 or (ranks_per_node and num_ranks % ranks_per_node):
+    checked_number("link_bytes_per_s", link_bytes_per_s, said="a rate, or 0 for this machine's own")
+    if checked_whole("ranks_per_node", ranks_per_node, 0) and num_ranks % ranks_per_node:
         raise ValueError(f"ranks_per_node divides num_ranks; given: {ranks_per_node} and {num_ranks}")
     if backend not in ("auto", "gloo", "nccl"):
         raise ValueError(f"backend is one of auto, gloo, nccl; given: {backend!r}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from effkit.account import Account
+from effkit.arguments import checked_whole, described
 from effkit.lab import Progress, calibration_of
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
@@ -59,7 +60,10 @@ def measure(
         A folder for a trace of each rank.
     """
     calibration = calibration_of(base, Calibration, "moe") if base is not None else None
+    if not isinstance(setting, Setting | None):
+        raise TypeError(f"setting is a moe.Setting, of a layer that is made here; given: {described(setting)}")
     setting = (setting or (calibration.setting if calibration else Setting())).change(**changes)
+    num_rounds, num_steps = checked_whole("num_rounds", num_rounds, 1), checked_whole("num_steps", num_steps, 1)
     if calibration is not None:
         num_ranks, ranks_per_node = calibration.num_ranks, calibration.ranks_per_node
         link_bytes_per_s, num_steps = calibration.link_bytes_per_s, calibration.num_steps

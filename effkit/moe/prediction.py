@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from effkit.account import Account
+from effkit.arguments import checked_number, checked_whole
 from effkit.lab import Progress, banded, calibration_of, interval
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, total_ns
@@ -48,10 +49,10 @@ def predict(base: Account, **setting: Any) -> Account:
     calibration = calibration_of(base, Calibration, "moe")
     on = {name: setting.pop(name) for name in _OF_THE_RANKS if setting.get(name) is not None}
     wanted = calibration.setting.change(**setting)
-    num_ranks = int(on.get("num_ranks", calibration.num_ranks))
+    num_ranks = checked_whole("num_ranks", on.get("num_ranks", calibration.num_ranks), 1)
     as_measured = calibration.ranks_per_node if num_ranks == calibration.num_ranks else num_ranks
-    per_node = int(on.get("ranks_per_node", as_measured))
-    link = float(on.get("link_bytes_per_s", calibration.link_bytes_per_s))
+    per_node = checked_whole("ranks_per_node", on.get("ranks_per_node", as_measured), 1)
+    link = float(checked_number("link_bytes_per_s", on.get("link_bytes_per_s", calibration.link_bytes_per_s)))
     if link and per_node == num_ranks and "ranks_per_node" not in on:
         per_node = 1  # a link between nodes: each rank is one, unless they are said to share
     full = full_setting(wanted, num_ranks, per_node, link)

@@ -11,8 +11,8 @@ import torch
 
 from effkit import lab, training
 from effkit.account import Account
-from effkit.lab import Progress
-from effkit.lab.knobs import checked_whole
+from effkit.arguments import checked_function, checked_training, checked_whole, described
+from effkit.lab import Progress, calibration_of
 from effkit.padding.buckets import Ints
 from effkit.padding.calibration import Calibration
 from effkit.padding.cost import CostModel, fit_cost
@@ -82,16 +82,21 @@ def measure(
         In ns: rows ``step overhead``, ``real``, ``padding`` (and ``waiting`` for the slowest rank), split by the
         cost model; the total is wall time. Companions: input cells, steps, peak memory. ``calibration`` is set.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is a Plan, from padding.plan(lengths, ...); given: {described(plan)}")
+    checked_training(model, loss, optimizer, make_batch, "(rows, lengths) -> batch")
+    checked_function("step", step, "step(batch)")
+    repeats, world_size = checked_whole("repeats", repeats, 1), checked_whole("world_size", world_size, 1)
+    calibration = None if base is None else calibration_of(base, Calibration, "padding")
+    if num_batches is not None:  # three of them where a cost model is to be fitted
+        num_batches = checked_whole("num_batches", num_batches, 3 if calibration is None else 1)
     make = make_batch or getattr(model, "make_batch", None)
     if make is None:
         raise TypeError(
             f"measure() cannot make batches for {type(model).__name__}: give make_batch=(rows, lengths) -> batch"
         )
-    if not isinstance(plan, Plan):
-        raise TypeError(f"measure() takes a plan of padding.plan(); given: {type(plan).__name__}")
-    checked_whole("world_size", world_size, 1)
-    calibration: Calibration | None = getattr(base, "calibration", None)
-    probes = _probes(plan, also, num_batches, repeats, own=calibration is None)
+    probes = choose(plan, num_batches, cut_down=calibration is None)
+    probes += [] if also is None else [Probe(probe.rows) for probe in choose(also, 2, cut_down=False)]
     tell = partial(lab.tell, progress)
     with unchanged(model, *([] if step is None else [step])) as given:
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
@@ -120,15 +125,6 @@ def measure(
         source=_source(len(whole), len(plan.batches), repeats, noise, world_size), companions=companions,
         calibration=Calibration(plan, cost, memory, steps, noise, anchor),
     )  # fmt: skip
-
-
-def _probes(plan: Plan, also: Plan | None, num_batches: int | None, repeats: int, *, own: bool) -> list[Probe]:
-    """The batches to run; more kinds of them where a cost model is to be fitted (``own``)."""
-    checked_whole("repeats", repeats, 1)
-    if num_batches is not None:
-        checked_whole("num_batches", num_batches, 3 if own else 1)
-    more = [] if also is None else choose(also, 2, cut_down=False)
-    return [*choose(plan, num_batches, cut_down=own), *(Probe(probe.rows) for probe in more)]
 
 
 def _peaks(

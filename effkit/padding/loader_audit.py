@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
-from effkit.lab.knobs import checked_whole
+from effkit.arguments import checked_loader, checked_whole
 from effkit.padding.plans import padded
 from effkit.padding.real_cells import input_lengths, output_lengths
 
@@ -186,4 +186,7 @@ def watch(loader: Iterable[Any], *, budget_cells: int | None = None, num_batches
     ...     train(batch)
     >>> seen.account.share["padding"], seen.findings                 # doctest: +SKIP
     """
+    checked_loader(loader)
+    if num_batches is not None:
+        num_batches = checked_whole("num_batches", num_batches, 1)
     return Watch(loader, budget_cells, num_batches)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from effkit.lab.knobs import checked_whole
+from effkit.arguments import checked_amount, checked_whole
 from effkit.padding import buckets
 from effkit.padding.buckets import Ints
 from effkit.padding.packing import best_fit_decreasing
@@ -78,7 +78,7 @@ def plan(
     kept = {name: limit for name, limit in limits.items() if name in used and limit is not None}
     if strategy == "pack":
         assert max_input_cells is not None
-        return _packed(lengths, kept, inputs, max_input_cells, batch_size or 1)
+        return _packed(lengths, kept, inputs, int(max_input_cells), batch_size or 1)
     if strategy in ("sorted", "token_budget"):
         columns = [lengths[name].to_numpy() for name in ("output_length", "input_length") if name in lengths]
         order = np.lexsort(columns)
@@ -129,9 +129,8 @@ def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> N
         )
     check_whole(limits)
     for name in ("max_input_cells", "quadratic"):
-        value = limits[name]
-        if value is not None and not (np.isreal(value) and not isinstance(value, bool) and value > 0):
-            raise ValueError(f"{name} is a positive number; given: {value!r}")
+        if limits[name] is not None:
+            checked_amount(name, limits[name])
     if not isinstance(size, (int, np.integer, type(None))) and strategy not in BUCKETED:
         raise ValueError(f"one batch_size per bucket goes with a bucket strategy; {strategy} takes a single number")
     longest = lengths["input_length"].max()
@@ -148,7 +147,7 @@ def check_whole(limits: Mapping[str, Any]) -> None:
 def _check_lengths(lengths: pd.DataFrame, strategy: str) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
-    if "input_length" not in lengths or not len(lengths):
+    if not isinstance(lengths, pd.DataFrame) or "input_length" not in lengths or not len(lengths):
         raise ValueError("plan() takes a non-empty frame with the column input_length; padding.lengths() makes one")
     if strategy == "bucket2d" and "output_length" not in lengths:
         raise ValueError("bucket2d needs output lengths, and these lengths have none; use strategy='bucket'")

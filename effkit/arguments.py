@@ -1,0 +1,89 @@
+"""What is given to a public function, checked before anything runs: each refusal is one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+from types import FunctionType
+from typing import Any
+
+LOSS = "(output) -> scalar, such as lambda output: criterion(output, labels)"
+OPTIMIZER = "(parameters) -> optimizer, such as torch.optim.AdamW"
+
+
+def described(value: Any) -> str:
+    """What this is, for the end of a sentence."""
+    if isinstance(value, type | FunctionType):
+        return f"the {'class' if isinstance(value, type) else 'function'} {value.__name__}"
+    return repr(value) if isinstance(value, str | int | float) else type(value).__name__
+
+
+def checked_whole(name: str, value: Any, least: int) -> int:
+    """The value as an int, if it is a whole number from ``least`` on; numpy's are, True is not."""
+    try:
+        integer = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        integer = None
+    if integer is None or integer < least:
+        raise ValueError(f"{name} is a whole number from {least} on; given: {value!r}")
+    return integer
+
+
+def checked_number(name: str, value: Any, least: float = 0.0, most: float = sys.float_info.max, said: str = "") -> Any:
+    """The value as a number of Python's, if it lies in this range; NaN lies in none."""
+    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not least <= plain <= most:
+        raise ValueError(f"{name} is {said or f'a number from {least:g} on'}; given: {value!r}")
+    return plain
+
+
+def checked_amount(name: str, value: Any) -> Any:
+    """The value as a number of Python's, if it is finite and above 0."""
+    return checked_number(name, value, sys.float_info.min, said="a number above 0, and finite")
+
+
+def checked_function(name: str, value: Any, form: str, *, num: int = 1, classes: bool = False) -> None:
+    """TypeError unless this is None, or can be called with ``num`` arguments; a class only where ``classes`` may be."""
+    try:
+        possible = value is None or (callable(value) and (classes or not isinstance(value, type)))
+        if possible and value is not None:
+            inspect.signature(getattr(value, "forward", value)).bind(*range(num))
+    except TypeError:
+        possible = False
+    except ValueError:  # built in: it does not say what it takes
+        pass
+    if not possible:
+        raise TypeError(f"{name} is a function {form}; given: {described(value)}")
+
+
+def checked_model(model: Any, *, runs: bool = True) -> None:
+    """TypeError for what is no module; where it ``runs``, ValueError for one that holds no values."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a torch module, an instance with its parameters; given: {described(model)}")
+    if runs and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device and cannot run: give it memory with to_empty(device=...) "
+            "and load its weights, or ask activations.forecast()"
+        )
+
+
+def checked_training(model: Any, loss: Any, optimizer: Any, make_batch: Any, form: str, *, runs: bool = True) -> None:
+    """TypeError or ValueError unless training steps can be made of these; ``form`` is that of ``make_batch``."""
+    checked_model(model, runs=runs)
+    checked_function("loss", loss, LOSS)
+    checked_function("optimizer", optimizer, OPTIMIZER, classes=True)
+    checked_function("make_batch", make_batch, form, num=2)
+
+
+def checked_loader(loader: Any) -> None:
+    """TypeError for what cannot be iterated."""
+    if isinstance(loader, str) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(f"loader yields batches, as a DataLoader or a list does; given: {described(loader)}")
+
+
+def shapes(model: Any) -> list[tuple[int, ...]]:
+    """Of its parameters: where they differ, so do two models."""
+    return [tuple(parameter.shape) for parameter in model.parameters()]
