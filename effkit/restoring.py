@@ -27,7 +27,7 @@ from effkit.units import readable
 
 # Never looked into: data are read, and a table of pandas is a value.
 _CLOSED = (
-    type, types.ModuleType, pd.DataFrame, pd.Series, pd.Index, Dataset,
+    types.ModuleType, pd.DataFrame, pd.Series, pd.Index, Dataset,
     str, bytes, int, float, complex, range, slice, type(None), np.generic, torch.dtype, torch.device, torch.Size,
     UninitializedParameter,
 )  # fmt: skip
@@ -40,9 +40,9 @@ _MOST_OTHER_BYTES, _TIMES_THE_MODEL = 2**30, 8  # of tensors that are copied: op
 class Reached:
     """All that can be reached from some objects, and what it holds now.
 
-    Followed are attributes, containers, closures, default arguments, and the globals that the code of users' functions
-    names. Tensors are copied to host memory, at most ``most_bytes`` of them. ``unseen`` has a sentence for each kind of
-    thing that cannot be put back.
+    Followed are attributes, containers, closures, default arguments, users' classes, and the globals that the code of
+    users' functions names. Tensors are copied to host memory, at most ``most_bytes`` of them. ``unseen`` has a sentence
+    for each kind of thing that cannot be put back.
     """
 
     def __init__(self, most_bytes: float = float("inf")) -> None:
@@ -91,6 +91,8 @@ class Reached:
             self._steps.append(lambda: _ignored(one.set_state(state)))
         elif isinstance(one, random.Random):
             self._steps.append(functools.partial(one.setstate, one.getstate()))
+        elif isinstance(one, np.random.RandomState):
+            self._steps.append(functools.partial(one.set_state, one.get_state()))
         elif isinstance(one, np.random.Generator):
             self._steps.append(functools.partial(setattr, one.bit_generator, "state", one.bit_generator.state))
         elif isinstance(one, np.ndarray):
@@ -103,6 +105,10 @@ class Reached:
             yield from (one.func, *one.args, one.keywords)
         elif isinstance(one, types.CellType):
             yield from self._cell(one)
+        elif isinstance(one, type):
+            yield from self._class(one)
+        elif isinstance(one, property | staticmethod | classmethod | functools.cached_property):
+            yield from (getattr(one, name, None) for name in ("fget", "fset", "__func__", "func"))
         elif isinstance(one, tuple | frozenset):
             yield from one
         else:
@@ -149,6 +155,14 @@ class Reached:
                 self._steps.append(functools.partial(_bound_again, names, name, names[name]))
                 yield self._drawn_from(names[name])
 
+    def _class(self, kind: type) -> Iterator[Any]:
+        if _users(kind.__module__):
+            yield from kind.__mro__[1:]
+            for name, value in vars(kind).items():
+                if not name.startswith("__") or isinstance(value, types.FunctionType):
+                    self._steps.append(functools.partial(_named_again, kind, name, value))
+                    yield value
+
     def _cell(self, cell: types.CellType) -> Iterator[Any]:
         try:
             held = cell.cell_contents
@@ -182,9 +196,10 @@ class Reached:
         module = type(one).__module__
         if module.partition(".")[0] in sys.stdlib_module_names or module.startswith(_LIBRARIES):
             return
+        yield type(one)
         attributes = getattr(one, "__dict__", None)
         if isinstance(attributes, dict):
-            if own_code(getattr(sys.modules.get(module), "__file__", None) or ""):
+            if _users(module):
                 for value in attributes.values():
                     self._drawn_from(value)
             yield attributes
@@ -282,6 +297,12 @@ def own_code(filename: str) -> bool:
     return not any(library in filename for library in _WHERE_LIBRARIES)
 
 
+def _users(module: str) -> bool:
+    """Whether the user wrote the module of this name."""
+    filename = getattr(sys.modules.get(module), "__file__", None) or ""
+    return module.partition(".")[0] not in sys.stdlib_module_names and own_code(filename)
+
+
 def _names(code: types.CodeType) -> Iterator[str]:
     """Globals that a function's code, and that of functions inside it, may name."""
     yield from code.co_names
@@ -303,6 +324,11 @@ def _ignored(_: object) -> None:
 def _bound_again(names: dict[str, Any], name: str, value: Any) -> None:
     if names.get(name) is not value:
         names[name] = value
+
+
+def _named_again(kind: type, name: str, value: Any) -> None:
+    if vars(kind).get(name) is not value:
+        setattr(kind, name, value)
 
 
 def _filled_again(one: Any, own: type[dict[Any, Any]], items: list[tuple[Any, Any]]) -> None:

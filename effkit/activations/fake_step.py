@@ -50,7 +50,9 @@ class Replayer:
     ) -> None:  # fmt: skip
         self._mode = _Valued()
         tensors = (*model.parameters(), *model.buffers())
-        placed = {id(tensor): self._placed(tensor) for tensor in tensors if tensor.is_meta}
+        placed: dict[int, Any] = {id(tensor): self._placed(tensor) for tensor in tensors if tensor.is_meta}
+        attributes = [value for module in model.modules() for value in vars(module).values()]
+        placed |= {id(one): one.clone_state() for one in attributes if isinstance(one, torch.Generator)}
         with fake_tensor.FakeCopyMode(self._mode):
             self._model = copy.deepcopy(model, placed)
         for parameter in self._model.parameters():
