@@ -83,7 +83,7 @@ class PutBack:
     """A context that puts something back in the end, whatever happens: a subclass has ``begin`` and ``put_back``."""
 
     def begin(self) -> Any:
-        """Enters the context; what it returns is bound by ``as``."""
+        """Enters the context; what it returns is bound by ``as``. No press interrupts this."""
         raise NotImplementedError
 
     def put_back(self) -> None:
@@ -93,10 +93,17 @@ class PutBack:
     def __enter__(self) -> Any:
         _listen()
         try:
-            return self.begin()
+            begun = self.begin()
         except BaseException:
             _leave()
             raise
+        try:
+            if not _holds(sys._getframe(1)):
+                deliver()
+        except BaseException:
+            self.__exit__()
+            raise
+        return begun
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -105,4 +112,4 @@ class PutBack:
             _leave()
 
 
-_held.update((uninterrupted.__code__, PutBack.__exit__.__code__))
+_held.update((uninterrupted.__code__, PutBack.__enter__.__code__, PutBack.__exit__.__code__))

@@ -6,8 +6,7 @@ import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +17,7 @@ from effkit import snapshot, trace
 from effkit.arguments import checked_function, checked_whole, described
 from effkit.captured import Capture
 from effkit.device import provenance, synchronize
+from effkit.interrupts import PutBack, uninterrupted
 from effkit.timing import elapsed_ns
 from effkit.trace import nesting
 
@@ -162,15 +162,35 @@ def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4, sha
     return _exported(profiler)
 
 
-def _profiler(steps: int | None = None, **options: Any) -> Any:
-    """The profiler of this machine; given a number of steps, it warms up in one and records so many after it."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile, schedule
+class _profiler(PutBack):
+    """The profiler of this machine; given a number of steps, it warms up in one and records so many after it.
 
-    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    plan = None if steps is None else schedule(wait=0, warmup=1, active=steps, repeat=1)
-    _own.append(profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, **options))
-    return _own[-1]
+    It begins, goes on and ends without being interrupted: one that is left half-way ends the process later.
+    """
+
+    def __init__(self, steps: int | None = None, **options: Any) -> None:
+        import torch
+        from torch.profiler import ProfilerActivity, profile, schedule
+
+        cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        plan = None if steps is None else schedule(wait=0, warmup=1, active=steps, repeat=1)
+        self._profile = profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, **options)
+        _own.append(self._profile)
+
+    def begin(self) -> _profiler:
+        self._profile.start()
+        return self
+
+    def step(self) -> None:
+        """The end of a step."""
+        uninterrupted(self._profile.step)
+
+    def put_back(self) -> None:
+        self._profile.stop()
+
+    def export_chrome_trace(self, path: str) -> None:
+        """Write what was recorded."""
+        self._profile.export_chrome_trace(path)
 
 
 def _peak(memory: pd.DataFrame) -> int:
@@ -192,27 +212,32 @@ def _timed(step: Callable[[], object], count: int, after_each: Callable[[], obje
     return times
 
 
-@contextmanager
-def _alone(caller: str) -> Iterator[None]:
+class _alone(PutBack):
     """Profilers do not nest: a second one ends the process, or one of them sees nothing. A step that starts one is
     refused."""
-    import torch
 
-    if torch._C._autograd._profiler_enabled() or not _recording.acquire(blocking=False):
-        raise RuntimeError(f"{caller} was called while another profiler is active; leave that one first")
-    # Kineto writes its own markers to stderr at a level above "error"; a notebook would show them.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    prepare = torch.autograd.profiler.profile._prepare_trace
+    def __init__(self, caller: str) -> None:
+        self._caller = caller
 
-    def prepared(profiler: Any) -> None:
-        if all(profiler is not own.profiler for own in _own):
-            raise RuntimeError("the step starts a profiler of its own; profilers do not nest: take it out of the step")
-        prepare(profiler)
+    def begin(self) -> None:
+        import torch
 
-    try:
-        with mock.patch.object(torch.autograd.profiler.profile, "_prepare_trace", prepared):
-            yield
-    finally:
+        if torch._C._autograd._profiler_enabled() or not _recording.acquire(blocking=False):
+            raise RuntimeError(f"{self._caller} was called while another profiler is active; leave that one first")
+        # Kineto writes its own markers to stderr at a level above "error"; a notebook would show them.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        prepare = torch.autograd.profiler.profile._prepare_trace
+
+        def prepared(profiler: Any) -> None:
+            if all(profiler is not own.profiler for own in _own):
+                raise RuntimeError("the step starts a profiler of its own; profilers do not nest: take it out of it")
+            prepare(profiler)
+
+        self._patch = mock.patch.object(torch.autograd.profiler.profile, "_prepare_trace", prepared)
+        self._patch.start()
+
+    def put_back(self) -> None:
+        self._patch.stop()
         _own.clear()
         _recording.release()
 
