@@ -8,9 +8,9 @@ import pytest
 from effkit.account import Account
 from effkit.moe import routing
 from effkit.moe.calibration import Calibration
-from effkit.moe.cluster import BOOKKEEPING, WAITING, scale, scaling_table
 from effkit.moe.costs import Costs, terms
 from effkit.moe.setting import Setting
+from lessons.moe_cluster import BOOKKEEPING, WAITING, scale, scaling_table
 
 # 1024 copies of 256 bytes a rank, four experts a rank: messages of 262,144 bytes
 SETTING = Setting(num_tokens=512, hidden=64, ffn=64, num_experts=8, top_k=2, skew=0.0)
@@ -168,7 +168,7 @@ def test_replicas_are_summed_around_a_ring():
 
 def test_expected_traffic_reads_as_real_traffic_does():
     """On two ranks with a popularity that is even: the terms of expected traffic are near those of drawn traffic."""
-    from effkit.moe.cluster import _expected
+    from lessons.moe_cluster import _expected
 
     setting = SETTING.change(num_tokens=8192)
     drawn, expected = routing.traffic(setting, 2, 0), _expected(calibration(), setting, 2, 2)

@@ -44,7 +44,7 @@ PUBLIC = {
     ],
     "effkit.moe": [
         "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link",
-        "measure", "predict", "prepare", "scale", "scaling_table", "timeline", "whatif",
+        "measure", "predict", "prepare", "timeline", "whatif",
         "why_no_links", "worth_balancing",
     ],
     "effkit.decoder": [

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from effkit.padding import Plan, Watch, checked_loader, real_rows, watch
+from effkit.padding import Plan, Watch, real_rows, watch
 from effkit.restoring import remembered
 
 DELIVERED = "as delivered"
@@ -79,7 +79,7 @@ class Examples:
 
 def why_not_drawn(loader: Any) -> str | None:
     """Why examples of this loader cannot be put together in another way; None where they can."""
-    if not isinstance(checked_loader(loader), DataLoader):
+    if not isinstance(loader, DataLoader):
         return f"the loader is a {type(loader).__name__}, not a DataLoader: its batches cannot be put together anew"
     if isinstance(loader.dataset, IterableDataset):
         return "the dataset is a stream: its batches cannot be put together anew"

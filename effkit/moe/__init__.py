@@ -9,7 +9,6 @@ from __future__ import annotations
 from effkit.moe.accounting import UNSEEN as UNSEEN
 from effkit.moe.accounting import account
 from effkit.moe.balancing import worth_balancing
-from effkit.moe.cluster import scale, scaling_table
 from effkit.moe.launching import why_no_links
 from effkit.moe.links import delays, link
 from effkit.moe.live import measure, prepare
@@ -21,7 +20,7 @@ from effkit.moe.slowness import find_slow
 
 __all__ = [
     "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link", "measure",
-    "predict", "prepare", "scale", "scaling_table", "timeline", "whatif", "why_no_links",
+    "predict", "prepare", "timeline", "whatif", "why_no_links",
     "worth_balancing",
 ]  # fmt: skip
 

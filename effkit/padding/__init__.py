@@ -1,6 +1,6 @@
 """The padding analysis: how much of each step is computed on nothing, and what a better batch plan buys.
 
-Beside the public names, ``effkit.advice`` asks for ``checked_loader``, ``input_lengths`` and ``real_rows`` of a batch,
+Beside the public names, ``effkit.advice`` asks for ``input_lengths`` and ``real_rows`` of a batch,
 ``plan_at`` a setting, and the titles ``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
 """
 
@@ -15,7 +15,6 @@ from effkit.padding.epoch_accounts import EPOCH_CELLS as EPOCH_CELLS
 from effkit.padding.epoch_accounts import EPOCH_TIME as EPOCH_TIME
 from effkit.padding.epoch_accounts import PEAK as PEAK
 from effkit.padding.loader_audit import Watch, watch
-from effkit.padding.loader_audit import checked_loader as checked_loader
 from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.planning import STRATEGIES, plan
 from effkit.padding.plans import Plan

@@ -24,7 +24,7 @@ class Watch:
     def __init__(self, loader: Iterable[Any], budget_cells: int | None = None, num_batches: int | None = None) -> None:
         if num_batches is not None:
             checked_whole("num_batches", num_batches, 1)
-        self.loader, self.budget_cells, self.num_batches = checked_loader(loader), budget_cells, num_batches
+        self.loader, self.budget_cells, self.num_batches = loader, budget_cells, num_batches
         self._seen: list[dict[str, Any]] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
@@ -36,7 +36,7 @@ class Watch:
             yield batch
 
     def __len__(self) -> int:
-        whole = len(self.loader)
+        whole = len(self.loader)  # type: ignore[arg-type]  (of a loader without a length, its own words)
         return whole if self.num_batches is None else min(whole, self.num_batches)
 
     def run(self) -> Watch:
@@ -156,13 +156,6 @@ class Watch:
         if not self._seen:
             return "Watch of a loader, nothing drawn yet"
         return "\n".join([repr(self.account), *(f"  ! {sentence}" for sentence in self.findings)])
-
-
-def checked_loader(loader: Any) -> Any:
-    """The loader, if it may be iterated. TypeError when not."""
-    if isinstance(loader, str | bytes) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        raise TypeError(f"loader is a DataLoader, or anything else that yields batches; given: {type(loader).__name__}")
-    return loader
 
 
 def watch(loader: Iterable[Any], *, budget_cells: int | None = None, num_batches: int | None = None) -> Watch:

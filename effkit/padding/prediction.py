@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effkit.account import Account
-from effkit.arguments import checked_whole
 from effkit.lab import Trust, asked, calibration_of, interval
 from effkit.padding import epoch_accounts
 from effkit.padding.calibration import Calibration

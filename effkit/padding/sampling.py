@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from effkit.lab.knobs import checked_whole
+from effkit.arguments import checked_whole
 from effkit.padding.buckets import Ints
 from effkit.padding.rank_sharding import Batched, Step, deal
 
