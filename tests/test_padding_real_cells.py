@@ -181,5 +181,23 @@ def test_classes_in_a_batch_are_no_output_lengths(labels):
     assert "output_length" not in watched.lengths
 
 
+def test_what_has_no_cells_is_looked_past():
+    real = cells([3, 5], 6)
+    others = {"graph": torch.eye(2).to_sparse(), "temperature": torch.tensor(2), "name": ["a", "b"], "nothing": None}
+    assert shares({"input_ids": ids(real), "attention_mask": real, **others})["real"] == 8
+    assert shares((ids(real), torch.tensor(2), None, real))["real"] == 8
+
+
+def test_dummy_rows_of_padding_alone_do_not_turn_a_mask_round():
+    real = cells([3, 5, 0], 8)
+    assert shares({"input_ids": ids(real), "attention_mask": real.long()})["real"] == 8
+    assert shares({"input_ids": ids(real), "padding_mask": ~real})["real"] == 8
+
+
+def test_numbers_of_packed_documents_are_real_cells():
+    mask = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 2, 3, 0, 0]])
+    assert shares({"attention_mask": mask}) == {"real": 9, "padding": 3}
+
+
 def test_numpy_and_python_come_in_too():
     assert input_lengths({"lengths": [3, 5]}) == (pytest.approx(np.array([3, 5])), 5)

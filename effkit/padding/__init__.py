@@ -1,7 +1,7 @@
 """The padding analysis: how much of each step is computed on nothing, and what a better batch plan buys.
 
-Beside the public names, ``effkit.advice`` asks for ``input_lengths`` and ``real_rows`` of a batch,
-``plan_at`` a setting, and the titles ``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
+Beside the public names, ``effkit.advice`` asks for ``input_lengths`` and ``real_rows`` of a batch, ``plan_at`` a
+setting, and the titles ``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
 """
 
 from __future__ import annotations

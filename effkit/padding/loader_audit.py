@@ -36,7 +36,7 @@ class Watch:
             yield batch
 
     def __len__(self) -> int:
-        whole = len(self.loader)  # type: ignore[arg-type]  (of a loader without a length, its own words)
+        whole = len(self.loader)  # type: ignore[arg-type]
         return whole if self.num_batches is None else min(whole, self.num_batches)
 
     def run(self) -> Watch:
@@ -161,13 +161,14 @@ class Watch:
 def watch(loader: Iterable[Any], *, budget_cells: int | None = None, num_batches: int | None = None) -> Watch:
     """Audit any DataLoader without changing it: it may stay in the training loop.
 
-    ValueError when a batch shows no mask and no lengths: padding is then not visible, and not guessed.
+    ValueError when a batch shows no mask and no lengths, or a mask that may be read both ways: nothing is guessed.
 
     Parameters
     ----------
     loader
-        Yields dicts (or objects with the same attributes) that hold ``attention_mask`` [B, T], or lengths
-        (``input_lengths``, ``lengths``, ``length``) beside a padded tensor; labels are counted where not -100.
+        Yields dicts (objects with the same attributes, tuples) that hold ``attention_mask`` [B, T] (or another mask,
+        added ones and those true at padding too), or lengths (``input_lengths``, ``lengths``, ``length``) beside a
+        padded tensor; labels are counted where not -100.
     budget_cells
         What the loader believes to be its largest batch [cells].
     num_batches

@@ -65,7 +65,8 @@ def tensors(batch: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in items:
         if hasattr(value, "shape") or (name in _LENGTHS and value is not None):
-            found[str(name)] = _array(value)
+            if str(getattr(value, "layout", "torch.strided")) == "torch.strided":  # a sparse one has no cells
+                found[str(name)] = _array(value)
         elif isinstance(value, (Mapping, tuple)):
             found = tensors(value) | found
     return found
