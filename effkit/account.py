@@ -75,7 +75,8 @@ class Account:
             raise ValueError(f"an Account's frame needs the columns value and basis; missing: {sorted(missing)}")
         if not pd.api.types.is_integer_dtype(self.frame["value"]):
             raise ValueError(f"an Account's values are integers; given: {self.frame['value'].dtype}. Round them")
-        if len(negative := self.frame[self.frame["value"] < 0]):
+        # a time may be a difference of two clocks, and a little below 0
+        if self.unit != "ns" and len(negative := self.frame[self.frame["value"] < 0]):
             item, value = negative.index[0], negative["value"].iloc[0]
             raise ValueError(f"a part of a total is 0 or more; given: {item} {value:,} of {self.total:,} {self.unit}")
         unknown = set(self.frame["basis"]) - set(BASES)

@@ -97,7 +97,7 @@ def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str
 def _larger(
     study: Training, examples: Examples, epoch: Account, grouping: str | None, budget_bytes: int | None
 ) -> Lever | None:
-    overhead = epoch.frame["value"]["step overhead"] / max(1, epoch.total)
+    overhead = min(1.0, epoch.frame["value"]["step overhead"] / max(1, epoch.total))  # a row is modelled, not timed
     size = epoch.setting["batch_size"]
     sizes = [size * growth for growth in _GROWTHS if 2 * size * growth <= len(examples.items)]
     if overhead < _SMALL_FRAC or not sizes:

@@ -213,5 +213,6 @@ def ranked(goal: str, candidates: Sequence[Lever], **more: Any) -> Advice:
 def banded(base: Account, rows: dict[str, int], total: float, half_width: float, source: str, **more: Any) -> Account:
     """A prediction in the form of its base."""
     total, margin = max(0, round(total)), max(0, round(half_width))
+    rows = {item: max(0, value) for item, value in rows.items()}
     return Account.of(base.title, base.unit, rows, total=total, source=source, basis="derived",
                       low=max(0, total - margin), high=total + margin, setting=dict(base.setting), **more)  # fmt: skip
