@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -290,3 +292,17 @@ def test_a_file_that_is_not_there(tmp_path):
     for path in (tmp_path / "absent.zip", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"give the path of a file that Capture\.save\(\) wrote"):
             ek.load(path)
+
+
+@pytest.mark.parametrize("name", ["start", "step", "stop"])
+def test_a_press_while_the_profiler_begins_goes_on_or_ends_waits(name):
+    """A profiler that is left half-way refuses the next one, and ends the process."""
+    own = getattr(torch.profiler.profile, name)
+
+    def pressing(profiler):
+        signal.raise_signal(signal.SIGINT)
+        own(profiler)
+
+    with mock.patch.object(torch.profiler.profile, name, pressing), pytest.raises(KeyboardInterrupt):
+        ek.capture(lambda: torch.ones(2).sum(), steps=1, warmup=0)
+    assert len(ek.capture(lambda: torch.ones(2).sum(), steps=1, warmup=0).steps) == 1
