@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from effkit.least_squares import Floats
 from effkit.padding.buckets import Ints
@@ -15,22 +14,7 @@ _ORDERED = ("sorted", "token_budget")  # neighbouring batches are alike: ranks t
 Step = list[Ints]  # one batch per rank
 
 
-class Batched(Protocol):
-    """Batches that can be dealt; :class:`effkit.padding.Plan` says what each is."""
-
-    @property
-    def strategy(self) -> str: ...
-    @property
-    def lengths(self) -> pd.DataFrame: ...
-    @property
-    def order(self) -> Ints: ...
-    @property
-    def bucket(self) -> Ints: ...
-    @property
-    def batches(self) -> Sequence[Ints]: ...
-    @property
-    def frame(self) -> pd.DataFrame: ...
-    def padded(self, longest: Any) -> Any: ...
+Batched = Any  # effkit.padding.plans.Plan, which uses this module
 
 
 def deal(plan: Batched, world_size: int, rng: np.random.Generator) -> list[Step]:

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from effkit.arguments import checked_whole
-from effkit.padding.buckets import Ints
 from effkit.padding.rank_sharding import Batched, Step, deal
-
-
-class Planned(Batched, Protocol):
-    """Batches that can be planned anew; :class:`effkit.padding.Plan` says what each is."""
-
-    @property
-    def row_starts(self) -> Ints | None: ...
-    @property
-    def batch_starts(self) -> Ints: ...
-    @property
-    def num_rows(self) -> int: ...
-    def replanned(self, seed: int) -> Planned: ...
 
 
 class BatchSampler(Sampler[list[int]]):
@@ -54,7 +41,7 @@ class BatchSampler(Sampler[list[int]]):
     Under accelerate: ``accelerator.prepare(DataLoader(dataset, batch_sampler=plan.batch_sampler(None, 8)))``.
     """
 
-    def __init__(self, plan: Planned, *, rank: int | None = 0, world_size: int = 1, seed: int = 0) -> None:
+    def __init__(self, plan: Batched, *, rank: int | None = 0, world_size: int = 1, seed: int = 0) -> None:
         if (0 if rank is None else rank) not in range(checked_whole("world_size", world_size, 0)):
             raise ValueError(f"rank is in 0..world_size-1; given: rank {rank} of {world_size}")
         if plan.row_starts is not None and len(plan.batch_starts) != plan.num_rows:
