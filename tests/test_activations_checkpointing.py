@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from effkit import models
+import effkit as ek
+from effkit import activations, models
 from effkit.activations.checkpointing import blocks, checkpoint
 from effkit.activations.saved_tensor_hooks import tensors_in, watch
 
@@ -272,3 +274,78 @@ def test_a_model_without_blocks_and_wrong_options():
     for options in ({"every": 0}, {"keep": "all"}):
         with pytest.raises(ValueError, match='every >= 1 and keep=None or "matmul"; given'), checkpoint(net, **options):
             pass
+
+
+class Checkpointed(nn.Module):
+    """Its stack as a whole is recomputed in backward, or each block by itself."""
+
+    def __init__(self, how, **more):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(3)))
+        self.how, self.more = how, more
+
+    def forward(self, x):
+        x = self.first(x)
+        for part in [self.blocks] if self.how == "whole" else self.blocks:
+            x = recompute(part, x, **self.more)
+        return x
+
+
+def checkpointing_gpt(use_reentrant):
+    model, _ = gpt()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    tokens = torch.randint(0, 50, (16, 32))
+    return model, {"input_ids": tokens, "labels": tokens}, None
+
+
+def checkpointing(how, use_reentrant):
+    return Checkpointed(how, use_reentrant=use_reentrant), torch.randn(1024, 16), lambda y: y.square().mean()
+
+
+OWN = {
+    "whole": lambda: checkpointing("whole", use_reentrant=False),
+    "whole, reentrant": lambda: checkpointing("whole", use_reentrant=True),
+    "blocks": lambda: checkpointing("blocks", use_reentrant=False),
+    "blocks, reentrant": lambda: checkpointing("blocks", use_reentrant=True),
+    "transformers": lambda: checkpointing_gpt(False),
+    "transformers, reentrant": lambda: checkpointing_gpt(True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:use_reentrant|None of the inputs")
+@pytest.mark.parametrize("build", OWN.values(), ids=OWN)
+def test_a_model_that_checkpoints_itself_keeps_its_figures_and_its_gradients(build):
+    model, batch, loss = build()
+    base = activations.measure(model, batch, loss=loss, repeats=1)
+    for levers in ({"checkpoint_every": 1}, {"checkpoint_every": 2, "keep": "matmul"},
+                   {"compress": "int8", "checkpoint_every": 1}):  # fmt: skip
+        measured = activations.measure(model, batch, loss=loss, base=base, repeats=1, **levers)
+        assert activations.predict(base, **levers).total == pytest.approx(measured.total, rel=0.02), levers
+        # compressed activations need memory to be restored in, and products that are kept are kept beside what it keeps
+        assert len(levers) > 1 or measured.total == pytest.approx(base.total, rel=0.1), "it is recomputed once"
+    error = activations.gradient_error(model, batch, lambda: checkpoint(model), loss=loss)
+    assert error["relative_error"].max() == 0
+
+
+@pytest.mark.parametrize("how", ["whole", "transformers"])
+def test_checkpointing_is_no_lever_on_a_model_that_checkpoints_already(how):
+    model, batch, loss = OWN[how]()
+    base = activations.measure(model, batch, loss=loss, repeats=1, time_levers=True)
+    settings = activations.front(base, levers=["checkpoint", "autocast"])["setting"]
+    assert not settings.str.fullmatch("checkpoint_every=.").any()
+    assert settings.str.contains("autocast").any()
+
+
+def test_advice_on_memory_says_that_the_model_checkpoints_already():
+    model, batch, loss = OWN["whole"]()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss(model(batch)).backward()
+        optimizer.step()
+
+    study = ek.study(step, model, [batch] * 3, loss=loss, num_batches=3)
+    advice = study.advise("memory", budget_bytes=study.memory.total // 2)
+    assert any("the model checkpoints already: " in note for note in advice.notes), advice

@@ -60,11 +60,11 @@ def checkpoint(model: nn.Module, every: int = 1, *, keep: str | None = None) -> 
     """Let every ``every``-th block of the model, from the first, be recomputed in backward in this context.
 
     Gradients are the same to the last bit: dropout draws the same numbers again, and running statistics of batch norms
-    are updated once (recomputing runs on copies of them). Blocks in evaluation mode, and all under ``no_grad``, run as
-    they are. A key-value cache is kept from recomputed blocks, which would fill it twice; a model that makes one when
-    it trains (``use_cache=True``) then multiplies keys in another memory order, and its gradients differ in rounding.
-    ValueError if there are no blocks; and in the forward pass, if a block is given a key-value cache that holds
-    positions.
+    are updated once (recomputing runs on copies of them). Blocks in evaluation mode, those that the model itself
+    recomputes, and all under ``no_grad``, run as they are. A key-value cache is kept from recomputed blocks, which
+    would fill it twice; a model that makes one when it trains (``use_cache=True``) then multiplies keys in another
+    memory order, and its gradients differ in rounding. ValueError if there are no blocks; and in the forward pass, if a
+    block is given a key-value cache that holds positions.
 
     Parameters
     ----------
@@ -94,7 +94,8 @@ def _recomputed(block: nn.Module, keep: str | None) -> Iterator[None]:
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
+        # what the model recomputes runs again in backward, when this context may be over: the same way both times
+        if not (block.training and torch.is_grad_enabled()) or _within_recomputing():
             return forward(*args, **kwargs)
         # all tensors in one row: of keyword arguments torch keeps references, which no hook sees
         leaves, spec = tree_flatten((tuple(map(_uncached, args)), {name: _uncached(kwargs[name]) for name in kwargs}))
@@ -115,6 +116,12 @@ def _recomputed(block: nn.Module, keep: str | None) -> Iterator[None]:
 
     with mock.patch.object(block, "forward", run):
         yield
+
+
+def _within_recomputing() -> bool:
+    """Whether torch's own hooks of saved tensors, in force in the first run and the second, are the latest."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == recompute.__module__
 
 
 def _contexts(block: nn.Module, keep: str | None, random_state: bytes | None) -> tuple[Any, Any]:

@@ -67,10 +67,12 @@ def gradient_error(
 
 def _gradients(model: nn.Module, batch: Any, to_loss: Loss, levers: AbstractContextManager[Any]) -> _Gradients:
     """Gradients by name, with the model's own left alone."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with unchanged(model), torch.enable_grad(), levers:
-        gradients = torch.autograd.grad(to_loss(forward(model, batch)), list(parameters.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    with unchanged(model), torch.enable_grad():
+        with levers:
+            loss = to_loss(forward(model, batch))
+        loss.backward()  # not autograd.grad(), which a model that checkpoints by reentering refuses
+        return {name: parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+                for name, parameter in model.named_parameters() if parameter.grad is not None}  # fmt: skip
 
 
 def _compare(exact: _Gradients, other: _Gradients) -> pd.DataFrame:

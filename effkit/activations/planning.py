@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from effkit.account import Account
-from effkit.activations.levers import Levers
-from effkit.activations.live import TIME
+from effkit.activations.levers import Levers, parted
+from effkit.activations.live import TIME, Calibration
+from effkit.activations.op_costs import MOVED
 from effkit.activations.prediction import predict
 from effkit.arguments import checked_amount
+from effkit.lab import calibration_of
 from effkit.units import readable
 
 # each lever's positions, from one that is off; of two on the list the later saves more, as a rule
@@ -39,7 +42,8 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
     base
         What ``measure(..., time_levers=True)`` returned.
     levers
-        Which to combine, of :data:`POSITIONS`. ``"offload"`` frees nothing where host and device memory are one.
+        Which to combine, of :data:`POSITIONS`; those that change nothing in this step, such as checkpointing a model
+        that checkpoints already, are left out. ``"offload"`` frees nothing where host and device memory are one.
     lossless
         Leave out what changes gradients or updates.
 
@@ -54,12 +58,15 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
         raise TypeError(f"levers is a list of names; given: {levers!r}")
     if unknown := set(levers) - set(POSITIONS):
         raise ValueError(f"no such lever: {', '.join(sorted(unknown))}; there are {', '.join(POSITIONS)}")
+    if calibration_of(base, Calibration, "activations").clock is None:
+        raise ValueError("the time of levers was not measured: measure(..., time_levers=True) does that")
     tried: dict[Levers, tuple[int, int]] = {}
     new = [Levers()]
+    positions = {name: [one for one in POSITIONS[name] if _acts(base, Levers(**one))] for name in levers}
     while new:
         tried |= {combination: _predicted(base, combination) for combination in new}
         best = _on_front(tried)
-        further = dict.fromkeys(more for combination in best for more in _further(combination, levers))
+        further = dict.fromkeys(more for combination in best for more in _further(combination, positions))
         new = [more for more in further
                if more not in tried and (more.lossless or not lossless) and _possible(base, more)]  # fmt: skip
     rows = [(_name(combination), *figures, combination.lossless, combination in best)
@@ -96,8 +103,6 @@ def _name(levers: Levers) -> str:
 
 def _predicted(base: Account, levers: Levers) -> tuple[int, int]:
     account = predict(base, **asdict(levers))
-    if base.calibration.clock is None:
-        raise ValueError("the time of levers was not measured: measure(..., time_levers=True) does that")
     return account.total, account.companion(TIME).total
 
 
@@ -105,10 +110,20 @@ def _possible(base: Account, levers: Levers) -> bool:
     return levers.micro_batches <= base.setting["batch_size"] and bool(base.calibration.clock.knows(levers))
 
 
-def _further(levers: Levers, names: Sequence[str]) -> Iterator[Levers]:
+def _acts(base: Account, levers: Levers) -> bool:
+    """Whether they change which operators run: recomputing does not where the model checkpoints already."""
+    if not _possible(base, levers):
+        return False
+    timelines = [base.calibration.forecaster.timeline(*parted({**base.setting, **asdict(one)}))
+                 for one in (levers, Levers())]  # fmt: skip
+    run, plain = ([one.signatures[i] for i in np.flatnonzero(one.work[:, MOVED])] for one in timelines)  # no views
+    return run != plain
+
+
+def _further(levers: Levers, positions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Levers]:
     """One more lever, or one that is in force at another position."""
-    for name in names:
-        for position in POSITIONS[name]:
+    for name in positions:
+        for position in positions[name]:
             yield replace(levers, **{"keep": "none", **position} if name == "checkpoint" else position)
 
 

@@ -30,6 +30,9 @@ def advise(study: Training, budget_bytes: int | None, **more: Any) -> Advice:
     fitting: list[Lever] = []
     if study.memory.total > limit:
         fitting = _fitting(study, limit, notes)
+        if study.heard.num_recomputed:
+            notes.append(f"the model checkpoints already: {study.heard.num_recomputed} modules are computed again in "
+                         "backward")  # fmt: skip
     else:
         notes.append(f"the peak, {readable(study.memory.total, 'bytes')}, is within {readable(round(limit), 'bytes')}: "
                      "nothing that costs time or accuracy is suggested")  # fmt: skip
