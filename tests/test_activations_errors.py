@@ -162,3 +162,67 @@ def test_an_account_that_was_not_measured_predicts_nothing(base):
 def test_saved_activations_are_told_in_two_ways_only(base):
     with pytest.raises(ValueError, match="saved activations are told by module or by operator; given: 'layer'"):
         activations.saved(base, "layer")
+
+
+class Failing(nn.Module):
+    """Batches of more than ``most`` rows raise this, in the midst of a forward pass that has changed the model."""
+
+    def __init__(self, error, most=8):
+        super().__init__()
+        self.first, self.norm, self.error, self.most = nn.Linear(6, 6), nn.BatchNorm1d(6), error, most
+        self.seen = 0
+
+    def forward(self, x):
+        x, self.seen = self.norm(self.first(x)), len(x)
+        if len(x) > self.most:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), IndexError("no"), KeyError("no"), AttributeError("no")])
+def test_a_replay_that_fails_says_where_and_why_and_leaves_the_base_as_it_was(error):
+    model = Failing(error)
+    base = activations.measure(model, torch.randn(4, 6), loss=torch.sum, repeats=1)
+    before = activations.predict(base, batch_size=3).total
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"measured, not forecast: at module Failing, because .*Error: '?no"
+        ) as told:
+            activations.predict(base, batch_size=9)
+        one_sentence(told)
+        assert activations.predict(base, batch_size=3).total == before
+        assert activations.predict(base, autocast="bfloat16").total > 0
+
+
+def test_a_replay_that_fails_in_an_optimizer_leaves_the_base_as_it_was(gpt, batch):
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            super().step(closure)
+            if self.fails:
+                raise KeyError(9477)
+
+    base = activations.measure(gpt, batch, optimizer=Failing, repeats=1)
+    Failing.fails = True
+    with pytest.raises(ValueError, match="at the loss, backward or optimizer, because KeyError: 9477"):
+        activations.predict(base, checkpoint_every=1)
+    Failing.fails = False
+    assert activations.predict(base, checkpoint_every=1).total < base.total
+
+
+def test_a_replay_writes_into_no_batch_of_a_user():
+    tokens = torch.randint(0, 5, (4, 6))
+    before = tokens.clone()
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(6, 8)
+
+        def forward(self, ids):
+            ids[:, 0] = 5
+            return self.embed(ids)
+
+    activations.forecast(Writing(), tokens, loss=torch.sum)
+    assert torch.equal(tokens, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,7 +33,9 @@ from effkit.restoring import random_numbers_kept
 from effkit.training import Loss, MakeOptimizer, drop_gradients, own_loss, residents, still
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
+_DYNAMIC = fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
 _MOST_VALUES = 2**24  # of a mask or of indices whose values are kept
+_MOST_NUMBERS = 2**20  # the same of other numbers, if they were made from nothing
 _MOST_PARTS = 2  # micro-batches after the second repeat it
 
 
@@ -41,20 +44,25 @@ class Replayer:
 
     The model, real or on the meta device, is copied, not touched; ``loss`` and ``optimizer`` are those of
     :func:`effkit.activations.measure`. With ``as_on_gpu``, what differs on a GPU is done as it is done there (see
-    :mod:`effkit.activations.gpu_assumptions`). ValueError when the model cannot be copied.
+    :mod:`effkit.activations.gpu_assumptions`). A model that cannot be copied has no replays.
     """
 
     def __init__(
         self, model: torch.nn.Module, loss: Loss | None = None, optimizer: MakeOptimizer | None = None, *,
         as_on_gpu: bool = False,
     ) -> None:  # fmt: skip
-        self._mode = _Valued()
+        self._mode, self._refused = _Valued(), ""
         tensors = (*model.parameters(), *model.buffers())
         placed: dict[int, Any] = {id(tensor): self._placed(tensor) for tensor in tensors if tensor.is_meta}
         attributes = [value for module in model.modules() for value in vars(module).values()]
         placed |= {id(one): one.clone_state() for one in attributes if isinstance(one, torch.Generator)}
         with fake_tensor.FakeCopyMode(self._mode):
-            self._model = copy.deepcopy(model, placed)
+            try:
+                shared = {id(value): value for value in _uncopied(model, seen=set())}
+                self._model = copy.deepcopy(model, placed | shared)
+            except Exception as error:
+                self._refused = f"this step can be measured, not forecast: its model cannot be copied, because {error}"
+                return
         for parameter in self._model.parameters():
             parameter.grad = None
         self._loss, self._as_on_gpu = loss or own_loss, as_on_gpu
@@ -71,9 +79,12 @@ class Replayer:
     def replay(self, batch: Any, levers: Levers) -> Timeline:
         """One steady step on a batch, real or fake, of which two micro-batches stand for all.
 
-        ValueError when the shapes of the step depend on the values of activations, which a replay does not have. An
-        exception raised below a fake tensor's operator can end the process, so Ctrl-C waits until this has returned.
+        ValueError when it fails, with the place and the reason, such as shapes that depend on values of activations,
+        which a replay does not have; later replays are as if it had not been. An exception raised below a fake tensor's
+        operator can end the process, so Ctrl-C waits until this has returned.
         """
+        if self._refused:
+            raise ValueError(self._refused)
         return uninterrupted(partial(self._replay, batch, levers))
 
     def _replay(self, batch: Any, levers: Levers) -> Timeline:
@@ -82,7 +93,7 @@ class Replayer:
             update = self._update(fake, levers)
             follower = Follower(residents(self._model, update, fake))
             with follower.following(self._model):
-                stepping.run(self._model, fake, self._loss, update, levers, follower.enter, _MOST_PARTS)
+                self._run(fake, update, levers, follower.enter)
             timeline = follower.timeline()
             self.calls |= follower.calls
             return _rounded(timeline) if self._as_on_gpu else timeline
@@ -91,9 +102,19 @@ class Replayer:
         """The optimizer, its state in place."""
         if levers.optimizer_states not in self._updates:
             update = still(self._model.parameters(), levers.optimizer(self._make))
-            stepping.run(self._model, batch, self._loss, update, Levers())
+            self._run(batch, update, Levers())
             self._updates[levers.optimizer_states] = update
         return self._updates[levers.optimizer_states]
+
+    def _run(
+        self, batch: Any, update: torch.optim.Optimizer, levers: Levers, enter: stepping.Enter = lambda phase: None
+    ) -> None:
+        def entered(phase: str) -> None:
+            self._mode.updates = phase == stepping.OPTIMIZER
+            enter(phase)
+
+        self._mode.updates = False
+        stepping.run(self._model, batch, self._loss, update, levers, entered, _MOST_PARTS)
 
     @contextmanager
     def _faking(self) -> Iterator[None]:
@@ -110,15 +131,59 @@ class Replayer:
             if self._as_on_gpu:
                 stack.enter_context(gpu_assumptions.AsOnGpu())
             stack.enter_context(random_numbers_kept(devices=[]))
+            before = [(module, name, value) for module in self._model.modules() for name, value in _held(module)]
             try:
                 yield
-            except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
-                raise ValueError(
-                    f"the shapes of this step depend on the values of its activations ({error}), as in a mixture of "
-                    "experts that drops no token: such a step can be measured, not forecast"
-                ) from error
-            except fake_tensor.UnsupportedOperatorException as error:
-                raise ValueError(f"a step with the operator {error} can be measured, not forecast") from error
+            except Exception as error:
+                self._updates.clear()  # they may be half a step on
+                for module, name, value in before:
+                    vars(module)[name] = value
+                if isinstance(error, ValueError) and _frames(error)[-1].f_globals["__name__"].startswith("effkit."):
+                    raise  # what was given is refused, in our words
+                raise ValueError(self._why(error)) from error
+
+    def _why(self, error: Exception) -> str:
+        """Where a replay failed, and why."""
+        frames, names = _frames(error), {id(module): name for name, module in self._model.named_modules()}
+        inside = [names[id(one)] for frame in frames if id(one := frame.f_locals.get("self")) in names]
+        called = [frame.f_locals["func"] for frame in frames
+                  if frame.f_locals.get("self") is self._mode and "func" in frame.f_locals]  # fmt: skip
+        place = f"module {inside[-1] or type(self._model).__name__}" if inside else "the loss, backward or optimizer"
+        if called:
+            place += f", operator {called[-1]}"
+        said = next(iter(str(error).splitlines()), "")
+        because = (
+            "what follows depends on the values of activations, as in a mixture of experts that drops no token"
+            if isinstance(error, _DYNAMIC) else "a replay does not know it"
+            if isinstance(error, fake_tensor.UnsupportedOperatorException) else f"{type(error).__name__}: {said[:150]}"
+        )  # fmt: skip
+        return f"this step can be measured, not forecast: at {place}, because {because}"
+
+
+def _uncopied(*values: Any, seen: set[int]) -> Iterator[Any]:
+    """What is held by these and cannot be copied, such as a lock."""
+    for value in values:
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict | list | tuple):
+            yield from _uncopied(*(value.values() if isinstance(value, dict) else value), seen=seen)
+        elif hasattr(value, "__dict__") and not isinstance(value, type | torch.Tensor):
+            yield from _uncopied(vars(value), seen=seen)
+        elif not hasattr(value, "__next__"):  # a copy that draws from the same would use it up
+            try:
+                copy.copy(value)
+            except TypeError:
+                yield value
+
+
+def _held(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """What a module holds by name: dictionaries of parameters and buffers as copies."""
+    return [(name, value.copy() if isinstance(value, dict) else value) for name, value in vars(module).items()]
+
+
+def _frames(error: Exception) -> list[Any]:
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _rounded(timeline: Timeline) -> Timeline:
@@ -131,34 +196,101 @@ def _rounded(timeline: Timeline) -> Timeline:
 
 
 class _Valued(fake_tensor.FakeTensorMode):
-    """Fake tensors of which indices and masks have values: models branch on these."""
+    """Fake tensors of which indices and masks have values: models branch on these.
 
-    def may_turn_const(self, t: torch.Tensor) -> bool:
-        return super().may_turn_const(t) or (type(t) is torch.Tensor and _small(t))
+    A random number alone, the coin of a layer that is dropped now and then, is 0.5; so is any number that a step reads
+    from activations, to scale by, as a rule; and while an optimizer ``updates``, no shape depends on what it reads.
+    """
+
+    updates = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if isinstance(out, FakeTensor) and out.constant is None and _small(out) and _makes_values(func, args, kwargs):
-            with no_dispatch():
-                out = func(*args, **(kwargs or {}))
-            return self.valued(out)  # fakes are made under dispatch
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+        known = [(one, one.constant) for one in given if one.constant is not None]
+        if func is torch.ops.aten._local_scalar_dense.default and given:
+            (read,) = given
+            if not known and (read.is_floating_point() or self.updates):
+                return 0.5 if read.is_floating_point() else False if read.dtype == torch.bool else 1
+        stored = any(isinstance(leaf, torch.UntypedStorage) for leaf in leaves)  # without values
+        follows = len(known) == len(given) and not _random(func) and not stored
+        if follows:  # torch would return values without the storages that they share
+            for one, _ in known:
+                one.constant = None
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        except RuntimeError as error:
+            for one, constant in known:
+                one.constant = constant
+            if isinstance(error, _DYNAMIC) and any(
+                one.constant is None and (len(given) == 1 or not one.is_floating_point()) for one in given
+            ):
+                raise
+            return self._really(func, args, kwargs, error)
+        finally:
+            for one, constant in known if follows else ():
+                one.constant = constant
+        self._value(func, args, kwargs, given, out, follows)
         return out
+
+    def _value(self, func: Any, args: Any, kwargs: Any, given: list[FakeTensor], out: Any, follows: bool) -> None:
+        """Give values to what an operator returned, if they are known."""
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor)]
+        coin = not given and len(made) == 1 and made[0].numel() == 1 and _random(func)
+        # of others what was made from nothing, such as a mask of ones
+        small = bool(made) and all(_small(one) or one.numel() <= (1 if given else _MOST_NUMBERS) for one in made)
+        same = "empty" not in func._schema.name and not _random(func) and (follows or _shaped(func))
+        if not coin and not (same and (small or func._schema.is_mutable)):
+            return
+        with no_dispatch():
+            real = tree_map_only(FakeTensor, lambda one: _zeros(one) if one.constant is None else one.constant,
+                                 (args, kwargs))  # fmt: skip
+            values = [leaf for leaf in tree_leaves(func(*real[0], **real[1])) if isinstance(leaf, torch.Tensor)]
+            values = [value.fill_(0.5) if coin and value.is_floating_point() else value for value in values]
+        for fake, value in zip(made, values, strict=True):
+            self._with_values(fake, value)
+
+    def _really(self, func: Any, args: Any, kwargs: Any, error: RuntimeError) -> Any:
+        """What an operator returns that has no fake form for these: it is run, on its values or zeros."""
+        try:
+            with no_dispatch():
+                real = tree_map_only(FakeTensor, lambda one: _zeros(one) if one.constant is None else one.constant,
+                                     (args, kwargs))  # fmt: skip
+                out = func(*real[0], **real[1])
+        except Exception:
+            raise error from None
+        return tree_map_only(torch.Tensor, self.valued, out)
 
     def valued(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake of a real tensor, with its values if these are indices or a mask."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        return self.fake_tensor_converter.from_real_tensor(self, tensor, make_constant=_small(tensor))
+        fake = self.fake_tensor_converter.from_real_tensor(self, tensor)
+        if not _small(tensor):
+            return fake
+        with no_dispatch():
+            return self._with_values(fake, tensor.clone())  # a step may write into it
+
+    def _with_values(self, fake: FakeTensor, values: torch.Tensor) -> FakeTensor:
+        fake.constant = values
+        self.fake_tensor_converter.add_constant_storage_mapping(fake)
+        return fake
 
 
 def _small(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= _MOST_VALUES
 
 
-def _makes_values(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether this makes a tensor from nothing, the same each time: arange, ones, …"""
-    return (
-        not func._schema.name.startswith("aten::empty")
-        and torch.Tag.nondeterministic_seeded not in func.tags
-        and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs)))
-    )
+def _zeros(fake: FakeTensor) -> torch.Tensor:
+    span = 1 + sum((size - 1) * step for size, step in zip(fake.shape, fake.stride(), strict=True))
+    return torch.zeros(span if fake.numel() else 0, dtype=fake.dtype).as_strided(fake.shape, fake.stride())
+
+
+def _random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def _shaped(func: Any) -> bool:
+    """Whether this takes from tensors their shapes only."""
+    return func._schema.name.startswith("aten::new_") or func._schema.name.endswith("_like")

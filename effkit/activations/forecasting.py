@@ -135,7 +135,7 @@ class Forecaster:
         sizes = [Size(num_rows, num_cells) for num_rows in span for num_cells in lengths]
         try:
             timelines = [self.timeline(size, levers) for size in sizes]
-        except (RuntimeError, IndexError, ValueError):
+        except ValueError:
             if not cells:
                 raise
             # longer than the model has positions for

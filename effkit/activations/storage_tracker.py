@@ -113,7 +113,9 @@ class Follower(TorchDispatchMode):
         self._modules.clear()
         if phase == OPTIMIZER:
             self._gradients = {
-                self._allocation_of[g.untyped_storage()._cdata] for p in self._parameters if (g := p.grad) is not None
+                self._allocation_of.get(g.untyped_storage()._cdata, -1)
+                for p in self._parameters
+                if (g := p.grad) is not None
             }
         # cutting off the first micro-batch belongs to it
         self._segments.append(Segment(phase, len(self._ops) if self._segments else 0))
