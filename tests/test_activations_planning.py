@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from activation_models import recorded_peak
+from torch import nn
 
 from effkit import activations
 from effkit.activations.levers import Levers
@@ -117,3 +118,20 @@ def test_levers_that_were_not_timed_have_no_front(gpt, batch, search):
 def test_every_position_is_a_lever_setting():
     for positions in POSITIONS.values():
         assert all(Levers(**position).changed for position in positions)
+
+
+def test_micro_batches_are_lossless_only_where_the_gradient_stays():
+    def contrastive(y):
+        return nn.functional.cross_entropy(y @ y.T, torch.arange(len(y)))
+
+    def square(y):
+        return y.square().mean()
+
+    plain = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 6))
+    norms = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 6))
+    for model, loss, lossless in [(plain, square, True), (norms, square, False), (plain, contrastive, False)]:
+        torch.manual_seed(0)
+        base = activations.measure(model, torch.randn(8, 6), loss=loss, repeats=1, time_levers=True)
+        table = activations.front(base, levers=["micro_batches"], lossless=True)
+        assert table["setting"].str.contains("micro").any() == lossless
+        assert (base.calibration.parts_error < 1e-5) == lossless

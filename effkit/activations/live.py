@@ -38,7 +38,8 @@ class Calibration:
 
     ``observed`` is the step that was measured, ``clock`` the time of a step (``None`` where levers were not timed),
     ``error_frac`` the replay of the measured step over its measured peak, minus 1; ``errors`` and ``noise`` are the
-    gradient's, of each lossy lever that was run and between half batches.
+    gradient's, of each lossy lever that was run and between half batches; ``parts_error`` is that of micro-batches,
+    beside the rounding of a number.
     """
 
     forecaster: Forecaster
@@ -47,6 +48,8 @@ class Calibration:
     error_frac: float
     errors: Mapping[str, Account] = field(default_factory=dict)
     noise: tuple[Account, ...] = ()
+    parts_error: float = float("nan")
+    rounding_frac: float = 0.0
 
 
 def measure(
@@ -125,7 +128,9 @@ def measure(
             clock = _clock(steps, observed, spent, len(timed)) if time_levers else None
             errors = {name: lossy_gradients.measured(model, batch, lever, forecaster.loss)
                       for lever in timed[1:] for name in lossy_gradients.lossy(lever)}  # fmt: skip
-            calibration = Calibration(forecaster, step, clock, error, errors, noise)
+            apart = lossy_gradients.parts_error(model, batch, forecaster.loss) if time_levers else float("nan")
+            rounding = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters())
+            calibration = Calibration(forecaster, step, clock, error, errors, noise, apart, rounding)
     phases = min(spent[0], key=lambda phases: sum(phases.values()))
     companions = [
         Account.of(TIME, "ns", phases, total=sum(phases.values()), source=f"wall time, fastest of {repeats}",

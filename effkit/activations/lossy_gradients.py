@@ -10,12 +10,14 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from effkit.account import Account
 from effkit.activations import stepping
 from effkit.activations.gradients import gradient_error
 from effkit.activations.levers import NONE, Levers
-from effkit.training import Loss
+from effkit.restoring import unchanged
+from effkit.training import Loss, forward
 
 ERROR, NOISE = "Gradient error", "Gradient noise between half batches"
 _SPREAD = 2  # an error seen once, at one batch and one state of the weights, is known to about this factor
@@ -40,6 +42,30 @@ def noise(model: torch.nn.Module, batch: Any, loss: Loss) -> tuple[Account, ...]
     first, second = stepping.parts(batch, 2)
     noise = _ppm(gradient_error(model, first, nullcontext, loss=loss, batches=[second])["noise_relative_error"])
     return (Account.of(NOISE, "ppm", {"noise": noise}, total=noise, source="the same, between half batches"),)
+
+
+def parts_error(model: torch.nn.Module, batch: Any, loss: Loss) -> float:
+    """The relative error of the gradient of two micro-batches, without dropout; nan for a batch of one row.
+
+    Not rounding where examples see each other, as in batch norms and contrastive losses, or count unequally.
+    """
+    if stepping.rows(batch) < 2:
+        return math.nan
+    gradients: list[torch.Tensor] = []
+    for count in (1, 2):
+        with unchanged(model), torch.enable_grad():
+            for module in model.modules():  # these are the same in both modes, but for what is to be seen here
+                module.training = module.training and isinstance(module, _NormBase | torch.nn.RNNBase)
+            for part in stepping.parts(batch, count):
+                (loss(forward(model, part)) * (stepping.rows(part) / stepping.rows(batch))).backward()
+            given = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            gradients.append(torch.cat([gradient.to_dense().double().flatten() for gradient in given]))
+    return float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+
+
+def parts_change(calibration: Any) -> bool:
+    """Whether micro-batches change the gradient by more than rounding: not in the first half of its digits."""
+    return bool(calibration.parts_error > calibration.rounding_frac**0.5)
 
 
 def predicted(levers: Levers, errors: Mapping[str, Account], noise: tuple[Account, ...]) -> tuple[Account, ...]:

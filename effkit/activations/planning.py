@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
+from effkit.activations import lossy_gradients
 from effkit.activations.levers import Levers, parted
 from effkit.activations.live import TIME, Calibration
 from effkit.activations.op_costs import MOVED
@@ -45,7 +46,7 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
         Which to combine, of :data:`POSITIONS`; those that change nothing in this step, such as checkpointing a model
         that checkpoints already, are left out. ``"offload"`` frees nothing where host and device memory are one.
     lossless
-        Leave out what changes gradients or updates.
+        Leave out what changes gradients or updates; whether micro-batches do was tried on this model.
 
     Returns
     -------
@@ -68,8 +69,8 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
         best = _on_front(tried)
         further = dict.fromkeys(more for combination in best for more in _further(combination, positions))
         new = [more for more in further
-               if more not in tried and (more.lossless or not lossless) and _possible(base, more)]  # fmt: skip
-    rows = [(_name(combination), *figures, combination.lossless, combination in best)
+               if more not in tried and (_lossless(base, more) or not lossless) and _possible(base, more)]  # fmt: skip
+    rows = [(_name(combination), *figures, _lossless(base, combination), combination in best)
             for combination, figures in tried.items()]  # fmt: skip
     table = pd.DataFrame(rows, columns=["setting", "peak_bytes", "step_ns", "lossless", "on_front"])
     table = table.sort_values("step_ns", kind="stable", ignore_index=True)
@@ -95,6 +96,10 @@ def cheapest(base: Account, budget_bytes: int, *, levers: Sequence[str] = LEVERS
         f"no combination of these levers fits into {readable(budget_bytes, 'bytes')}: the smallest, "
         f"{smallest['setting']}, needs {readable(smallest['peak_bytes'], 'bytes')}; use a smaller batch"
     )
+
+
+def _lossless(base: Account, levers: Levers) -> bool:
+    return levers.lossless and not (levers.micro_batches > 1 and lossy_gradients.parts_change(base.calibration))
 
 
 def _name(levers: Levers) -> str:

@@ -132,6 +132,9 @@ def _lab_lever(study: Training, base: Account, predicted: Account, changes: Mapp
     effects = [f"a step takes {after / before - 1:+.0%}, predicted"]
     if not levers.lossless:
         effects.append("gradients or updates are no longer exact")
+    if levers.micro_batches > 1:
+        apart = base.calibration.parts_error
+        effects.append(f"two micro-batches move this model's gradient by {apart:.2g} of its length, dropout left out")
     return Lever(
         "activation memory", words, f"the peak is {readable(base.total, 'bytes')}, of which "
         f"{base.share.get('saved activation', 0.0):.0%} are saved activations", base, predicted, _code(changes),
