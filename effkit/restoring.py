@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import random
 import sys
 import threading
@@ -31,6 +32,8 @@ _CLOSED = (
     str, bytes, int, float, complex, range, slice, type(None), np.generic, torch.dtype, torch.device, torch.Size,
     UninitializedParameter,
 )  # fmt: skip
+# What another thread, or somebody else, may be at work with meanwhile: a tracking service's client, a progress bar
+_SHARED = (threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Event, io.IOBase)
 _WHERE_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "site-packages", "dist-packages")
 _LIBRARIES = ("torch._", "pandas.", "numpy.", "pyarrow.", "matplotlib.", "IPython.", "ipykernel.", "ipywidgets.")
 _MOST_OBJECTS = 1_000_000
@@ -199,6 +202,11 @@ class Reached:
         yield type(one)
         attributes = getattr(one, "__dict__", None)
         if isinstance(attributes, dict):
+            theirs = not _users(module) and not isinstance(one, torch.nn.Module) and not module.startswith("torch.")
+            if theirs and any(isinstance(value, _SHARED) for value in attributes.values()):
+                self._say(f"a {type(one).__name__} of {module.partition('.')[0]}, which holds a lock, a thread or a "
+                          "file: what the step does to it stays")  # fmt: skip
+                return
             if _users(module):
                 for value in attributes.values():
                     self._drawn_from(value)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+import threading
+import types
 from contextlib import suppress
 
 import numpy as np
@@ -390,3 +393,27 @@ def test_containers_keep_their_order_and_their_kind():
     assert held["queue"].maxlen == 3
     held["ordered"]["c"] = 3
     assert list(held["ordered"]) == ["a", "b", "c"]
+
+
+def test_what_holds_a_lock_or_a_thread_of_its_own_is_left_and_said(monkeypatch):
+    """The client of a tracking service: its own thread works with it meanwhile."""
+    library = types.ModuleType("tracking")
+    library.__file__ = "/anywhere/site-packages/tracking.py"
+    monkeypatch.setitem(sys.modules, "tracking", library)
+
+    class Client:
+        def __init__(self):
+            self.lock, self.sent = threading.Lock(), []
+
+    Client.__module__ = "tracking"
+    model, client = stack(), Client()
+
+    def step():
+        client.sent.append(1)
+
+    with unchanged(model, step) as given:
+        step()
+    assert client.sent == [1]
+    assert given.unseen == [
+        "a Client of tracking, which holds a lock, a thread or a file: what the step does to it stays"
+    ]

@@ -363,6 +363,10 @@ ZOO = {
                                                "labels": torch.randint(1, 20, (4, 6))}),
     "Perceiver": Kind(hf("PerceiverForMaskedLM", **PERCEIVER), lambda: {
         "inputs": torch.randint(3, 90, (4, 24)), "labels": torch.randint(3, 90, (4, 24)), "attention_mask": padded()}),
+    "PatchTST": Kind(
+        hf("PatchTSTForPrediction", num_input_channels=3, context_length=64, patch_length=8, patch_stride=8, d_model=32,
+           num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, prediction_length=16),
+        lambda: {"past_values": torch.randn(4, 64, 3), "future_values": torch.randn(4, 16, 3)}),
     "ViT": Kind(hf("ViTModel", **SIGHT), images, square),
     "Swin": Kind(
         hf("SwinModel", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4),
