@@ -1,6 +1,7 @@
 """What several test files share: small recordings, made once."""
 
 import json
+import signal
 from pathlib import Path
 
 import matplotlib
@@ -56,6 +57,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of Ctrl-C: a shell keeps it from what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

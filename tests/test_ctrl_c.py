@@ -91,7 +91,8 @@ def test_a_press_at_any_moment(door):
     check(loop, before)
     for number in range(count):
         presses, told = pressed(partial(call, loop), whole_s * (number + 0.5) / count)
-        assert told == presses  # not lost; none where it was quicker this time
+        # none where it was quicker this time; once more where Python lost it, in a callback of a weak reference
+        assert presses <= told <= 2 * presses
         check(loop, before)
     call(loop)
 

@@ -33,10 +33,9 @@ class Noted(PutBack):
 
 
 @pytest.fixture(autouse=True)
-def usual():
-    before = signal.getsignal(signal.SIGINT)
+def usual(ctrl_c):
     yield
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("presses", [0, 1, 3])

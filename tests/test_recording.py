@@ -294,6 +294,7 @@ def test_a_file_that_is_not_there(tmp_path):
             ek.load(path)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("name", ["start", "step", "stop"])
 def test_a_press_while_the_profiler_begins_goes_on_or_ends_waits(name):
     """A profiler that is left half-way refuses the next one, and ends the process."""
