@@ -105,6 +105,7 @@ def _observed(
     residents: Callable[[], dict[str, list[torch.Tensor]]], *, cuda: bool, again: bool = False,
 ) -> Observation:  # fmt: skip
     """If ``again``, the recording has two steps, of which the second is followed."""
+    residents()  # which lets go of gradients: a recording would see the end of those that an earlier one has seen made
     followers: list[Follower] = []
 
     def follow() -> None:
