@@ -120,6 +120,15 @@ def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0, again: b
     return resident_bytes + _peak(memory), "resident tensors + the profiler's Total Allocated"
 
 
+def steady_peak(
+    step: Callable[[], object], resident_bytes: Callable[[], int], replaced: Callable[[], bool]
+) -> tuple[int, str]:
+    """The same of a step that may put other tensors into the place of those that were there before it: then
+    ``replaced()`` is true after it, and it is run again. ``resident_bytes()`` is asked before each recording."""
+    peak = peak_memory(step, resident_bytes=resident_bytes())
+    return peak_memory(step, resident_bytes=resident_bytes(), again=True) if replaced() else peak
+
+
 def _of_the_second(step: Callable[[], object]) -> pd.DataFrame:
     from torch._C._profiler import _RecordFunctionFast
 

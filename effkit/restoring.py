@@ -51,7 +51,7 @@ class Reached:
     def __init__(self, most_bytes: float = float("inf")) -> None:
         self.unseen: list[str] = []
         self._objects: dict[int, Any] = {}  # by id; held, so that no other takes over an id
-        self._steps: list[Callable[[], None]] = []
+        self._steps: list[Callable[[], object]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._left_bytes, self._not_copied_bytes = most_bytes, 0
 
@@ -90,8 +90,7 @@ class Reached:
         if isinstance(one, torch.Tensor):
             yield from self._tensor(one)
         elif isinstance(one, torch.Generator):
-            state = one.get_state()
-            self._steps.append(lambda: _ignored(one.set_state(state)))
+            self._steps.append(functools.partial(one.set_state, one.get_state()))
         elif isinstance(one, random.Random):
             self._steps.append(functools.partial(one.setstate, one.getstate()))
         elif isinstance(one, np.random.RandomState):
@@ -323,10 +322,6 @@ def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
     named = (slots,) if isinstance(slots, str) else tuple(slots)
     return tuple(name for name in named if name not in ("__dict__", "__weakref__") and not name.startswith("__"))
-
-
-def _ignored(_: object) -> None:
-    """For steps that return something."""
 
 
 def _bound_again(names: dict[str, Any], name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
-from test_given_back import BATCHES, Loop, begun, same, state
+from loops import BATCHES, Loop, begun, same, state
 from torch import nn
 
 import effkit as ek

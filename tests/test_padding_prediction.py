@@ -28,7 +28,7 @@ def measured(strategy="random", noise=0.02, noise_frac=0.01, lengths=None, **lim
     parts = np.stack([np.ones_like(t), rows * t, rows * u, rows * t * t, rows * u * t], axis=1)
     times = parts @ TRUE_TIME * np.exp(np.random.default_rng(0).normal(0, noise, len(t)))
     peaks = np.stack([np.ones_like(t), rows * t, rows * u, rows * u * t, rows * t * t], axis=1) @ TRUE_PEAK
-    steps = steps.assign(dur_ns=times, peak_bytes=peaks)
+    steps = steps.assign(dur_ns=times, peak_bytes=peaks, whole=True, times_ns=[[time] for time in times])
     cost, memory = fit_cost(steps), fit_memory(steps.rename(columns={"num_rows": "batch_size"}))
     told, epoch_ns, num_steps = epoch_rows(made, cost)
     companions = (

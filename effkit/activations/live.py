@@ -128,17 +128,21 @@ def measure(
             clock = _clock(steps, observed, spent, len(timed)) if time_levers else None
             errors = {name: lossy_gradients.measured(model, batch, lever, forecaster.loss)
                       for lever in timed[1:] for name in lossy_gradients.lossy(lever)}  # fmt: skip
-            apart = lossy_gradients.parts_error(model, batch, forecaster.loss) if time_levers else float("nan")
-            rounding = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters())
-            calibration = Calibration(forecaster, step, clock, error, errors, noise, apart, rounding)
+            calibration = Calibration(forecaster, step, clock, error, errors, noise)
+            if time_levers:
+                apart = lossy_gradients.parts_error(model, batch, forecaster.loss)
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                rounding = max(torch.finfo(parameter.dtype).eps for parameter in trained)
+                calibration = replace(calibration, parts_error=apart, rounding_frac=rounding)
+        lossy = lossy_gradients.lossy(levers)
+        changed = [lossy_gradients.measured(model, batch, levers, forecaster.loss), *noise] if lossy else []
     phases = min(spent[0], key=lambda phases: sum(phases.values()))
     companions = [
         Account.of(TIME, "ns", phases, total=sum(phases.values()), source=f"wall time, fastest of {repeats}",
                    setting=wanted),
         saved_account(step.timeline, step.kept_bytes, "operator", "the allocator when backward began"),
+        *changed,
     ]  # fmt: skip
-    if lossy_gradients.lossy(levers):
-        companions += [lossy_gradients.measured(model, batch, levers, forecaster.loss), *noise]
     return Account.of(PEAK, "bytes", step.rows, total=step.peak_bytes, source=step.source, setting=wanted,
                       calibration=calibration, companions=tuple(companions))  # fmt: skip
 

@@ -53,8 +53,7 @@ class Examples:
     @property
     def fixed_width(self) -> str | None:
         """The finding that every batch has one width, beyond its longest row; None where it is not so."""
-        found = [] if self.watched is None else self.watched.findings
-        return next((sentence for sentence in found if "pad to the longest" in sentence), None)
+        return None if self.watched is None else self.watched.fixed_width
 
     @property
     def batches(self) -> list[Any]:

@@ -88,11 +88,7 @@ def nothing_recomputed(model: torch.nn.Module) -> Iterator[None]:
     def kept(*_: Any, **__: Any) -> Iterator[None]:
         yield
 
-    generator = "_checkpoint_without_reentrant_generator"
-    with (
-        mock.patch.object(checkpointing, "CheckpointFunction", Kept),
-        mock.patch.object(checkpointing, generator, kept),
-    ):
+    with mock.patch.multiple(checkpointing, CheckpointFunction=Kept, _checkpoint_without_reentrant_generator=kept):
         yield
 
 

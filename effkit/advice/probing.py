@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from effkit import activations, lab
 from effkit.advice.interventions import Intervention, gradients_to_none, under, without_intervening
 from effkit.lab import Trust
-from effkit.recording import peak_memory
+from effkit.recording import steady_peak
 from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import drop_gradients, residents, size_bytes, states_replaced
 
@@ -130,15 +130,12 @@ class Peaks:
         with intervention(self.model):
             (self.settle or self.step)(batch)  # the state of a steady step
             gc.collect()
-            replaced = states_replaced(self.optimizers)
-            for again in (False, True):
-                resident = self.there(batch, let_go=self.let_go or intervention is gradients_to_none)
-                num_bytes = sum(map(size_bytes, resident.values()))
-                del resident  # it would keep what the step replaces
-                peak, _ = peak_memory(lambda: self.step(batch), resident_bytes=num_bytes, again=again)
-                if not replaced():
-                    break
-        return peak
+            let_go = self.let_go or intervention is gradients_to_none
+
+            def resident_bytes() -> int:
+                return sum(map(size_bytes, self.there(batch, let_go=let_go).values()))
+
+            return steady_peak(partial(self.step, batch), resident_bytes, states_replaced(self.optimizers))[0]
 
     def there(self, batch: Any, *, let_go: bool) -> dict[str, list[torch.Tensor]]:
         """What is in memory all through a steady step, by category: gradients too, unless they are let go of, now."""

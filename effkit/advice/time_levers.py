@@ -115,12 +115,13 @@ def _lever(
     effects = list(idea.side_effects)
     base, seen = study.account, True
     if idea.raises_memory:
+        parts = probing.parts(study.largest)
         with study.held():
-            peak, margin = study.peaks.at_full(probing.parts(study.largest) or tried, study.largest, idea.intervention)
+            peak, margin = study.peaks.at_full(parts or tried, study.largest, idea.intervention)
         if peak + margin > limit_bytes(budget_bytes):
             return None
         effects.append(f"the peak rises to {readable(peak, 'bytes')}, predicted")
-        seen = not probing.parts(study.largest)
+        seen = not parts
         if not seen:
             effects.append("tried on two thirds of a batch: a whole one may run other kernels")
             doubt *= 1 + math.log2(3 / 2)  # by so many doublings a whole batch lies beyond what was tried

@@ -34,7 +34,5 @@ class Calibration:
     def trust(self, frame: pd.DataFrame) -> Trust:
         """In the time of an epoch of these steps (``frame`` of a plan), which is predicted in relation to the measured
         one; every repeat of every step tells something of it."""
-        times = self.steps["times_ns"] if "times_ns" in self.steps else self.steps["dur_ns"].map(lambda time: [time])
-        measured = self.steps[self.steps["whole"]] if "whole" in self.steps else self.steps
-        error = self.cost.ratio_error_frac(frame, measured)
-        return Trust(error, self.noise_frac, times.map(len).sum())
+        error = self.cost.ratio_error_frac(frame, self.steps[self.steps["whole"]])
+        return Trust(error, self.noise_frac, self.steps["times_ns"].map(len).sum())

@@ -21,7 +21,7 @@ from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
 from effkit.padding.real_cells import input_lengths
-from effkit.recording import peak_memory
+from effkit.recording import steady_peak
 from effkit.restoring import unchanged
 from effkit.timing import elapsed_ns
 from effkit.training import Loss, MakeOptimizer, own_loss
@@ -132,20 +132,17 @@ def _peaks(
     probes: list[Probe], plan: Plan, repeats: int, tell: Progress,
 ) -> tuple[list[int], str, list[dict[str, Any]]]:  # fmt: skip
     """Peak memory of one step on each batch [bytes], the counter that saw it, and the shapes of the batches."""
-    peaks, source, shapes, again = [], "", [], False
+    peaks, source, shapes = [], "", []
     for i, probe in enumerate(probes):
         batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
         shapes.append(_shape(batch, probe, plan))
         tell(i, len(probes) * (repeats + 1))
         training.drop_gradients(model.parameters())  # those from before would be freed unseen
-        replaced = training.states_replaced(updates)
-        while True:
-            num_bytes = sum(map(training.size_bytes, training.residents(model, updates, batch).values()))
-            run = partial(train, batch)
-            peak, source = peak_memory(run, resident_bytes=num_bytes, again=again)
-            if again or not replaced():
-                break
-            again = True
+
+        def resident_bytes(batch: Any = batch) -> int:
+            return sum(map(training.size_bytes, training.residents(model, updates, batch).values()))
+
+        peak, source = steady_peak(partial(train, batch), resident_bytes, training.states_replaced(updates))
         peaks.append(peak)
     return peaks, source, shapes
 

@@ -22,8 +22,9 @@ class Watch:
     """Iterate it in place of the loader, or call :meth:`run`; then read the account and the findings."""
 
     def __init__(self, loader: Iterable[Any], budget_cells: int | None = None, num_batches: int | None = None) -> None:
+        checked_loader(loader)
         if num_batches is not None:
-            checked_whole("num_batches", num_batches, 1)
+            num_batches = checked_whole("num_batches", num_batches, 1)
         self.loader, self.budget_cells, self.num_batches = loader, budget_cells, num_batches
         self._seen: list[dict[str, Any]] = []
         self._inputs: list[Any] = []
@@ -83,14 +84,14 @@ class Watch:
     @property
     def findings(self) -> list[str]:
         """What deserves a look, in sentences; empty when nothing does."""
-        found = self._fixed_width() or self._grouping(), self._budget(), self._draining()
+        found = self.fixed_width or self._grouping(), self._budget(), self._draining()
         return [sentence for sentence in found if sentence]
 
     @property
     def padded_to(self) -> dict[str, int] | None:
         """The limit ``pad_to_multiple_of`` of a plan of these batches: {} where rows are padded to the longest, None
         where it is no multiple. One width for all batches is a multiple of itself."""
-        widths, longest = self.frame["input_length"].to_numpy(), np.array([rows.max() for rows in self._inputs])
+        widths, longest = self.frame["input_length"].to_numpy(), self._longest
         if (widths == longest).all():
             return {}
         largest = int(np.gcd.reduce(widths))
@@ -99,13 +100,19 @@ class Watch:
                 if (padded(longest, limit) == widths).all())  # fmt: skip
         return next(fits, None)
 
-    def _fixed_width(self) -> str | None:
-        widths = self.frame["input_length"]
-        longest = [rows.max() for rows in self._inputs]
+    @property
+    def fixed_width(self) -> str | None:
+        """The finding that every batch has one width, beyond its longest row; None where it is not so."""
+        widths, longest = self.frame["input_length"], self._longest
         if len(widths) < 2 or np.ptp(widths) or min(longest) == widths[0]:
             return None
         words = f"{max(longest)}" if max(longest) < widths[0] else f"{np.median(longest):.0f} on average"
         return f"every batch is {widths[0]} wide, its longest row {words}: pad to the longest row"
+
+    @property
+    def _longest(self) -> Any:
+        """The longest row of each batch [cells]."""
+        return np.array([rows.max() for rows in self._inputs])
 
     def _grouping(self) -> str | None:
         frame = self.frame
@@ -180,7 +187,4 @@ def watch(loader: Iterable[Any], *, budget_cells: int | None = None, num_batches
     ...     train(batch)
     >>> seen.account.share["padding"], seen.findings                 # doctest: +SKIP
     """
-    checked_loader(loader)
-    if num_batches is not None:
-        num_batches = checked_whole("num_batches", num_batches, 1)
     return Watch(loader, budget_cells, num_batches)
