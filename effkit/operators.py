@@ -23,12 +23,16 @@ COMMUNICATES = re.compile(
     r"|cross_device_reduce|(?:one|two)_shot_all_reduce",
     re.IGNORECASE,
 )
-# Libraries say in a kernel's name that it uses matrix units: NVIDIA's instruction shapes and families, AMD's MFMA
-TENSOR_CORES = re.compile(
+# Libraries say in a kernel's name that it uses matrix units: NVIDIA's instruction shapes and families, AMD's MFMA and
+# WMMA; or that it does not; and products of numbers of 8 or 4 bits are computed by nothing else
+_TENSOR_CORES = re.compile(
     r"[hs](?:884|1688|16816)|i8816|16816|hmma|wgmma|gmma|xmma|_tensorop|nvjet|flash::?.*(?:fwd|bwd)|flash_(?:fwd|bwd)"
-    r"|cudnn_generated_fort_native_sdpa|mfma|_MI\d+x\d+",
+    r"|cudnn_generated_fort_native_sdpa|mfma|_MI\d+x\d+|wmma|xdl|igemm_\w*gtc|fmha(?!_cutlass)"
+    r"|fmha_cutlass[fb]_b?f16\w*_sm(?!5)|_matmul_ogs\w*f16",
     re.IGNORECASE,
 )
+_NO_TENSOR_CORES = re.compile(r"(?<![a-z\d])[sc]gemm|gemv|simt|scudnn|splitkreduce", re.IGNORECASE)
+_FEW_BITS = re.compile(r"(?<![a-z])(?:fp8|b?f8(?![a-z\d])|mxfp\d|nvfp4)|e4m3|e5m2|e2m1", re.IGNORECASE)
 
 
 def _table(*rows: tuple[str, str]) -> tuple[tuple[str, re.Pattern[str]], ...]:
@@ -78,7 +82,7 @@ _KERNELS = _table(
                 r"|scan_?(kernel|config|init|innermost|outer)"),
     (COPIES, r"prepare_grouped|per_token_(group_)?quant|scaled_fp8_quant|^mem(cpy|set)\b"),
     (PRODUCTS, r"(?<!fb)gemm|gemv|cutlass|nvjet|matmul|xmma|cijk_|splitk|fused_moe|marlin|machete|(grouped|scaled)_mm"
-               r"|wvsplitk|(?<![a-z])b?mm_kernel|cublas"),
+               r"|wvsplitk|(?<![a-z])(?:b?mm_kernel|bmm_)|cublas"),
     (NORMS, rf"{_NORM}|(?<![a-z])bn_(fw|bw)|rowwisemoments|gammabeta"),
     (SOFTMAX, r"soft_?max|nll_?loss|nllcriterion|cross_?entropy|logsumexp"),
     (EMBEDDING, r"(?<!rotary_)embedding"),
@@ -105,3 +109,19 @@ def family_of_kernel(name: str) -> str:
     ('matrix products', 'attention')
     """
     return next((family for family, pattern in _KERNELS if pattern.search(name)), OTHER)
+
+
+def uses_tensor_cores(name: str) -> bool | None:
+    """Whether a kernel uses matrix units; None where its name does not tell.
+
+    >>> [uses_tensor_cores(name) for name in ("sm90_fp8_gemm_1d2d_impl", "ampere_sgemm_128x64_tn", "gemm_kernel")]
+    [True, False, None]
+    """
+    family = family_of_kernel(name)
+    if family not in (*MULTIPLIES, ATTENTION, OTHER):
+        return False
+    if _TENSOR_CORES.search(name):
+        return True
+    if _NO_TENSOR_CORES.search(name):
+        return False
+    return True if family in MULTIPLIES and _FEW_BITS.search(name) else None

@@ -101,6 +101,24 @@ def test_kernels_whose_operator_tells_nothing_count_by_their_own_names(tmp_path)
     })  # fmt: skip
 
 
+def test_a_kernels_own_name_comes_before_its_operators(tmp_path):
+    """Operators of somebody's own hold anything; general kernels are told by the operator around them."""
+    seen = made(
+        tmp_path, op("aten::mul", 0, 10), launched("cutlass_80_tensorop_s16816gemm", 1, 12, 32, 1),  # products, 20
+        op("vllm::moe_forward", 10, 20), launched("void vllm::act_and_mul_kernel<silu>", 11, 32, 37, 2),  # other, 5
+        launched("fused_moe_kernel", 12, 37, 47, 3),  # products, 10
+        launched("topkGatingSoftmax", 13, 47, 48, 4),  # other, 1
+        op("aten::layer_norm", 20, 30), launched("vectorized_elementwise_kernel", 21, 48, 52, 5),  # norms, 4
+        op("aten::convolution", 30, 40), launched("ampere_sgemm_128x64_tn", 31, 52, 59, 6),  # products, 7
+        op("aten::mm", 40, 50), launched("a kernel of no telling name", 41, 59, 62, 7),  # products, 3
+    )  # fmt: skip
+    assert rows_ns(seen, 100 * US) == pytest.approx({PRODUCTS: 40 * US, NORMS: 4 * US, OTHER: 6 * US, HOST: 50 * US})
+    by_family = seen.families()["kernel_ns"].to_dict()
+    assert by_family["convolution"] == 7 * US
+    assert by_family["matrix products"] == 33 * US
+    assert by_family["elementwise"] == 5 * US
+
+
 def test_communication_and_numbers(tmp_path):
     seen = made(tmp_path, note("gloo:all_reduce", 0, 30), op("aten::item", 40, 50),
                 op("aten::_local_scalar_dense", 42, 50))  # fmt: skip

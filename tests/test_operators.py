@@ -26,6 +26,7 @@ from effkit.operators import (
     SOFTMAX,
     family_of_kernel,
     family_of_operator,
+    uses_tensor_cores,
 )
 
 ROOT = Path(effkit.__file__).parent
@@ -74,6 +75,7 @@ KERNELS = {
         fused_moe_kernel
         triton_tem_fused_addmm_relu_3
         _w8a8_block_fp8_matmul
+        bmm_E4m3_E2m1E4m3_Fp32_t128x8x512_et64x8_m128x8x64_cga1x1x1_16dp256b
         void deep_gemm::sm90_fp8_gemm_1d2d_impl<0u, 4096u>(__nv_bfloat16*, float*)""",
     ATTENTION: """void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, cutlass::half_t>>()
         flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel
@@ -139,6 +141,37 @@ def test_nodes_of_autograd_are_autograds_whatever_they_call():
 
 def test_family_of_a_kernel():
     assert not [(name, family) for family, name in cases(KERNELS, "\n") if family_of_kernel(name) != family]
+
+
+# By instruction shapes, by libraries that use nothing else, by formats of 8 and 4 bits that nothing else multiplies
+MATRIX_UNITS = {
+    True: """sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_execute_segment_k_off_kernel
+        void deep_gemm::sm90_fp8_gemm_1d2d_impl<0u, 4096u>(__nv_bfloat16*, float*)
+        _w8a8_block_fp8_matmul
+        fmhaSm100fKernel_QkvBfloat16OBfloat16H128PagedKvCausalP32VarSeqQ128Kv128PersistentContext
+        fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t>::Params)
+        _matmul_ogs_NNT_bf16xbf16xmxfp4_128x256x128x1_swiglu
+        igemm_fwd_gtcx2_nhwc_fp16_bx0_ex1_bt256x64x32
+        Cijk_Alik_Bljk_BBS_BH_Bias_HA_S_SAV_UserArgs_MT128x256x32_MI16x16x1_SN
+        bmm_E4m3_E2m1E4m3_Fp32_t128x8x512_et64x8_m128x8x64_cga1x1x1_16dp256b""",
+    False: """ampere_sgemm_128x64_tn
+        void gemv2T_kernel_val<int, int, float, float, float, float, 128, 16, 4, 4, false, false>(Params)
+        void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16, float, true>(cublasSplitKParams<float>)
+        void vllm::scaled_fp8_quant_kernel<float>(float*)
+        void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(int)
+        triton_poi_fused_addmm_relu_threshold_backward_0
+        ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)""",
+    None: """void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape>>(Params)
+        fused_moe_kernel
+        triton_tem_fused_addmm_relu_3
+        fmha_cutlassF_f32_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<float>::Params)
+        void vllm::paged_attention_v2_kernel<__nv_bfloat16, unsigned char, 128, (vllm::Fp8KVCacheDataType)1>(float*)
+        compute_position_kernel""",
+}  # fmt: skip
+
+
+def test_tensor_cores_are_said_where_a_name_says_so_denied_where_it_denies_and_else_left_open():
+    assert not [(name, uses) for uses, name in cases(MATRIX_UNITS, "\n") if uses_tensor_cores(name) is not uses]
 
 
 def words_of(node):

@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.operators import ATTENTION, COMMUNICATION, UNTOLD, family_of_kernel, family_of_operator
+from effkit import operators
+from effkit.operators import ATTENTION, COMMUNICATION, OTHER, PRODUCTS, UNTOLD, family_of_kernel, family_of_operator
 from effkit.panes.tables import each_operator
 from effkit.trace import nesting
 from effkit.trace.names import COPIES
 
 NOT_VISIBLE = "not visible"
+# Kernels of many uses: the operator that launched one says more. Of products so does an operator that is made of them.
+_GENERAL = (operators.COPIES, operators.ELEMENTWISE, operators.REDUCTION, operators.SEARCHING)
+_MADE_OF_PRODUCTS = (ATTENTION, operators.BATCHED, operators.CONVOLUTION, operators.RECURRENT)
 
 
 def of_host(each: pd.DataFrame) -> Any:
@@ -28,17 +32,21 @@ def of_host(each: pd.DataFrame) -> Any:
 
 
 def of_device(launched: pd.DataFrame, families: Any) -> Any:
-    """The family of each event of a device: its operator's where that tells, else what the kernel's own name says.
+    """The family of each event of a device: what the kernel's own name says, or the operator's where that says more.
 
-    ``families`` are those of the host's rows. A kernel that neither tells is ``not visible`` if no operator launched
-    it, else ``other``.
+    ``families`` are those of the host's rows. An operator of products may hold many other kernels (a whole layer of
+    experts, say), so that only kernels without a telling name count as products by it. A kernel that neither tells is
+    ``not visible`` if no operator launched it, else ``other``.
     """
     owner = launched["owner"].to_numpy()
     of_operator = np.append(families, NOT_VISIBLE)[owner]
     own = _by_name(launched["name"], family_of_kernel)
-    tells = ~np.isin(of_operator, (*UNTOLD, COMMUNICATION, NOT_VISIBLE)) & (own != COMMUNICATION)
+    tells = ~np.isin(of_operator, (*UNTOLD, COMMUNICATION, NOT_VISIBLE))
+    attends = (of_operator == ATTENTION) & (own == operators.SOFTMAX)
+    part = attends | np.isin(of_operator, _MADE_OF_PRODUCTS) & (own == PRODUCTS)
+    general = np.isin(own, _GENERAL) & (of_operator != PRODUCTS) | (own == OTHER)
     unknown = np.isin(own, UNTOLD) & (owner < 0)
-    return np.where(tells, of_operator, np.where(unknown, NOT_VISIBLE, own))
+    return np.where(tells & (part | general), of_operator, np.where(unknown, NOT_VISIBLE, own))
 
 
 def _by_name(names: pd.Series[str], family: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.operators import TENSOR_CORES
+from effkit.operators import uses_tensor_cores
 from effkit.trace import nesting
 from effkit.trace.names import DEVICE
 
@@ -110,7 +110,7 @@ def kernels(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
         mean_ns=(table["total_ns"] / table["calls"]).round().astype("int64"),
         share_frac=table["total_ns"] / total if total else 0.0,
         occupancy_frac=table["occupied_ns"] / known,
-        tensor_cores=table["kernel"].str.contains(TENSOR_CORES),
+        tensor_cores=pd.array([uses_tensor_cores(name) for name in table["kernel"]], "boolean"),
     )
     order = ["calls", "total_ns", "share_frac", "mean_ns", "min_ns", "max_ns", "occupancy_frac", "tensor_cores"]
     return table.set_index("kernel")[order].sort_values("total_ns", ascending=False, kind="stable")

@@ -27,7 +27,7 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """One bar per step (per rank, where there are several), split into where its wall time goes."""
     ranks = frame.index.get_level_values("rank")
     means = ranks.nunique() > 1
-    bars = frame.groupby("rank").mean() if means else frame.droplevel("rank")
+    bars = frame.groupby("rank").mean(numeric_only=True) if means else frame.droplevel("rank")
     if not bars["dur_ns"].sum():
         return _nothing(ax, "no step was recorded")
     bars = bars.sort_values("dur_ns", ascending=False, kind="stable").head(_MOST_BARS).sort_index()
@@ -65,7 +65,7 @@ def kernels(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if frame.empty:
         return _nothing(ax, "no kernel was recorded")
     ax = _top(frame["total_ns"], "Time of kernels", ax)
-    uses = frame.sort_values("total_ns", ascending=False, kind="stable").head(_MOST_BARS)["tensor_cores"]
+    uses = frame.sort_values("total_ns", ascending=False, kind="stable").head(_MOST_BARS)["tensor_cores"].fillna(False)
     marked = [bar for bar, used in zip(ax.patches, uses, strict=False) if used]
     for bar in marked:
         bar.set_color(NAMED["moving"])
