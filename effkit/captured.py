@@ -63,15 +63,18 @@ class Capture:
         ``not_visible_ns`` (the host waits for device work that is not in the recording), ``cpu_exec_ns`` (operators
         and launches while the device has nothing to do) and ``idle_ns`` (none of these: Python between operators, say)
         sum to ``dur_ns``: a moment counts for the first of these that it shows. ``hidden_communication_ns`` ran under
-        kernels, ``device_busy_frac`` is the share of the step in which the device does anything, ``device_span_ns``
-        lasts from its first to its last work. What was not recorded is ``<NA>``.
+        kernels, ``device_busy_frac`` is the share of the step in which the device does anything. ``first_launch_ns`` of
+        ``cpu_exec_ns`` went on first launches of kernels, over ten times as long as usual. The host waited for the
+        device ``num_waits`` times; had it not, that would idle for ``behind_waits_ns`` less, at most. What was not
+        recorded is ``<NA>``.
 
         A step lasts until what it launched has run, and begins no earlier than the step before has ended in this sense,
         so ``start_ns`` and ``dur_ns`` may differ from the marks in ``steps``, which the host makes while it runs ahead.
 
         ``step`` is the annotation that marks a step (``*`` stands for anything; ValueError when there is none); by
-        default the profiler's own marks count, and the whole window is one step where there are none.
-        ``attrs["notes"]`` says which, ``attrs["suggestions"]`` what follows.
+        default the batches that a serving engine marks (vLLM, SGLang; the column ``phase`` then says ``prefill``,
+        ``decode`` or ``mixed``, and ``step="decode"`` chooses), or the profiler's own marks, and the whole window is
+        one step where there are none. ``attrs["notes"]`` says which, ``attrs["suggestions"]`` what follows.
         """
         return breakdown.overview(self._of_ranks("overview", step))
 
@@ -88,16 +91,16 @@ class Capture:
         """Each kernel's calls and times [ns], summed over ranks.
 
         ``occupancy_frac`` is the estimate that was recorded, weighted by time, ``<NA>`` where there is none.
-        ``tensor_cores`` goes by the kernel's name: profilers do not record it.
+        ``tensor_cores`` goes by the kernel's name, ``<NA>`` where that does not tell: profilers do not record it.
         """
         return tables.kernels(self._of_ranks("kernels"))
 
     def families(self) -> pd.DataFrame:
         """Where the time goes by what operators and kernels do (``effkit.operators``) [ns], summed over ranks.
 
-        ``host_self_ns`` of operators; ``kernel_ns`` and ``copy_ns`` of the device, by the operator that launched them,
-        or by the kernel's own name where no operator did, or its name does not tell: those of CUDA graphs, or of
-        compiled functions. The row ``not visible`` is what neither tells.
+        ``host_self_ns`` of operators; ``kernel_ns`` and ``copy_ns`` of the device, by the kernel's own name, or by the
+        operator that launched it where that says more (of elementwise kernels, say). The row ``not visible`` is what
+        neither tells.
         """
         return families.families(self._of_ranks("families"))
 
@@ -186,11 +189,26 @@ class Capture:
         return MemoryBrowser(self, device=device, rank=rank)
 
     def diff(self, other: Capture) -> pd.DataFrame:
-        """Which operators and kernels grew, shrank, appeared or went from this capture to another, per step."""
+        """Which operators and kernels grew, shrank, appeared or went from this capture to another, per step.
+
+        Of what is part of a step; ``attrs["notes"]`` says how much of the time is not.
+        """
         if not isinstance(other, Capture):
             raise TypeError(f"diff() takes another Capture; given: {type(other).__name__}. Open a file with load(path)")
-        pair = ((each.operators(), each.kernels(), max(1, len(each.overview()))) for each in (self, other))
-        return differences.diff(*pair)
+        inside = [each._in_steps() for each in (self, other)]
+        table = differences.diff(*((each.operators(), each.kernels(), max(1, len(each.overview()))) for each in inside))
+        words = zip(("before", "after"), map(Capture._outside, (self, other), inside), strict=True)
+        table.attrs["notes"] = [f"{which}: {word}" for which, word in words if word]
+        return table
+
+    def _in_steps(self, step: str | None = None) -> Capture:
+        """The same without what is in no step."""
+        return replace(self, events=pd.concat(self._of_ranks("in_steps", step), ignore_index=True))
+
+    def _outside(self, inside: Capture) -> str:
+        """What lies outside of the steps, in words, where that is much."""
+        every, within = (int(each.kernels()["total_ns"].sum()) for each in (self, inside))
+        return f"{1 - within / every:.0%} of the kernels' time is outside of the steps" if within < 0.95 * every else ""
 
     def tensorboard(self, logdir: str | Path) -> tensorboard.Folder:
         """Write a run folder that the retired TensorBoard plugin shows correctly; what it cannot show is in the result.

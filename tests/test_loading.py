@@ -144,12 +144,68 @@ def test_else_of_the_names(tmp_path):
 
 
 def test_else_of_the_order_in_which_people_count(tmp_path):
-    for name in ("x10.json", "x2.json", "x²1.json"):
-        write(tmp_path / name, trace_of(1, info={}))
+    for ahead_us, name in enumerate(("x10.json", "x2.json", "x²1.json")):
+        write(tmp_path / name, trace_of(1, ahead_us=ahead_us, info={}))
     seen = ek.load(tmp_path)
     assert seen.provenance["rank_from"] == "the order of the files"
     assert seen.provenance["files"] == {"0": "x2.json", "1": "x10.json", "2": "x²1.json"}
     assert seen.provenance["missing_ranks"] == [], "nobody said how many there were"
+
+
+GRIDS = {  # as SGLang and vLLM name the files of a run's processes
+    "-TP-{}.trace.json.gz": [(0,), (2,), (10,)],
+    "1764-TP-{}-DP-{}-EP-{}.trace.json": [(0, 0, 0), (1, 0, 1), (2, 1, 2), (10, 1, 3)],
+    "dp{}_pp0_tp{}_dcp0_ep{}_rank{}.17641.pt.trace.json.gz": [(0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 2, 0), (1, 1, 3, 1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "ranks"), zip(GRIDS, [[0, 2, 10], [0, 1, 2, 10], [0, 1, 2, 3]], strict=True))
+def test_ranks_are_those_of_the_parallel_groups_that_engines_write_into_names(tmp_path, name, ranks):
+    """By tensors where that tells all apart; else in the order of replicas, stages and tensors."""
+    files = [name.format(*place) for place in GRIDS[name]]
+    for ahead_us, file in enumerate(files):
+        write(tmp_path / file, trace_of(1, ahead_us=ahead_us, info={"rank": 0, "world_size": 1}))
+    provenance = ek.load(tmp_path).provenance
+    assert provenance["rank_from"] == "the parallel groups in the files' names"
+    assert provenance["files"] == dict(zip(map(str, ranks), files, strict=True))
+
+
+@pytest.mark.parametrize("info", [{}, {"rank": 0, "world_size": 1}], ids=["no rank", "rank 0 twice"])
+def test_stretches_of_one_rank_are_not_ranks(tmp_path, info):
+    """tensorboard_trace_handler writes a file for each cycle of its schedule: one process, one after another."""
+    for name, ahead_us in (("host_9.17641.pt.trace.json", 0), ("host_9.17642.pt.trace.json", 60_000)):
+        write(tmp_path / name, trace_of(1, ahead_us=ahead_us, info=info))
+    with pytest.raises(ValueError, match=r"17641\.pt\.trace\.json ends before host_9\.17642.*Load one of them"):
+        ek.load(tmp_path)
+    assert len(ek.load(tmp_path / "host_9.17642.pt.trace.json").overview()) == ROUNDS
+
+
+def test_that_several_files_say_that_they_are_one_rank_is_said(tmp_path):
+    for ahead_us, name in enumerate(("a.json", "b.json")):
+        write(tmp_path / name, trace_of(1, ahead_us=ahead_us, info={"rank": 0, "world_size": 1}))
+    assert "known from the order of the files, for several say that they are one rank" in repr(ek.load(tmp_path))
+
+
+def test_ranks_that_never_ran_together_are_not_read_as_one_run(tmp_path):
+    today_us, day_us = 1_764_000_000_000_000, 86_400_000_000
+    for rank in RANKS:
+        write(tmp_path / f"rank{rank}.json", trace_of(rank, ahead_us=today_us + day_us * (rank == 2)))
+    notes = ek.load(tmp_path).overview().attrs["notes"]
+    assert "rank 0 ends before rank 2 begins: they are not of one run" in notes
+
+
+def test_what_torchs_own_handler_writes_for_a_schedule_that_repeats(tmp_path):
+    torch = pytest.importorskip("torch")
+    cycles = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=2)
+    handler = torch.profiler.tensorboard_trace_handler(str(tmp_path))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, schedule=cycles, on_trace_ready=handler) as profiler:
+        for _ in range(4):
+            (torch.ones(8, 8) @ torch.ones(8, 8)).sum()
+            profiler.step()
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match="they are stretches of one rank, or runs of their own"):
+        ek.load(tmp_path)
 
 
 def test_a_rank_that_is_missing_is_named_and_not_imagined(folder):

@@ -32,7 +32,6 @@ def test_a_moment_counts_for_the_first_part_that_it_shows(tmp_path):
     row = seen.overview().iloc[0]
     assert row["hidden_communication_ns"] == 13_000
     assert row["device_busy_frac"] == pytest.approx(0.45)
-    assert row["device_span_ns"] == 45_000
 
 
 def test_a_step_lasts_until_what_it_launched_has_run_and_the_next_begins_no_earlier(tmp_path):
@@ -77,7 +76,7 @@ def test_without_a_device_its_columns_are_absent_and_operators_are_what_computes
     )
     overview = seen.overview()
     assert parts(seen) == {"cpu_exec_ns": 40, "exposed_communication_ns": 40, "idle_ns": 20}
-    absent = ["kernel_ns", "memcpy_ns", "not_visible_ns", "device_busy_frac", "device_span_ns"]
+    absent = ["kernel_ns", "memcpy_ns", "not_visible_ns", "device_busy_frac", "first_launch_ns", "behind_waits_ns"]
     assert overview[absent].isna().all(axis=None)
     assert overview["hidden_communication_ns"].iloc[0] == 10_000
     assert "no device activity was recorded: its columns are absent" in overview.attrs["notes"]
@@ -128,7 +127,9 @@ def test_the_parts_always_sum_to_the_step(tmp_path_factory, drawn, marked):
     assert (overview[list(PARTS)].sum(axis=1) == overview["dur_ns"]).all()
     assert (overview[list(PARTS)].fillna(0) >= 0).all(axis=None)
     assert (overview["hidden_communication_ns"] >= 0).all()
-    assert (overview["device_span_ns"].fillna(0) <= overview["dur_ns"]).all()
+    assert (overview["first_launch_ns"].fillna(0) <= overview["cpu_exec_ns"]).all()
+    rest = overview["dur_ns"] - overview[["kernel_ns", "exposed_communication_ns", "memcpy_ns"]].fillna(0).sum(axis=1)
+    assert (overview["behind_waits_ns"].fillna(0) <= rest).all()
 
 
 def test_ranks_are_apart(tmp_path):
@@ -156,3 +157,134 @@ def test_between_two_pieces_of_recorded_work_the_device_is_known_to_idle(tmp_pat
 def test_arguments_of_another_type_are_refused_in_a_sentence(tmp_path, call):
     with pytest.raises(TypeError, match=r"given: (3|str)"):
         call(capture_of(tmp_path, op("a", 0, 1)))
+
+
+def test_earlier_work_is_told_per_stream(tmp_path):
+    """Until 60 the device does what nobody saw being launched; a copy of the step on another stream begins before."""
+    seen = capture_of(
+        tmp_path,
+        note("ProfilerStep#0", 0, 100),
+        event("kernel", "earlier", -20, 30, correlation=90),
+        event("kernel", "earlier", 30, 60, correlation=91),
+        event("kernel", "of nobody's launch", -30, -25, correlation=93, stream=9),  # of a stream that no step uses
+        event("cuda_runtime", "cudaMemcpyAsync", 2, 3, correlation=1),
+        event("gpu_memcpy", "Memcpy HtoD", 5, 15, correlation=1, stream=8),
+        launched("gemm", 10, 60, 110, correlation=2),
+        note("ProfilerStep#1", 100, 150),
+        launched("gemm", 101, 110, 150, correlation=3),
+    )
+    overview = seen.overview()
+    assert overview["start_ns"].tolist() == [60_000, 110_000]
+    assert overview["dur_ns"].tolist() == [50_000, 40_000]
+    assert overview["kernel_ns"].tolist() == [50_000, 40_000]
+
+
+# What a recording began with, and what waits cost
+
+
+def cold(first_us: float) -> list:
+    """Fifty products whose launches take 8 us, but for the first."""
+    events, t = [], 0.0
+    for number in range(50):
+        long = first_us if number == 0 else 8
+        events += [op("aten::mm", t, t + long + 20),
+                   event("cuda_runtime", "cudaLaunchKernel", t + 5, t + 5 + long, correlation=number + 1),
+                   event("kernel", "gemm", t + long + 15, t + long + 60, correlation=number + 1)]  # fmt: skip
+        t += long + 50
+    return events
+
+
+def test_a_first_launch_that_loads_the_driver_is_no_launch_gap(tmp_path):
+    seen = capture_of(tmp_path, cold(350_000)).overview()
+    assert seen["first_launch_ns"].tolist() == [350_000_000]
+    assert seen["cpu_exec_ns"].iloc[0] >= 350_000_000, "of which it is"
+    (word,) = seen.attrs["suggestions"]
+    assert word.startswith("99% of the time is spent in first launches, each over 10 times as long")
+    assert word.endswith("record after a warm-up")
+
+
+def test_a_first_launch_like_the_others_is_not_worth_a_word(tmp_path):
+    seen = capture_of(tmp_path, cold(9)).overview()
+    assert seen["first_launch_ns"].tolist() == [0]
+    assert seen.attrs["suggestions"] == []
+
+
+def test_a_launch_that_waits_for_a_full_queue_is_no_first_launch(tmp_path):
+    """The device is busy all the while; and the seventh of its kind is not the first."""
+    calls = [event("cuda_runtime", "cudaLaunchKernel", 1 + 2 * i, 2 + 2 * i, correlation=i) for i in range(6)]
+    seen = capture_of(
+        tmp_path, note("ProfilerStep#0", 0, 1000), calls,
+        event("kernel", "gemm", 4, 700, correlation=0),
+        event("cuda_runtime", "cudaLaunchKernel", 20, 690, correlation=6),
+        event("kernel", "add", 700, 720, correlation=6),  # the first of its kernel
+        event("cuda_runtime", "cudaLaunchKernel", 800, 990, correlation=7),
+        event("kernel", "gemm", 990, 1000, correlation=7),
+    )  # fmt: skip
+    assert seen.overview()["first_launch_ns"].tolist() == [0]
+
+
+def wait(start: float, end: float) -> dict:
+    return event("cuda_runtime", "cudaStreamSynchronize", start, end, correlation=99)
+
+
+@pytest.mark.parametrize(
+    ("waits", "number", "behind_us"),
+    [
+        # the device is done at 40; its next work begins at 70. The host had come 25 before it could go on
+        ([wait(15, 40)], 1, 25),
+        ([wait(38, 40)], 1, 2),  # a short wait costs no more than it is long
+        ([wait(5, 45)], 1, 30),  # a long one no more than the device idles
+        ([wait(15, 40), wait(50, 52)], 2, 25 + 2),  # what the device did in the second nobody knows: 28 are left
+        ([wait(15, 24)], 1, 9),  # it waited for an earlier kernel: what it then launched came too late all the same
+        ([wait(70, 95), wait(95, 100)], 2, 0),  # nothing idles any more
+        ([], 0, 0),
+        ([wait(-20, -10)], 0, 0),  # not of the step
+    ],
+)  # fmt: skip
+def test_a_wait_costs_what_the_device_idles_behind_it(tmp_path, waits, number, behind_us):
+    seen = capture_of(
+        tmp_path, note("ProfilerStep#0", 0, 100), launched("gemm", 1, 10, 40, 1), waits,
+        launched("gemm", 60, 70, 100, 2),
+        op("aten::item", 200, 210),  # of a tensor of the host: no call to the device is in it
+    ).overview()  # fmt: skip
+    assert (seen["num_waits"].tolist(), seen["behind_waits_ns"].tolist()) == ([number], [1000 * behind_us])
+
+
+# Serving engines
+
+
+ENGINES = {
+    "SGLang": ("step[EXTEND bs=2 toks=90]", "step[DECODE bs=2]", "step[MIXED bs=3]"),
+    "vLLM": ("execute_context_2(90)_generation_0(0)", "execute_context_0(0)_generation_2(2)",
+             "execute_context_1(64)_generation_2(2)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_batches_of_a_serving_engine_are_steps_by_themselves(tmp_path, engine):
+    fill, decode, mixed = ENGINES[engine]
+    events = [
+        op("aten::mm", 0, 10),  # before the first
+        note(fill, 10, 60), launched("gemm", 20, 25, 70, correlation=1),
+        note(decode, 70, 80), launched("gemv", 71, 72, 80, correlation=2),
+        note(decode, 80, 92), launched("gemv", 81, 82, 92, correlation=3),
+        note(mixed, 100, 130), launched("gemm", 101, 102, 130, correlation=4),
+    ]  # fmt: skip
+    seen = capture_of(tmp_path, *events)
+    overview = seen.overview()
+    assert overview["phase"].tolist() == ["prefill", "decode", "decode", "mixed"]
+    assert overview["kernel_ns"].tolist() == [45_000, 8_000, 10_000, 28_000]
+    assert overview.attrs["notes"][0] == "steps from the serving engine's marks: 1 of prefill, 2 of decode, 1 of mixed"
+    assert seen.overview("decode")["dur_ns"].tolist() == [10_000, 12_000]
+    assert seen.overview(decode)["dur_ns"].tolist() == [10_000, 12_000], "by its whole name, whatever signs are in it"
+    assert len(seen.steps) == 4
+    with pytest.raises(ValueError, match="no annotation is called “idle”"):
+        seen.overview("idle")
+
+
+def test_a_mark_within_another_is_no_step_of_its_own(tmp_path):
+    seen = capture_of(
+        tmp_path, note("execute_32_context_0(sq0sk0)_generation_32(sq32sk9)", 0, 100),
+        note("step[DECODE bs=32]", 5, 90), op("aten::mm", 10, 20),
+    )  # fmt: skip
+    assert seen.overview()[["dur_ns", "phase"]].values.tolist() == [[100_000, "decode"]]

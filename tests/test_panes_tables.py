@@ -110,6 +110,7 @@ def test_kernels(tmp_path):
     assert gemm["share_frac"] == pytest.approx(0.8)
     assert gemm["occupancy_frac"] == pytest.approx((0.5 * 30 + 0.1 * 10) / 40)
     assert (gemm["tensor_cores"], other["tensor_cores"]) == (True, False)
+    assert seen.kernels()["tensor_cores"].dtype == "boolean"
     assert pd.isna(other["occupancy_frac"])
 
 
@@ -129,3 +130,42 @@ def test_diff_names_what_grew_shrank_appeared_and_went(tmp_path):
         10_000,
     ]
     assert pd.isna(table.loc[("operator", "d"), "time_ns"])
+
+
+def test_diff_compares_what_is_in_the_steps_and_says_what_is_not(tmp_path):
+    """Kernels of 32 us, of which 22 are in the two steps: the rest was launched before, or after."""
+
+    def run(name, kernel_us):
+        mark = [note("ProfilerStep#0", 100, 150), note("ProfilerStep#1", 150, 200)]
+        inside = [launched("k", 110, 111, 111 + kernel_us, 1), launched("k", 160, 161, 161 + kernel_us, 2)]
+        around = [
+            op("aten::mm", 0, 30),
+            launched("k", 5, 20, 26, 3),
+            op("aten::mm", 230, 240),
+            launched("k", 231, 235, 239, 4),
+        ]
+        (tmp_path / name).mkdir()
+        return capture_of(tmp_path / name, mark, op("aten::mm", 105, 115), op("aten::mm", 155, 165), *inside, *around)
+
+    table = run("one", 11).diff(run("other", 22))
+    kernel, operator = table.loc[("kernel", "k")], table.loc[("operator", "aten::mm")]
+    assert kernel[["time_ns", "other_time_ns", "calls", "other_calls"]].tolist() == [11_000, 22_000, 1, 1]
+    assert operator[["time_ns", "calls"]].tolist() == [9_000, 1], "of each ten, one is the call that launches"
+    assert table.attrs["notes"] == [
+        "before: 31% of the kernels' time is outside of the steps",
+        "after: 19% of the kernels' time is outside of the steps",
+    ]  # fmt: skip
+    whole = capture_of(tmp_path, launched("k", 0, 1, 5, 1))
+    assert whole.diff(whole).attrs["notes"] == []
+    assert whole.diff(whole).loc[("kernel", "k"), "time_ns"] == 4_000
+
+
+def test_what_a_step_launched_counts_as_its_own_though_earlier_work_shortens_the_step(tmp_path):
+    """The step begins when the earlier step's kernel is done, at 60; its operators ran on the host before."""
+    seen = capture_of(
+        tmp_path, note("ProfilerStep#0", 0, 100), event("kernel", "earlier", -20, 60, correlation=90),
+        op("aten::mm", 5, 15), launched("gemm", 10, 60, 110, 1),
+    )  # fmt: skip
+    inside = seen._in_steps()
+    assert inside.kernels()["total_ns"].to_dict() == {"gemm": 50_000}
+    assert inside.operators().loc["aten::mm", "device_self_ns"] == 50_000

@@ -18,7 +18,7 @@ from effkit.trace import nesting
 
 SLOW_S = 2.0  # a load that takes longer shows its progress
 _LARGEST_SNAPSHOT = 4 * 2**30
-_SINCE_1970_NS = 10**18  # times beyond count from 1970 (this one is of 2001), others from a machine's start
+SINCE_1970_NS = 10**18  # times beyond count from 1970 (this one is of 2001), others from a machine's start
 _WHOLE = re.compile(r"_ns$|_bytes$|^(?:rank|stream|correlation)$")  # columns of whole numbers
 
 
@@ -27,6 +27,7 @@ class Options(NamedTuple):
 
     columns: Sequence[str] = trace.DETAIL_COLUMNS
     stacks: bool = False
+    in_steps: tuple[str | None] | None = None  # leave out what is in no step, by the annotation that marks one
 
 
 class _Memory(msgspec.Struct):
@@ -109,7 +110,7 @@ def _trace(path: Path, rank: int | None, options: Options) -> Capture:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     seen: dict[str, Any] = {"what": path.name, **described(read.metadata)}
-    if len(read.events) and (start_ns := int(read.events["start_ns"].iloc[0])) > _SINCE_1970_NS:
+    if len(read.events) and (start_ns := int(read.events["start_ns"].iloc[0])) > SINCE_1970_NS:
         seen["date"] = datetime.fromtimestamp(start_ns // 10**9, UTC).date().isoformat()
     if read.num_left_out:
         seen["left_out"] = [f"left out: {read.num_left_out:,} events of Python functions (load with stacks=True)"]

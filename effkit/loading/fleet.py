@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,12 +16,15 @@ from tqdm.auto import tqdm
 
 from effkit import trace
 from effkit.captured import Capture, Memory
-from effkit.loading.files import SLOW_S, Options, described, kind_of, load_file
+from effkit.loading.files import SINCE_1970_NS, SLOW_S, Options, described, kind_of, load_file
 from effkit.panes import OF_RANK
 
 Item = TypeVar("Item")
 _ALONE_BYTES = 2**25  # below this many bytes on disk starting processes costs more than it saves
 _RANK = re.compile(r"(?:rank|worker|gpu)[-_]?(\d+)", re.IGNORECASE)
+_PARALLEL = re.compile(r"(?<![a-z])(dp|pp|tp|ep)[-_]?(\d+)", re.IGNORECASE)  # in names that SGLang and vLLM give
+_BY_ORDER = "the order of the files"
+_UNLIKE_NS = 60 * 10**9  # by which no two clocks of one cluster differ
 
 
 class Digest(NamedTuple):
@@ -37,8 +41,9 @@ class Digest(NamedTuple):
 def digest(path: Path, rank: int, options: Options, step: str | None = None) -> Digest:
     """Read one rank's file and reduce it."""
     capture = load_file(path, rank, options)
+    events = OF_RANK["in_steps"](capture.events, *options.in_steps) if options.in_steps else capture.events
     marked = {"overview": [step]}  # no other pane asks for steps
-    parts = {name: of_rank(capture.events, *marked.get(name, [])) for name, of_rank in OF_RANK.items()}
+    parts = {name: OF_RANK[name](events, *marked.get(name, [])) for name in Digest._fields[:-1]}
     return Digest(**parts, memory=capture.provenance.get("memory", ()))
 
 
@@ -64,6 +69,11 @@ class Fleet(Capture):
         }
         files = sorted(zip(paths, ranks, strict=True), key=lambda file: file[1])
         vars(self).update(provenance=provenance, _files=files, _options=options, _client=client, _cache={})
+        if how.startswith(_BY_ORDER) and len(paths) > 1 and (apart := _apart(super().overview())):
+            one, other = (next(path.name for path, rank in files if rank == each) for each in apart)
+            raise ValueError(f"neither metadata nor names tell the ranks of {len(paths)} files, and {one} ends before "
+                             f"{other} begins: they are stretches of one rank, or runs of their own. Load one of them, "
+                             "or write each one's rank into its name (rank0, rank1, …)")  # fmt: skip
 
     @cached_property
     def events(self) -> pd.DataFrame:
@@ -96,11 +106,18 @@ class Fleet(Capture):
 
     def overview(self, step: str | None = None) -> pd.DataFrame:
         frame = super().overview(step)
+        if (frame["start_ns"] > SINCE_1970_NS).all() and (apart := _apart(frame, _UNLIKE_NS)):
+            frame.attrs["notes"].append("rank {} ends before rank {} begins: they are not of one run".format(*apart))
         ranks = frame.index.get_level_values("rank").to_series(frame.index)
         frame["start_ns"] -= ranks.map(self._ahead_ns).fillna(0).astype("int64")
         return frame
 
     overview.__doc__ = Capture.overview.__doc__
+
+    def _in_steps(self, step: str | None = None) -> Capture:
+        inside = copy(self)
+        vars(inside).update(_options=self._options._replace(in_steps=(step,)), _cache={})
+        return inside
 
     def _digests(self, step: str | None = None) -> list[Digest]:
         if step not in self._cache:
@@ -155,10 +172,32 @@ def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:
     if len({described(head).get("world_size") for head in heads if head}) > 1:
         common.pop("world_size", None)
         common["notes"] = ["the files are of different jobs, of unlike numbers of ranks: do not read them as one"]
-    for ranks, how in ((recorded, "the traces' own metadata"), (named, "the files' names")):
+    grouped = (_places(paths), "the parallel groups in the files' names")
+    for ranks, how in ((recorded, "the traces' own metadata"), (named, "the files' names"), grouped):
         if (numbers := _distinct(ranks)) is not None:
             return numbers, how, common
-    return list(range(len(paths))), "the order of the files", common
+    told = [rank for rank in recorded if rank is not None]
+    twice = ", for several say that they are one rank" if len(set(told)) < len(told) else ""
+    return list(range(len(paths))), _BY_ORDER + twice, common
+
+
+def _places(paths: Sequence[Path]) -> list[int | None]:
+    """Ranks by the parallel groups that serving engines write into names: of tensors, else in the order of them all."""
+    places = [{word.lower(): int(number) for word, number in _PARALLEL.findall(path.name)} for path in paths]
+    tensor = [place.get("tp") for place in places]
+    if len(set(tensor)) == len(paths):
+        return tensor
+    grid = [tuple(place.get(word, -1) for word in ("dp", "pp", "tp", "ep")) for place in places]
+    numbers = {place: number for number, place in enumerate(sorted(set(grid)))}
+    return [numbers[place] if any(places) else None for place in grid]
+
+
+def _apart(frame: pd.DataFrame, clocks_ns: int = 0) -> tuple[int, int] | None:
+    """Two ranks of an overview of which one ends so long before the other begins; None where there are none."""
+    ends = (frame["start_ns"] + frame["dur_ns"]).groupby(level="rank").max()
+    starts = frame["start_ns"].groupby(level="rank").min()
+    apart = len(ends) > 1 and ends.min() + clocks_ns < starts.max()
+    return (int(ends.idxmin()), int(starts.idxmax())) if apart else None
 
 
 def _head(path: Path) -> Mapping[str, Any]:

@@ -17,7 +17,9 @@ from effkit.trace.names import COLLECTIVE, COPIES, DATALOADER, DEVICE, DEVICE_BA
 PARTS = (
     "kernel_ns", "exposed_communication_ns", "memcpy_ns", "dataloader_ns", "not_visible_ns", "cpu_exec_ns", "idle_ns",
 )  # fmt: skip
-_DEVICE_PARTS = ("kernel_ns", "memcpy_ns", "device_ns", "device_span_ns")
+_HELD_UP = ("first_launch_ns", "num_waits", "behind_waits_ns")
+_DEVICE_PARTS = ("kernel_ns", "memcpy_ns", "device_ns", *_HELD_UP)
+_UNUSUAL = 10  # times as long as the usual launch
 NO_DEVICE = "no device activity was recorded: its columns are absent"
 
 
@@ -57,13 +59,15 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     kernels, calls = communication(events)
     operators = events[category == "cpu_op"]
     device = intervals.of(on_device)
+    waiting = launches["name"].str.contains(WAITS)
+    waits = launches[waiting]
+    blind = _blind(waits, device)  # the host waits for the device, and nothing that this did is in the recording
     parts: dict[str, tuple[pd.DataFrame, ...]] = {
         "kernel_ns": (on_device[on_device["category"] == "kernel"].drop(kernels.index),),
         "exposed_communication_ns": (kernels, calls),
         "memcpy_ns": (on_device[on_device["category"].isin(COPIES)],),
         "dataloader_ns": (events[events["name"].str.startswith(DATALOADER)],),
-        # the host waits for the device, and nothing that the device did is in the recording
-        "not_visible_ns": (_blind(launches[launches["name"].str.contains(WAITS)], device),),
+        "not_visible_ns": (blind,),
         "cpu_exec_ns": (operators, launches),
     }
     if on_device.empty:  # then operators are what computes, and communication can hide under them
@@ -74,6 +78,9 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     before: list[pd.DataFrame] = []
     covered = np.zeros(len(starts), dtype="int64")
     for name, frames in parts.items():
+        if name == "cpu_exec_ns":  # of which
+            slow = intervals.of(*before, _first_launches(launches[~waiting], on_device))
+            frame["first_launch_ns"] = slow.within(starts, ends) - covered
         before += frames
         reach = intervals.of(*before).within(starts, ends)
         frame[name] = reach - covered
@@ -85,7 +92,8 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     )
     frame["hidden_communication_ns"] = alone + without - both
     frame["device_ns"] = device.within(starts, ends)
-    frame["device_span_ns"] = _span(device, starts, ends)
+    frame["num_waits"] = np.subtract(*(np.searchsorted(waits["start_ns"], moments) for moments in (ends, starts)))
+    frame["behind_waits_ns"] = _behind(waits, device, intervals.of(blind), starts, ends) if len(starts) else 0
     notes = [f"steps from {source}"]
     absent = [*_DEVICE_PARTS, *(["not_visible_ns"] if launches.empty else [])] if on_device.empty else []
     if absent:
@@ -93,8 +101,46 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         notes.append(NO_DEVICE)
     frame = frame.astype(dict.fromkeys((*_DEVICE_PARTS, "not_visible_ns"), "Int64"))
     frame["device_busy_frac"] = frame["device_ns"] / frame["dur_ns"].replace(0, pd.NA).astype("Int64")
-    order = ["start_ns", "dur_ns", *PARTS, "hidden_communication_ns", "device_span_ns", "device_busy_frac"]
-    return frame.set_index(["rank", "step"])[order], notes
+    order = ["start_ns", "dur_ns", *PARTS, "hidden_communication_ns", "device_busy_frac", *_HELD_UP]
+    frame = frame.set_index(["rank", "step"])[order]
+    return frame.assign(phase=marked["phase"].to_numpy()) if "phase" in marked else frame, notes
+
+
+def of_steps(events: pd.DataFrame, step: str | None = None) -> pd.DataFrame:
+    """Those of one rank's events that are part of a step: what its host began within a mark, and what its device began
+    while the step lasted."""
+    marked, source = steps(events, step)
+    if source == WHOLE:
+        return events
+    on_host, on_device = (
+        intervals.of(spans).hold(events["start_ns"]) for spans in (marked, breakdown(events, step)[0])
+    )
+    return events[np.where(events["category"].isin(DEVICE), on_device, on_host)].reset_index(drop=True)
+
+
+def _first_launches(launches: pd.DataFrame, on_device: pd.DataFrame) -> pd.DataFrame:
+    """Launches that had to load what they launch: the first of a kernel, and far longer than others of their kind."""
+    linked = on_device.dropna(subset="correlation").drop_duplicates("correlation")
+    kernels = linked.set_index("correlation")["name"]
+    of_kernel = launches["correlation"].map(kernels).astype(object).fillna(launches["name"])
+    usual = launches["dur_ns"].groupby(launches["name"]).transform("median")
+    return launches[~of_kernel.duplicated() & (launches["dur_ns"] > _UNUSUAL * usual)]
+
+
+def _behind(waits: pd.DataFrame, device: intervals.Covered, blind: intervals.Covered, starts: Any, ends: Any) -> Any:
+    """Of each step, the most that the device would have idled less, had the host not waited for it [ns].
+
+    What the host launched after a wait would have come earlier, by no more than the wait was long, and no more than the
+    device idled before it: each gap between two pieces of work is shortened by the waits that ended before its end.
+    """
+    waits = waits[waits["start_ns"].between(starts[0], ends[-1], inclusive="left")]
+    done = (waits["start_ns"] + waits["dur_ns"]).to_numpy("int64")
+    begins = np.clip(np.append(starts[0], device.ends), starts[0], ends[-1])
+    closes = np.clip(np.append(device.starts, ends[-1]), starts[0], ends[-1])
+    waited = np.bincount(np.searchsorted(device.starts, done, side="right"), waits["dur_ns"], len(begins))
+    saved = np.clip(closes - begins - blind.within(begins, closes), 0, waited)
+    step = np.searchsorted(starts, begins, side="right") - 1
+    return np.bincount(step, saved, len(starts)).astype("int64")
 
 
 def _blind(waits: pd.DataFrame, device: intervals.Covered) -> pd.DataFrame:
@@ -108,7 +154,6 @@ def _blind(waits: pd.DataFrame, device: intervals.Covered) -> pd.DataFrame:
 def _with_their_device_work(starts: Any, ends: Any, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
     """Starts and ends of the steps, each until what it launched has run; the next step begins no earlier. The same rule
     as the TensorBoard plugin's: the host runs ahead of the device, and a mark is made on the host."""
-    starts = starts.copy()
     linked = launches.drop_duplicates("correlation").dropna(subset="correlation").set_index("correlation")["start_ns"]
     launched = on_device["correlation"].map(linked).astype("Int64").fillna(-1).to_numpy("int64")
     # in which step each kernel was launched: the last that had begun, unless it had ended
@@ -118,24 +163,17 @@ def _with_their_device_work(starts: Any, ends: Any, launches: pd.DataFrame, on_d
     done = begun + on_device["dur_ns"].to_numpy("int64")
     if not (step >= 0).any():
         return starts, ends
-    earlier = done[(step < 0) & (done < begun[step == step[step >= 0].min()].min())]
+    # a stream works in order: what no step launched, and came before the first that one did, is of an earlier step
+    latest = np.iinfo("int64").max
+    streams = on_device.groupby(["process", "stream"], sort=False, dropna=False).ngroup().to_numpy()
+    first = pd.Series(np.where(step >= 0, begun, latest)).groupby(streams).transform("min").to_numpy("int64")
+    own = first < latest
+    earlier = done[(step < 0) & np.where(own, begun < first, done < first.min())]
     previous = earlier.max(initial=starts[0])
-    for i in range(len(starts)):
-        starts[i] = max(starts[i], previous)
-        ends[i] = previous = max(starts[i], ends[i], done[step == i].max(initial=ends[i]))
-    return starts, ends
-
-
-def _span(device: intervals.Covered, starts: Any, ends: Any) -> Any:
-    """From the first to the last moment of a step in which the device is busy [ns]."""
-    if not len(device.starts):
-        return np.zeros(len(starts), dtype="int64")
-    first = np.searchsorted(device.ends, starts, side="right")
-    last = np.searchsorted(device.starts, ends, side="left") - 1
-    busy = (first < len(device.starts)) & (last >= first)
-    first, last = np.minimum(first, len(device.starts) - 1), np.maximum(last, 0)
-    span = np.minimum(device.ends[last], ends) - np.maximum(device.starts[first], starts)
-    return np.where(busy, span, 0)
+    ends = np.maximum(ends, previous)
+    np.maximum.at(ends, step[step >= 0], done[step >= 0])
+    ends = np.maximum.accumulate(ends)
+    return np.maximum(starts, np.append(previous, ends[:-1])), ends
 
 
 def overview(parts: Sequence[tuple[pd.DataFrame, list[str]]]) -> pd.DataFrame:
@@ -161,15 +199,25 @@ _ADVICE: Mapping[str, tuple[float, str]] = {
 }  # fmt: skip
 _LAUNCH_BOUND = 0.25  # of the time, where a device was recorded
 _LAUNCHING = "the device idles while the host runs operators and launches: larger batches, CUDA graphs or torch.compile"
+_COLD_FRAC = 0.05  # of the time
+
+
+def cold(frame: pd.DataFrame) -> list[str]:
+    """What an overview shows of a recording that began before the run was steady; empty where it shows nothing."""
+    share = float(frame["first_launch_ns"].sum()) / max(1, int(frame["dur_ns"].sum()))
+    return [f"{share:.0%} of the time is spent in first launches, each over {_UNUSUAL} times as long as the usual one: "
+            "record after a warm-up"] if share >= _COLD_FRAC else []  # fmt: skip
 
 
 def suggestions(frame: pd.DataFrame) -> list[str]:
     """What the numbers of an overview support saying; empty where they support nothing."""
-    total = int(frame["dur_ns"].sum())
-    if not total:
-        return []
-    share = {name: float(frame[name].sum() / total) for name in PARTS if frame[name].notna().any()}
+    once = int(frame["first_launch_ns"].sum())  # which a steady run does not pay
+    total = int(frame["dur_ns"].sum()) - once
+    if total <= 0:
+        return cold(frame)
+    parts = {name: int(frame[name].sum()) for name in PARTS if frame[name].notna().any()}
+    share = {name: (time - once * (name == "cpu_exec_ns")) / total for name, time in parts.items()}
     noticeable = {name: word for name, (least, word) in _ADVICE.items() if share.get(name, 0) >= least}
     if "kernel_ns" in share and share["cpu_exec_ns"] >= _LAUNCH_BOUND:
         noticeable["cpu_exec_ns"] = _LAUNCHING
-    return [f"{share[name]:.0%} of the time {word}" for name, word in noticeable.items()]
+    return [*cold(frame), *(f"{share[name]:.0%} of the time {word}" for name, word in noticeable.items())]

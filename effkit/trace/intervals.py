@@ -26,6 +26,10 @@ class Covered(NamedTuple):
         """How much is covered between each pair of times [ns]."""
         return self.before(np.asarray(ends_ns)) - self.before(np.asarray(starts_ns))
 
+    def hold(self, times_ns: Any) -> Any:
+        """For each time, whether it is covered."""
+        return times_ns < np.append(np.iinfo("int64").min, self.ends)[np.searchsorted(self.starts, times_ns, "right")]
+
 
 def union(starts: Any, ends: Any) -> Covered:
     """The time that at least one of the stretches covers.
