@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -26,39 +26,28 @@ def numbers_not_waited_for(model: torch.nn.Module) -> Iterator[None]:
     So are the elements of a vector one by one, which is how numbers are asked for in loops. To measure what asking
     costs, not to train: libraries get true numbers, an optimizer's step too.
     """
-    native = {name: getattr(torch.Tensor, name) for name in (*ASKS, "unbind", "__iter__")}
     own = cache(own_code)
 
-    def item(self: torch.Tensor) -> Any:
-        if not own(sys._getframe(1).f_code.co_filename):
-            return native["item"](self)
-        return 0.0 if self.is_floating_point() else 0
+    def answering(name: str, answer: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+        native = getattr(torch.Tensor, name)
 
-    def to_float(self: torch.Tensor) -> float:
-        return 0.0 if own(sys._getframe(1).f_code.co_filename) else float(native["__float__"](self))
+        def asked(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            fits = name in ASKS or (self.dim() == 1 and len(self) > 0 and not self.requires_grad)
+            mine = fits and own(sys._getframe(1).f_code.co_filename)
+            return answer(self) if mine else native(self, *args, **kwargs)
 
-    def tolist(self: torch.Tensor) -> Any:
-        if not own(sys._getframe(1).f_code.co_filename):
-            return native["tolist"](self)
-        return native["tolist"](torch.zeros(self.shape, dtype=self.dtype))
+        return asked
 
-    def read_by_library(vector: torch.Tensor, code: Any) -> bool:
-        return vector.dim() != 1 or not len(vector) or vector.requires_grad or not own(code.co_filename)
-
-    def elements(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if read_by_library(self, sys._getframe(1).f_code):
-            return native["unbind"](self, *args, **kwargs)
-        return (self[0],) * len(self)
-
-    def each(self: torch.Tensor) -> Iterator[Any]:
-        if read_by_library(self, sys._getframe(1).f_code):
-            return iter(native["__iter__"](self))
-        return iter((self[0],) * len(self))
-
-    answers = {"item": item, "tolist": tolist, "__float__": to_float, "unbind": elements, "__iter__": each}
+    answers: dict[str, Callable[[torch.Tensor], Any]] = {
+        "item": lambda tensor: 0.0 if tensor.is_floating_point() else 0,
+        "__float__": lambda _: 0.0,
+        "tolist": lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype).tolist(),
+        "unbind": lambda vector: (vector[0],) * len(vector),
+        "__iter__": lambda vector: iter((vector[0],) * len(vector)),
+    }
     with ExitStack() as stack:
         for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.Tensor, name, answer))
+            stack.enter_context(mock.patch.object(torch.Tensor, name, answering(name, answer)))
         yield
 
 
@@ -106,10 +95,9 @@ def in_bfloat16(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_intervening(model: torch.nn.Module) -> Iterator[None]:
+def without_intervening(model: torch.nn.Module) -> AbstractContextManager[None]:
     """The step as it is."""
-    yield
+    return nullcontext()
 
 
 def under(

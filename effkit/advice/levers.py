@@ -37,6 +37,8 @@ class Lever:
         What else it changes.
     code
         Lines to paste where :meth:`apply` is not enough.
+    at_most
+        What it is predicted to save is the most that it could; it may save nothing.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Lever:
     run: Callable[[], Account] | None = field(default=None, repr=False)
     use: Callable[[], Any] | None = field(default=None, repr=False)
     keep: Callable[[Receipt], None] | None = field(default=None, repr=False)
+    at_most: bool = False
 
     @property
     def gain_frac(self) -> float:
@@ -66,8 +69,13 @@ class Lever:
 
     @property
     def helps(self) -> bool:
-        """True when its band leaves out "no gain"."""
-        return self.gain_band[0] > 0
+        """True when its band leaves out "no gain", or all that is known is the most that it could save."""
+        return self.at_most or self.gain_band[0] > 0
+
+    def saves(self, word: str = "") -> str:
+        """The gain and its band, in words."""
+        least, most = self.gain_band
+        return f"at most {most:.0%}" if self.at_most else f"{self.gain_frac:.0%} ({word}{least:.0%} to {most:.0%})"
 
     def apply(self) -> Any:
         """What to use in its place: a DataLoader, a context for the step, keyword arguments, a configuration.
@@ -92,8 +100,7 @@ class Lever:
         return receipt
 
     def __repr__(self) -> str:
-        least, most = self.gain_band
-        lines = [f"{self.name}: saves {self.gain_frac:.0%} (band {least:.0%} to {most:.0%})", self.found]
+        lines = [f"{self.name}: saves {self.saves('band ')}", self.found]
         lines += [f"but: {effect}" for effect in self.side_effects]
         return "\n  ".join(lines)
 
@@ -160,15 +167,21 @@ class Advice(Sequence[Lever]):
         """What all of them save together, as a share of the base: of each group the best one alone counts."""
         return sum(self._increments())
 
+    @property
+    def saves(self) -> str:
+        """What all of them save together, in words."""
+        return f"{'at most ' if any(lever.at_most for lever in self.levers) else ''}{self.together:.0%}"
+
     def _hours(self, base: Account) -> float:
         return base.total * (self.num_steps or 0) / _HOUR_NS * self.num_devices
 
     def _increments(self) -> list[float]:
-        """Levers of one group are one problem; those of two act on what the other leaves."""
+        """Levers of one group are one problem; those of two act on what the other leaves, or are known to be rows."""
         left, done, increments = 1.0, set[str](), []
         for lever in self.levers:
             group = lever.group or lever.kind
-            more = 0.0 if group in done else left * lever.gain_frac
+            alone = min(left, lever.gain_frac) if lever.at_most else left * lever.gain_frac
+            more = 0.0 if group in done else alone
             done.add(group)
             left -= more
             increments.append(more)
@@ -177,7 +190,7 @@ class Advice(Sequence[Lever]):
     def __repr__(self) -> str:
         if not self.levers:
             return "\n  ".join([f"Advice for {self.goal}: nothing here is predicted to help", *self.notes])
-        lines = [f"Advice for {self.goal}: together {self.together:.0%} less"]
+        lines = [f"Advice for {self.goal}: together {self.saves} less"]
         lines += [f"{number}. {text}" for number, text in enumerate(map(repr, self.levers), 1)]
         if self.num_steps and self.levers[0].base.unit == "ns":
             hours = self.together * self._hours(self.levers[0].base)
@@ -193,12 +206,12 @@ class Advice(Sequence[Lever]):
         rows = (
             [number, Cell(f"<b>{html.escape(lever.name)}</b><br>{html.escape(lever.found)}"),
              f"{readable(lever.base.total, lever.base.unit)} → {readable(lever.predicted.total, lever.base.unit)}",
-             f"{lever.gain_frac:.0%} ({lever.gain_band[0]:.0%} to {lever.gain_band[1]:.0%})", f"{more:.0%}",
+             lever.saves(), f"{more:.0%}",
              "; ".join(lever.side_effects)]
             for number, (lever, more) in enumerate(zip(self.levers, self._increments(), strict=True), 1)
         )  # fmt: skip
         notes = "".join(f"<br>{html.escape(note)}" for note in self.notes)
-        caption = f"Advice for {self.goal}: together {self.together:.0%} less{notes}"
+        caption = f"Advice for {self.goal}: together {self.saves} less{notes}"
         heads = ["", "lever", "predicted", "saves (band)", "after those above", "but"]
         return markup.table(heads, rows, caption=caption)
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-import pandas as pd
 
 from effkit.account import Account
 from effkit.advice import families
 from effkit.advice.levers import Advice, Lever, banded, ranked
 from effkit.advice.loop_comparison import LEFT
-from effkit.captured import Capture
-from effkit.loading import load
-from effkit.loading.fleet import Fleet
-from effkit.trace.names import LAUNCHES, WAITS
+from effkit.panes.breakdown import cold, mean_of
 from effkit.units import readable
 
 if TYPE_CHECKING:
@@ -23,12 +17,9 @@ if TYPE_CHECKING:
 
 NOT_VISIBLE, HOST_BUSY = "not visible", "host busy, device idle"
 _LEAST_FRAC = 0.05  # of a step: a row below it is not worth a word
-_HALF, _TENTH = 0.5, 0.1  # of a row: what is predicted to be saved, and the least
-_MANY_WAITS = 4  # in a step: one or two are somebody's log of the loss
 _BOUNDS = (
-    "these are bounds, from a recording: each lever can save no more than its row, half of it is taken for predicted "
-    "and a tenth for the least; study the loop live (step=, model=, loader=) to have gains predicted from runs, and "
-    "measured"
+    "these are bounds, from a recording: a lever can save no more than what it acts on took, and may save nothing; "
+    "study the loop live (step=, model=, loader=) to have gains predicted from runs, and measured"
 )
 _LABS = {
     **dict.fromkeys(("saved activation", "recomputed activation", "workspace"), "ek.activations"),
@@ -39,32 +30,18 @@ _LABS = {
 }
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """A row, and what would make it shorter."""
-
-    kind: str
-    name: str
-    found: str
-    amount_ns: float
-    code: str
-    side_effects: tuple[str, ...] = ()
-    group: str = ""
-
-
 def of_time(study: Recorded, goal: str, **more: Any) -> Advice:
     """Levers that bound what could be saved of the rows of a step's time."""
     base = study.time
     if base is None:
         return Advice(goal, (), notes=("time is not visible: no trace was given; give trace= as well",), **more)
-    least = _LEAST_FRAC * base.total
-    bounds = [*_loading(base), *_communication(study, base), *_idle_device(study, base, least)]
-    levers = [_lever(base, bound) for bound in bounds if bound.amount_ns >= least]
+    bounds = [_loading(study, base), *_communication(study, base), *_idle_device(study, base)] if base.total else []
+    levers = [lever for lever in bounds if lever.gain_frac >= _LEAST_FRAC]
     blind = int(base.frame["value"].get(NOT_VISIBLE, 0))
-    notes = [_BOUNDS] if levers else [f"no row that a lever could shorten takes {_LEAST_FRAC:.0%} of the step"]
-    if blind >= least:
-        share = f"{blind / base.total:.0%}"
-        notes.append(f"{share} of the step is device work that was not recorded: nothing is said of it")
+    notes = cold(study.parts)
+    notes.append(_BOUNDS if levers else f"no row that a lever could shorten takes {_LEAST_FRAC:.0%} of {study.unit}")
+    if blind >= _LEAST_FRAC * base.total:
+        notes.append(f"{_share(blind, study, base)} is device work that was not recorded: nothing is said of it")
     return replace(ranked(goal, levers, **more), notes=tuple(notes))
 
 
@@ -86,51 +63,53 @@ def of_memory(memory: Account | None, budget_bytes: int | None, **more: Any) -> 
     return Advice("memory", (), notes=tuple(notes), **more)
 
 
-def _lever(base: Account, bound: _Bound) -> Lever:
-    """Half of the row is predicted to go, all of it at most, a tenth of it at least."""
-    amount = min(bound.amount_ns, float(base.total))
-    total = base.total - _HALF * amount
-    half = banded(base, {LEFT: round(total)}, total, _HALF * amount, "a bound: half of what was recorded")
-    predicted = replace(half, low=max(0, round(base.total - amount)), high=round(base.total - _TENTH * amount))
-    return Lever(bound.kind, bound.name, bound.found, base, predicted, bound.code, bound.side_effects, bound.group)
+def _lever(
+    base: Account, kind: str, name: str, found: str, amount_ns: float, code: str, effects: tuple[str, ...] = (),
+    group: str = "",
+) -> Lever:  # fmt: skip
+    """All of the time that it acts on may go, or nothing."""
+    left = round(base.total - min(amount_ns, float(base.total)))
+    predicted = banded(base, {LEFT: left}, left, 0, "a bound: all of what was recorded")
+    return Lever(kind, name, found, base, replace(predicted, high=base.total), code, effects, group, at_most=True)
 
 
-def _share(amount: float, base: Account) -> str:
-    return f"{amount / max(1, base.total):.0%} of a step"
+def _share(amount: float, study: Recorded, base: Account) -> str:
+    return f"{amount / max(1, base.total):.0%} of {study.unit}"
 
 
-def _loading(base: Account) -> list[_Bound]:
+def _loading(study: Recorded, base: Account) -> Lever:
     amount = float(base.frame["value"].get(families.DATA, 0))
-    return [_Bound(
-        "data loading", "more loader processes", f"{_share(amount, base)} waits for the DataLoader", amount,
-        "loader = DataLoader(dataset, num_workers=4, persistent_workers=True, pin_memory=True, ...)",
+    return _lever(
+        base, "data loading", "more loader processes", f"{_share(amount, study, base)} waits for the DataLoader",
+        amount, "loader = DataLoader(dataset, num_workers=4, persistent_workers=True, pin_memory=True, ...)",
         ("each process holds a copy of what the dataset holds",),
-    )]  # fmt: skip
+    )  # fmt: skip
 
 
-def _communication(study: Recorded, base: Account) -> list[_Bound]:
+def _communication(study: Recorded, base: Account) -> list[Lever]:
     """Bytes that move could move under computation; ranks that wait could have equal work."""
     ranks, exposed = study.of_ranks, float(base.frame["value"].get(families.COMMUNICATION, 0))
-    overlap = _Bound(
-        "communication", "overlap communication", f"{_share(exposed, base)} is communication that no computation hides",
-        exposed,
+    waiting, slowest = 0.0, None
+    if ranks is not None:
+        values, slowest = ranks.frame["value"], ranks.setting["slowest_rank"]
+        waiting = min(exposed, float(values[values.index.str.endswith(" waiting")].sum()))
+    moving = exposed - waiting
+    # no more of it can be hidden than there is computation that hides none yet
+    steps = study.parts
+    computing = steps["kernel_ns" if study.saw_device else "cpu_exec_ns"] - steps["hidden_communication_ns"]
+    room = mean_of(computing.clip(upper=steps["exposed_communication_ns"]))
+    return [_lever(
+        base, "communication", "overlap communication",
+        f"{_share(moving, study, base)} is communication that no computation hides, and {_share(room, study, base)} "
+        "could run under computation that hides none", min(moving, room),
         "model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=25)\n"
         "# FSDP2: fully_shard(block) for each block, so that the next gathers while this one computes\n"
         "# your own: work = dist.all_to_all_single(..., async_op=True); compute(); work.wait()",
         ("buffers of what is on its way take memory",),
-    )  # fmt: skip
-    if ranks is None:
-        return [overlap]
-    values = ranks.frame["value"]
-    waiting, moving = (float(values[values.index.str.endswith(f" {word}")].sum()) for word in ("waiting", "moving"))
-    unseen = max(0.0, exposed - waiting - moving)
-    slowest = ranks.setting["slowest_rank"]
-    found = f"{_share(moving + unseen, base)} is communication that moves bytes while nothing computes"
-    overlap = replace(overlap, amount_ns=moving + unseen, found=found)
-    return [overlap, _Bound(
-        "waiting for ranks", "give all ranks equal work",
-        f"{_share(waiting, base)}, the mean over ranks, waits for the last one to come; rank {slowest} has the longest "
-        "step",
+    ), _lever(
+        base, "waiting for ranks", "give all ranks equal work",
+        f"{_share(waiting, study, base)}, the mean over ranks, waits for the last one to come; rank {slowest} has the "
+        "longest step",
         waiting,
         "plan = padding.plan(lengths, 'bucket', batch_size=...)\n"
         "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(rank, world_size))\n"
@@ -139,50 +118,24 @@ def _communication(study: Recorded, base: Account) -> list[_Bound]:
     )]  # fmt: skip
 
 
-def _idle_device(study: Recorded, base: Account, least: float) -> list[_Bound]:
+def _idle_device(study: Recorded, base: Account) -> list[Lever]:
     """The device has nothing to do while the host launches, or after the host has waited for it."""
     if not study.saw_device:
         return []
-    rows = base.frame["value"]
-    busy, between = float(rows.get(HOST_BUSY, 0)), float(rows.get(families.HOST, 0))
-    found = [_Bound(
-        "launch gaps", "launch less often",
-        f"in {_share(busy, base)} the device idles while the host runs operators", busy,
+    busy = float(base.frame["value"].get(HOST_BUSY, 0))
+    behind, number = (mean_of(study.parts[column]) for column in ("behind_waits_ns", "num_waits"))
+    return [_lever(
+        base, "launch gaps", "launch less often",
+        f"in {_share(busy, study, base)} the device idles while the host runs operators", busy,
         "model = torch.compile(model, mode='reduce-overhead')   # CUDA graphs\n"
         "# or torch.cuda.make_graphed_callables(model, sample); or larger batches",
         ("the first steps compile; shapes that vary compile again",), group="idle device",
+    ), _lever(
+        base, "synchronisation", "wait for the device less often",
+        f"the host waits for the device {number:,.0f} times in {study.unit}, and behind that the device idles for "
+        f"{_share(behind, study, base)} at most",
+        behind,
+        "total = total + loss.detach()   # and total.item() once, when it is shown\n"
+        "batch = batch.to('cuda', non_blocking=True)   # from pinned memory; nonzero() and masks wait, too",
+        group="idle device",
     )]  # fmt: skip
-    waits, where = _waits_per_step(study) if busy + between >= least else (0.0, "")
-    if waits >= _MANY_WAITS:
-        found.append(_Bound(
-            "synchronisation", "ask for fewer numbers",
-            f"a step waits for the device {waits:,.0f} times ({where}), and in {_share(busy + between, base)} the "
-            "device idles",
-            busy + between, "total = total + loss.detach()   # and total.item() once, when it is shown",
-            group="idle device",
-        ))  # fmt: skip
-    return found
-
-
-def _waits_per_step(study: Recorded) -> tuple[float, str]:
-    """How often a step waits until the device is done, and in what: operators of all ranks, calls of one rank."""
-    calls = study.operators["calls"]
-    asked = float(calls.get("aten::_local_scalar_dense", calls.get("aten::item", 0))) / study.num_steps
-    rank = study.inside
-    if isinstance(rank, Fleet):
-        if not isinstance(study.trace, str | Path):
-            return asked, "aten::item"
-        whole = load(Path(study.trace) / next(iter(rank.provenance["files"].values())))  # one of them shows what all do
-        rank = within_steps(whole, whole.overview(study.step))
-    calls = rank.events[rank.events["category"].str.endswith(LAUNCHES)]
-    waited = int(calls["name"].str.contains(WAITS).sum()) / max(1, len(rank.overview(study.step)))
-    return max((asked, "aten::item"), (waited, "cudaStreamSynchronize and its like"))
-
-
-def within_steps(capture: Capture, steps: pd.DataFrame) -> Capture:
-    """The same recording without what begins outside of the steps, which its overview lists."""
-    starts = capture.events["start_ns"]
-    inside = pd.Series(False, starts.index)
-    for begin, dur in zip(steps["start_ns"], steps["dur_ns"], strict=True):
-        inside |= (starts >= begin) & (starts < begin + dur)
-    return replace(capture, events=capture.events[inside].reset_index(drop=True))

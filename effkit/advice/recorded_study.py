@@ -15,20 +15,19 @@ from effkit.account import Account
 from effkit.advice import families, recorded_levers
 from effkit.advice.levers import Advice
 from effkit.advice.overviews import NO_CEILINGS, Overview
-from effkit.advice.recorded_levers import HOST_BUSY, NOT_VISIBLE, within_steps
+from effkit.advice.recorded_levers import HOST_BUSY, NOT_VISIBLE
 from effkit.advice.studies import Study
 from effkit.captured import Capture
 from effkit.loading import load
-from effkit.loading.fleet import Fleet
 from effkit.moe import UNSEEN
-from effkit.panes.breakdown import NO_DEVICE, mean_of
+from effkit.panes.breakdown import NO_DEVICE, cold, mean_of
 from effkit.panes.families import NOT_VISIBLE as NOBODY
+from effkit.panes.steps import WHOLE
 from effkit.units import readable
 
-TIME, RANKS = "Time of one step", "One step of all ranks, waiting told from moving"
+RANKS, EVERYTHING = "One step of all ranks, waiting told from moving", "the whole recording"
 COPIES, NO_OPERATOR = "copies", "kernels without an operator"
 _FROM = "steps from "  # begins the note that says what marks a step
-_OUTSIDE_FRAC = 0.05  # of the kernels' time, that may lie outside of the steps before a word is due
 # part of Capture.overview() -> row; kernel_ns becomes a row per family, and so does cpu_exec_ns without a device
 _ROWS = {
     "exposed_communication_ns": families.COMMUNICATION,
@@ -51,7 +50,8 @@ class RecordedStudy(Study):
     FileNotFoundError or ValueError when a file is absent, or holds no events (a trace) or no memory (a snapshot).
 
     ``capture`` is what the trace holds, None where none was given; ``of_memory`` the Capture that memory was recorded
-    in, None where neither file holds any; ``trace`` the path that was given.
+    in, None where neither file holds any. Of a serving engine's batches those are studied, prefill or decode, that took
+    most of the time, unless ``step`` names the others.
     """
 
     def __init__(self, trace: Files | None, snapshot: str | Path | None, *, step: str | None = None) -> None:
@@ -59,7 +59,7 @@ class RecordedStudy(Study):
         memory = None if snapshot is None else load(snapshot)
         named = [_named(path) for path in (trace, snapshot) if path is not None]
         super().__init__(f"a recording, {' and '.join(named)}")
-        self.trace, self.step = trace, step
+        self.step = step
         if self.capture is not None and self.parts.empty:
             raise ValueError(f"there are no events in {named[0]}: trace= takes what torch.profiler exported, snapshot= "
                              "what torch.cuda.memory._dump_snapshot() wrote")  # fmt: skip
@@ -69,6 +69,11 @@ class RecordedStudy(Study):
         if memory is not None and not _holds_memory(memory):
             raise ValueError(f"no memory is in {named[-1]}: snapshot= takes what torch.cuda.memory._dump_snapshot() "
                              "wrote")  # fmt: skip
+        phases = None if self.capture is None else self.parts.get("phase")
+        if phases is not None and phases.nunique() > 1:  # the mean over them would mean nothing
+            self.step = str(self.parts["dur_ns"].groupby(phases).sum().idxmax())
+            self._other_phases = sorted({*phases} - {self.step})
+            del vars(self)["parts"]
         self.of_memory = next((part for part in (memory, self.capture) if part is not None and _holds_memory(part)),
                               None)  # fmt: skip
 
@@ -80,14 +85,17 @@ class RecordedStudy(Study):
 
     @cached_property
     def inside(self) -> Capture:
-        """The trace without what lies outside of the steps; of many ranks, which are not kept in memory, all of it."""
+        """The trace without what is in no step."""
         assert self.capture is not None, "there is a trace"
-        return self.capture if isinstance(self.capture, Fleet) else within_steps(self.capture, self.parts)
+        return self.capture._in_steps(self.step)
 
-    @cached_property
-    def operators(self) -> pd.DataFrame:
-        """:meth:`Capture.operators` of the steps."""
-        return self.inside.operators()
+    @property
+    def unit(self) -> str:
+        """What one row of ``parts`` is, in words."""
+        if any(WHOLE in mark for mark in self._marks):
+            return EVERYTHING
+        phases = set(self.parts.get("phase", ()))
+        return f"a step of {phases.pop()}" if len(phases) == 1 else "a step"
 
     @property
     def num_steps(self) -> int:
@@ -101,7 +109,7 @@ class RecordedStudy(Study):
 
     @cached_property
     def time(self) -> Account | None:
-        """One step, the mean over steps and ranks; None without a trace."""
+        """One step, the mean over steps and ranks, without first launches; None without a trace."""
         if self.capture is None:
             return None
         whole = "kernel_ns" if self.saw_device else "cpu_exec_ns"
@@ -111,9 +119,14 @@ class RecordedStudy(Study):
         shown = {row: round(value) for row, value in rows.items() if value >= 1}
         basis = {row: "derived" if row in (*_COMPUTING, NO_OPERATOR) else "measured" for row in shown}
         source = (self._marks or ["the recorded steps"])[0].removeprefix(_FROM)
+        source += f", the mean over {self.num_steps:,} of them" if self.num_steps > 1 else ""
+        once = round(mean_of(self.parts["first_launch_ns"].fillna(0))) if cold(self.parts) else 0
+        if once:  # a steady run does not pay it
+            source += f", without first launches ({readable(once, 'ns')})"
+            shown[HOST_BUSY] -= once
         return Account.of(
-            TIME, "ns", shown, basis=basis, total=round(mean_of(self.parts["dur_ns"])),
-            source=f"{source}, the mean over {self.num_steps:,} of them" if self.num_steps > 1 else source,
+            f"Time of {self.unit.replace('a step', 'one step')}", "ns", shown, basis=basis,
+            total=round(mean_of(self.parts["dur_ns"])) - once, source=source,
             setting={"num_ranks": self.num_ranks, "num_steps": self.num_steps},
         )  # fmt: skip
 
@@ -145,7 +158,8 @@ class RecordedStudy(Study):
         if self.capture is None or self.num_ranks < 2:
             return None
         try:
-            return replace(moe.account(self.capture, self.step), title=RANKS)
+            title = RANKS if self.unit != EVERYTHING else RANKS.replace("One step", EVERYTHING.capitalize())
+            return replace(moe.account(self.capture, self.step), title=title)
         except ValueError as error:
             self._why_no_ranks = str(error)
             return None
@@ -160,45 +174,35 @@ class RecordedStudy(Study):
         """What filled the memory at its peak; None where that was not recorded."""
         return None if self.of_memory is None else self.of_memory.memory()
 
-    @property
-    def _outside_frac(self) -> float:
-        """Of the kernels' time, what is not in a step."""
-        inside = float(self.parts[["kernel_ns", "exposed_communication_ns", "hidden_communication_ns"]].sum().sum())
-        return 1 - min(1.0, inside / max(1.0, float(self.inside.kernels()["total_ns"].sum())))
-
     _why_no_ranks = ""
+    _other_phases: Sequence[str] = ()
 
     def _look(self) -> Overview:
         accounts = [account for account in (self.time, self.of_ranks, self.memory) if account is not None]
         return Overview(tuple(accounts), NO_CEILINGS, tuple(self._found()), tuple(self._unseen()))
 
     def _found(self) -> list[str]:
-        found = []
-        for capture in (self.capture, self.of_memory):
-            facts = {} if capture is None else capture.provenance
-            # a snapshot does not say on what device it was taken
-            if facts.get("device") and (capture is self.capture or self.capture is None):
-                found.append(str(facts["device"]))
-            if facts.get("torch"):
-                found.append(f"torch {facts['torch']}")
+        facts = [capture.provenance for capture in (self.capture, self.of_memory) if capture is not None]
+        # beside a trace, a snapshot does not say on what device it was taken
+        found = [str(each["device"]) for each in facts[:1] if each.get("device")]
+        found += [f"torch {each['torch']}" for each in facts if each.get("torch")]
         if self.capture is not None:
             found.append(self._ranks_and_steps(self.capture))
-        if self.memory is not None:
-            found.append(f"memory of {self._device_of_memory()}, {readable(self.memory.total, 'bytes')} at its peak")
+        if self.of_memory is not None and self.memory is not None:
+            device = self.of_memory._chosen_memory(None, None)["device"]
+            found.append(f"memory of {device}, {readable(self.memory.total, 'bytes')} at its peak")
         return list(dict.fromkeys(found))
 
     def _ranks_and_steps(self, capture: Capture) -> str:
         world = capture.provenance.get("world_size")
         of = f" of {world}" if world and world > self.num_ranks else ""
         ranks = f"{self.num_ranks}{of} ranks" if of or self.num_ranks > 1 else "one rank"
+        if self.unit == EVERYTHING:
+            return f"{ranks}, {EVERYTHING}: no step is marked; name an annotation that marks one with step="
         per_rank = sorted(set(self.parts.groupby(level="rank").size()))
         steps = f"{per_rank[0]} steps" if per_rank != [1] else "one step"
         steps = f"{per_rank[0]} to {per_rank[-1]} steps" if len(per_rank) > 1 else steps
         return f"{ranks}, {steps}{' each' if self.num_ranks > 1 else ''}: {'; '.join(self._marks)}"
-
-    def _device_of_memory(self) -> str:
-        assert self.of_memory is not None
-        return str(self.of_memory._chosen_memory(None, None)["device"])
 
     def _unseen(self) -> list[str]:
         unseen = [
@@ -212,35 +216,20 @@ class RecordedStudy(Study):
             unseen.append("what a device did: none was recorded, so that operators count by their time on the host")
         if not self.capture.provenance.get("torch"):
             unseen.append("the torch version: a trace does not say it")
-        unseen += self._unseen_ranks(self.capture)
-        notes += self._notes_on_ranks()
-        if self.memory is None:
-            unseen.append("memory: it was not recorded; give snapshot=, or profile with profile_memory=True")
-        return list(dict.fromkeys([*unseen, *notes]))
-
-    def _unseen_ranks(self, capture: Capture) -> list[str]:
-        unseen = []
-        if missing := capture.provenance.get("missing_ranks"):
-            listed = ", ".join(map(str, list(missing)[:8])) + (", …" if len(missing) > 8 else "")
-            unseen.append(f"what ranks {listed} did: there is no file of them, and waiting for them counts as moving")
+        unseen += [f"steps of {phase}: study(..., step='{phase}') looks at them" for phase in self._other_phases]
         assert self.time is not None, "there is a trace"
-        many = (capture.provenance.get("world_size") or 1) > 1
+        many = (self.capture.provenance.get("world_size") or 1) > 1
         if self.num_ranks == 1 and (many or families.COMMUNICATION in self.time.frame.index):
             unseen.append("waiting for other ranks told from moving bytes: this is one rank; give a folder with all")
-        return unseen
-
-    def _notes_on_ranks(self) -> list[str]:
-        notes, ranks = [], self.of_ranks
-        if ranks is not None:
-            notes += [note for note in ranks.setting["notes"] if "were not recorded" not in note]
-            if any(UNSEEN in row for row in ranks.frame.index):
-                notes.append("who waited for whom, in calls that no other rank's recording shows")
+        if self.memory is None:
+            unseen.append("memory: it was not recorded; give snapshot=, or profile with profile_memory=True")
+        ranks = self.of_ranks
+        notes += [*self.capture._notes(), *(ranks.setting["notes"] if ranks else ())]
+        if ranks and any(UNSEEN in row for row in ranks.frame.index):
+            notes.append("who waited for whom, in calls that no other rank's recording shows")
         elif self._why_no_ranks:
             notes.append(f"waiting told from moving: {self._why_no_ranks}")
-        if self.saw_device and isinstance(self.inside, Fleet) and self._outside_frac > _OUTSIDE_FRAC:
-            notes.append(f"which operators launched the kernels of the steps alone: {self._outside_frac:.0%} of the "
-                         "kernels' time is outside of them, and is shared out as well")  # fmt: skip
-        return notes
+        return list(dict.fromkeys([*unseen, *notes, *filter(None, [self.capture._outside(self.inside)])]))
 
     def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
         if goal == "memory":

@@ -11,7 +11,7 @@ from effkit.arguments import LOSS, checked_amount, checked_function, checked_loa
 
 
 def study(
-    step: Callable[..., object] | None = None, model: Any = None, loader: Any = None, *,
+    step: Callable[..., object] | str | None = None, model: Any = None, loader: Any = None, *,
     generate: Any = None, inputs: Any = None, trace: str | Path | None = None, snapshot: str | Path | None = None,
     loss: Callable[[Any], Any] | None = None, num_batches: int | None = None, num_ranks: int | None = None,
     link_bytes_per_s: float | None = None, repeats: int | None = None,
@@ -36,7 +36,8 @@ def study(
     generate, model, inputs
         A call ``generate(inputs)`` that comes to ``model.generate``, or keyword arguments of it.
     trace, snapshot
-        A profiler trace or a folder with one per rank; a memory snapshot.
+        A profiler trace or a folder with one per rank; a memory snapshot. ``step`` may then name the annotation that
+        marks a step, as in :meth:`effkit.Capture.overview`.
     loss, num_batches
         Of a training loop: model output -> scalar, where the output does not hold one and memory is asked about;
         batches to study, as many as fit into a few seconds unless given.
@@ -51,7 +52,8 @@ def study(
         With ``overview()``, ``advise()``, ``compare(other)``, ``report(path)``.
     """
     files = trace is not None or snapshot is not None
-    kinds = {"step": step is not None, "generate": generate is not None, "trace or snapshot": files}
+    named = step if files and isinstance(step, str) else None
+    kinds = {"step": step is not None and named is None, "generate": generate is not None, "trace or snapshot": files}
     given = [name for name, is_given in kinds.items() if is_given]
     if len(given) != 1:
         raise TypeError(
@@ -70,7 +72,7 @@ def study(
     if files:
         from effkit.advice.recorded_study import RecordedStudy
 
-        return RecordedStudy(trace, snapshot, **options)
+        return RecordedStudy(trace, snapshot, step=named, **options)
     if model is None:
         raise TypeError(f"study({given[0]}=...) takes model= as well: the module that is run")
     if generate is not None:
@@ -84,6 +86,7 @@ def study(
     if loader is not None:
         checked_loader(loader)
     assert step is not None
+    assert not isinstance(step, str)
     if _one_of_several_ranks():
         raise ValueError(
             "this is one of several ranks, which have to take the same steps, and a study takes as many as it needs: "
