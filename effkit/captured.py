@@ -203,7 +203,8 @@ class Capture:
 
     def _in_steps(self, step: str | None = None) -> Capture:
         """The same without what is in no step."""
-        return replace(self, events=pd.concat(self._of_ranks("in_steps", step), ignore_index=True))
+        ranks = [breakdown.of_steps(events, step) for _, events in self.events.groupby("rank")] or [self.events]
+        return replace(self, events=pd.concat(ranks, ignore_index=True))
 
     def _outside(self, inside: Capture) -> str:
         """What lies outside of the steps, in words, where that is much."""

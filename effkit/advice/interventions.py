@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, _GeneratorContextManager, contextmanager
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -16,7 +16,8 @@ from effkit.advice.step_hooks import ASKS
 from effkit.restoring import own_code
 from effkit.training import drop_gradients
 
-Intervention = Callable[[torch.nn.Module], AbstractContextManager[None]]
+# Enters a context anew at each call of what it decorates: intervention(model)(step)
+Intervention = Callable[[torch.nn.Module], "_GeneratorContextManager[None]"]
 
 
 @contextmanager
@@ -84,29 +85,12 @@ def nothing_recomputed(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def in_bfloat16(model: torch.nn.Module) -> Iterator[None]:
     """The model's forward pass runs under autocast to bfloat16."""
-    kind = next(model.parameters()).device.type
-    forward = model.forward
-
-    def cast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(kind, torch.bfloat16):
-            return forward(*args, **kwargs)
-
-    with mock.patch.object(model, "forward", cast):
+    cast = torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+    with mock.patch.object(model, "forward", cast(model.forward)):
         yield
 
 
-def without_intervening(model: torch.nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def without_intervening(model: torch.nn.Module) -> Iterator[None]:
     """The step as it is."""
-    return nullcontext()
-
-
-def under(
-    intervention: Intervention, model: torch.nn.Module, step: Callable[[Any], object], batch: Any
-) -> Callable[[], None]:
-    """One call of the step with an intervention in force, to be made later."""
-
-    def run() -> None:
-        with intervention(model):
-            step(batch)
-
-    return run
+    yield

@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from effkit import activations, lab
-from effkit.advice.interventions import Intervention, gradients_to_none, under, without_intervening
+from effkit.advice.interventions import Intervention, gradients_to_none, without_intervening
 from effkit.lab import Trust
 from effkit.recording import steady_peak
 from effkit.timing import elapsed_ns, interleaved_ns
@@ -94,7 +94,7 @@ def savings(
 ) -> dict[str, Saving]:
     """Run small steps with each intervention and without any, in turn; the fastest of each counts."""
     everything = {PLAIN: without_intervening, **interventions}
-    calls = {(name, i): under(intervention, model, step, batch)
+    calls = {(name, i): intervention(model)(partial(step, batch))
              for name, intervention in everything.items() for i, batch in enumerate(tried)}  # fmt: skip
     runs: list[list[int]] = []
 

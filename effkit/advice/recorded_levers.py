@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from effkit.account import Account
@@ -35,8 +37,7 @@ def of_time(study: Recorded, goal: str, **more: Any) -> Advice:
     base = study.time
     if base is None:
         return Advice(goal, (), notes=("time is not visible: no trace was given; give trace= as well",), **more)
-    bounds = [_loading(study, base), *_communication(study, base), *_idle_device(study, base)] if base.total else []
-    levers = [lever for lever in bounds if lever.gain_frac >= _LEAST_FRAC]
+    levers = [lever for lever in _bounds(study, base) if lever.gain_frac >= _LEAST_FRAC] if base.total else []
     blind = int(base.frame["value"].get(NOT_VISIBLE, 0))
     notes = cold(study.parts)
     notes.append(_BOUNDS if levers else f"no row that a lever could shorten takes {_LEAST_FRAC:.0%} of {study.unit}")
@@ -51,9 +52,8 @@ def of_memory(memory: Account | None, budget_bytes: int | None, **more: Any) -> 
         return Advice("memory", (), notes=("memory is not visible: it was not recorded; give snapshot=",), **more)
     largest = str(memory.frame["value"].idxmax())
     size = int(memory.frame["value"].max())
-    lab = _LABS.get(largest)
-    look = "look at Capture.memory(by='stack') to see where it was allocated"
-    look = f"measure the model live in {lab}" if lab else look
+    look = (f"measure the model live in {_LABS[largest]}" if largest in _LABS
+            else "look at Capture.memory(by='stack') to see where it was allocated")  # fmt: skip
     notes = [f"what a lever saves cannot be predicted from files; the largest part of the peak of "
              f"{readable(memory.total, 'bytes')} is {largest}, {readable(size, 'bytes')}: {look}"]  # fmt: skip
     if budget_bytes is not None:
@@ -77,65 +77,55 @@ def _share(amount: float, study: Recorded, base: Account) -> str:
     return f"{amount / max(1, base.total):.0%} of {study.unit}"
 
 
-def _loading(study: Recorded, base: Account) -> Lever:
-    amount = float(base.frame["value"].get(families.DATA, 0))
-    return _lever(
-        base, "data loading", "more loader processes", f"{_share(amount, study, base)} waits for the DataLoader",
-        amount, "loader = DataLoader(dataset, num_workers=4, persistent_workers=True, pin_memory=True, ...)",
+def _bounds(study: Recorded, base: Account) -> Iterator[Lever]:
+    """What could be waited for less, and run at the same time."""
+    lever, share, steps = partial(_lever, base), partial(_share, study=study, base=base), study.parts
+    row = base.frame["value"].to_dict().get
+    loading, exposed, busy = (float(row(name, 0)) for name in (families.DATA, families.COMMUNICATION, HOST_BUSY))
+    yield lever(
+        "data loading", "more loader processes", f"{share(loading)} waits for the DataLoader", loading,
+        "loader = DataLoader(dataset, num_workers=4, persistent_workers=True, pin_memory=True, ...)",
         ("each process holds a copy of what the dataset holds",),
     )  # fmt: skip
-
-
-def _communication(study: Recorded, base: Account) -> list[Lever]:
-    """Bytes that move could move under computation; ranks that wait could have equal work."""
-    ranks, exposed = study.of_ranks, float(base.frame["value"].get(families.COMMUNICATION, 0))
-    waiting, slowest = 0.0, None
-    if ranks is not None:
-        values, slowest = ranks.frame["value"], ranks.setting["slowest_rank"]
+    if (ranks := study.of_ranks) is not None:
+        values = ranks.frame["value"]
         waiting = min(exposed, float(values[values.index.str.endswith(" waiting")].sum()))
-    moving = exposed - waiting
-    # no more of it can be hidden than there is computation that hides none yet
-    steps = study.parts
+        exposed -= waiting
+        yield lever(
+            "waiting for ranks", "give all ranks equal work",
+            f"{share(waiting)}, the mean over ranks, waits for the last one to come; rank "
+            f"{ranks.setting['slowest_rank']} has the longest step", waiting,
+            "plan = padding.plan(lengths, 'bucket', batch_size=...)\n"
+            "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(rank, world_size))\n"
+            "# experts: moe.balanced_placement(...); one slow machine: moe.find_slow(...)",
+            ("ranks see batches in another order",),
+        )  # fmt: skip
+    # no more communication can be hidden than there is computation that hides none yet
     computing = steps["kernel_ns" if study.saw_device else "cpu_exec_ns"] - steps["hidden_communication_ns"]
     room = mean_of(computing.clip(upper=steps["exposed_communication_ns"]))
-    return [_lever(
-        base, "communication", "overlap communication",
-        f"{_share(moving, study, base)} is communication that no computation hides, and {_share(room, study, base)} "
-        "could run under computation that hides none", min(moving, room),
+    yield lever(
+        "communication", "overlap communication",
+        f"{share(exposed)} is communication that no computation hides, and {share(room)} could run under computation "
+        "that hides none", min(exposed, room),
         "model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=25)\n"
         "# FSDP2: fully_shard(block) for each block, so that the next gathers while this one computes\n"
         "# your own: work = dist.all_to_all_single(..., async_op=True); compute(); work.wait()",
         ("buffers of what is on its way take memory",),
-    ), _lever(
-        base, "waiting for ranks", "give all ranks equal work",
-        f"{_share(waiting, study, base)}, the mean over ranks, waits for the last one to come; rank {slowest} has the "
-        "longest step",
-        waiting,
-        "plan = padding.plan(lengths, 'bucket', batch_size=...)\n"
-        "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(rank, world_size))\n"
-        "# experts: moe.balanced_placement(...); one slow machine: moe.find_slow(...)",
-        ("ranks see batches in another order",),
-    )]  # fmt: skip
-
-
-def _idle_device(study: Recorded, base: Account) -> list[Lever]:
-    """The device has nothing to do while the host launches, or after the host has waited for it."""
+    )  # fmt: skip
     if not study.saw_device:
-        return []
-    busy = float(base.frame["value"].get(HOST_BUSY, 0))
-    behind, number = (mean_of(study.parts[column]) for column in ("behind_waits_ns", "num_waits"))
-    return [_lever(
-        base, "launch gaps", "launch less often",
-        f"in {_share(busy, study, base)} the device idles while the host runs operators", busy,
+        return
+    yield lever(
+        "launch gaps", "launch less often", f"in {share(busy)} the device idles while the host runs operators", busy,
         "model = torch.compile(model, mode='reduce-overhead')   # CUDA graphs\n"
         "# or torch.cuda.make_graphed_callables(model, sample); or larger batches",
         ("the first steps compile; shapes that vary compile again",), group="idle device",
-    ), _lever(
-        base, "synchronisation", "wait for the device less often",
-        f"the host waits for the device {number:,.0f} times in {study.unit}, and behind that the device idles for "
-        f"{_share(behind, study, base)} at most",
-        behind,
+    )  # fmt: skip
+    behind, number = mean_of(steps["behind_waits_ns"]), mean_of(steps["num_waits"])
+    yield lever(
+        "synchronisation", "wait for the device less often",
+        f"the host waits for the device {number:,.0f} times in {study.unit}, and behind that the device idles "
+        f"for {share(behind)} at most", behind,
         "total = total + loss.detach()   # and total.item() once, when it is shown\n"
         "batch = batch.to('cuda', non_blocking=True)   # from pinned memory; nonzero() and masks wait, too",
         group="idle device",
-    )]  # fmt: skip
+    )  # fmt: skip

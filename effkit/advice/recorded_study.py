@@ -66,7 +66,7 @@ class RecordedStudy(Study):
         if self.capture is not None and 0 < self.parts["kernel_ns"].notna().mean() < 1:
             raise ValueError(f"some of the ranks in {named[0]} recorded a device and some did not, so that their mean "
                              "means nothing: give the files of either alone")  # fmt: skip
-        if memory is not None and not _holds_memory(memory):
+        if memory is not None and not memory._recorded_memory():
             raise ValueError(f"no memory is in {named[-1]}: snapshot= takes what torch.cuda.memory._dump_snapshot() "
                              "wrote")  # fmt: skip
         phases = None if self.capture is None else self.parts.get("phase")
@@ -74,7 +74,7 @@ class RecordedStudy(Study):
             self.step = str(self.parts["dur_ns"].groupby(phases).sum().idxmax())
             self._other_phases = sorted({*phases} - {self.step})
             del vars(self)["parts"]
-        self.of_memory = next((part for part in (memory, self.capture) if part is not None and _holds_memory(part)),
+        self.of_memory = next((part for part in (memory, self.capture) if part is not None and part._recorded_memory()),
                               None)  # fmt: skip
 
     @cached_property
@@ -138,19 +138,14 @@ class RecordedStudy(Study):
     def _shares(self) -> dict[str, float]:
         """How the time of kernels, or of operators, is divided between families; they sum to 1. Copies and
         communication have rows of their own: what they take on the device is not shared out again."""
-        table = self.inside.families()
-        column = table["kernel_ns" if self.saw_device else "host_self_ns"].astype("float64").fillna(0).clip(lower=0)
-        nobody = float(column.get(NOBODY, 0.0))
-        by_row = column.drop(index=NOBODY, errors="ignore").groupby(families.row).sum()
-        times = {name: float(by_row.get(name, 0.0)) for name in _COMPUTING}
-        times[families.OTHER] += float(by_row.get(families.HOST, 0.0))  # somebody's own backward
-        if self.saw_device:
-            times[families.OTHER] += times.pop(families.ASKING)
-            times[NO_OPERATOR] = nobody
-        total = sum(times.values())
-        if not total:
-            return {families.OTHER: 1.0}
-        return {name: value / total for name, value in times.items() if value > 0}
+        times = self.inside.families()["kernel_ns" if self.saw_device else "host_self_ns"].astype("float64").fillna(0)
+        # somebody's own backward, and on a device what is asked for, are kernels like others
+        elsewhere = {NOBODY: NO_OPERATOR, families.HOST: families.OTHER}
+        elsewhere |= {families.ASKING: families.OTHER} if self.saw_device else {}
+        rows = times.index.map(lambda family: family if family == NOBODY else families.row(family))
+        times = times.clip(lower=0).groupby(rows.map(lambda row: elsewhere.get(row, row))).sum()
+        times = times.reindex([*_COMPUTING, *([NO_OPERATOR] if self.saw_device else [])]).dropna()
+        return (times[times > 0] / times.sum()).to_dict() or {families.OTHER: 1.0}
 
     @cached_property
     def of_ranks(self) -> Account | None:
@@ -235,10 +230,6 @@ class RecordedStudy(Study):
         if goal == "memory":
             return recorded_levers.of_memory(self.memory, budget_bytes, **more)
         return recorded_levers.of_time(self, goal, **more)
-
-
-def _holds_memory(capture: Capture) -> bool:
-    return bool(capture._recorded_memory())
 
 
 def _named(path: Files) -> str:

@@ -135,6 +135,6 @@ def _lever(
 
 def measured_beside(study: Training, intervention: Intervention) -> Account:
     """Every batch with the intervention and without it, in turn."""
-    now, then = ([interventions.under(way, study.model, study.step, batch) for batch in study.batches]
+    now, then = ([way(study.model)(partial(study.step, batch)) for batch in study.batches]
                  for way in (interventions.without_intervening, intervention))  # fmt: skip
     return in_turn(study, now, then)

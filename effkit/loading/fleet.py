@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 from joblib import Parallel, delayed
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from effkit import trace
 from effkit.captured import Capture, Memory
 from effkit.loading.files import SINCE_1970_NS, SLOW_S, Options, described, kind_of, load_file
-from effkit.panes import OF_RANK
+from effkit.panes import OF_RANK, breakdown
 
 Item = TypeVar("Item")
 _ALONE_BYTES = 2**25  # below this many bytes on disk starting processes costs more than it saves
@@ -27,24 +27,16 @@ _BY_ORDER = "the order of the files"
 _UNLIKE_NS = 60 * 10**9  # by which no two clocks of one cluster differ
 
 
-class Digest(NamedTuple):
-    """What the panes need of one rank: small, whatever the size of its trace."""
-
-    overview: Any
-    operators: Any
-    kernels: Any
-    families: Any
-    collectives: Any
-    memory: Sequence[Mapping[str, Any]]
+Digest = Mapping[str, Any]  # what the panes need of one rank: small, whatever the size of its trace
 
 
 def digest(path: Path, rank: int, options: Options, step: str | None = None) -> Digest:
     """Read one rank's file and reduce it."""
     capture = load_file(path, rank, options)
-    events = OF_RANK["in_steps"](capture.events, *options.in_steps) if options.in_steps else capture.events
+    events = breakdown.of_steps(capture.events, *options.in_steps) if options.in_steps else capture.events
     marked = {"overview": [step]}  # no other pane asks for steps
-    parts = {name: OF_RANK[name](events, *marked.get(name, [])) for name in Digest._fields[:-1]}
-    return Digest(**parts, memory=capture.provenance.get("memory", ()))
+    parts = {name: of_rank(events, *marked.get(name, [])) for name, of_rank in OF_RANK.items()}
+    return parts | {"memory": capture.provenance.get("memory", ())}
 
 
 class Fleet(Capture):
@@ -138,14 +130,14 @@ class Fleet(Capture):
 
     def _of_ranks(self, pane: str, *options: Any) -> list[Any]:
         digests = self._digests(*options) if options else self._any_digests()
-        return [getattr(digest, pane) for digest in digests]
+        return [digest[pane] for digest in digests]
 
     def _any_digests(self) -> list[Digest]:
         """Those of any step: only the overview depends on it."""
         return next(iter(self._cache.values()), None) or self._digests()
 
     def _recorded_memory(self) -> Sequence[Mapping[str, Any]]:
-        return [memory for digest in self._any_digests() for memory in digest.memory]
+        return [memory for digest in self._any_digests() for memory in digest["memory"]]
 
     def _memory_of(self, device: str | None, rank: int | None) -> Memory:
         chosen = self._chosen_memory(device, rank)

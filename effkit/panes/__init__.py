@@ -18,5 +18,4 @@ OF_RANK: Mapping[str, Callable[[pd.DataFrame], Any]] = {
     "kernels": tables.kernels_of,
     "families": families.families_of,
     "collectives": collectives.collectives_of,
-    "in_steps": breakdown.of_steps,
 }

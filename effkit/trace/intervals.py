@@ -28,7 +28,7 @@ class Covered(NamedTuple):
 
     def hold(self, times_ns: Any) -> Any:
         """For each time, whether it is covered."""
-        return times_ns < np.append(np.iinfo("int64").min, self.ends)[np.searchsorted(self.starts, times_ns, "right")]
+        return np.searchsorted(self.starts, times_ns, "right") > np.searchsorted(self.ends, times_ns, "right")
 
 
 def union(starts: Any, ends: Any) -> Covered:
