@@ -110,3 +110,14 @@ def test_four_of_eight_ranks():
     assert first["moving_ns"].max() - first["moving_ns"].min() < 10_000
     assert first["waiting_ns"].max() > 5_000_000
     assert (seen.clocks()["spread_ns"] < 2_000).all()
+
+
+def test_a_step_begins_when_the_stream_that_its_products_run_on_is_done_with_earlier_work():
+    """A copy of the step, on a stream of its own, begins before that: 17 us of three kernels that nobody saw launched."""
+    seen = ek.load(next(RECORDED.glob("traces/dlrm*/worker1*")))
+    device = seen.events[seen.events["category"].isin(["kernel", "gpu_memcpy", "gpu_memset"])]
+    launched = device["correlation"].isin(seen.events.loc[seen.events["category"] == "cuda_runtime", "correlation"])
+    earlier, copy = device[~launched & (device["stream"] == 7)], device[launched & (device["stream"] == 22)].iloc[0]
+    end = (earlier["start_ns"] + earlier["dur_ns"]).max()
+    assert end - copy["start_ns"] == 14_000
+    assert seen.overview()["start_ns"].tolist() == [end]
