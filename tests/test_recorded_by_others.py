@@ -113,7 +113,7 @@ def test_four_of_eight_ranks():
 
 
 def test_a_step_begins_when_the_stream_that_its_products_run_on_is_done_with_earlier_work():
-    """A copy of the step, on a stream of its own, begins before that: 17 us of three kernels that nobody saw launched."""
+    """A copy of the step, on a stream of its own, begins 14 us before the last that nobody saw launched is done."""
     seen = ek.load(next(RECORDED.glob("traces/dlrm*/worker1*")))
     device = seen.events[seen.events["category"].isin(["kernel", "gpu_memcpy", "gpu_memset"])]
     launched = device["correlation"].isin(seen.events.loc[seen.events["category"] == "cuda_runtime", "correlation"])
