@@ -158,6 +158,17 @@ def test_what_first_launches_cost_is_left_out_of_a_steady_step(tmp_path):
     assert {lever.kind: lever.gain_frac for lever in advice}["launch gaps"] == pytest.approx(90 / 800)
 
 
+def test_of_a_recording_that_is_mostly_first_launches_nothing_is_advised(tmp_path):
+    slow = [op("aten::mm", 685, 3900), event("cuda_runtime", "cudaLaunchKernel", 690, 3890, correlation=9),
+            event("kernel", "sort", 3895, 3900, correlation=9)]  # fmt: skip
+    events = [step(0, 0, 4000), *(one for one in one_step(*slow) if "Step" not in one["name"])]
+    advice = ek.study(trace=written(tmp_path / "trace.json", events)).advise()
+    assert not advice.levers
+    (note,) = advice.notes
+    assert note.startswith("80% of the time is spent in first launches")
+    assert note.endswith("record after a warm-up")
+
+
 def test_a_whole_window_is_not_called_a_step(tmp_path):
     study = ek.study(trace=written(tmp_path / "trace.json", [one for one in one_step() if "Step" not in one["name"]]))
     overview = study.overview()

@@ -7,13 +7,16 @@ import gzip
 import json
 import math
 import os
+import re
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import effkit as ek
+from effkit.operators import ATTENTION, MULTIPLIES
 from effkit.trace.names import TODAY
 
 RECORDED = Path(os.environ.get("EFFKIT_RECORDED", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -83,6 +86,24 @@ def test_device_time_of_operators_is_all_there_is(pair):
     operators = seen.operators()
     assert operators["device_self_ns"].sum() == total
     assert operators["host_self_ns"].min() >= 0 or operators["host_self_ns"].min() > -2_000, "clocks of coarse traces"
+
+
+def test_kernels_that_say_that_they_multiply_count_as_products(pair):
+    seen, plain = pair
+    times = seen.families().get("kernel_ns", pd.Series(dtype="Int64")).fillna(0)
+    multiply = [event for event in plain if event["cat"].lower() == "kernel"
+                and re.search(r"(?<!fb)gemm|nvjet|cijk_", event["name"], re.IGNORECASE)]  # fmt: skip
+    told = sum(int(times.get(family, 0)) for family in (*MULTIPLIES, ATTENTION))
+    assert told >= sum(nanoseconds(event["dur"]) for event in multiply)
+
+
+@pytest.mark.parametrize(("name", "phase"), [("decode", "decode"), ("prefilldecode", "prefill")])
+def test_a_serving_engines_batch_is_a_step(name, phase):
+    seen = ek.load(next(RECORDED.glob(f"traces/**/*Qwen3-8B_{name}.json.gz")))
+    overview = seen.overview()
+    assert overview["phase"].tolist() == seen.overview(phase)["phase"].tolist() == [phase]
+    (mark,) = seen.events.loc[seen.events["name"].str.startswith("execute_"), "start_ns"]
+    assert overview["start_ns"].tolist() == [mark], "the outer of the two marks"
 
 
 def test_parts_of_the_steps_sum(pair):

@@ -37,9 +37,11 @@ def of_time(study: Recorded, goal: str, **more: Any) -> Advice:
     base = study.time
     if base is None:
         return Advice(goal, (), notes=("time is not visible: no trace was given; give trace= as well",), **more)
-    levers = [lever for lever in _bounds(study, base) if lever.gain_frac >= _LEAST_FRAC] if base.total else []
-    blind = int(base.frame["value"].get(NOT_VISIBLE, 0))
     notes = cold(study.parts)
+    if base.total <= mean_of(study.parts["dur_ns"]) / 2:  # the rest is first launches: what is left says little
+        return Advice(goal, (), notes=tuple(notes), **more)
+    levers = [lever for lever in _bounds(study, base) if lever.gain_frac >= _LEAST_FRAC]
+    blind = int(base.frame["value"].get(NOT_VISIBLE, 0))
     notes.append(_BOUNDS if levers else f"no row that a lever could shorten takes {_LEAST_FRAC:.0%} of {study.unit}")
     if blind >= _LEAST_FRAC * base.total:
         notes.append(f"{_share(blind, study, base)} is device work that was not recorded: nothing is said of it")

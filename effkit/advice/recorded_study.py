@@ -194,9 +194,8 @@ class RecordedStudy(Study):
         ranks = f"{self.num_ranks}{of} ranks" if of or self.num_ranks > 1 else "one rank"
         if self.unit == EVERYTHING:
             return f"{ranks}, {EVERYTHING}: no step is marked; name an annotation that marks one with step="
-        per_rank = sorted(set(self.parts.groupby(level="rank").size()))
-        steps = f"{per_rank[0]} steps" if per_rank != [1] else "one step"
-        steps = f"{per_rank[0]} to {per_rank[-1]} steps" if len(per_rank) > 1 else steps
+        least, most = self.parts.groupby(level="rank").size().agg(["min", "max"])
+        steps = f"{least} to {most} steps" if least < most else f"{most} steps" if most > 1 else "one step"
         return f"{ranks}, {steps}{' each' if self.num_ranks > 1 else ''}: {'; '.join(self._marks)}"
 
     def _unseen(self) -> list[str]:

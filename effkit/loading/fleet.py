@@ -107,7 +107,7 @@ class Fleet(Capture):
     overview.__doc__ = Capture.overview.__doc__
 
     def _in_steps(self, step: str | None = None) -> Capture:
-        inside = copy(self)
+        inside = copy(self)  # for its panes
         vars(inside).update(_options=self._options._replace(in_steps=(step,)), _cache={})
         return inside
 
