@@ -19,7 +19,8 @@ UNTOLD = (AUTOGRAD, OTHER)  # by their names nobody can tell what such operators
 # Operators, annotations and kernels that move data between ranks
 COMMUNICATES = re.compile(
     r"\bnccl|\brccl|\bgloo:|\bucc:|\bmpi:|\bc10d::|record_param_comms|nvshmem|multimem"
-    r"|(?:::ep|\bdeep_ep|\buccl)::(?!layout)|moeA2A(?:Dispatch|Combine)"  # a layout is computed, nothing travels
+    r"|(?:::ep|\bdeep_ep|\buccl)::(?!layout|(?:\w+::)*get_dispatch_layout)"  # a layout is computed, nothing travels
+    r"|moeA2A(?:Dispatch|Combine)"
     r"|cross_device_reduce|(?:one|two)_shot_all_reduce",
     re.IGNORECASE,
 )

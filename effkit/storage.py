@@ -20,6 +20,7 @@ VERSION = 1
 _LARGEST_BYTES = 4 * 2**30  # what a saved capture may unpack to
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip entries carry no clock, so that equal captures are equal files
 _LARGEST_HEADER = 2**24
+_MOST_COLUMNS = 1000  # of a frame
 _DENSEST = 200  # times that an entry may unpack; tables of numbers and names stay far below
 FRAMES: Mapping[str, tuple[str, ...]] = {
     "events": trace.EVENT_COLUMNS,
@@ -77,6 +78,8 @@ def _read(archive: zipfile.ZipFile) -> tuple[Frames, dict[str, Any]]:
 def _frame(archive: zipfile.ZipFile, name: str, columns: dict[str, str]) -> pd.DataFrame:
     if missing := [column for column in FRAMES[name] if column not in columns]:
         raise ValueError(f"its {name} lack the columns {', '.join(missing)}")
+    if len(columns) > _MOST_COLUMNS:
+        raise ValueError(f"its {name} have {len(columns):,} columns, and a capture's have at most {_MOST_COLUMNS:,}")
     absent = {column: [""] for column, kind in columns.items() if kind != "str" or column in _MAY_LACK_TEXT}
     with archive.open(f"{name}.csv") as file:
         # the line ends that save() writes and no others: a name may hold a carriage return

@@ -253,6 +253,20 @@ def test_a_damaged_compression_among_the_ranks_is_named(folder):
         ek.load(folder).overview()
 
 
+def test_a_file_that_is_listed_twice_is_no_second_rank(folder, tmp_path):
+    one = folder / "0.pt.trace.json.gz"
+    (tmp_path / "link.json.gz").symlink_to(one)
+    for paths in ([one, one], [folder, one], [one, tmp_path / "link.json.gz"], [one, folder / ".." / "run" / one.name]):
+        with pytest.raises(ValueError, match=r"json\.gz is listed twice: give the file of each rank once"):
+            ek.load(paths)
+
+
+def test_events_in_two_parts_are_not_dropped_in_silence(tmp_path):
+    pairs = [{"ph": phase, "name": "a", "pid": 1, "tid": 1, "ts": ts} for phase, ts in (("B", 1), ("E", 2))] * 3
+    seen = ek.load(write(tmp_path / "a.json", {"traceEvents": pairs}))
+    assert "left out: 3 events in two parts (phases B and E)" in repr(seen)
+
+
 def python(code: str, *arguments: object) -> str:
     done = subprocess.run([sys.executable, *map(str, (code, *arguments))], capture_output=True, text=True, timeout=120,
                           check=False, env=os.environ | {"PYTHONPATH": str(Path(ek.__file__).parents[1])})  # fmt: skip

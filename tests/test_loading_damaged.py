@@ -30,7 +30,10 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="l
 OPENS = f"""
 import json, resource, sys, time
 from pathlib import Path
-import effkit as ek
+import matplotlib
+matplotlib.use("agg")
+from matplotlib import pyplot
+import effkit as ek, effkit.view
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
 
@@ -48,6 +51,11 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     began = time.perf_counter()
     seen, refusal = trial(lambda: ek.load(path))
     panes = dict() if seen is None else {{pane: trial(getattr(seen, pane))[1] for pane in {PANES}}}
+    if seen is not None:
+        panes["repr"] = trial(lambda: repr(seen))[1]
+        if path.name.startswith("shape"):
+            panes["out_of_memory"] = trial(seen.out_of_memory)[1]
+            panes["plot"] = trial(lambda: seen.plot("communication").figure.canvas.draw())[1]
     in_list = trial(lambda: ek.load([path]).overview())[1] if path.name.startswith("shape") else None
     took = time.perf_counter() - began
     print(json.dumps([path.name, dict(refusal=refusal, panes=panes, in_list=in_list, took=took)]), flush=True)
@@ -154,6 +162,26 @@ def gloo(**args) -> dict:
     return event(name="gloo:all_to_all", cat="user_annotation", args=moved | args)
 
 
+def nest(depth: int, make=lambda number: event(name=f"f{number}")) -> list[dict]:
+    """Each event within the one before it."""
+    return [make(number) | {"ts": number, "dur": 3 * depth - 2 * number} for number in range(depth)]
+
+
+def kernels(number: int) -> list[dict]:
+    """Each launched within a nest of so many events, at its innermost."""
+    launches = [
+        event(name="cudaLaunchKernel", cat="cuda_runtime", ts=number + i / number, dur=0) for i in range(number)
+    ]
+    works = [event(name="k", cat="kernel", tid=7, ts=2 * i, dur=1) for i in range(number)]
+    return [one | {"args": {"correlation": i + 1}} for all_ in (launches, works) for i, one in enumerate(all_)]
+
+
+def moments(number: int) -> list[dict]:
+    """Allocations after the inner ones of such a nest have ended."""
+    args = {"Addr": 64, "Bytes": 64, "Total Allocated": 64, "Device Type": 0}
+    return [event(ph="i", name="[memory]", ts=2 * number + i, args=args) for i in range(number)]
+
+
 def traces_of_another_shape() -> dict[str, bytes]:
     """Lists for dicts, texts for numbers, what is nested too deeply or too large, values that contradict each other."""
     deep = "[" * 30_000
@@ -178,6 +206,10 @@ def traces_of_another_shape() -> dict[str, bytes]:
         {"distributedInfo": []}, {"deviceProperties": [3]}, {"baseTimeNanoseconds": "x"}, {"host_name": {}},
         {"distributedInfo": {"rank": [1], "world_size": "4", "backend": {}}}, {"deviceProperties": [{"name": {}}]},
     ]  # fmt: skip
+    events |= {"nest": nest(40_000), "nest of collectives": nest(20_000, lambda _: gloo()),
+               "nest and kernels": nest(20_000) + kernels(20_000), "nest and moments": nest(20_000) + moments(20_000),
+               "collectives over kernels": [gloo(dur=1e6, tid=2, ts=0)] * 15_000 + kernels(15_000),
+               "long collective": [gloo() | {"name": "gloo:" + "x" * 100_000}]}  # fmt: skip
     nested = deep + "]" * len(deep)
     made = {name: json.dumps({"traceEvents": listed}) for name, listed in events.items()}
     made |= {f"beside {n}": json.dumps({"traceEvents": [event()]} | more) for n, more in enumerate(beside)}
@@ -188,12 +220,17 @@ def traces_of_another_shape() -> dict[str, bytes]:
 
 
 def others_of_another_shape(saved: bytes) -> dict[str, bytes]:
+    memory = {"rank": 0, "device": "cpu", "peak_bytes": 1, "peak_source": "x"}
     provenances = [{"memory": 3}, {"memory": [{"rank": 0, "device": "cpu"}]}, {"missing_ranks": "all"},
-                   {"world_size": "four"}, {"left_out": [3]}]  # fmt: skip
+                   {"world_size": "four"}, {"left_out": [3]}, {"notes": 3}, {"notes": [None]}, {"settings": 3},
+                   {"memory": [memory | {"oom": {"asked_bytes": 3}}]}, {"memory": [memory | {"oom": 3}]},
+                   {"memory": [memory | {"peak_bytes": 10**30}]}, {"world_size": 10**30}, {"date": []}]  # fmt: skip
     retype = {"start_ns": "str", "dur_ns": "float64", "name": "int64", "category": "Int64", "rank": "object"}
     zips = {f"provenance {n}": repacked(saved, provenance=damaged) for n, damaged in enumerate(provenances)}
     zips |= {f"list of {key}": repacked(saved, **{key: [1]}) for key in ("columns", "provenance", "version", "format")}
     zips |= {f"{column} of {kind}": retyped(saved, column, kind) for column, kind in retype.items()}
+    columns = {"events": dict.fromkeys(["name", *map(str, range(100_000))], "str")}
+    zips |= {"many columns": repacked(saved, ",".join(columns["events"]).encode() + b"\n", columns=columns)}
     zips |= {"no numbers": repacked(saved, b"name,category\na,b\n")}
     pickles = {"list": [], "segments": {"segments": 3}, "texts": {"segments": [], "device_traces": [["x"]]},
                "sum": snapshot(alloc_size=101), "keys": {"segments": [{}], "device_traces": [[{}]]}}  # fmt: skip

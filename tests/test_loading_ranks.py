@@ -79,6 +79,18 @@ def test_here_in_processes_and_on_a_cluster_are_the_same(folder, client, monkeyp
             ek.load(folder, **options).overview()
 
 
+def test_many_small_files_are_read_in_processes_too(tmp_path, monkeypatch):
+    used = []
+    parallel = fleet.Parallel
+    monkeypatch.setattr(fleet, "Parallel", lambda n_jobs, **more: used.append(n_jobs) or parallel(n_jobs=1, **more))
+    monkeypatch.setattr(fleet.os, "cpu_count", lambda: 2)
+    for rank in range(40):
+        write(tmp_path / f"rank{rank}.json", {"traceEvents": [{"ph": "X", "name": "a", "cat": "cpu_op"}]})
+    ek.load(tmp_path).overview()
+    ek.load([tmp_path / f"rank{rank}.json" for rank in range(8)]).overview()
+    assert used == [2, 1], "starting processes costs more than eight small files"
+
+
 def test_a_plain_script_works_with_processes(folder, tmp_path):
     script = "import sys, effkit as ek\nfrom effkit.loading import fleet\nfleet._ALONE_BYTES = 0\n"
     script += "print(len(ek.load(sys.argv[1]).overview()))\n"

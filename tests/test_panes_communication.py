@@ -105,6 +105,8 @@ def test_exposed_is_what_no_kernel_hides(tmp_path):
         ("void deep_ep::intranode::combine<__nv_bfloat16, 2>(void*)", "combine"),
         ("void nvshmemi_alltoall_on_stream_kernel(int)", "all_to_all"),
         ("two_shot_all_reduce_kernel_inplace", "all_reduce"),
+        ("void (anonymous namespace)::multimem_all_reduce_kernel<float>(float*, int)", "all_reduce"),
+        ("void vllm::cross_device_reduce_1stage<__nv_bfloat16, 8>(vllm::RankData*)", "all_reduce"),
         ("void uccl::intranode::cached_notify_combine<8>(void**)", "cached_notify_combine"),
         ("void tensorrt_llm::kernels::moe_comm::moeA2ADispatchKernel<8>(int)", "dispatch"),
     ],
@@ -120,8 +122,9 @@ def test_kernels_of_libraries_that_c10d_knows_nothing_of(tmp_path, kernel, colle
     assert seen.overview()["kernel_ns"].tolist() == [10_000]
 
 
-def test_a_layout_of_deep_ep_is_computed_and_nothing_travels(tmp_path):
-    seen = capture_of(tmp_path, event("kernel", "void deep_ep::layout::get_dispatch_layout<8>(int*)", 0, 10))
+@pytest.mark.parametrize("room", ["layout", "internode", "intranode"])
+def test_a_layout_of_deep_ep_is_computed_and_nothing_travels(room, tmp_path):
+    seen = capture_of(tmp_path, event("kernel", f"void deep_ep::{room}::get_dispatch_layout<8>(int*)", 0, 10))
     assert seen.collectives().empty
     assert seen.overview()["kernel_ns"].tolist() == [10_000]
 
@@ -143,6 +146,14 @@ def test_a_call_names_the_annotations_around_it(tmp_path):
         launched("void nvshmemi_alltoall_on_stream_kernel(int)", 365, 370, 380, correlation=3),
     )  # fmt: skip
     assert seen.collectives()["annotations"].tolist() == ["dispatch < layer", "", "combine"]
+
+
+def test_of_very_many_or_very_long_annotations_the_innermost_are_named(tmp_path):
+    nest = [note(f"level {i}", i, 1000 - i) for i in range(40)]
+    around = capture_of(tmp_path, nest, all_reduce(100, 200, 1)).collectives()["annotations"]
+    assert around.tolist() == [" < ".join([f"level {i}" for i in range(39, 7, -1)] + ["…"])]
+    around = capture_of(tmp_path, note("x" * 500, 90, 99), all_reduce(100, 200, 1)).collectives()["annotations"]
+    assert around.tolist() == ["x" * 200]
 
 
 def test_deep_ep_ranks_wait_where_they_notify(tmp_path):

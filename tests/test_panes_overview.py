@@ -153,6 +153,53 @@ def test_between_two_pieces_of_recorded_work_the_device_is_known_to_idle(tmp_pat
     assert parts(seen) == {"not_visible_ns": 20, "kernel_ns": 60, "cpu_exec_ns": 10, "idle_ns": 10}
 
 
+def other(category: str | None, start: float, end: float) -> dict:
+    """Work of a device, as other profilers write it."""
+    named = {} if category is None else {"cat": category}
+    return {"ph": "X", "name": "dot", "pid": 17, "tid": 2, "ts": start, "dur": end - start, "args": {}} | named
+
+
+@pytest.mark.parametrize("category", ["mtia_ccp_events", "hpu_op"])
+def test_kernels_of_other_backends_are_kernels(category, tmp_path):
+    seen = capture_of(tmp_path, op("aten::mm", 100, 150), other(category, 150, 1000))
+    assert parts(seen) == {"cpu_exec_ns": 50, "kernel_ns": 850}
+    assert seen.kernels()["total_ns"].to_dict() == {"dot": 850_000}
+    assert seen.overview()["device_busy_frac"].tolist() == [850 / 900]
+
+
+@pytest.mark.parametrize(("category", "words"), [("tpu_op", "category “tpu_op”"), (None, "no category")])
+def test_what_no_pane_knows_is_said_and_not_idle(category, words, tmp_path):
+    seen = capture_of(tmp_path, op("aten::mm", 100, 150), other(category, 140, 1000), other(category, 1010, 1020))
+    assert parts(seen) == {"cpu_exec_ns": 50, "not_visible_ns": 860, "idle_ns": 10}
+    notes = seen.overview().attrs["notes"]
+    assert f"not understood: 2 events of {words}, 870.0 us, which are in no pane" in notes
+    assert not any("no device activity" in note for note in notes)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_wait_for_work_that_nobody_recorded_is_not_visible_inside_an_operator_too(inside, tmp_path):
+    seen = capture_of(
+        tmp_path, event("cuda_runtime", "cudaLaunchKernel", 100, 105, correlation=1),
+        event("cuda_runtime", "cudaStreamSynchronize", 210, 690, correlation=2),
+        op("aten::item", 200, 700) if inside else op("aten::mm", 95, 115),
+    )  # fmt: skip
+    # beside operators nothing is known of a device that was given work
+    expected = {"cpu_exec_ns": 20, "not_visible_ns": 580} if inside else {"cpu_exec_ns": 20, "not_visible_ns": 575}
+    assert parts(seen) == expected
+    notes = seen.overview().attrs["notes"]
+    assert "of 1 of 1 launches and copies the device's own work is not in the recording" in notes
+
+
+def test_launches_whose_kernels_were_lost_are_counted(tmp_path):
+    lost = [event("cuda_runtime", "cudaLaunchKernel", i, i + 1, correlation=i) for i in (5, 7)]
+    seen = capture_of(tmp_path, op("aten::mm", 0, 30), launched("gemm", 2, 10, 20, correlation=1), lost)
+    assert (
+        "of 2 of 3 launches and copies the device's own work is not in the recording" in seen.overview().attrs["notes"]
+    )
+    whole = capture_of(tmp_path, op("aten::mm", 0, 30), launched("gemm", 2, 10, 20, correlation=1))
+    assert whole.overview().attrs["notes"] == ["steps from the whole window: no step is marked"]
+
+
 @pytest.mark.parametrize("call", [lambda seen: seen.overview(step=3), lambda seen: seen.diff("other.json")])
 def test_arguments_of_another_type_are_refused_in_a_sentence(tmp_path, call):
     with pytest.raises(TypeError, match=r"given: (3|str)"):

@@ -169,3 +169,16 @@ def test_what_a_step_launched_counts_as_its_own_though_earlier_work_shortens_the
     inside = seen._in_steps()
     assert inside.kernels()["total_ns"].to_dict() == {"gemm": 50_000}
     assert inside.operators().loc["aten::mm", "device_self_ns"] == 50_000
+
+
+def test_a_correlation_of_zero_links_nothing(tmp_path):
+    seen = capture_of(
+        tmp_path,
+        op("aten::add", 100, 120),
+        event("hip_runtime", "hipGetDevice", 102, 103, correlation=0),
+        event("hip_runtime", "hipLaunchKernel", 105, 110, correlation=12),
+        event("kernel", "add", 130, 140, correlation=12),
+        event("kernel", "ncclDevKernel_Generic(ncclWork*)", 200, 600, correlation=0, stream=1),
+    )
+    assert seen.operators()["device_total_ns"].to_dict() == {"aten::add": 10_000, "not visible": 400_000}
+    assert seen.collectives()["annotations"].tolist() == [""]

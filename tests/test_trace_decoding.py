@@ -12,11 +12,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import effkit as ek
 from effkit import trace
 from effkit.trace import decoding
 
 NASTY = ['}, {"', "},{lambda()#1}", '}, {"ph": "X", "name": "no event"}', '"traceEvents": [', "]}", 'a "b" c',
          "back\\slash", "é 漢 🦀", "a\tb\nc\0", '", "pid": 3', '"name": "x", "pid": 3', "f(x, NaN)", ""]  # fmt: skip
+# what an escape in a name means to JSON, though whoever wrote it meant a backslash and a letter
+AS_GIVEN = str.maketrans({"\b": r"\b", "\f": r"\f", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
 BEHIND = {"schemaVersion": 1, "distributedInfo": {"rank": 3, "world_size": 4, "pg_config": [
     {"pg_name": "0", "ranks": [0, 1]}, {"name": "1", "ranks": []}, {"ph": "X", "name": "no event"}]}}  # fmt: skip
 ARGS = {"Input Dims": [[2, 3], []], "Call stack": [{"name": "f"}, {"name": "}, {"}, {"ph": "X"}, {"line": 3}]}
@@ -80,7 +83,7 @@ def test_whatever_is_in_names_arguments_and_behind(style, piece):
     found = read_in_pieces(content, piece)
     same(found, read(content))
     plain = json.loads(content)["traceEvents"]
-    assert found.events["name"].tolist() == [e["name"] for e in plain]
+    assert found.events["name"].tolist() == [e["name"].translate(AS_GIVEN) for e in plain]
     assert len(plain) > 70
     assert found.events["shapes"].notna().sum() == len(plain) / 2
     assert set(found.events["rank"]) == {3}
@@ -117,7 +120,7 @@ def test_any_events_in_any_pieces(events, style, piece, bare, before):
     same(read_in_pieces(content, piece), expected)
     complete = [e for e in json.loads(content)["traceEvents"] if e["ph"] == "X"] if not bare or not events else [
         e for e in events if e["ph"] == "X"]  # fmt: skip
-    assert Counter(expected.events["name"]) == Counter(e["name"] for e in complete)
+    assert Counter(expected.events["name"]) == Counter(e["name"].translate(AS_GIVEN) for e in complete)
 
 
 def test_a_cut_is_not_believed_because_the_bytes_around_it_are_bad():
@@ -131,6 +134,7 @@ def test_a_cut_is_not_believed_because_the_bytes_around_it_are_bad():
     [
         pytest.param(rb"a\gb", r"a\gb", id="bad escape"),
         pytest.param(rb"C:\work\utils\x.py", r"C:\work\utils\x.py", id="Windows path"),
+        pytest.param(rb"C:\new\tools\build.py", r"C:\new\tools\build.py", id="Windows path with letters of escapes"),
         pytest.param(b"a\x01b\x1fc", "a b c", id="control characters"),
         pytest.param(b"caf\xe9", "caf\ufffd", id="Latin-1"),
         pytest.param(b'a "b" c', 'a "b" c', id="quotation marks"),
@@ -150,6 +154,52 @@ def test_a_name_that_is_no_json_is_read_as_it_was_meant(written, meant):
     )
     for found in (read(content), read_in_pieces(content, 64)):
         assert found.events["name"].tolist() == ["before", meant, "behind"] * 2
+
+
+LIVE = ['part "A"', '{"device": "cpu"}', '{"name": "x"}', '"', 'ends with "', 'f("x", "y")', r"C:\new\build.py",
+        r'a\"b']  # fmt: skip
+
+
+def test_names_that_torch_itself_writes_come_back_as_they_were_given(tmp_path):
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for name in LIVE:
+            with record_function(name):
+                pass
+    path = tmp_path / 'a "file" of {"device": "cpu"}.json'  # torch writes it into itself, at the end
+    profiler.export_chrome_trace(str(path))
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(path.read_bytes())
+    for content in (path.read_bytes(), gzip.decompress(gzip.compress(path.read_bytes()))):
+        for found in (read(content), read_in_pieces(content, 333)):
+            assert found.events.loc[found.events["category"] == "user_annotation", "name"].tolist() == [
+                name.replace("\\", "/")
+                for name in LIVE  # torch itself does so
+            ]
+
+
+def test_a_step_with_quotation_marks_in_its_names_can_be_captured():
+    import torch
+
+    def step():
+        with torch.profiler.record_function('part "A"'):
+            torch.ones(2).sum()
+
+    seen = ek.capture(step, steps=1)
+    assert 'part "A"' in set(seen.events["name"])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    content = text([event("a@b")], BEHIND)
+    same(read(b"\xef\xbb\xbf" + content), read(content))
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert ek.load(tmp_path / "a.json").events["name"].tolist() == ["a@b"]
+
+
+def test_events_in_two_parts_are_counted():
+    found = read(text([event(ph="B"), event(ph="E"), event("whole"), event(ph="M")]))
+    assert (found.events["name"].tolist(), found.num_in_two) == (["whole"], 1)
 
 
 @pytest.mark.parametrize("value", ["NaN", "-NaN", "Infinity", "-Infinity", "N/A", "nan", "-inf"])

@@ -152,6 +152,20 @@ def test_the_nearest_wanted_is_oneself_or_above():
     assert nesting.nearest(parent[:0], np.zeros(0, bool)).tolist() == []
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-5, 5)), min_size=1, max_size=12))
+def test_what_is_within_is_summed_and_the_nearest_found(drawn):
+    parent, values = [at % (row + 1) - 1 for row, (at, _) in enumerate(drawn)], [value for _, value in drawn]
+    chains = [[row] for row in range(len(parent))]
+    for chain in chains:
+        while parent[chain[-1]] >= 0:
+            chain.append(parent[chain[-1]])
+    sums = [sum(values[row] for row, chain in enumerate(chains) if at in chain) for at in range(len(parent))]
+    assert nesting.with_inner(np.array(parent), np.array(values)).tolist() == sums
+    wanted = np.array(values) > 0
+    nearest = [next((row for row in chain if wanted[row]), -1) for chain in chains]
+    assert nesting.nearest(np.array(parent), wanted).tolist() == nearest
+
+
 def memory(*times, thread="1") -> pd.DataFrame:
     columns = {"time_ns": np.array(times, "int64"), "rank": 0, "process": "0", "thread": thread}
     return pd.DataFrame(columns, index=range(100, 100 + len(times)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
             f"no capture at {absent or path}: give the path of a file that Capture.save() wrote, of a profiler trace, "
             f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)}){_look_inside(empty)}"
         )
+    times = Counter(file.resolve() for file in files)
+    if twice := [file for file in files if times[file.resolve()] > 1]:
+        raise ValueError(f"{twice[0]} is listed twice: give the file of each rank once")
     return files
 
 

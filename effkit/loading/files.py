@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from pandas.api.types import is_integer_dtype
@@ -30,20 +30,38 @@ class Options(NamedTuple):
     in_steps: tuple[str | None] | None = None  # leave out what is in no step, by the annotation that marks one
 
 
+_Whole = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+
+
+class _OutOfMemory(msgspec.Struct):
+    asked_bytes: _Whole
+    device_free_bytes: _Whole
+    time_ns: _Whole
+    stack: str | None
+
+
 class _Memory(msgspec.Struct):
-    rank: int
+    rank: _Whole
     device: str
-    peak_bytes: int
+    peak_bytes: _Whole
     peak_source: str
+    oom: _OutOfMemory | None = None
+    peak: str = ""
+    clock: str = ""
 
 
 class _Provenance(msgspec.Struct):
-    """What the panes read of a provenance, that somebody else may have written."""
+    """What is read of a provenance, that somebody else may have written."""
 
     memory: list[_Memory] = []
-    missing_ranks: list[int] = []
+    missing_ranks: list[_Whole] = []
     left_out: list[str] = []
-    world_size: int | None = None
+    notes: list[str] = []
+    world_size: Annotated[int, msgspec.Meta(ge=1, lt=2**20)] | None = None
+    settings: dict[str, Any] | None = None
+    files: dict[str, str] | None = None
+    torch: str | None = None
+    date: str | None = None
 
 
 def load_file(path: Path, rank: int | None, options: Options) -> Capture:
@@ -110,12 +128,17 @@ def _trace(path: Path, rank: int | None, options: Options) -> Capture:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     seen: dict[str, Any] = {"what": path.name, **described(read.metadata)}
-    if len(read.events) and (start_ns := int(read.events["start_ns"].iloc[0])) > SINCE_1970_NS:
+    # the first of all may be impossible, of 1970 say
+    if len(read.events) and (start_ns := int(read.events["start_ns"].iloc[len(read.events) // 2])) > SINCE_1970_NS:
         seen["date"] = datetime.fromtimestamp(start_ns // 10**9, UTC).date().isoformat()
-    if read.num_left_out:
-        seen["left_out"] = [f"left out: {read.num_left_out:,} events of Python functions (load with stacks=True)"]
+    left_out = {
+        "events of Python functions (load with stacks=True)": read.num_left_out,
+        "events in two parts (phases B and E): write them as complete ones (phase X)": read.num_in_two,
+    }
+    if any(left_out.values()):
+        seen["left_out"] = [f"left out: {number:,} {what}" for what, number in left_out.items() if number]
     allocations, seen["memory"] = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
-    return Capture(read.events, allocations, seen)
+    return Capture(read.events, allocations, seen, snapshot.reserved(read.memory))
 
 
 def described(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from effkit.panes import OF_RANK, breakdown
 
 Item = TypeVar("Item")
 _ALONE_BYTES = 2**25  # below this many bytes on disk starting processes costs more than it saves
+_LEAST_BYTES = 2**20  # a file of less takes as long as one of so many
 _RANK = re.compile(r"(?:rank|worker|gpu)[-_]?(\d+)", re.IGNORECASE)
 _PARALLEL = re.compile(r"(?<![a-z])(dp|pp|tp|ep)[-_]?(\d+)", re.IGNORECASE)  # in names that SGLang and vLLM give
 _BY_ORDER = "the order of the files"
@@ -122,7 +123,7 @@ class Fleet(Capture):
         paths, ranks = zip(*self._files, strict=True)
         if self._client is not None:
             return (future.result() for future in self._client.map(function, paths, ranks, pure=False))
-        small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
+        small = sum(max(_LEAST_BYTES, path.stat().st_size) for path in paths) < _ALONE_BYTES
         workers = 1 if small else min(len(paths), os.cpu_count() or 1)
         return Parallel(n_jobs=workers, return_as="generator", batch_size=1, pre_dispatch="2*n_jobs")(
             delayed(function)(path, rank) for path, rank in self._files

@@ -11,7 +11,19 @@ import pandas as pd
 from effkit.operators import COMMUNICATES
 from effkit.panes.steps import WHOLE, steps
 from effkit.trace import intervals, nesting
-from effkit.trace.names import COLLECTIVE, COPIES, DATALOADER, DEVICE, DEVICE_BACKENDS, LAUNCHES, WAITS
+from effkit.trace.names import (
+    COLLECTIVE,
+    COPIES,
+    DATALOADER,
+    DEVICE,
+    DEVICE_BACKENDS,
+    GIVES_WORK,
+    IMPOSSIBLE,
+    LAUNCHES,
+    UNDERSTOOD,
+    WAITS,
+)  # fmt: skip
+from effkit.units import readable
 
 # In this order: a moment belongs to the first of them that it shows. They sum to dur_ns.
 PARTS = (
@@ -36,19 +48,32 @@ def communication(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 def computing(events: pd.DataFrame) -> pd.DataFrame:
     """Operators of the host that compute: not those that move data, nor those that wait around such a one."""
     tree = nesting.host(events)
-    parent = nesting.parents(tree)
-    around = tree["name"].str.contains(COMMUNICATES).to_numpy(copy=True)
-    climbing = parent[around]
-    while (climbing := np.unique(climbing[climbing >= 0])).size:
-        around[climbing] = True
-        climbing = parent[climbing]
-    return tree[(tree["category"] == "cpu_op") & ~around]
+    moves = tree["name"].str.contains(COMMUNICATES).to_numpy("int64")
+    return tree[(tree["category"] == "cpu_op") & (nesting.with_inner(nesting.parents(tree), moves) == 0)]
+
+
+def _understood(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """The events that panes know, those of categories that none knows, and what has to be said of these and of others
+    whose times cannot be."""
+    took = events.groupby("category", sort=False)["dur_ns"].agg(["size", "sum"])
+    known = took.index.isin(UNDERSTOOD) | took.index.str.endswith(LAUNCHES)
+    if known.all():
+        return events, events.iloc[:0], []
+    apart = took.index.str.startswith(IMPOSSIBLE)
+    notes = [f"set apart, in no sum: {number:,} events ({kind})" for kind, number in took.loc[apart, "size"].items()]
+    strange = took[~known & ~apart]
+    for kind, number, dur_ns in strange.itertuples():
+        words = f"{number:,} events of {f'category “{kind}”' if kind else 'no category'}"
+        notes.append(f"not understood: {words}, {readable(int(dur_ns), 'ns')}, which are in no pane")
+    category = events["category"]
+    return events[category.isin(took.index[known])], events[category.isin(strange.index)], notes
 
 
 def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFrame, list[str]]:
     """The overview of one rank, and what has to be said of it."""
     rank = int(events["rank"].iloc[0]) if len(events) else 0
-    marked, source = steps(events, step)
+    events, strange, notes = _understood(events)
+    marked, source = steps(pd.concat([events, strange]) if len(strange) else events, step)
     category = events["category"]
     on_device = events[category.isin(DEVICE)]
     launches = events[category.str.endswith(LAUNCHES)]
@@ -70,9 +95,10 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         "not_visible_ns": (blind,),
         "cpu_exec_ns": (operators, launches),
     }
-    if on_device.empty:  # then operators are what computes, and communication can hide under them
-        del parts["cpu_exec_ns"]
-        parts = {"cpu_exec_ns": (computing(events),)} | parts
+    if on_device.empty:  # then operators are what computes, unless they wait, and communication can hide under them
+        parts = {"not_visible_ns": parts["not_visible_ns"], "cpu_exec_ns": (computing(events),)} | {
+            name: frames for name, frames in parts.items() if name not in ("not_visible_ns", "cpu_exec_ns")
+        }
     columns = {"rank": rank, "step": np.arange(len(starts)), "start_ns": starts, "dur_ns": ends - starts}
     frame = pd.DataFrame(columns).astype("int64")
     before: list[pd.DataFrame] = []
@@ -85,7 +111,13 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         reach = intervals.of(*before).within(starts, ends)
         frame[name] = reach - covered
         covered = reach
-    frame["idle_ns"] = frame["dur_ns"] - covered
+    # neither was idle: what no pane knows, and a device that was given work of which nothing is recorded
+    given = launches[launches["name"].str.contains(GIVES_WORK)]
+    unseen = intervals.of(*before, strange).within(starts, ends) - covered
+    if on_device.empty and len(given):
+        unseen = frame["dur_ns"] - covered
+    frame["not_visible_ns"] += unseen
+    frame["idle_ns"] = frame["dur_ns"] - covered - unseen
     moves, computes = parts["exposed_communication_ns"], parts["cpu_exec_ns" if on_device.empty else "kernel_ns"]
     alone, both, without = (
         intervals.of(*frames).within(starts, ends) for frames in (moves, (*moves, *computes), computes)
@@ -94,11 +126,14 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     frame["device_ns"] = device.within(starts, ends)
     frame["num_waits"] = np.subtract(*(np.searchsorted(waits["start_ns"], moments) for moments in (ends, starts)))
     frame["behind_waits_ns"] = _behind(waits, device, intervals.of(blind), starts, ends) if len(starts) else 0
-    notes = [f"steps from {source}"]
-    absent = [*_DEVICE_PARTS, *(["not_visible_ns"] if launches.empty else [])] if on_device.empty else []
-    if absent:
-        frame[absent] = pd.NA
+    notes = [f"steps from {source}", *notes]
+    if on_device.empty:
+        frame[[*_DEVICE_PARTS, *(["not_visible_ns"] if launches.empty and strange.empty else [])]] = pd.NA
+    if on_device.empty and strange.empty:
         notes.append(NO_DEVICE)
+    links = given["correlation"].dropna()
+    if lost := int((~links.isin(on_device["correlation"])).sum()):
+        notes.append(f"of {lost:,} of {len(links):,} launches and copies the device's own work is not in the recording")
     frame = frame.astype(dict.fromkeys((*_DEVICE_PARTS, "not_visible_ns"), "Int64"))
     frame["device_busy_frac"] = frame["device_ns"] / frame["dur_ns"].replace(0, pd.NA).astype("Int64")
     order = ["start_ns", "dur_ns", *PARTS, "hidden_communication_ns", "device_busy_frac", *_HELD_UP]

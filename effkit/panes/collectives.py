@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,10 @@ from effkit.panes.breakdown import communication, computing
 from effkit.trace import intervals, nesting
 from effkit.trace.names import COLLECTIVE, DEVICE_BACKENDS, ITEM_BYTES, STEP, collective_of_kernel, plain_collective
 
+Notes = Callable[[int], str]
 _MOST_RANKS = 2**20
+_MOST_ANNOTATIONS, _ANNOTATION_CHARS = 32, 200  # of those around a call: a trace may be nested without end
+_MOST_STRETCHES = 2**23
 COLUMNS = (
     "rank", "collective", "backend", "group", "num_ranks", "dtype", "size_bytes", "on", "start_ns", "dur_ns",
     "exposed_ns", "splits", "annotations", "exposed_spans_ns",
@@ -32,7 +35,7 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     ``size_bytes`` is what the rank put in. ``on`` says whether the times are those of kernels on the ``device`` or of a
     library on the ``host``; where a device call's kernels were not recorded, its times are absent. ``annotations`` are
     those around the call, innermost first, and ``exposed_spans_ns`` the stretches, from its start, that no computation
-    hides: a JSON list of pairs.
+    hides: a JSON list of pairs. ValueError where calls last over so many kernels that no job of collectives does.
     """
     events = events.assign(**{name: pd.NA for name in _DETAILS if name not in events})
     tree = nesting.host(events)
@@ -41,7 +44,9 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     calls = tree["name"].str.extract(COLLECTIVE)
     is_call = (calls["backend"].notna() & (tree["category"] == "user_annotation")).to_numpy()
     owner = nesting.owners(tree, nesting.nearest(parent, is_call), kernels)
-    rows = _recorded(tree, parent, calls[is_call], _spans(kernels, owner)) + _foreign(tree, parent, kernels[owner < 0])
+    notes = _annotations(tree, parent)
+    rows = _recorded(tree, parent, calls[is_call], _spans(kernels, owner), notes)
+    rows += _foreign(tree, kernels[owner < 0], notes)
     whole = dict.fromkeys(("start_ns", "end_ns", "num_ranks", "size_bytes"), "Int64")
     frame = pd.DataFrame(rows, columns=_ROW).astype(whole)
     frame["rank"] = int(events["rank"].iloc[0]) if len(events) else 0
@@ -62,35 +67,35 @@ def _spans(kernels: pd.DataFrame, owner: Any) -> dict[int, tuple[int, int]]:
 
 
 def _recorded(
-    tree: pd.DataFrame, parent: Any, calls: pd.DataFrame, ran: Mapping[int, tuple[int, int]]
+    tree: pd.DataFrame, parent: Any, calls: pd.DataFrame, ran: Mapping[int, tuple[int, int]], notes: Notes
 ) -> list[tuple[Any, ...]]:
     """The calls that c10d annotated, in the columns of ``_ROW``; ``ran`` tells when those on a device did."""
     # c10d writes what a call moves into the operator around it, older ones into the annotation itself
     around = nesting.nearest(parent, (tree["name"] == "record_param_comms").to_numpy())
     outer = nesting.nearest(parent, tree["name"].str.startswith("c10d::").to_numpy())
     _pair_by_order(tree, calls["collective"], outer)
-    rows = []
-    for row, backend, collective in calls[["backend", "collective"]].itertuples():
-        call = tree.loc[row]
-        payload = tree.loc[around[row]] if around[row] >= 0 else call
-        inputs = tree.loc[outer[row], "inputs"] if outer[row] >= 0 else None
-        notes = _annotations(tree, parent, row) or _annotations(tree, parent, outer[row])
+    rows, inputs = [], np.append(tree["inputs"].to_numpy(object), None)
+    at = calls.index.to_numpy()
+    payload = np.where(around[at] < 0, at, around[at])
+    of_calls, payloads = (tree.take(place).to_dict("records") for place in (at, payload))
+    for (row, backend, collective), call, payload in zip(
+        calls[["backend", "collective"]].itertuples(), of_calls, payloads, strict=True
+    ):
         host = backend not in DEVICE_BACKENDS
         span = (call["start_ns"], call["start_ns"] + call["dur_ns"]) if host else ran.get(row, (None, None))
-        rows.append((plain_collective(collective), backend, *_moved(call, payload, inputs), notes,
-                     "host" if host else "device", *span))  # fmt: skip
+        rows.append((plain_collective(collective), backend, *_moved(call, payload, inputs[outer[row]]),
+                     notes(row) or notes(outer[row]), "host" if host else "device", *span))  # fmt: skip
     return rows
 
 
-def _foreign(tree: pd.DataFrame, parent: Any, kernels: pd.DataFrame) -> list[tuple[Any, ...]]:
+def _foreign(tree: pd.DataFrame, kernels: pd.DataFrame, notes: Notes) -> list[tuple[Any, ...]]:
     """The kernels that a library launched which c10d knows nothing of, in the columns of ``_ROW``."""
     launches = nesting.owners(tree, np.arange(len(tree)), kernels)
     rows = []
-    for launch, (_, kernel) in zip(launches, kernels.iterrows(), strict=True):
+    for launch, kernel in zip(launches, kernels.to_dict("records"), strict=True):
         named = kernel["collective"] if _is(kernel["collective"]) else collective_of_kernel(kernel["name"])
         start, end = kernel["start_ns"], kernel["start_ns"] + kernel["dur_ns"]
-        notes = _annotations(tree, parent, launch)
-        rows.append((plain_collective(named), "", *_moved(kernel, kernel, None), notes, "device", start, end))
+        rows.append((plain_collective(named), "", *_moved(kernel, kernel, None), notes(launch), "device", start, end))
     return rows
 
 
@@ -117,7 +122,7 @@ def _listed(text: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _moved(call: pd.Series[Any], payload: pd.Series[Any], inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
+def _moved(call: Mapping[Any, Any], payload: Mapping[Any, Any], inputs: Any) -> tuple[Any, Any, Any, Any, Any]:
     """group, num_ranks, dtype, size_bytes and splits of one call, each None where it was not recorded. ``payload`` is
     the event into which c10d wrote what the call moves."""
     rows = (payload, call)
@@ -128,7 +133,7 @@ def _moved(call: pd.Series[Any], payload: pd.Series[Any], inputs: Any) -> tuple[
     return group, *bounded, _splits(payload, inputs)
 
 
-def _size(call: pd.Series[Any], payload: pd.Series[Any]) -> tuple[str | None, int | None]:
+def _size(call: Mapping[Any, Any], payload: Mapping[Any, Any]) -> tuple[str | None, int | None]:
     """dtype and bytes of what a rank puts in, from the element count, or from the tensors of an older recording."""
     if _is(payload["num_elements"]) and _is(payload["dtype"]):
         dtype = str(payload["dtype"])
@@ -141,7 +146,7 @@ def _size(call: pd.Series[Any], payload: pd.Series[Any]) -> tuple[str | None, in
     return (tensors[0][1], sum(count * ITEM_BYTES[kind] for count, kind in tensors)) if tensors else (None, None)
 
 
-def _splits(payload: pd.Series[Any], inputs: Any) -> str | None:
+def _splits(payload: Mapping[Any, Any], inputs: Any) -> str | None:
     arguments = _listed(inputs)  # of alltoall_base_(output, input, group, output splits, input splits, …)
     splits = _listed(payload["splits"]) or (_listed(arguments[4]) if len(arguments) > 4 else [])
     return json.dumps(splits) if splits and all(isinstance(split, int) for split in splits) else None
@@ -151,21 +156,31 @@ def _plausible(count: int | None, most: int) -> int | None:
     return int(count) if count is not None and 0 <= count < most else None
 
 
-def _annotations(tree: pd.DataFrame, parent: Any, row: int) -> str:
-    """The annotations around a call, innermost first, without the step's mark and c10d's own."""
-    names = []
-    while row >= 0:
-        name = str(tree.at[row, "name"])
-        if tree.at[row, "category"] == "user_annotation" and not name.startswith(STEP) and not COLLECTIVE.match(name):
-            names.append(name)
-        row = parent[row]
-    return " < ".join(names)
+def _annotations(tree: pd.DataFrame, parent: Any) -> Notes:
+    """Tells of a row (-1: none) the annotations around it, innermost first, without the step's mark and c10d's own."""
+    names = tree["name"].str
+    noted = (tree["category"] == "user_annotation") & ~names.startswith(STEP) & ~names.match(COLLECTIVE)
+    inner = np.append(nesting.nearest(parent, noted.to_numpy(bool)), -1)
+    outer, short = inner[np.append(parent, -1)], names.slice(stop=_ANNOTATION_CHARS).tolist()
+
+    def around(row: int) -> str:
+        said, row = [], inner[row]
+        while row >= 0 and len(said) < _MOST_ANNOTATIONS:
+            said.append(short[row])
+            row = outer[row]
+        return " < ".join([*said, "…"] if row >= 0 else said)
+
+    return around
 
 
 def _exposed_spans(events: pd.DataFrame, kernels: pd.DataFrame, calls: pd.DataFrame) -> list[Any]:
     """The stretches of each call, from its start, in which nothing is computed [ns]; None where it has no time."""
     works = events[events["category"] == "kernel"].drop(kernels.index)
     starts, ends = intervals.of(computing(events) if works.empty and kernels.empty else works)
+    begun, over = (calls[name].dropna().to_numpy("int64") for name in ("start_ns", "end_ns"))
+    inside = int((np.searchsorted(starts, over, "left") - np.searchsorted(ends, begun, "right")).sum())
+    if inside > _MOST_STRETCHES:
+        raise ValueError(f"its {len(begun):,} collectives last over {inside:,} kernels: record fewer steps")
     spans: list[Any] = []
     for begin, end in zip(calls["start_ns"], calls["end_ns"], strict=True):
         if pd.isna(begin):

@@ -40,10 +40,7 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     launched = on_device[["name", "category", "dur_ns"]].assign(owner=owner)
     kernel_ns = on_device["dur_ns"].to_numpy()
     device_self_ns = _sums(owner, kernel_ns, len(tree))
-    device_total_ns = device_self_ns.copy()
-    while (owner >= 0).any():
-        owner = np.where(owner >= 0, above[owner], -1)
-        device_total_ns += _sums(owner, kernel_ns, len(tree))
+    device_total_ns = nesting.with_inner(above, device_self_ns)
     each = tree.assign(
         parent=parent, folded=folded, host_total_ns=dur_ns, host_self_ns=self_ns, device_total_ns=device_total_ns,
         device_self_ns=device_self_ns,

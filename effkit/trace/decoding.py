@@ -6,6 +6,7 @@ not to be known without parsing, but a wrong cut cannot be decoded: a piece that
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
 import zlib
@@ -26,17 +27,19 @@ _LONGEST_EVENT = 2**28
 _SMALL_UNPACKED = 2**24  # bytes; a small trace may be of one event repeated
 _DENSEST = 200  # times that gzip may unpack beyond that; real traces stay below 50
 _ARRAY = re.compile(rb'"traceEvents"\s*:\s*\[')
+_KEY = rb'"(?:ph|name|cat|pid|tid|ts|dur|args|id|s|bp)"\s*:'  # of an event
 # inside a string the quotation marks would be escaped; a list of dicts within an event seldom begins with these keys
-_BETWEEN = re.compile(rb"\}\s*,\s*(?=\{\s*\"(?:ph|name|cat|pid|tid|ts|dur|args|id|s|bp)\"\s*:)")
+_BETWEEN = re.compile(rb"\}\s*,\s*(?=\{\s*" + _KEY + rb")")
 
 # What old or unlucky profilers write that is no JSON, and what stands for it
 _CONTROL = bytes.maketrans(bytes(range(32)), b" " * 32)
 _ESCAPE = re.compile(rb'(\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))|\\')
 _STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+"'  # behind its first quotation mark
 _NO_NUMBER = re.compile(rb'((?:"' + _STRING + rb'|[^"NIni-])++)|-?(?:NaN|nan|Infinity|inf|N/A)')
-_NAME = re.compile(  # that holds a quotation mark: its first string is not its end
-    rb'(?<="name": ")(?!' + _STRING + rb'\s*(?:,\s*"|\}))(?:(?!"name": ").)*?(?=", "pid": )'
-)
+# Where torch's writer ends a name, that may hold quotation marks: of an event, and of the file
+_EVENT, _NAME, _FILE = b'"ph": "', b'"name": "', b'"traceName": "'
+_WHOLE_NAME = re.compile(_STRING + rb"\s*(?:,\s*" + _KEY + rb"|\}\s*[\],}])")
+_END_OF_NAME, _END_OF_FILE = re.compile(rb'",\s*"pid": '), re.compile(rb'"\s*\}\s*\Z')
 _QUOTATION_MARK = re.compile(rb'(?<!\\)"')
 
 
@@ -119,7 +122,7 @@ def _opened(stream: IO[bytes]) -> tuple[bytes, bytearray]:
     """Everything up to the bracket that opens the events, and the beginning of what follows."""
     buffer = bytearray()
     while len(buffer) <= _LARGEST_HEAD and (block := stream.read(_PIECE if buffer else 2**16)):
-        buffer += block
+        buffer += block.removeprefix(codecs.BOM_UTF8) if not buffer else block
         if opening := _ARRAY.search(buffer):
             return bytes(buffer[: opening.end()]), buffer[opening.end() :]
         if re.match(rb"\s*\[\s*\{", buffer):  # Chrome's other form, that torch's older profiler writes
@@ -189,9 +192,19 @@ def decoded(decoder: Any, text: bytes) -> Any:
             raise error from None
 
 
+def _escaped(text: bytes, key: bytes, end: re.Pattern[bytes]) -> bytes:
+    """The same with the quotation marks in the first value of this key escaped; each byte is looked at once."""
+    start = text.find(key) + len(key)
+    if start < len(key) or _WHOLE_NAME.match(text, start) or not (found := end.search(text, start)):
+        return text
+    return text[:start] + _QUOTATION_MARK.sub(rb"\\\g<0>", text[start : found.start()]) + text[found.start() :]
+
+
 def _repaired(text: bytes) -> bytes:
     """The same with control characters, bad escapes, bad UTF-8, NaN and quotation marks in names made harmless."""
     text = text.translate(_CONTROL).decode("utf-8", "replace").encode()
-    text = _NAME.sub(lambda name: _QUOTATION_MARK.sub(rb"\\\g<0>", name[0]), text)
+    text = _EVENT.join(_escaped(event, _NAME, _END_OF_NAME) for event in text.split(_EVENT))
+    before, mark, file = text.rpartition(_FILE)
+    text = before + _escaped(mark + file, _FILE, _END_OF_FILE) if mark else text
     text = _ESCAPE.sub(lambda escape: escape[1] or rb"\\", text)
     return _NO_NUMBER.sub(lambda found: found[1] or b"null", text)

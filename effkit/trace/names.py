@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-# Categories that older profilers (torch before 1.13) wrote, and today's for the same
+# Categories that older profilers (torch before 1.13) wrote, or that other backends (MTIA, Gaudi) do, and today's usual
+# ones for the same
 TODAY: Mapping[str, str] = {
     "Operator": "cpu_op", "Kernel": "kernel", "Runtime": "cuda_runtime", "Memcpy": "gpu_memcpy", "Memset": "gpu_memset",
+    "mtia_ccp_events": "kernel", "hpu_op": "kernel",
 }  # fmt: skip
 STEP, DATALOADER = "ProfilerStep#", "enumerate(DataLoader)#"
 ANNOTATIONS = (STEP, DATALOADER, "Optimizer.")  # that older profilers call operators
@@ -15,8 +17,13 @@ ANNOTATIONS = (STEP, DATALOADER, "Optimizer.")  # that older profilers call oper
 COPIES = ("gpu_memcpy", "gpu_memset")
 DEVICE = ("kernel", *COPIES)
 LAUNCHES = ("_runtime", "_driver")  # how the categories of host calls to the device end: cuda_, hip_, xpu_, …
+GIVES_WORK = re.compile(r"Launch|Memcpy|Memset|Enqueue")  # which of these calls give the device something to do
 STACKS = ("python_function",)
 SPANS = ("Trace",)  # the profiler's own marks
+# Beside these: marks, and what the profiler says of itself. A pane that meets another category says so.
+UNDERSTOOD = ("cpu_op", *DEVICE, *STACKS, "user_annotation", "gpu_user_annotation", "overhead", "cuda_sync",
+              "collective_comm", "cuda_profiler_range", "external_correlation", "Python", "Communication")  # fmt: skip
+IMPOSSIBLE = "impossible: "  # so begins the category of an event that no pane counts; why its times cannot be follows
 
 # Calls in which the host waits for the device; everything launched before is done when they return
 WAITS = re.compile(r"(?:cuda|hip|cu)(?:Device|Stream|Event|Ctx)Synchronize|(?:cuda|hip)Memcpy(?:WithStream|2D)?$")
@@ -35,8 +42,9 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 
 _KERNEL_COLLECTIVES = {
-    "allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter", "broadcast": "broadcast",
-    "sendrecv": "send_recv", "alltoall": "all_to_all", "reduce": "reduce",
+    "crossdevicereduce": "all_reduce", "allreduce": "all_reduce", "allgather": "all_gather",
+    "reducescatter": "reduce_scatter", "broadcast": "broadcast", "sendrecv": "send_recv", "alltoall": "all_to_all",
+    "reduce": "reduce",
 }  # fmt: skip
 
 
@@ -60,7 +68,10 @@ def collective_of_kernel(name: str) -> str:
     'dispatch'
     >>> collective_of_kernel("moeA2ACombineKernel")  # of FlashInfer and TensorRT-LLM
     'combine'
+    >>> collective_of_kernel("void (anonymous namespace)::multimem_all_reduce_kernel<float>(float*)")
+    'all_reduce'
     """
+    name = name.replace("(anonymous namespace)::", "")
     if word := re.search(r"(?:ep|uccl)::\w*::(\w+)", name):
         return word[1]
     if word := re.search(r"moeA2A(Dispatch|Combine)", name):

@@ -10,6 +10,7 @@ import pandas as pd
 from effkit.trace.names import LAUNCHES, STEP
 
 _DEEPEST = 12  # callers that a stack names: the innermost
+_OF_A_TREE = ["rank", "process", "thread", "start_ns", "dur_ns"]
 
 
 def host(events: pd.DataFrame) -> pd.DataFrame:
@@ -48,12 +49,20 @@ def parents(frame: pd.DataFrame) -> Any:
 
 def nearest(parent: Any, wanted: Any) -> Any:
     """For each row the position of itself or its innermost ancestor that is wanted; -1 where there is none."""
-    place = np.arange(len(parent))
-    while True:
-        climbs = (place >= 0) & ~wanted[place]
-        if not climbs.any():
-            return place
-        place = np.where(climbs, parent[place], place)
+    # each round looks twice as far as the one before; the last place stands for "none"
+    place = np.append(np.where(wanted, np.arange(len(parent)), parent), -1)
+    while ((further := place[place]) != place).any():
+        place = further
+    return place[:-1]
+
+
+def with_inner(parent: Any, values: Any) -> Any:
+    """For each row the sum of its value and those of all rows within it."""
+    sums, above = np.append(values, 0), np.append(parent, -1)
+    while (above >= 0).any():  # each round adds those that are up to twice as far within as the one before
+        np.add.at(sums, above, sums.copy())
+        sums[-1], above = 0, above[above]
+    return sums[:-1]
 
 
 def owners(tree: pd.DataFrame, nearest_row: Any, on_device: pd.DataFrame) -> Any:
@@ -71,11 +80,12 @@ def owners(tree: pd.DataFrame, nearest_row: Any, on_device: pd.DataFrame) -> Any
 def callers(events: pd.DataFrame, memory: pd.DataFrame) -> pd.Series[str]:
     """For each allocator event the operators and annotations around it, the innermost first; absent where none is."""
     tree = host(events)
-    tree = tree[~tree["category"].str.endswith(LAUNCHES) & ~tree["name"].str.startswith(STEP)].reset_index(drop=True)
-    above = np.append(parents(tree), -1)
-    innermost = _around(tree, above, memory)
-    parent, names = above.tolist(), tree["name"].tolist()
-    rows, place = np.unique(innermost, return_inverse=True)
+    tree = tree[~tree["category"].str.endswith(LAUNCHES) & ~tree["name"].str.startswith(STEP)]
+    # a moment is an event without length, behind those that begin with it
+    moments = memory.rename(columns={"time_ns": "start_ns"}).assign(dur_ns=0)[_OF_A_TREE]
+    parent = parents(pd.concat([tree[_OF_A_TREE], moments], ignore_index=True)).tolist()
+    names = tree["name"].tolist()
+    rows, place = np.unique(np.array(parent[len(tree) :], "int64"), return_inverse=True)
     stacks: list[str | None] = []
     for row in rows.tolist():
         chain: list[str] = []
@@ -84,23 +94,3 @@ def callers(events: pd.DataFrame, memory: pd.DataFrame) -> pd.Series[str]:
             row = parent[row]
         stacks.append(" < ".join(chain) if chain else None)
     return pd.Series(pd.array(stacks, dtype="str").take(place), memory.index)
-
-
-def _around(tree: pd.DataFrame, above: Any, moments: pd.DataFrame) -> Any:
-    """For each moment the position of the innermost event around it on its thread; -1 where there is none."""
-    place = ["rank", "process", "thread"]
-    thread = pd.concat([tree[place], moments[place]]).groupby(place, sort=False).ngroup().to_numpy()
-    at, thread = thread[len(tree) :], thread[: len(tree)]
-    start = tree["start_ns"].to_numpy()
-    end = np.append(start + tree["dur_ns"].to_numpy(), np.iinfo("int64").max)
-    time = moments["time_ns"].to_numpy()
-    innermost = np.full(len(moments), -1, dtype="int64")
-    for number in np.unique(at):
-        asked, rows = np.flatnonzero(at == number), np.flatnonzero(thread == number)
-        rows = rows[np.lexsort((-end[rows], start[rows]))]
-        # the last that had begun, or the nearest of those around it that had not ended
-        row = np.append(rows, -1)[np.searchsorted(start[rows], time[asked], side="right") - 1]
-        while (over := end[row] <= time[asked]).any():
-            row = np.where(over, above[row], row)
-        innermost[asked] = row
-    return innermost

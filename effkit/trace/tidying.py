@@ -15,10 +15,13 @@ from effkit.gc_disabled import gc_disabled
 from effkit.operators import COMMUNICATES
 from effkit.trace.columns import Interned, Sparse, nanoseconds, since
 from effkit.trace.decoding import Decoder
+from effkit.trace.impossible import set_apart
 from effkit.trace.names import ANNOTATIONS, DEVICE, SPANS, STACKS, TODAY
 
 EVENT_COLUMNS = ("name", "category", "start_ns", "dur_ns", "rank", "process", "thread", "stream", "correlation")
-MEMORY_COLUMNS = ("time_ns", "address", "size_bytes", "total_bytes", "device", "rank", "process", "thread")
+MEMORY_COLUMNS = (
+    "time_ns", "address", "size_bytes", "total_bytes", "reserved_bytes", "device", "rank", "process", "thread",
+)  # fmt: skip
 
 _OPERATORS = ("cpu_op", "user_annotation")
 
@@ -53,6 +56,7 @@ _ALWAYS: Mapping[str, tuple[str, Any]] = {
     "address": ("Addr", int | None),
     "bytes": ("Bytes", int | None),
     "total": ("Total Allocated", int | None),
+    "reserved": ("Total Reserved", int | None),
     "device_type": ("Device Type", int | None),
     "device_id": ("Device Id", int | None),
 }
@@ -60,20 +64,25 @@ _NO_TEXT = msgspec.Raw(b"")
 
 _ABSENT = -(2**63)
 _CPU_DEVICE = 0  # c10::DeviceType, as the profiler writes it into "Device Type"
+# the torch of older days did not escape the backslashes of a name, of a Windows path say, and none lets a line break in
+_AS_GIVEN = str.maketrans({"\b": r"\b", "\f": r"\f", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
 
 
 class Trace(NamedTuple):
     """One decoded trace.
 
-    ``events``: one row per complete event, sorted by ``start_ns``. ``memory``: one row per allocator event, with signed
-    ``size_bytes`` and the allocator's own running total after it; empty where memory was not recorded. ``metadata``:
-    what the trace says of itself. ``num_left_out``: events of Python functions that were not asked for.
+    ``events``: one row per complete event, sorted by ``start_ns``; the ``category`` of one whose times cannot be begins
+    with ``impossible``. ``memory``: one row per allocator event, with signed ``size_bytes`` and the allocator's own
+    running totals after it; empty where memory was not recorded. ``metadata``: what the trace says of itself.
+    ``num_left_out``: events of Python functions that were not asked for. ``num_in_two``: events whose begin and end
+    are two entries (phases B and E), which are not read.
     """
 
     events: pd.DataFrame
     memory: pd.DataFrame
     metadata: Mapping[str, Any]
     num_left_out: int
+    num_in_two: int
 
 
 def read(
@@ -101,7 +110,8 @@ def read(
         metadata = decoder.metadata
         base_ns = metadata.get("baseTimeNanoseconds", 0)
         rank = _rank(metadata) if rank is None else rank
-        return Trace(frames.events(base_ns, rank), frames.memory(base_ns, rank), metadata, frames.num_left_out)
+        events, memory = frames.events(base_ns, rank), frames.memory(base_ns, rank)
+        return Trace(events, memory, metadata, frames.num_left_out, frames.num_in_two)
     except (msgspec.DecodeError, ValueError, OverflowError, TypeError, RecursionError, MemoryError) as error:
         reason = str(error) or "it takes more memory than there is"
         raise ValueError(f"not a profiler trace: {reason}. Expected Chrome JSON with traceEvents") from error
@@ -136,18 +146,20 @@ class _Columns:
 
     def __init__(self, details: Sequence[str], stacks: bool) -> None:
         self._left_out = () if stacks else STACKS
-        self.num_left_out = 0
+        self.num_left_out = self.num_in_two = 0
         self._num_rows = 0
         self._strings = {name: Interned() for name in ("name", "category", "process", "thread")}
         self._numbers: dict[str, list[Any]] = {"start_ns": [], "dur_ns": [], "stream": [], "correlation": []}
         self._details = {name: Sparse(_DETAILS[name].kind) for name in details}
-        self._memory: dict[str, list[Any]] = {"time_ns": [], "address": [], "size_bytes": [], "total_bytes": []}
+        totals: dict[str, list[Any]] = {"total_bytes": [], "reserved_bytes": []}
+        self._memory: dict[str, list[Any]] = {"time_ns": [], "address": [], "size_bytes": [], **totals}
         self._places = {name: Interned() for name in ("device", "process", "thread")}  # of memory
 
     def add(self, piece: list[Any]) -> None:
         complete = [event for event in piece if event.ph == "X" and event.cat not in SPANS]
         kept = [event for event in complete if event.cat not in self._left_out]
         self.num_left_out += len(complete) - len(kept)
+        self.num_in_two += sum(event.ph == "B" for event in piece)
         self._add_events(kept)
         self._add_memory([event for event in piece if event.name == "[memory]" and event.args is not None])
 
@@ -158,7 +170,7 @@ class _Columns:
         self._strings["thread"].add([event.tid for event in kept])
         args = [event.args for event in kept]
         streams = [_ABSENT if a is None or not isinstance(a.stream, int) else a.stream for a in args]
-        links = [_ABSENT if a is None or a.correlation is None else a.correlation for a in args]
+        links = [_ABSENT if a is None or not a.correlation else a.correlation for a in args]  # 0 links nothing
         self._numbers["start_ns"].append(nanoseconds([event.ts for event in kept]))
         self._numbers["dur_ns"].append(nanoseconds([event.dur for event in kept]))
         self._numbers["stream"].append(np.array(streams, "int64"))
@@ -168,11 +180,12 @@ class _Columns:
 
     def _add_memory(self, moments: list[Any]) -> None:
         args = [event.args for event in moments]
-        totals = [_ABSENT if a.total is None else a.total for a in args]  # older profilers do not say it
         self._memory["time_ns"].append(nanoseconds([event.ts for event in moments]))
         self._memory["address"].append(np.array([a.address or 0 for a in args], "uint64"))
         self._memory["size_bytes"].append(np.array([a.bytes or 0 for a in args], "int64"))
-        self._memory["total_bytes"].append(np.array(totals, "int64"))
+        totals = {"total_bytes": [a.total for a in args], "reserved_bytes": [a.reserved for a in args]}
+        for column, told in totals.items():  # older profilers do not say it
+            self._memory[column].append(np.array([_ABSENT if one is None else one for one in told], "int64"))
         self._places["device"].add(["cpu" if a.device_type == _CPU_DEVICE else f"device{a.device_id}" for a in args])
         self._places["process"].add([event.pid for event in moments])
         self._places["thread"].add([event.tid for event in moments])
@@ -196,7 +209,7 @@ class _Columns:
         order = np.argsort(numbers["start_ns"], kind="stable")
         strings = self._strings
         columns = {
-            "name": strings["name"].column(order),
+            "name": strings["name"].column(order, lambda name: name.translate(_AS_GIVEN)),
             "category": strings["category"].column(order, lambda category: TODAY.get(category, category)),
             "start_ns": since(base_ns, numbers["start_ns"], numbers["dur_ns"])[order],
             "dur_ns": numbers["dur_ns"][order],
@@ -210,7 +223,7 @@ class _Columns:
         frame = pd.DataFrame(columns | details)
         if "Operator" in self._strings["category"].values:
             frame.loc[frame["name"].str.startswith(ANNOTATIONS), "category"] = "user_annotation"
-        return frame
+        return set_apart(frame)
 
     def memory(self, base_ns: int, rank: int) -> pd.DataFrame:
         numbers = {name: np.concatenate(parts) for name, parts in self._memory.items()}
@@ -220,6 +233,7 @@ class _Columns:
             "address": numbers["address"][order],
             "size_bytes": numbers["size_bytes"][order],
             "total_bytes": _masked(numbers["total_bytes"][order]),
+            "reserved_bytes": _masked(numbers["reserved_bytes"][order]),
             "device": self._places["device"].column(order),
             "rank": np.full(len(order), rank, "int64"),
             "process": self._places["process"].column(order),
