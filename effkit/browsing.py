@@ -54,10 +54,11 @@ class MemoryBrowser(Screen):
         self.result = self._capture.memory(
             by=self.controls["by"].value, at_ns=self.time_ns, device=self._device, rank=self._rank
         )
-        after_ms = (self.time_ns - int(self._timeline["time_ns"].min())) / 1e6
+        after = self.time_ns - int(self._timeline["time_ns"].min())
+        when = f"{after:,} events" if self._timeline.attrs["clock"] == "events" else f"{after / 1e6:,.1f} ms"
         rows = self.result.frame["value"].head(3)
         largest = [f"{item} {readable(int(size), 'bytes')}" for item, size in rows.items()]
-        sentence = f"{readable(self.result.total, 'bytes')} allocated after {after_ms:,.1f} ms"
+        sentence = f"{readable(self.result.total, 'bytes')} allocated after {when}"
         sentence += f": {'; '.join(largest)}." if largest else "."
         self._tell(sentence, self._picture.svg(self.result, self.time_ns, label=sentence))
 

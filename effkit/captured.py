@@ -60,7 +60,8 @@ class Capture:
         """Where each step's wall time goes, one row per ``rank`` and ``step``.
 
         ``kernel_ns``, ``exposed_communication_ns``, ``memcpy_ns`` (copies and fills), ``dataloader_ns``,
-        ``not_visible_ns`` (the host waits for device work that is not in the recording), ``cpu_exec_ns`` (operators
+        ``not_visible_ns`` (the host waits for device work that is not in the recording, or what runs is in no pane;
+        ``attrs["notes"]`` says which), ``cpu_exec_ns`` (operators
         and launches while the device has nothing to do) and ``idle_ns`` (none of these: Python between operators, say)
         sum to ``dur_ns``: a moment counts for the first of these that it shows. ``hidden_communication_ns`` ran under
         kernels, ``device_busy_frac`` is the share of the step in which the device does anything. ``first_launch_ns`` of
@@ -144,16 +145,24 @@ class Capture:
 
         ``by`` is ``"category"`` (parameter, gradient, saved activation, …) or ``"stack"`` (where it was allocated);
         ``device`` and ``rank`` say of which memory, by default the accelerator's, of the rank with the highest peak.
-        ValueError when memory was not recorded, or not on that device and rank.
+        Where memory ran out, the three places in one's own code that hold most are said at the end. ValueError when
+        memory was not recorded, or not on that device and rank.
         """
         recorded, allocations, segments = self._memory_of(device, rank)
         device, peak_bytes, source = str(recorded["device"]), int(recorded["peak_bytes"]), str(recorded["peak_source"])
+        when = str(recorded.get("peak") or "")
         if at_ns is not None:
             peak_bytes = int(snapshot.at(allocations, at_ns)["size_bytes"].sum())
             source = "the allocations alive then"
+            when = f"event {at_ns:,}" if recorded.get("clock") == "events" else ""
+        if recorded.get("oom") and by == "category":
+            places = snapshot.holders(allocations, device, at_ns).items()
+            most = "; ".join(f"{readable(size_bytes, 'bytes')} for {place}" for place, size_bytes in places)
+            source += f". Most is held by {most or 'what was not recorded'}"
         return snapshot.account(
-            allocations, peak_bytes=peak_bytes, source=source, device=device, by=by, segments=segments, at_ns=at_ns
-        )
+            allocations, peak_bytes=peak_bytes, source=source, device=device, by=by, segments=segments, at_ns=at_ns,
+            when=when,
+        )  # fmt: skip
 
     def out_of_memory(self, *, by: str = "stack") -> Account:
         """What was alive when the last request found no memory; the title says who asked, and for how much.
@@ -177,10 +186,13 @@ class Capture:
     ) -> pd.DataFrame:
         """How full the memory was: ``time_ns, allocated_bytes, reserved_bytes``, at most ``num_points`` rows.
 
-        Each row is the fullest moment of a stretch of time, so the peak is exact.
+        Each row is the fullest moment of a stretch of time, and the most that was reserved in it, so both peaks are
+        exact. Where the recording has no times, ``time_ns`` counts its events, and ``attrs["clock"]`` says so.
         """
-        _, allocations, segments = self._memory_of(device, rank)
-        return snapshot.timeline(allocations, segments, num_points=num_points)
+        recorded, allocations, segments = self._memory_of(device, rank)
+        line = snapshot.timeline(allocations, segments, num_points=num_points)
+        line.attrs["clock"] = recorded.get("clock") or "ns"
+        return line
 
     def browse_memory(self, *, device: str | None = None, rank: int | None = None) -> Any:
         """A slider over the moments of the recording, and who holds the memory at each: a widget."""

@@ -98,7 +98,7 @@ def capture(
         "profiler's Total Allocated; allocations made before the window are not visible" if memory else "not recorded",
         "memory": of_memory,
     }  # fmt: skip
-    return Capture(read.events, allocations, provenance() | facts)
+    return Capture(read.events, allocations, provenance() | facts, snapshot.reserved(read.memory))
 
 
 def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0, again: bool = False) -> tuple[int, str]:

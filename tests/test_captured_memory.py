@@ -1,6 +1,7 @@
 """The memory of a Capture: live, from a trace and from a snapshot, always explained to the byte."""
 
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ MIB = 2**20
 FRAMES = [{"filename": "/home/me/train.py", "line": 7, "name": "main"}]
 
 
-def counted(time: float, address: int, size: int, total: int, device: int = 1) -> dict:
+def counted(time: float, address: int, size: int, total: int, device: int = 1, **more: int) -> dict:
     """An allocator event as the profiler writes it; device type 0 is the host."""
-    args = {
+    args = {name.replace("_", " "): value for name, value in more.items()} | {
         "Total Allocated": total,
         "Bytes": size,
         "Addr": address,
@@ -24,9 +25,8 @@ def counted(time: float, address: int, size: int, total: int, device: int = 1) -
     return {"ph": "i", "name": "[memory]", "pid": 1, "tid": 1, "ts": time, "args": args}
 
 
-@pytest.fixture
-def snapshot(tmp_path):
-    """A segment of 4 MiB: one MiB from before the recording, one allocated in it, and a request that failed."""
+def loaded(tmp_path, trace: list[dict]) -> ek.Capture:
+    """A segment of 4 MiB: of it one MiB is used from before the recording, one at its end."""
     used = {"size": MIB, "requested_size": MIB, "state": "active_allocated", "frames": []}
     free = {"size": 2 * MIB, "requested_size": 0, "state": "inactive", "address": 102 * MIB}
     segment = {
@@ -34,13 +34,19 @@ def snapshot(tmp_path):
         "allocated_size": 2 * MIB, "active_size": 2 * MIB, "requested_size": 2 * MIB,
         "blocks": [used | {"address": 100 * MIB}, used | {"address": 101 * MIB}, free],
     }  # fmt: skip
-    trace = [
-        {"action": "alloc", "addr": 101 * MIB, "size": MIB, "stream": 0, "time_us": 10, "frames": FRAMES},
-        {"action": "oom", "size": 9 * MIB, "stream": 0, "time_us": 20, "device_free": MIB, "frames": FRAMES},
-    ]
     path = tmp_path / "snapshot.pickle"
     path.write_bytes(pickle.dumps({"segments": [segment], "device_traces": [trace]}))
     return ek.load(path)
+
+
+ALLOC = {"action": "alloc", "addr": 101 * MIB, "size": MIB, "stream": 0, "time_us": 10, "frames": FRAMES}
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    """One allocation, and a request that failed."""
+    oom = {"action": "oom", "size": 9 * MIB, "stream": 0, "time_us": 20, "device_free": MIB, "frames": FRAMES}
+    return loaded(tmp_path, [ALLOC, oom])
 
 
 def test_a_snapshot_is_explained_to_the_byte(snapshot):
@@ -59,6 +65,96 @@ def test_out_of_memory_says_what_was_alive_and_what_asked_last(snapshot):
     assert account.title == "Memory of device0 when 1.0 MiB were free and 9.0 MiB asked for by me/train.py:7 main"
     assert account.total == 2 * MIB
     assert "device0 ran out of memory: see out_of_memory()" in repr(snapshot)
+
+
+def test_memory_that_ran_out_says_where_ones_own_code_holds_most(tmp_path):
+    hook = {
+        "filename": "/opt/venv/lib/python3.12/site-packages/accelerate/hooks.py",
+        "line": 165,
+        "name": "new_forward",
+    }
+    product = {"filename": "/opt/venv/lib/python3.12/site-packages/torch/functional.py", "line": 7, "name": "einsum"}
+    mine = [{"filename": "/home/me/model.py", "line": line, "name": "forward"} for line in range(5)]
+    stacks = [
+        [product, hook, mine[0], hook, *FRAMES],
+        [mine[1]],
+        [hook],
+        [product, mine[2]],
+        [product, mine[0], *FRAMES],
+    ]
+    segments, trace = [], []
+    for number, (size, stack) in enumerate(zip([50, 40, 30, 20, 10], stacks, strict=True), 1):
+        block = {
+            "address": number * MIB,
+            "size": MIB,
+            "requested_size": size,
+            "state": "active_allocated",
+            "frames": stack,
+        }
+        segments.append({"device": 0, "address": number * MIB, "total_size": MIB, "stream": 0, "blocks": [block]})
+        trace.append({"action": "alloc", "addr": number * MIB, "size": size, "time_us": number, "frames": stack})
+    trace.append({"action": "oom", "size": 9 * MIB, "time_us": 20, "device_free": MIB, "frames": FRAMES})
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(pickle.dumps({"segments": segments, "device_traces": [trace]}))
+    account = ek.load(path).memory()
+    assert (account.total, account.residual) == (150, 0)
+    assert (
+        repr(account)
+        .splitlines()[-1]
+        .endswith(
+            "Most is held by 60 B for me/model.py:0 forward, in torch/functional.py:7 einsum; 40 B for "
+            "me/model.py:1 forward; 30 B for site-packages/accelerate/hooks.py:165 new_forward"
+        )
+    )
+    del trace[-1]
+    path.write_bytes(pickle.dumps({"segments": segments, "device_traces": [trace]}))
+    assert "Most is held" not in repr(ek.load(path).memory())
+
+
+@pytest.mark.parametrize("trace", [[], [{"action": "snapshot", "addr": 0, "size": 0, "stream": 0}]])
+def test_of_a_history_in_which_nothing_came_or_went_only_the_end_is_told(trace, tmp_path):
+    block = loaded(tmp_path, [ALLOC])  # that both are of the same final state
+    account = loaded(tmp_path, trace).memory()
+    assert account.title == "Memory of device0 at its end"
+    assert "an earlier peak is not visible" in account.source
+    assert account.total == block.memory().total == 2 * MIB
+    assert block.memory().title == "Memory of device0 at its peak"
+
+
+def test_where_no_times_were_recorded_the_events_are_the_axis(tmp_path):
+    event = {"addr": 102 * MIB, "size": 64, "stream": 0, "frames": []}
+    trace = [{"action": action} | event for action in ("alloc", "free_requested", "free_completed")] * 50
+    untimed = loaded(tmp_path, trace)
+    line = untimed.memory_timeline()
+    assert (line.attrs["clock"], line["time_ns"].iloc[-1]) == ("events", 149)
+    assert untimed.plot("memory_timeline").get_xlabel() == "events"
+    browser = untimed.browse_memory()
+    browser.controls["moment"].value = browser.controls["moment"].max
+    assert "2.0 MiB allocated after 150 events" in browser.shown(), "of the moment before them"
+    assert untimed.memory(at_ns=0).title == "Memory of device0 at event 0"
+    timed = loaded(tmp_path, [one | {"time_us": 10**15 + 7 * number} for number, one in enumerate(trace)])
+    assert timed.plot("memory_timeline").get_xlabel() == "ms"
+    assert ek.load(untimed.save(tmp_path / "saved.zip")).plot("memory_timeline").get_xlabel() == "events"
+
+
+def test_the_most_that_was_reserved_is_exact_in_however_few_points(tmp_path):
+    """Reserved memory grows, and is given back, between the moments at which most is allocated."""
+    totals = [(1, 6), (2, 6), (3, 9), (2, 7), (3, 7), (4, 8), (3, 5)]
+    steps = [1, *(after - before for (before, _), (after, _) in pairwise(totals))]
+    seen = capture_of(tmp_path, op("aten::empty", 0, 90), [
+        counted(10 * i, 7 + i if size > 0 else 6 + i, size * MIB, total * MIB, Total_Reserved=reserved * MIB)
+        for i, (size, (total, reserved)) in enumerate(zip(steps, totals, strict=True))
+    ])  # fmt: skip
+    line = seen.memory_timeline()
+    assert (line["reserved_bytes"] // MIB).tolist() == [6, 6, 9, 7, 7, 8, 5]
+    for num_points in (1, 2, 3):
+        few = seen.memory_timeline(num_points=num_points)
+        assert [few[f"{name}_bytes"].max() for name in ("allocated", "reserved")] == [4 * MIB, 9 * MIB]
+    assert seen.memory().companions[0].frame["value"].to_dict() == {
+        "allocated": 4 * MIB, "reserved but not allocated": 4 * MIB,
+    }  # fmt: skip
+    again = ek.load(seen.save(tmp_path / "saved.zip"))
+    assert again.memory_timeline().equals(line)
 
 
 def test_nothing_ran_out_of_memory(tmp_path):

@@ -22,8 +22,9 @@ optimizer = [("??", 0, "at::empty_cuda(long)"), STEP, MAIN]
 other = [MAIN]
 
 
-def told(*events: tuple, annotations=(), frees_have_stacks: bool = True) -> dict[int, str]:
-    """Size -> category, of events (signed size, stack). Sizes are unique, and serve as places."""
+def told(*events: tuple, annotations=(), frees_have_stacks: bool = True, same_size: int = 0) -> dict[int, str]:
+    """Size -> category, of events (signed size, stack). Sizes are unique, and serve as places; or, where all are of the
+    ``same_size``, as places alone."""
     trace, stacks = [], {}
     for time, (size, stack) in enumerate(events):
         frames = [dict(zip(("filename", "line", "name"), frame, strict=True)) for frame in stack]
@@ -31,7 +32,8 @@ def told(*events: tuple, annotations=(), frees_have_stacks: bool = True) -> dict
             frames = stacks.get(-size, frames)
         stacks[size] = frames
         action = "alloc" if size > 0 else "free_completed"
-        trace.append({"action": action, "addr": abs(size) * 4096, "size": abs(size), "time_us": time, "frames": frames})
+        place = {"addr": abs(size) * 4096, "size": same_size or abs(size)}
+        trace.append({"action": action, "time_us": time, "frames": frames} | place)
     alive = {size for size, _ in events if size > 0} - {-size for size, _ in events if size < 0}
     segments = [
         {
@@ -41,7 +43,7 @@ def told(*events: tuple, annotations=(), frees_have_stacks: bool = True) -> dict
                 {
                     "address": size * 4096,
                     "size": 4096,
-                    "requested_size": size,
+                    "requested_size": same_size or size,
                     "state": "active_allocated" if size in alive else "inactive",
                     "frames": stacks.get(size, []),
                 }
@@ -52,7 +54,11 @@ def told(*events: tuple, annotations=(), frees_have_stacks: bool = True) -> dict
     content = {"segments": segments, "device_traces": [trace], "external_annotations": list(annotations)}
     found = snapshot.read(pickle.dumps(content)).allocations
     assert (found["category"].eq("unknown") == found["known_by"].eq("not recorded")).all()
-    return dict(zip(found["size_bytes"].tolist(), found["category"].tolist(), strict=True))
+    sizes = found["size_bytes"].tolist()
+    if same_size:  # in order of birth
+        born = [size for size, _ in events if size > 0]
+        sizes = [-size for size, _ in events if size < 0 and -size not in born] + born
+    return dict(zip(sizes, found["category"].tolist(), strict=True))
 
 
 def test_a_training_step():
@@ -63,7 +69,7 @@ def test_a_training_step():
         (7, optimizer), (8, optimizer), (-8, optimizer),
         (-6, other), (-4, other),
     ) == {
-        1: "saved activation", 2: "workspace", 3: "unknown", 4: "unknown",
+        1: "saved activation", 2: "workspace", 3: "activation", 4: "unknown",
         5: "workspace", 6: "gradient", 7: "optimizer state", 8: "workspace",
     }  # fmt: skip
 
@@ -73,8 +79,15 @@ def test_what_a_plain_function_made_and_a_backward_freed_was_saved():
 
 
 def test_while_a_backward_runs_nobody_knows_what_will_outlive_it():
-    assert told((1, forward), (2, backward)) == {1: "unknown", 2: "unknown"}
-    assert told((1, forward), (2, backward), (3, other)) == {1: "unknown", 2: "gradient", 3: "unknown"}
+    assert told((1, forward), (2, backward)) == {1: "activation", 2: "unknown"}
+    assert told((1, forward), (2, backward), (3, other)) == {1: "activation", 2: "gradient", 3: "unknown"}
+
+
+def test_what_a_forward_asked_for_has_a_name_also_where_no_backward_was_recorded():
+    weight = [(TORCH + "nn/modules/module.py", 900, "_apply"), MAIN]
+    assert told((9, weight), (1, forward), (2, forward), (-2, other), (3, other), (4, forward)) == {
+        9: "parameter", 1: "activation", 2: "activation", 3: "unknown", 4: "activation",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -90,6 +103,34 @@ def test_while_a_backward_runs_nobody_knows_what_will_outlive_it():
 )
 def test_the_last_step_must_have_ended(annotations, category):
     assert told((1, forward), (2, optimizer), (3, optimizer), annotations=annotations)[3] == category
+
+
+PARAMETER = [(TORCH + "nn/modules/module.py", 900, "_apply"), MAIN]
+
+
+def own_adam(parameter: int, first: int, second: int, *, old: tuple[int, int, int] | None) -> list[tuple]:
+    """The events of a step that puts new tensors in the place of old ones: the two moments, then the parameter; the old
+    moments are let go of when the next ones are read."""
+    workspace = 90 + first
+    made = [(first, optimizer), (second, optimizer), (workspace, optimizer), (parameter, optimizer)]
+    gone = [(-place, optimizer) for place in old or ()]
+    return [*made, *gone[:1], (-workspace, optimizer), *gone[1:]]
+
+
+def test_what_an_optimizer_puts_into_the_place_of_a_parameter_is_one():
+    events = [
+        (1, PARAMETER), (2, PARAMETER), (3, backward), (4, backward), (50, other), (-50, other),
+        *own_adam(11, 12, 13, old=(1,)), *own_adam(21, 22, 23, old=(2,)),
+        (-3, [STEP, MAIN]), (-4, [STEP, MAIN]),  # gradients that the optimizer clears
+        (5, backward), (6, backward), (51, other), (-51, other),
+        *own_adam(31, 32, 33, old=(11, 12, 13)), *own_adam(41, 42, 43, old=(21, 22, 23)), (52, other),
+    ]  # fmt: skip
+    found = told(*events, same_size=64)
+    names = {place: found[place] for place in (1, 2, 3, 4, 5, 6)}
+    assert names == {1: "parameter", 2: "parameter"} | dict.fromkeys((3, 4, 5, 6), "gradient")
+    assert [place for place, name in found.items() if name == "parameter"] == [1, 2, 11, 21, 31, 41]
+    assert [place for place, name in found.items() if name == "optimizer state"] == [12, 13, 22, 23, 32, 33, 42, 43]
+    assert {found[90 + first] for first in (12, 22, 32, 42)} == {"workspace"}
 
 
 def test_a_step_that_calls_backward_is_still_the_same_step():
@@ -109,7 +150,7 @@ def test_a_step_within_a_backward():
 def test_a_forward_computed_again_within_a_backward_is_its_workspace():
     again = [LINEAR, CALL, (TORCH + "utils/checkpoint.py", 9, "unpack_hook"), ENGINE]
     assert told((1, other), (2, again), (-2, backward), (3, other))[2] == "workspace"
-    assert told((1, other), (2, again), (3, other))[2] == "unknown", "no gradient, at any rate"
+    assert told((1, other), (2, again), (3, other))[2] == "activation", "no gradient, at any rate"
 
 
 def test_frees_that_repeat_the_stack_of_their_allocation_do_not_tell_when():
@@ -125,7 +166,7 @@ def test_frees_that_repeat_the_stack_of_their_allocation_do_not_tell_when():
         (-5, []),
     )
     assert told(*events, frees_have_stacks=False) == {
-        1: "saved activation", 2: "gradient", 3: "unknown", 4: "unknown", 5: "unknown",
+        1: "saved activation", 2: "gradient", 3: "unknown", 4: "unknown", 5: "activation",
     }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_a_timeline_of_two_devices_with_what_was_reserved():
     first = line[line["device"] == "device0"]
     assert first["time_ns"].tolist() == [4, 5, 7, 8, 9, 20, 30]
     assert first["allocated_bytes"].tolist() == [107, 117, 137, 117, 107, 147, 140]
-    assert first["reserved_bytes"].tolist() == [300, 300, 350, 350, 350, 300, 300]
+    assert first["reserved_bytes"].tolist() == [300, 350, 350, 350, 350, 300, 300], "the most until the next row"
     second = line[line["device"] == "device1"]
     assert second["allocated_bytes"].tolist() == [0, 3, 0]
     assert second["reserved_bytes"].isna().all(), "not recorded, so not visible"

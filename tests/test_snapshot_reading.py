@@ -260,6 +260,17 @@ def test_real_recordings_replay_byte_for_byte(file):
 
 
 @pytest.mark.skipif(not FILES, reason=f"no recordings of others under {RECORDED.name}/snapshots")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_nearly_all_that_has_a_stack_has_a_category_at_the_peak(file):
+    found = snapshot.read(file.read_bytes())
+    alive = snapshot.at(found.allocations, found.facts["devices"]["device0"]["peak_ns"]).dropna(subset="stack")
+    unknown = alive.loc[alive["category"] == "unknown", "size_bytes"].sum()
+    assert unknown <= 0.25 * alive["size_bytes"].sum(), (
+        "98% of it in recordings of a forward alone, until these had a name"
+    )
+
+
+@pytest.mark.skipif(not FILES, reason=f"no recordings of others under {RECORDED.name}/snapshots")
 def test_categories_of_a_real_training_step():
     (file,) = [file for file in FILES if file.stem.startswith("medium_128_training")]
     found = snapshot.read(file.read_bytes()).allocations

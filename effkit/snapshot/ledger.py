@@ -58,6 +58,7 @@ class Ledger:
         # an event of no memory left tells what was free on the device instead of an address
         self.addresses = _integers([event.get("addr", event.get("device_free")) for event in trace])
         times_us = _bounded(_integers([event.get("time_us", 0) for event in trace]), _LATEST_US)
+        self.times_are_recorded = bool(times_us.any())  # torch before 2.1 writes none: then events are counted
         self.times = distinct(times_us * 1000)
         self.stacks = np.array([stacks.number(event.get("frames") or []) for event in trace], dtype="int64")
         self.parts = np.array([*stacks.parts, NOTHING], dtype="int64")[self.stacks]

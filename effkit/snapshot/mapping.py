@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from effkit.snapshot.alloc_free_pairs import moments
+
+SEGMENT_COLUMNS = ("size_bytes", "alloc_ns", "free_ns", "device", "rank")
 Range = tuple[int, int]  # from, to (exclusive) [addresses]
 
 
@@ -39,3 +46,11 @@ def pieces(final: Iterable[Range], events: Iterable[tuple[bool, Range]], ended: 
             insort(alive, (start, end, event))
     before = [(end - start, -1, freed) for start, end, freed in alive]
     return before + rows[::-1]
+
+
+def segments_of(final: Iterable[Range], grows: Any, ranges: Iterable[Range], times: Any) -> pd.DataFrame:
+    """``size_bytes, alloc_ns, free_ns`` of each piece; events at ``times`` reserve the ``ranges`` where ``grows``, else
+    give them back."""
+    rows = np.array(pieces(final, zip(grows.tolist(), ranges, strict=True), len(times)), "int64").reshape(-1, 3)
+    alloc_ns, free_ns = (moments(times, rows[:, column]) for column in (1, 2))
+    return pd.DataFrame({"size_bytes": rows[:, 0], "alloc_ns": alloc_ns, "free_ns": free_ns})

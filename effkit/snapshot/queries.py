@@ -5,6 +5,8 @@ Give the rows of one rank. A moment is a time [ns]: an allocation is alive from 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pandas as pd
 
 from effkit.account import Account
 
-_LIBRARIES = ("torch/", "einops/", "transformers/")  # frames that say how, not for whom
+_LIBRARIES = re.compile(r"(?:torch|einops|transformers|site-packages|python3\.\d+)/|<frozen")  # say how, not for whom
 _CALLERS = 3
 
 
@@ -22,8 +24,8 @@ def timeline(
     """How full the memory was: ``time_ns``, ``device``, ``allocated_bytes``, ``reserved_bytes``, device by device.
 
     At most ``num_points`` rows per device, in order of time: the fullest moment of each stretch, so that the peak stays
-    exact. ``reserved_bytes`` is ``<NA>`` where ``segments`` does not tell. A device on which nothing came or went has
-    no rows.
+    exact. ``reserved_bytes`` is the most that was reserved in that stretch, ``<NA>`` where ``segments`` does not tell.
+    A device on which nothing came or went has no rows.
     """
     if num_points < 1:
         raise ValueError(f"a timeline needs at least one point; given: {num_points}")
@@ -33,7 +35,9 @@ def timeline(
         stretch = ((times - times[0]) / max(times[-1] - times[0], 1) * (num_points - 1)).astype("int64")
         fullest = np.lexsort((-levels, stretch))  # within each stretch, the first of the fullest moments comes first
         kept = fullest[np.unique(stretch[fullest], return_index=True)[1]] if len(times) > 1 else fullest[:0]
-        reserved = _reserved(segments, str(device), times[kept])
+        edges = np.append(times[np.searchsorted(stretch, stretch[kept])], np.iinfo("int64").max)
+        edges[:1] = np.iinfo("int64").min  # memory may be reserved before anything is allocated
+        reserved = _reserved(segments, str(device), edges[:-1], edges[1:])
         columns = {"time_ns": times[kept], "device": device, "allocated_bytes": levels[kept]}
         frames.append(pd.DataFrame(columns | {"reserved_bytes": reserved}))
     types = {"time_ns": "int64", "device": "str", "allocated_bytes": "int64", "reserved_bytes": "Int64"}
@@ -58,9 +62,10 @@ def peak_ns(allocations: pd.DataFrame, device: str) -> int:
 
 def account(
     allocations: pd.DataFrame, *, peak_bytes: int, source: str, device: str, by: str = "category",
-    segments: pd.DataFrame | None = None, at_ns: int | None = None, num_rows: int = 12,
+    segments: pd.DataFrame | None = None, at_ns: int | None = None, when: str = "", num_rows: int = 12,
 ) -> Account:  # fmt: skip
-    """What fills the memory of a device at the moment ``at_ns`` [ns]; by default the first with most bytes alive.
+    """What fills the memory of a device at the moment ``at_ns`` [ns], ``when`` in words; by default the first with most
+    bytes alive.
 
     ``peak_bytes`` is the allocator's own total at that moment, by the counter ``source``. ``by`` is ``"category"``, or
     ``"stack"``: the ``num_rows`` stacks that hold most, and all others in one row. Where ``segments`` are given, a
@@ -73,21 +78,43 @@ def account(
     moment = peak_ns(rows, device) if at_ns is None else at_ns
     alive = at(rows, moment)
     names = alive[by].fillna("not recorded")
-    if by == "stack":
-        names = names.map({stack: _short(stack) for stack in names.unique()})
-    held = alive["size_bytes"].groupby(names).sum().sort_values(ascending=False, kind="stable")
+    held = _held(alive["size_bytes"], names, _short if by == "stack" else str)
     items = {str(item): int(value) for item, value in held.items()}
     if by == "stack" and len(held) > num_rows:
         items = dict(list(items.items())[:num_rows])
         items[f"{len(held) - num_rows:,} other stacks"] = int(held.iloc[num_rows:].sum())
     companions: tuple[Account, ...] = ()
-    if (reserved := _reserved(segments, device, np.array([moment]))[0]) is not pd.NA:
-        used, total = sum(items.values()), int(reserved)
+    reserved, used = _reserved(segments, device, [moment], [moment + 1])[0], sum(items.values())
+    if reserved is not pd.NA and (total := int(reserved)) >= used:
         parts = {"allocated": used, "reserved but not allocated": total - used}
         reserving = "Reserved at that moment", "bytes", parts
         companions = (Account.of(*reserving, total=total, source="the allocator's segments"),)
-    title = f"Memory of {device} at {'its peak' if at_ns is None else f'{at_ns:,} ns'}"
+    title = f"Memory of {device} at {when or ('its peak' if at_ns is None else f'{at_ns:,} ns')}"
     return Account.of(title, "bytes", items, total=peak_bytes, source=source, companions=companions)
+
+
+def holders(allocations: pd.DataFrame, device: str, at_ns: int | None = None, *, num: int = 3) -> dict[str, int]:
+    """The places in one's own code, each with the library's that it called, for which most bytes are alive at a moment
+    [ns], by default the peak."""
+    rows = _on(allocations, device)
+    alive = at(rows, peak_ns(rows, device) if at_ns is None else at_ns).dropna(subset="stack")
+    return dict(_held(alive["size_bytes"], alive["stack"], _place).head(num).astype(int))
+
+
+def _held(sizes: pd.Series[int], names: pd.Series[str], spelled: Callable[[str], str]) -> pd.Series[int]:
+    names = names.map({name: spelled(name) for name in names.unique()})
+    return sizes.groupby(names).sum().sort_values(ascending=False, kind="stable")
+
+
+def _place(stack: str) -> str:
+    """The innermost caller of one's own, and the innermost of all.
+
+    >>> _place("torch/functional.py:7 einsum < site-packages/accelerate/hooks.py:165 hook < code/train.py:3 step")
+    'code/train.py:3 step, in torch/functional.py:7 einsum'
+    """
+    frames = stack.split(" < ")
+    own = next((frame for frame in frames if not _LIBRARIES.match(frame)), frames[0])
+    return own if own == frames[0] else f"{own}, in {frames[0]}"
 
 
 def _short(stack: str) -> str:
@@ -97,7 +124,7 @@ def _short(stack: str) -> str:
     'code/model.py:12 forward < code/train.py:3 step'
     """
     frames = stack.split(" < ")
-    own = [frame for frame in frames if not frame.startswith(_LIBRARIES)] or frames
+    own = [frame for frame in frames if not _LIBRARIES.match(frame)] or frames
     return " < ".join(own[:_CALLERS]) + (" < …" if len(own) > _CALLERS else "")
 
 
@@ -122,10 +149,12 @@ def _levels(rows: pd.DataFrame) -> tuple[Any, Any]:
     return np.append(start, moments), sizes[~born].sum() + np.append(0, np.cumsum(changes))
 
 
-def _reserved(segments: pd.DataFrame | None, device: str, times: Any) -> Any:
-    """Bytes reserved at moments [ns], ``<NA>`` where that is not recorded."""
+def _reserved(segments: pd.DataFrame | None, device: str, begins: Any, ends: Any) -> Any:
+    """The most bytes that were reserved in stretches of time [ns], ``<NA>`` where that is not recorded."""
     rows = None if segments is None else segments[segments["device"] == device]
     if rows is None or rows.empty:
-        return pd.array([pd.NA] * len(times), dtype="Int64")
+        return pd.array([pd.NA] * len(begins), dtype="Int64")
     moments, levels = _levels(rows)
-    return pd.array(levels[np.maximum(np.searchsorted(moments, times, "right") - 1, 0)], dtype="Int64")
+    first = np.maximum(np.searchsorted(moments, begins, "right") - 1, 0)
+    last = np.maximum(np.searchsorted(moments, ends, "left"), first + 1)
+    return pd.array([levels[i:j].max() for i, j in zip(first, last, strict=True)], dtype="Int64")

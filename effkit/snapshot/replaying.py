@@ -18,12 +18,10 @@ import pandas as pd
 
 from effkit.snapshot.alloc_free_pairs import ALLOCATION_COLUMNS, chosen, moments
 from effkit.snapshot.categories import CATEGORIES, KNOWN_BY, categorise
-from effkit.snapshot.ledger import OOM, RESERVE, RETURN, Ledger
-from effkit.snapshot.mapping import pieces
+from effkit.snapshot.ledger import ALLOC, FREE, OOM, RESERVE, RETURN, Ledger
+from effkit.snapshot.mapping import SEGMENT_COLUMNS, segments_of
 from effkit.snapshot.stacks import NOTHING, Stacks
 from effkit.snapshot.unpickling import unpickle
-
-SEGMENT_COLUMNS = ("size_bytes", "alloc_ns", "free_ns", "device", "rank")
 
 _ADVICE = "expected what torch.cuda.memory._dump_snapshot() writes; record or copy it again"
 
@@ -90,7 +88,7 @@ def _allocations(ledger: Ledger, stacks: Stacks, step_ended_us: int) -> pd.DataF
     sizes, birth, death, stack, parts = ledger.lives()
     roles = np.append(stacks.roles, NOTHING).astype("int64")[stack]
     ended = step_ended_us >= ledger.times.max(initial=0) // 1000
-    category, known_by = categorise(roles, birth, death, parts, step_ended=ended)
+    category, known_by = categorise(sizes, roles, birth, death, parts, step_ended=ended)
     columns = {
         "size_bytes": sizes, "alloc_ns": moments(ledger.times, birth), "free_ns": moments(ledger.times, death),
         "stack": chosen(stacks.texts, stack), "category": chosen(CATEGORIES, category),
@@ -103,23 +101,24 @@ def _segments(ledger: Ledger) -> pd.DataFrame:
     changes = np.flatnonzero((ledger.kinds == RESERVE) | (ledger.kinds == RETURN))
     starts = ledger.addresses[changes].tolist()
     ends = (ledger.addresses + ledger.sizes)[changes].tolist()
-    events = zip((ledger.kinds[changes] == RESERVE).tolist(), zip(starts, ends, strict=True), strict=True)
-    rows = np.array(pieces(ledger.ranges, events, len(changes)), dtype="int64").reshape(-1, 3)
-    alloc_ns, free_ns = (moments(ledger.times[changes], rows[:, column]) for column in (1, 2))
-    return pd.DataFrame({"size_bytes": rows[:, 0], "alloc_ns": alloc_ns, "free_ns": free_ns})
+    ranges = zip(starts, ends, strict=True)
+    return segments_of(ledger.ranges, ledger.kinds[changes] == RESERVE, ranges, ledger.times[changes])
 
 
 def _facts(ledger: Ledger, stacks: Stacks) -> dict[str, Any]:
     """Plain data about one device; all sizes in bytes, times in ns."""
     peak, num_events = int(ledger.levels.argmax()), len(ledger.kinds)
+    changes = bool(np.isin(ledger.kinds, (ALLOC, FREE)).any())
     facts: dict[str, Any] = {
         "num_events": num_events,
         "peak_bytes": int(ledger.levels[peak]),
         # a peak that is there from the start is dated just before the first event
         "peak_ns": int(ledger.times[peak - 1] if peak else ledger.times[0] - 1) if num_events else None,
         "peak_source": "running total of the allocator's alloc and free_completed events, requested bytes"
-        if num_events
-        else "the final state alone: no events were recorded, an earlier peak is not visible",
+        if changes
+        else "the final state alone: nothing came or went in what was recorded, an earlier peak is not visible",
+        "peak": "its peak" if changes else "its end",
+        "clock": "ns" if ledger.times_are_recorded else "events",
         "before_bytes": int(ledger.levels[0]),  # there when the trace begins: its start is missing unless this is 0
         "peak_reserved_bytes": int(ledger.reserved_levels.max()),
         **ledger.final_bytes,

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.snapshot.alloc_free_pairs import chosen, from_events, pair
+from effkit.snapshot.alloc_free_pairs import chosen, distinct, from_events, pair
 from effkit.snapshot.categories import CATEGORIES, KNOWN_BY, categorise
+from effkit.snapshot.mapping import SEGMENT_COLUMNS, segments_of
 from effkit.snapshot.stacks import BACKWARD, NOTHING, OPTIMIZER, OTHER
 
 
@@ -45,6 +46,27 @@ def from_trace(
     return frame.rename_axis("allocation"), facts
 
 
+def reserved(memory: pd.DataFrame) -> pd.DataFrame | None:
+    """What the allocators had reserved, by their running totals: columns ``SEGMENT_COLUMNS``; None where none is.
+
+    Which piece is given back a total does not tell: the last that was reserved stands for it.
+    """
+    frames = []
+    for (rank, device), events in memory.groupby(["rank", "device"], sort=True):
+        levels = events["reserved_bytes"].to_numpy("int64", na_value=-1)
+        if levels.min() < 0 or not levels.any():
+            continue
+        change = np.flatnonzero(np.diff(levels))
+        ranges = np.sort(np.stack([levels[change], levels[change + 1]], axis=1)).tolist()
+        times = distinct(events["time_ns"].to_numpy())[change + 1]
+        final = [(0, int(levels[-1]))] if levels[-1] else []
+        segments = segments_of(final, np.diff(levels)[change] > 0, ranges, times)
+        frames.append(segments.assign(device=str(device), rank=int(rank)))
+    if not frames:
+        return None
+    return pd.concat(frames, ignore_index=True)[list(SEGMENT_COLUMNS)].astype({"device": "str"}).rename_axis("segment")
+
+
 def _stayed(like: pd.DataFrame, size_bytes: int, device: str, rank: int) -> pd.DataFrame:
     row = {"size_bytes": size_bytes, "alloc_ns": pd.NA, "free_ns": pd.NA, "device": device, "rank": rank,
            "stack": pd.NA, "category": "unknown", "known_by": "not recorded"}  # fmt: skip
@@ -60,7 +82,8 @@ def _categories(events: pd.DataFrame, stacks: pd.Series[str]) -> dict[str, Any]:
     death = np.where(death < 0, len(events), death)
     roles = np.append(parts, NOTHING)[birth]
     # an annotation is recorded when it ends, so a step that is there has ended
-    category, known_by = categorise(roles, birth, death, parts, step_ended=True)
+    moved = np.abs(sizes)[np.where(birth < 0, death, birth)]
+    category, known_by = categorise(moved, roles, birth, death, parts, step_ended=True)
     return {"category": chosen(CATEGORIES, category), "known_by": chosen(KNOWN_BY, known_by)}
 
 
