@@ -1,13 +1,17 @@
 """Each pane has a picture that shows its numbers, also where a part of them was not recorded."""
 
+import html
 import re
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from made_traces import capture_of, event, launched, note, op, written
+from matplotlib import pyplot
 
 import effkit as ek
 from effkit import view
+from effkit.view import style
 
 
 @pytest.fixture
@@ -80,6 +84,63 @@ def test_communication_of_one_rank_says_that_waiting_is_not_told_apart(gpu):
     assert "all_to_all (nccl)" in words
     assert "not told apart: one rank only" in words
     assert "256 B" in words
+
+
+def test_one_rank_s_legend_leaves_the_title_alone(gpu):
+    axes = gpu.plot("communication")
+    axes.figure.canvas.draw()
+    boxes = [part.get_window_extent() for part in (axes.get_legend(), axes._left_title)]
+    assert not boxes[0].overlaps(boxes[1])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["not told apart: one rank only"]
+
+
+def test_long_names_that_differ_in_their_middle_alone_have_labels_of_their_own(tmp_path):
+    head, tail = "void at::native::" + "vectorized_elementwise_kernel<" * 4, "std::array<char*, 3>>(int, std::array)"
+    names = [head + kind + tail for kind in ("Add", "Mul", "CUDAFunctor_add<float>", "CUDAFunctor_add<double>")]
+    kernels = [event("kernel", name, 10 * i, 10 * i + 9 - i, correlation=i + 1) for i, name in enumerate(names)]
+    shown = [label.get_text() for label in capture_of(tmp_path, kernels).plot("kernels").get_yticklabels()]
+    assert len(set(shown)) == 4
+    assert all(word in label for word, label in zip(("Add", "Mul", "float", "double"), shown, strict=True)), shown
+    assert max(map(len, shown)) <= 44
+
+
+@pytest.mark.parametrize("name", [r"$\x$", "a$b$c$", "$", "${clang}$", r"\$x$", "a\nb", "x" * 100_000])
+def test_a_name_is_drawn_as_it_is_and_is_no_formula(name, tmp_path):
+    seen = capture_of(
+        tmp_path, op(name, 0, 40), launched(name, 2, 10, 50, correlation=1),
+        event("kernel", f"ncclDevKernel_{name}", 60, 70, correlation=2, Collective_name=name),
+        note("ProfilerStep#0", 0, 100),
+        {"ph": "i", "name": "[memory]", "pid": 1, "tid": 1, "ts": 10, "args": {
+            "Total Allocated": 64, "Bytes": 64, "Addr": 1, "Device Id": 0, "Device Type": 1}},
+    )  # fmt: skip
+    for pane in view.PANES:
+        options = {"by": "stack"} if pane == "memory" else {}
+        axes = seen.plot(pane, **options)
+        drawn = style.svg(axes.figure, label="a picture")
+        if "$" in name and pane in ("kernels", "operators"):
+            assert name in html.unescape(drawn)
+    seen.browse_memory().controls["by"].value = "stack"
+    view.page([seen.memory(by="stack")])
+    pyplot.close("all")
+
+
+def test_one_moment_of_memory_is_visible(tmp_path):
+    seen = capture_of(tmp_path, {"ph": "i", "name": "[memory]", "pid": 1, "tid": 1, "ts": 10, "args": {
+        "Total Allocated": 64, "Bytes": 64, "Addr": 1, "Device Id": 0, "Device Type": 1}})  # fmt: skip
+    axes = seen.plot("memory_timeline")
+    path = axes.collections[0].get_paths()[0].vertices
+    at_level = path[path[:, 1] == 64]
+    left, right = axes.get_xlim()
+    assert np.ptp(at_level[:, 0]) > 0.2 * (right - left)
+
+
+def test_more_kinds_of_collectives_than_a_picture_holds(tmp_path):
+    kinds = [
+        event("kernel", f"ncclDevKernel_{i}", i, i + 1, correlation=i + 1, Collective_name=f"kind{i}")
+        for i in range(40)
+    ]
+    axes = capture_of(tmp_path, kinds).plot("communication")
+    assert len(axes.get_yticks()) == 12
 
 
 def test_rank_pairs_as_a_table_of_colours(tmp_path):

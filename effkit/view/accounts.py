@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from effkit.account import Account
-from effkit.view.style import GREY, NAMED, axes, colour, legend_columns, unit_axis
+from effkit.view.style import GREY, NAMED, axes, colour, label, legend_columns, unit_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def account(account: Account, ax: Axes | None = None) -> Axes:
     """One horizontal bar, a segment per row, the residual hatched, the band as a whisker."""
-    names = [f"{item} {share:.1%}" for item, share in account.share.items()]
+    names = [f"{label(item)} {share:.1%}" for item, share in account.share.items()]
     columns = legend_columns(names, 4)
     num_lines = math.ceil((len(names) + 1) / columns)
     ax = axes(ax, (7.0, 1.7 + 0.22 * max(0, num_lines - 3)))
@@ -29,7 +29,7 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     if account.low is not None and account.high is not None:
         ax.errorbar(account.total, 0, xerr=[[account.total - account.low], [account.high - account.total]],
                     color="black", capsize=5, label="band")  # fmt: skip
-    ax.set_title(account.headline(), loc="left", fontsize=10)
+    ax.set_title(label(account.headline(), 120), loc="left", fontsize=10)
     ax.set_yticks([])
     unit_axis(ax.xaxis, account.unit)
     ax.spines["left"].set_visible(False)

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from effkit.account import Account
 from effkit.receipt import Receipt
 from effkit.units import readable
-from effkit.view.style import Picture, colour, legend_columns
+from effkit.view.style import Picture, colour, label, legend_columns
 
 _ONE_LINE, _COLUMNS = 6, 4  # rows that a legend names on one line; in how many columns at most more of them stand
 
@@ -46,10 +46,10 @@ class Comparison(Picture[Account, Receipt | None]):
         notes = ("", "" if result.in_range else "  out of range",
                  f"  error {receipt.error:+.1%}" if receipt else "")  # fmt: skip
         reach = max(max(bar.total, bar.high or 0) for bar in bars if bar is not None) or 1
-        for row, (bar, label, value) in enumerate(zip(bars, self._labels, self._values, strict=True)):
+        for row, (bar, name, value) in enumerate(zip(bars, self._labels, self._values, strict=True)):
             self._bar(row, bar)
-            label.set_visible(bar is not None)
-            label.set_position((-0.01 * reach, 2 - row))
+            name.set_visible(bar is not None)
+            name.set_position((-0.01 * reach, 2 - row))
             value.set_text("" if bar is None else readable(bar.total, bar.unit) + notes[row])
             end = 0 if bar is None else max(bar.total, bar.high or 0, bar.total - bar.residual)
             value.set_position((end + 0.012 * reach, 2 - row))
@@ -89,7 +89,7 @@ class Comparison(Picture[Account, Receipt | None]):
         for old in self.figure.legends[:]:
             old.remove()
         self.figure.legend(
-            [self._items[item][0] for item in shown], shown, loc="upper left",
+            [self._items[item][0] for item in shown], [label(item) for item in shown], loc="upper left",
             ncols=self._columns or max(1, len(shown)), frameon=False, fontsize=8 if self._columns else 9,
             bbox_to_anchor=(0.145, 1.03), handlelength=1.0,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from effkit.units import has_own_steps, readable
-from effkit.view.style import GREY, OKABE_ITO, axes, colour, unit_axis
+from effkit.view.style import GREY, OKABE_ITO, axes, colour, label, unit_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,8 +53,8 @@ def curves(table: pd.DataFrame, unit: str, ax: Axes | None = None, *, log: bool 
     for position, name in enumerate(table):
         few = len(table) <= 12
         ax.plot(table.index, table[name], color=OKABE_ITO[position % len(OKABE_ITO)], linewidth=1.4, markersize=4,
-                marker=_MARKERS[position % len(_MARKERS)] if few else None, label=str(name))  # fmt: skip
-    ax.set_xlabel(str(table.index.name or ""))
+                marker=_MARKERS[position % len(_MARKERS)] if few else None, label=label(name))  # fmt: skip
+    ax.set_xlabel(label(table.index.name or ""))
     ax.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
     if table.shape[1] > 1:
         ax.legend(frameon=False, fontsize=8)

@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from effkit.account import Account
 from effkit.units import readable
 from effkit.view import accounts
-from effkit.view.style import GREY, NAMED, OKABE_ITO, Picture, axes, colour, unit_axis
+from effkit.view.style import (
+    GREY,
+    NAMED,
+    OKABE_ITO,
+    Picture,
+    axes,
+    colour,
+    label,
+    labels,
+    legend_below,
+    unit_axis,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_BARS = 12
-_LONGEST_NAME = 44
+_LONGEST_NAME, _LONGEST_TITLE = 44, 90
 _WORTH_NAMING = 0.005
 _PARTS = {f"{word.replace(' ', '_')}_ns": word for word in (
     "kernel", "exposed communication", "memcpy", "dataloader", "not visible", "cpu exec", "idle")}  # fmt: skip
@@ -39,15 +51,14 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         if width.sum() <= 0:
             continue
         share = width.sum() / bars["dur_ns"].sum()
-        label = f"{word} {share:.0%}" if share >= _WORTH_NAMING else None
+        said = f"{word} {share:.0%}" if share >= _WORTH_NAMING else None
         ax.barh(names, width, left=left, color=NAMED[word], hatch="//" if word == "not visible" else None,
-                edgecolor="white", linewidth=0.5, height=0.7, label=label)  # fmt: skip
+                edgecolor="white", linewidth=0.5, height=0.7, label=said)  # fmt: skip
         left += width
     ax.invert_yaxis()
     unit_axis(ax.xaxis, "ns")
     ax.set_title(f"Where the time of a step goes{', on average' if means else ''}", loc="left", fontsize=10)
-    below = -0.3 / (0.5 + 0.2 * len(bars))
-    ax.legend(loc="upper center", bbox_to_anchor=(0.45, below), ncols=4, frameon=False, fontsize=9)
+    legend_below(ax, len(bars))
     return ax
 
 
@@ -90,30 +101,25 @@ def _top(times: pd.Series[Any], title: str, ax: Axes | None, unit: str = "ns") -
     ax.barh(places, shown.astype("float64"), color=NAMED["real"], height=0.7)
     for place, value in zip(places, shown, strict=True):
         ax.text(value, place, f" {value / total:.0%}", va="center", fontsize=8, color=GREY)
-    ax.set_yticks(places, [_short(name) for name in shown.index], fontsize=8)
+    ax.set_yticks(places, labels(list(shown.index), _LONGEST_NAME), fontsize=8)
     ax.invert_yaxis()
-    ax.set_title(f"{title}: {readable(total, unit)}", loc="left", fontsize=10)
+    ax.set_title(f"{label(title, _LONGEST_TITLE)}: {readable(total, unit)}", loc="left", fontsize=10)
     unit_axis(ax.xaxis, unit)
     return ax
-
-
-def _short(name: Any) -> str:
-    text = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
-    if len(text) <= _LONGEST_NAME:
-        return text
-    return f"{text[: 2 * _LONGEST_NAME // 3]}…{text[-_LONGEST_NAME // 3 :]}"  # kernels often differ at their end
 
 
 def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Per kind of collective waiting for the slowest rank, then moving bytes; grey where these are not told apart."""
     if frame.empty:
         return _nothing(ax, "no collective was recorded")
+    frame = frame.head(_MOST_BARS)
     ax = axes(ax, (7.4, 1.3 + 0.4 * len(frame)))
-    names = [f"{collective} ({backend or 'other'})" for backend, collective, *_ in frame.index]
+    names = range(len(frame))
     waiting, moving, total = (frame[column].astype("Float64").fillna(0.0).astype("float64")
                               for column in ("waiting_ns", "moving_ns", "dur_ns"))  # fmt: skip
-    ax.barh(names, waiting, color=NAMED["waiting"], label="waiting", height=0.6)
-    ax.barh(names, moving, left=waiting, color=NAMED["moving"], label="moving", height=0.6)
+    if (waiting + moving).any():
+        ax.barh(names, waiting, color=NAMED["waiting"], label="waiting", height=0.6)
+        ax.barh(names, moving, left=waiting, color=NAMED["moving"], label="moving", height=0.6)
     if (unknown := total - waiting - moving).sum() > 0:
         ax.barh(names, unknown, left=waiting + moving, color=NAMED["not visible"], hatch="//", edgecolor="white",
                 label="not told apart: one rank only", height=0.6)  # fmt: skip
@@ -121,10 +127,12 @@ def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         words = "bytes not visible" if pd.isna(size) else readable(int(size), "bytes")
         ax.text(end, place, f" {words}", va="center", fontsize=8, color=GREY)
     ax.margins(x=0.18)
+    texts = [f"{collective} ({backend or 'other'})" for backend, collective, *_ in frame.index]
+    ax.set_yticks(names, labels(texts, _LONGEST_NAME))
     ax.invert_yaxis()
     unit_axis(ax.xaxis, "ns")
     ax.set_title("Communication, summed over ranks", loc="left", fontsize=10)
-    ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
+    legend_below(ax, len(frame))
     return ax
 
 
@@ -148,24 +156,33 @@ def rank_pairs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """How full the memory was over time; reserved memory as a line above, where it was recorded."""
+    if frame.empty:
+        return _nothing(ax, "nothing came or went while memory was recorded: memory() says what was there")
     ax = axes(ax, (7.4, 2.4))
-    start = frame["time_ns"].min() if len(frame) else 0
+    start, length = frame["time_ns"].min(), np.ptp(frame["time_ns"])
+    unit, word = _clock(frame)
     for position, (device, rows) in enumerate(frame.groupby("device")):
-        time_ms = (rows["time_ns"] - start) / 1e6
-        ax.fill_between(time_ms, rows["allocated_bytes"], step="post", color=colour(str(device), position), alpha=0.7,
-                        linewidth=0, label=f"allocated on {device}")  # fmt: skip
+        # the last level has no end of its own
+        rows = pd.concat([rows, rows.tail(1).assign(time_ns=start + length + max(1, length // 50))])
+        times = (rows["time_ns"] - start) / unit
+        ax.fill_between(times, rows["allocated_bytes"], step="post", color=colour(str(device), position), alpha=0.7,
+                        linewidth=0, label=f"allocated on {label(device)}")  # fmt: skip
         if rows["reserved_bytes"].notna().any():
             reserved = rows["reserved_bytes"].to_numpy("float64", na_value=float("nan"))
-            ax.step(time_ms, reserved, where="post", color="black", linewidth=1, linestyle="--",
-                    label=f"reserved on {device}")  # fmt: skip
+            ax.step(times, reserved, where="post", color="black", linewidth=1, linestyle="--",
+                    label=f"reserved on {label(device)}")  # fmt: skip
     ax.set_ylim(bottom=0)
     unit_axis(ax.yaxis, "bytes")
-    ax.set_xlabel("ms")
-    if len(frame):
-        peak = frame["allocated_bytes"].max()
-        ax.set_title(f"Allocated memory, peak {readable(int(peak), 'bytes')}", loc="left", fontsize=10)
-        ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
+    ax.set_xlabel(word)
+    peak = frame["allocated_bytes"].max()
+    ax.set_title(f"Allocated memory, peak {readable(int(peak), 'bytes')}", loc="left", fontsize=10)
+    ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     return ax
+
+
+def _clock(timeline: pd.DataFrame) -> tuple[float, str]:
+    """By what the times of a timeline are divided for its axis, and how that is called."""
+    return (1.0, "events") if timeline.attrs.get("clock") == "events" else (1e6, "ms")
 
 
 def memory(account: Account, ax: Axes | None = None) -> Axes:
@@ -186,21 +203,21 @@ class MemoryPicture(Picture[Account, int]):
 
     def __init__(self, timeline: pd.DataFrame) -> None:
         self.figure = Figure(figsize=(7.4, 3.6))
-        self._start_ns = int(timeline["time_ns"].min())
+        self._start_ns, self._unit = int(timeline["time_ns"].min()), _clock(timeline)[0]
         upper, self._lower = self.figure.subplots(2, 1, height_ratios=(3, 2))
         memory_timeline(timeline, upper)
         self._mark = upper.axvline(0, color=OKABE_ITO[5], linewidth=2)
         self.figure.subplots_adjust(left=0.12, right=0.98, top=0.93, bottom=0.04, hspace=0.45)
 
     def _draw(self, account: Account, time_ns: int) -> Figure:
-        moment = (time_ns - self._start_ns) / 1e6
+        moment = (time_ns - self._start_ns) / self._unit
         self._mark.set_xdata([moment, moment])
         self._lower.clear()
         self._lower.axis("off")
         left = 0.0
         for position, (item, value) in enumerate(account.frame["value"].items()):
             self._lower.barh(0, value, left=left, color=OKABE_ITO[position % len(OKABE_ITO)], height=0.5,
-                             label=f"{_short(item)} {readable(int(value), 'bytes')}")  # fmt: skip
+                             label=f"{label(item)} {readable(int(value), 'bytes')}")  # fmt: skip
             left += value
         self._lower.set_ylim(-3.2, 0.4)
         self._lower.legend(loc="upper left", bbox_to_anchor=(0, 0.75), ncols=2, frameon=False, fontsize=8)

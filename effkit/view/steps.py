@@ -10,7 +10,7 @@ import pandas as pd
 
 from effkit.receipt import Receipt
 from effkit.units import readable
-from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, unit_axis
+from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, label, unit_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def live_bytes(levels: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(0, len(levels) - 1)
     ax.set_xlabel("operator")
     unit_axis(ax.yaxis, "bytes")
-    where = f"{levels['phase'].iloc[at]}, at {levels['operator'].iloc[at]}"
+    where = f"{levels['phase'].iloc[at]}, at {label(levels['operator'].iloc[at])}"
     ax.set_title(f"Peak {readable(int(below[at]), 'bytes')} in {where}", loc="left", fontsize=10)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
     return ax
