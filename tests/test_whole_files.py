@@ -1,7 +1,11 @@
 """What is written to a disk that fills up: whole files and whole lines, or none."""
 
 import errno
+import os
 import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -104,6 +108,46 @@ def test_a_failed_append_keeps_what_another_process_added_meanwhile(room, tmp_pa
     with full_after(len(b"ours\ntheirs\n") + room), pytest.raises(OSError, match="File too large"):
         whole_files.append(path, Line(b"more\n"))
     assert path.read_bytes() == b"ours\ntheirs\n"
+
+
+KILLED = """
+import os, signal
+from effkit.moe import launching
+with launching._own_folder() as folder:
+    (folder / "log.txt").write_text("a line")
+    print(folder, flush=True)
+    os.kill(os.getpid(), signal.{signal})
+"""
+
+
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM"])
+def test_a_killed_run_of_ranks_leaves_no_folder(signal_name, tmp_path):
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    code = KILLED.format(signal=signal_name)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=env
+    )
+    assert done.returncode == -getattr(signal, signal_name)
+    assert done.stdout.startswith(str(tmp_path / "effkit-moe-")), done.stderr
+    patience = time.monotonic() + 20
+    while list(tmp_path.iterdir()) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_ranks_stays_for_those_alone_who_read_its_log(tmp_path, monkeypatch):
+    from effkit.moe import launching
+
+    monkeypatch.setattr(launching.tempfile, "tempdir", str(tmp_path))
+    with launching._own_folder() as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(KeyboardInterrupt), launching._own_folder():
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError), launching._own_folder() as kept:
+        raise RuntimeError("a rank ended: see the log")
+    time.sleep(1.5)  # longer than those who clear up after a killed run wait
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,6 @@ def launch(
         routing.owners(setting, num_ranks)
     detours = [slow] if isinstance(slow, Mapping) else list(slow or ())
     _check_detours(detours, num_ranks // per_node)
-    folder = Path(tempfile.mkdtemp(prefix="effkit-moe-"))
     jobs = [{"setting": setting.plain(), "barriers": barriers} for setting in settings]
     run = {"jobs": jobs, "num_rounds": num_rounds, "num_steps": num_steps, "links": int(links), "delays": delays,
            "delay_bytes": delay_bytes, "slow": [dict(entry) if entry else None for entry in detours],
@@ -82,21 +81,36 @@ def launch(
            "num_threads": max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1,
            "nodes_here": num_ranks // per_node, "ranks_per_node": per_node,
            "link_bytes_per_s": link_bytes_per_s}  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(run))
-    try:
+    with _own_folder() as folder:
+        (folder / "run.json").write_text(json.dumps(run))
         _watch(_command(folder, num_ranks, run), folder, num_ranks, timeout_s, progress, (num_rounds + 1) * len(jobs))
         recorded = read(folder)
         if profile is not None:
             Path(profile).mkdir(parents=True, exist_ok=True)
             for trace in folder.glob("trace*.json"):
                 shutil.move(trace, Path(profile) / trace.name)
+        return recorded
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A folder that goes when this run ends, or when this process is killed; after a RuntimeError it stays, for those
+    who read the log in it."""
+    folder = Path(tempfile.mkdtemp(prefix="effkit-moe-"))
+    # what it reads ends with this process, whose ranks then need a moment to end
+    command = ["sh", "-c", 'read -r done || { sleep 1; rm -rf "$0"; }', str(folder)]
+    after_us = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) if os.name == "posix" else None
+    failed = False
+    try:
+        yield folder
     except RuntimeError:
-        raise  # the log stays, for its reader
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        failed = True
         raise
-    shutil.rmtree(folder, ignore_errors=True)
-    return recorded
+    finally:
+        if after_us is not None:
+            after_us.communicate(b"done\n")
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check(num_ranks: int, link_bytes_per_s: float, ranks_per_node: int, backend: str) -> None:
