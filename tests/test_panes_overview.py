@@ -258,10 +258,10 @@ def test_a_first_launch_like_the_others_is_not_worth_a_word(tmp_path):
 
 def test_a_launch_that_waits_for_a_full_queue_is_no_first_launch(tmp_path):
     """The device is busy all the while; and the seventh of its kind is not the first."""
-    calls = [event("cuda_runtime", "cudaLaunchKernel", 1 + 2 * i, 2 + 2 * i, correlation=i) for i in range(6)]
+    calls = [event("cuda_runtime", "cudaLaunchKernel", 1 + 2 * i, 2 + 2 * i, correlation=i + 10) for i in range(6)]
     seen = capture_of(
         tmp_path, note("ProfilerStep#0", 0, 1000), calls,
-        event("kernel", "gemm", 4, 700, correlation=0),
+        event("kernel", "gemm", 4, 700, correlation=10),
         event("cuda_runtime", "cudaLaunchKernel", 20, 690, correlation=6),
         event("kernel", "add", 700, 720, correlation=6),  # the first of its kernel
         event("cuda_runtime", "cudaLaunchKernel", 800, 990, correlation=7),
