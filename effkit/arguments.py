@@ -57,8 +57,9 @@ def checked_function(name: str, value: Any, form: str, *, num: int = 1, classes:
         raise TypeError(f"{name} is a function {form}; given: {described(value)}")
 
 
-def checked_model(model: Any, *, runs: bool = True) -> None:
-    """TypeError for what is no module; where it ``runs``, ValueError for one that holds no values."""
+def checked_model(model: Any, *, runs: bool = True, peak: bool = False) -> None:
+    """TypeError for what is no module; where it ``runs``, ValueError for one that holds no values, or is where nobody
+    can tell when work has ended, or, where its ``peak`` is asked for, how much memory it takes."""
     import torch
 
     if not isinstance(model, torch.nn.Module):
@@ -68,11 +69,19 @@ def checked_model(model: Any, *, runs: bool = True) -> None:
             f"{type(model).__name__} is on the meta device and cannot run: give it memory with to_empty(device=...) "
             "and load its weights, or ask activations.forecast()"
         )
+    for kind in {parameter.device.type for parameter in model.parameters()} - {"cpu"} if runs else ():
+        waited_for, lacks = torch.accelerator.current_accelerator(), ""
+        if waited_for is None or waited_for.type != kind:
+            lacks = "torch cannot wait: times would be the host's"
+        elif peak and not hasattr(torch.get_device_module(kind), "max_memory_allocated"):
+            lacks = "torch counts no peak of memory; capture() can time its steps"
+        if lacks:
+            raise ValueError(f"{type(model).__name__} is on {kind}, for which {lacks}. Move it to the CPU")
 
 
 def checked_training(model: Any, loss: Any, optimizer: Any, make_batch: Any, form: str, *, runs: bool = True) -> None:
     """TypeError or ValueError unless training steps can be made of these; ``form`` is that of ``make_batch``."""
-    checked_model(model, runs=runs)
+    checked_model(model, runs=runs, peak=True)
     checked_function("loss", loss, LOSS)
     checked_function("optimizer", optimizer, OPTIMIZER, classes=True)
     checked_function("make_batch", make_batch, form, num=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,3 +46,8 @@ DATASHEETS: Mapping[str, Datasheet] = {
     )
     for name, pattern, float32, tf32, half, float8, bandwidth, memory, source, date in _ROWS
 }  # fmt: skip
+
+
+def datasheet_of(name: str) -> Datasheet | None:
+    """That of a device, by what its driver calls it; None where we hold none."""
+    return next((sheet for sheet in DATASHEETS.values() if re.search(sheet.pattern, name)), None)

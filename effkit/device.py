@@ -18,10 +18,13 @@ from typing import Any
 
 import pandas as pd
 
-from effkit.datasheets import DATASHEETS, Datasheet
+from effkit.datasheets import Datasheet, datasheet_of
 from effkit.whole_files import replacing
 
-_VERSION = 1  # of the cached file
+_VERSION = 2  # of the cached file
+_TURN_NS = 20_000_000  # on an accelerator, between two waits for it
+# What libraries read from the environment about how they multiply
+_MULTIPLYING = re.compile("(OMP|MKL|ONEDNN|DNNL|ATEN|NVIDIA|CUDA|CUBLAS|TORCH_ALLOW_TF32|HIP|ROCBLAS|HSA|ZE|SYCL)_")
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class Device:
         ``"NVIDIA H200"`` and ``"cuda"``, or the processor's name and ``"cpu"``.
     rate_flops_per_s
         dtype name -> rate of a large matrix product [FLOP/s], 2·n³ operations counted.
+    float32_precision
+        How float32 was multiplied, in torch's word: ``"ieee"``, or in fewer bits, ``"tf32"`` or ``"bf16"``.
     bandwidth_bytes_per_s
         Bytes read plus bytes written per second by a large copy [B/s].
     launch_overhead_ns
-        Time from one tiny operator to the next [ns]: the floor of any step per operator.
+        Time from one tiny operator to the next [ns]: the floor of a step per operator that is launched by itself. A
+        CUDA graph launches all of its kernels at once, and has no such floor.
     memory_bytes
         Capacity [B].
     measured_on
@@ -59,12 +65,14 @@ class Device:
     memory_bytes: int
     torch_version: str
     measured_on: str
+    float32_precision: str = "ieee"
 
     @classmethod
     def here(cls, *, refresh: bool = False) -> Device:
         """This machine, measured in under 5 s the first time and read from the user's cache afterwards.
 
-        The cache holds one file per (processor, accelerator, threads, torch version); ``refresh`` measures again.
+        The cache holds one file for everything that changes a rate: processor, accelerator and its driver, cores and
+        threads, the precision of products (TF32), the environment, the torch version; ``refresh`` measures again.
         """
         path = _cache_path()
         if not refresh:
@@ -87,13 +95,15 @@ class Device:
     @property
     def datasheet(self) -> Datasheet | None:
         """The published figures for this kind of accelerator, or None where we hold none."""
-        return next((sheet for sheet in DATASHEETS.values() if re.search(sheet.pattern, self.name)), None)
+        return datasheet_of(self.name)
 
     @property
     def frame(self) -> pd.DataFrame:
         """Measured beside published: one row per ceiling, columns measured, published, reached_frac, source."""
         sheet = self.datasheet
         published = dict(sheet.rate_flops_per_s) if sheet else {}
+        if self.float32_precision != "ieee":  # then the rate of products in fewer bits
+            published["float32"] = published.get(self.float32_precision.replace("bf16", "bfloat16"))
         rows = {
             **{f"matrix rate {dtype} [FLOP/s]": (rate, published.get(dtype))
                for dtype, rate in self.rate_flops_per_s.items()},
@@ -122,7 +132,7 @@ def provenance() -> dict[str, Any]:
 
     return {
         "device": _name(),
-        "kind": "cuda" if torch.cuda.is_available() else "cpu",
+        "kind": accelerator(),
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
@@ -130,19 +140,64 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def accelerator() -> str:
+    """The kind of this machine's accelerator, in torch's word, as ``"cuda"`` or ``"mps"``; ``"cpu"`` without one."""
+    import torch
+
+    kind = torch.accelerator.current_accelerator()
+    return kind.type if kind is not None and torch.accelerator.is_available() else "cpu"
+
+
 def synchronize() -> None:
     """Wait until the accelerator, if there is one, has done all that it was given."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if accelerator() != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak_counter() -> Any:
+    """torch's module of the accelerator, if that counts the peak of its memory; None on the CPU and with MPS."""
+    import torch
+
+    module = torch.get_device_module(accelerator())
+    return module if hasattr(module, "max_memory_allocated") else None
+
+
+def usual_device() -> str:
+    """Where models are built, and rates measured, unless told otherwise: where a peak is counted, else the CPU."""
+    return accelerator() if peak_counter() else "cpu"
+
+
+def fastest_ns(step: Callable[[], object], *, seconds: float) -> float:
+    """Median of the fastest tenth of runs [ns]: a ceiling is what the machine reaches when nobody disturbs it.
+
+    On an accelerator many runs are timed together: waiting for it after each would be a part of their time.
+    """
+
+    def turn_ns(number: int) -> int:
+        start = time.perf_counter_ns()
+        for _ in range(number):
+            step()
+        synchronize()
+        return time.perf_counter_ns() - start
+
+    turn_ns(1)
+    number = 1
+    while accelerator() != "cpu" and turn_ns(number) < _TURN_NS:
+        number *= 2
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        times.append(turn_ns(number) / number)
+    return statistics.median(sorted(times)[: max(1, len(times) // 10)])
 
 
 def _name() -> str:
     import torch
 
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
+    if usual_device() != "cpu":
+        return str(torch.get_device_module(usual_device()).get_device_name())
     try:
         models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")]  # fmt: skip
@@ -151,25 +206,45 @@ def _name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _cache_path() -> Path:
-    import torch
+def _precision() -> str:
+    """How float32 is multiplied: where torch was not told, in full."""
+    from torch import backends
 
-    key = "|".join((_name(), str(os.cpu_count()), str(torch.get_num_threads()), torch.__version__))
+    matmul = (backends.cuda if usual_device() == "cuda" else backends.mkldnn).matmul  # type: ignore[attr-defined]
+    return str(matmul.fp32_precision).replace("none", "ieee")
+
+
+def _cache_path() -> Path:
+    """One file for all that changes a rate from one process to the next."""
+    import torch
+    from torch.backends import cuda, mkldnn
+
+    where, driver = usual_device(), Path("/proc/driver/nvidia/version")
+    sums = ("fp16_accumulation", "fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction")
+    key = (
+        _name(), torch.__version__, torch.__config__.show(), torch.__config__.parallel_info(), _precision(),
+        driver.read_text() if driver.exists() else "", cuda.preferred_blas_library(),
+        mkldnn.enabled,  # type: ignore[attr-defined]
+        where == "cpu" or torch.get_device_module(where).get_device_properties(),
+        [getattr(cuda.matmul, f"allow_{name}") for name in sums],
+        os.cpu_count() if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0)),
+        sorted(pair for pair in os.environ.items() if _MULTIPLYING.match(pair[0])),
+    )  # fmt: skip
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "effkit" / f"device-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return root / "effkit" / f"device-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
 
 
 def _measure() -> Device:
     import torch
 
-    cuda = torch.cuda.is_available()
-    where, size = ("cuda", 4096) if cuda else ("cpu", 768)
-    dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if cuda else [])]
-    rates = {str(dtype).removeprefix("torch."): _matrix_rate(dtype, size, where) for dtype in dtypes}
+    where = usual_device()
+    small = where == "cpu"
+    dtypes = [torch.float32, torch.bfloat16, *([] if small else [torch.float16])]
+    rates = {str(dtype).removeprefix("torch."): _matrix_rate(dtype, 768 if small else 4096, where) for dtype in dtypes}
 
-    source = torch.ones(2**28 if cuda else 2**24, device=where)  # 1 GiB or 64 MiB: far more than any cache
+    source = torch.ones(2**24 if small else 2**28, device=where)  # 64 MiB or 1 GiB: far more than any cache
     target = torch.empty_like(source)
-    copy_ns = _fastest_ns(lambda: target.copy_(source), seconds=0.4)
+    copy_ns = fastest_ns(lambda: target.copy_(source), seconds=0.4)
 
     tiny = torch.ones(1, device=where)
 
@@ -177,12 +252,12 @@ def _measure() -> Device:
         for _ in range(100):
             tiny.add_(1)
 
-    memory = torch.cuda.get_device_properties(0).total_memory if cuda else _host_memory()
     return Device(
         name=_name(), kind=where, num_threads=torch.get_num_threads(), rate_flops_per_s=rates,
         bandwidth_bytes_per_s=2 * source.nbytes / copy_ns * 1e9,
-        launch_overhead_ns=round(_fastest_ns(hundred, seconds=0.3) / 100), memory_bytes=memory,
+        launch_overhead_ns=round(fastest_ns(hundred, seconds=0.3) / 100), memory_bytes=_memory(),
         torch_version=torch.__version__, measured_on=datetime.date.today().isoformat(),
+        float32_precision=_precision(),
     )  # fmt: skip
 
 
@@ -190,24 +265,14 @@ def _matrix_rate(dtype: Any, size: int, where: str) -> float:
     import torch
 
     left, right = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
-    return 2 * size**3 / _fastest_ns(lambda: left @ right, seconds=0.6) * 1e9
+    return 2 * size**3 / fastest_ns(lambda: left @ right, seconds=0.6) * 1e9
 
 
-def _fastest_ns(step: Callable[[], object], *, seconds: float) -> float:
-    """Median of the fastest tenth of runs [ns]: a ceiling is what the machine reaches when nobody disturbs it."""
-    step()
-    synchronize()
-    times: list[int] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter_ns()
-        step()
-        synchronize()
-        times.append(time.perf_counter_ns() - start)
-    return statistics.median(sorted(times)[: max(1, len(times) // 10)])
+def _memory() -> int:
+    import torch
 
-
-def _host_memory() -> int:
+    if usual_device() != "cpu":
+        return int(torch.get_device_module(usual_device()).get_device_properties(0).total_memory)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

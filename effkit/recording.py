@@ -16,7 +16,7 @@ import pandas as pd
 from effkit import snapshot, trace
 from effkit.arguments import checked_function, checked_whole, described
 from effkit.captured import Capture
-from effkit.device import provenance, synchronize
+from effkit.device import accelerator, peak_counter, provenance, synchronize
 from effkit.interrupts import PutBack, uninterrupted
 from effkit.timing import elapsed_ns
 from effkit.trace import nesting
@@ -65,10 +65,9 @@ def capture(
     steps, warmup = checked_whole("steps", steps, 1), checked_whole("warmup", warmup, 0)
     if not isinstance(settings, Mapping | None):
         raise TypeError(f"settings is a mapping, of names to values; given: {described(settings)}")
-    import torch
 
     with _alone("capture()"):
-        cuda = torch.cuda.is_available()
+        counter, kind = peak_counter(), accelerator()
         for _ in range(warmup):
             step()
         plain = _timed(step, steps)
@@ -76,14 +75,14 @@ def capture(
             step()
             synchronize()
             profiler.step()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+            if counter:
+                counter.reset_peak_memory_stats()
             recorded = _timed(step, steps, after_each=profiler.step)
-            peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
+            peak_bytes = counter.max_memory_allocated() if counter else None
         plain += _timed(step, steps)
     read = trace.read(_exported(profiler), details=trace.DETAIL_COLUMNS, stacks=stacks)
     allocations, of_memory = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
-    if of_memory and not cuda:
+    if of_memory and kind == "cpu":
         peak_bytes = of_memory[0]["peak_bytes"]
     plain_ns, recorded_ns = statistics.median(plain), statistics.median(recorded)
     facts = {
@@ -94,7 +93,8 @@ def capture(
         "step_ns_profiled": round(recorded_ns),
         "overhead_frac": round(recorded_ns / plain_ns - 1, 4),
         "peak_bytes": peak_bytes,
-        "peak_source": "torch.cuda.max_memory_allocated" if cuda else
+        "peak_source": f"{counter.__name__}.max_memory_allocated" if counter else
+        f"not visible: torch counts no peak of memory on {kind}" if kind != "cpu" else
         "profiler's Total Allocated; allocations made before the window are not visible" if memory else "not recorded",
         "memory": of_memory,
     }  # fmt: skip
@@ -104,18 +104,16 @@ def capture(
 def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0, again: bool = False) -> tuple[int, str]:
     """Run ``step()`` once and return the peak of its memory [bytes] and which counter said so.
 
-    On a GPU that is the allocator's own ``max_memory_allocated``. On the CPU the profiler sees only what is allocated
-    while it runs: ``resident_bytes`` (parameters, optimizer state, the batch) is what was there before. It does not see
-    the end of what is older than the recording: if ``again``, the step runs twice, and the second counts.
+    On an accelerator that is the allocator's own ``max_memory_allocated``. On the CPU the profiler sees only what is
+    allocated while it runs: ``resident_bytes`` (parameters, optimizer state, the batch) is what was there before. It
+    does not see the end of what is older than the recording: if ``again``, the step runs twice, and the second counts.
     """
-    import torch
-
-    if torch.cuda.is_available():
+    if counter := peak_counter():
         synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        counter.reset_peak_memory_stats()
         step()
         synchronize()
-        return torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
+        return counter.max_memory_allocated(), f"{counter.__name__}.max_memory_allocated"
     memory = memory_events(step).memory if not again else _of_the_second(step)
     return resident_bytes + _peak(memory), "resident tensors + the profiler's Total Allocated"
 
@@ -178,12 +176,10 @@ class _profiler(PutBack):
     """
 
     def __init__(self, steps: int | None = None, **options: Any) -> None:
-        import torch
-        from torch.profiler import ProfilerActivity, profile, schedule
+        from torch.profiler import profile, schedule, supported_activities
 
-        cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         plan = None if steps is None else schedule(wait=0, warmup=1, active=steps, repeat=1)
-        self._profile = profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, **options)
+        self._profile = profile(activities=supported_activities(), schedule=plan, **options)
         _own.append(self._profile)
 
     def begin(self) -> _profiler:

@@ -5,12 +5,38 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
 
 from effkit.device import synchronize
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+class Stopwatch:
+    """Time of the host, or of an accelerator's own work: there a mark is an event among that work."""
+
+    def __init__(self, kind: str = "cpu") -> None:
+        self.kind = kind
+
+    def mark(self) -> Any:
+        """Now, or as soon as the accelerator comes to it."""
+        if self.kind == "cpu":
+            return time.perf_counter_ns()
+        import torch
+
+        event = torch.get_device_module(self.kind).Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ns(self, marks: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Marks as ns since the first of them."""
+        if self.kind == "cpu":
+            return np.asarray(marks, dtype=np.int64) - marks[0]
+        synchronize()
+        return np.asarray([round(1e6 * marks[0].elapsed_time(mark)) for mark in marks], dtype=np.int64)
 
 
 def elapsed_ns(call: Callable[[], object]) -> int:

@@ -6,7 +6,9 @@ import copy
 import traceback
 from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 
+import accelerators
 import decoder_world
 import moe_world
 import numpy as np
@@ -357,3 +359,42 @@ WHOLE = {
 @pytest.mark.parametrize("door", WHOLE)
 def test_whole_numbers_of_numpy_are_whole_numbers(door):
     WHOLE[door]()
+
+
+class Elsewhere(Net):
+    """A model on a device that this machine does not have."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def parameters(self, recurse=True):
+        return iter([SimpleNamespace(device=torch.device(self.kind), is_meta=False, requires_grad=True)])
+
+
+DOORS = {
+    "activations.measure": lambda model: activations.measure(model, BATCH),
+    "padding.measure": lambda model: padding.measure(padding.plan(LENGTHS, batch_size=2), model),
+    "study": lambda model: ek.study(step=lambda: None, model=model),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_cannot_be_waited_for_is_refused_and_not_timed_as_a_cpu(door):
+    with pytest.raises(ValueError, match=r"Elsewhere is on xla, for which torch cannot wait: .*Move it") as told:
+        DOORS[door](Elsewhere("xla"))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_where_no_peak_is_counted_none_is_measured(door, monkeypatch):
+    accelerators.installed(monkeypatch, "mps")
+    with pytest.raises(ValueError, match="Elsewhere is on mps, for which torch counts no peak of memory"):
+        DOORS[door](Elsewhere("mps"))
+
+
+def test_a_generation_that_cannot_be_waited_for_is_refused(monkeypatch):
+    model = text()
+    monkeypatch.setattr(model, "parameters", Elsewhere("xla").parameters)
+    with pytest.raises(ValueError, match="is on xla, for which torch cannot wait"):
+        decoder.measure(model, num_steps=2)

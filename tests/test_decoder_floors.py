@@ -1,7 +1,9 @@
 """Floors of a step: counts against those made by hand, and no part of a live model that beats its own."""
 
+import time
 from types import SimpleNamespace
 
+import accelerators
 import pytest
 import torch
 from moments import at_a_quiet_moment
@@ -9,10 +11,10 @@ from test_decoder_module_timers import MODELS, SMALL
 
 import effkit as ek
 from effkit import decoder
-from effkit.decoder import floors, module_timers
+from effkit.decoder import floors, module_timers, operator_times
 from effkit.decoder.generating import prepared, setting_of
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.operator_times import Framework, Launches, Operators, step_times
+from effkit.decoder.operator_times import Call, Framework, Launches, Operators, step_times
 from effkit.decoder.product_costs import product_cost
 from effkit.device import Device
 
@@ -186,7 +188,7 @@ def test_operators_and_framework_are_told_apart_and_nothing_is_changed():
         model = Slow(size, loops)
         x = torch.ones(size, size)
         with torch.no_grad():
-            with Operators(9, cuda=False) as recorder:
+            with Operators(9) as recorder:
                 model(x)
             with Framework(recorder) as clock:
                 begin = clock.mark()
@@ -202,6 +204,27 @@ def test_operators_and_framework_are_told_apart_and_nothing_is_changed():
     assert many > 10 * few
     assert long > 10 * short
     assert apart(512, 0)[1] < 0.3 * many, "products that are not run take no time"
+
+
+def test_operators_of_an_accelerator_take_its_time_and_not_that_of_their_launches(monkeypatch):
+    queue = accelerators.installed(monkeypatch, "cuda")
+    monkeypatch.setattr(operator_times, "occupy", lambda kind, time_ns: queue.give(time_ns / 1e9))
+
+    def launch(seconds):
+        time.sleep(0.005)  # the host needs longer than the work
+        queue.give(seconds)
+
+    recorder = Operators(9, "cuda")
+    recorder.calls.extend(Call(launch, (seconds,), {}, None) for seconds in (0.001, 0.002, 0.0005))
+    recorder.number = 3
+    assert recorder.ns([0, 1, 2, 3]).tolist() == pytest.approx([0, 1e6, 3e6, 3.5e6], abs=2e5)
+
+
+def test_on_an_accelerator_the_slower_of_it_and_its_host_explains_a_step(base):
+    table = decoder.roofline(base, SimpleNamespace(**vars(ROUND) | {"kind": "cuda"}))
+    host_ns = table["launches_ns"] + table["framework_ns"]
+    longer = table["operators_ns"].where(table["operators_ns"] > host_ns, host_ns)
+    assert table["explained_frac"].tolist() == pytest.approx((longer / table["time_ns"]).tolist(), rel=0.01)
 
 
 def test_a_live_steps_operators_and_framework_explain_its_time(speech):

@@ -5,10 +5,13 @@ import re
 import time
 from dataclasses import asdict, replace
 
+import accelerators
 import pytest
+import torch
 
 from effkit import device
-from effkit.device import DATASHEETS, Device, provenance
+from effkit.datasheets import DATASHEETS
+from effkit.device import Device, fastest_ns, provenance
 
 KNOWN = Device(
     name="NVIDIA H200",
@@ -58,8 +61,8 @@ def test_refresh_measures_again_and_is_kept(measured):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b"{}", b'{"version": 1}', b'{"version": 1, "name": "x", "odd": 1}',
-     json.dumps({"version": 0, **asdict(KNOWN)}).encode()],
+    [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b"{}", b'{"version": 2}', b'{"version": 2, "name": "x", "odd": 1}',
+     json.dumps({"version": 1, **asdict(KNOWN)}).encode()],
 )  # fmt: skip
 def test_a_damaged_or_older_cache_file_is_measured_again(measured, cache, content):
     Device.here()
@@ -71,8 +74,6 @@ def test_a_damaged_or_older_cache_file_is_measured_again(measured, cache, conten
 
 
 def test_other_threads_are_another_measurement(measured):
-    import torch
-
     before = torch.get_num_threads()
     Device.here()
     try:
@@ -81,6 +82,72 @@ def test_other_threads_are_another_measurement(measured):
     finally:
         torch.set_num_threads(before)
     assert len(measured) == 2
+
+
+@pytest.fixture
+def precision():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_rates_with_products_in_fewer_bits_are_kept_apart(measured, precision):
+    precision("highest")
+    plain = Device.here()
+    precision("high")
+    assert Device.here() == measured[1] != plain
+    precision("highest")
+    assert Device.here() == plain
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "COMPATIBLE"), ("NVIDIA_TF32_OVERRIDE", "0"), ("HOME", None),
+])  # fmt: skip
+def test_what_libraries_read_from_the_environment_is_another_measurement(measured, monkeypatch, name, value):
+    monkeypatch.delenv(name, raising=False)
+    Device.here()
+    monkeypatch.setenv(name, value or "/elsewhere")
+    Device.here()
+    assert len(measured) == (2 if value else 1)
+
+
+def test_one_core_is_another_measurement_than_several(measured, monkeypatch):
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    Device.here()
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: {0})
+    Device.here()
+    assert len(measured) == 2
+
+
+def test_float32_in_fewer_bits_is_laid_beside_what_is_published_of_them():
+    frame = replace(KNOWN, rate_flops_per_s={"float32": 400e12}, float32_precision="tf32").frame
+    assert frame.loc["matrix rate float32 [FLOP/s]", "published"] == 494.5e12
+    assert frame.loc["matrix rate float32 [FLOP/s]", "reached_frac"] < 1
+
+
+def test_a_ceiling_on_an_accelerator_is_free_of_the_waits_for_it(monkeypatch):
+    queue = accelerators.installed(monkeypatch, "cuda")
+
+    def slowly():
+        queue.synchronize()
+        time.sleep(0.002)  # until the host has heard
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", slowly)
+    assert fastest_ns(lambda: queue.give(0.001), seconds=0.2) == pytest.approx(1e6, rel=0.15), "of 3 ms with its wait"
+
+
+def test_a_ceiling_on_the_cpu_is_that_of_the_quickest_runs():
+    naps = iter([0.0, *[0.02, 0.005] * 99])
+    assert fastest_ns(lambda: time.sleep(next(naps)), seconds=0.25) == pytest.approx(5e6, rel=0.4)
+
+
+@pytest.mark.parametrize(("kind", "where"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu")])
+def test_models_are_built_where_a_peak_is_counted(kind, where, monkeypatch):
+    accelerators.installed(monkeypatch, kind)
+    assert device.accelerator() == kind
+    assert device.usual_device() == where
+    assert (provenance()["device"] == "an accelerator") == (where != "cpu")
 
 
 @pytest.mark.slow

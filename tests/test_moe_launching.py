@@ -15,6 +15,7 @@ import torch
 
 from effkit import models
 from effkit.moe import launching, routing
+from effkit.moe import rank as rank_module
 from effkit.moe.launching import launch
 from effkit.moe.recorded import read
 from effkit.moe.setting import Setting
@@ -291,3 +292,71 @@ def test_a_folder_without_a_whole_run_is_refused(tmp_path):
     (tmp_path / "rank1.json").write_text("half a fi")
     with pytest.raises(ValueError, match="does not hold a run"):
         read(tmp_path)
+
+
+class Wire:
+    """Two ranks of NCCL, of which this process is one: calls return at once, and a message has arrived when the device
+    has been waited for. The other's clock is ``ahead_ns`` ahead of ours, and it answers in ``_TAKES_S``."""
+
+    _TAKES_S = 0.02
+
+    def __init__(self, rank, ahead_ns):
+        self.rank, self.ahead_ns, self.arrivals, self.stamps = rank, ahead_ns, [], []
+
+    def get_rank(self):
+        return self.rank
+
+    def get_world_size(self):
+        return 2
+
+    def barrier(self):
+        pass
+
+    def send(self, tensor, _):
+        self.stamps.append((int(tensor[0]), time.perf_counter_ns()))
+
+    def recv(self, tensor, _):
+        # the other one stamps the message half-way
+        self.arrivals.append((tensor, time.perf_counter_ns() + round(self._TAKES_S * 1e9)))
+
+    def synchronize(self):
+        for tensor, at_ns in self.arrivals:
+            time.sleep(max(0, at_ns - time.perf_counter_ns()) / 1e9)
+            tensor[0] = at_ns - round(self._TAKES_S * 1e9 / 2) + self.ahead_ns
+        self.arrivals.clear()
+
+
+@pytest.fixture
+def wired(monkeypatch):
+    def to(ranks, ahead_ns=0):
+        wire = Wire(ranks, ahead_ns)
+        monkeypatch.setattr(rank_module, "dist", wire)
+        monkeypatch.setattr(rank_module, "synchronize", wire.synchronize)
+        monkeypatch.setattr(rank_module, "_PING_REPEATS", 3)
+        return wire
+
+    return to
+
+
+def test_a_clock_is_read_when_a_message_has_arrived(wired):
+    wired(1, ahead_ns=10**9)
+    _, ahead, took = rank_module.clock_offset(torch.device("cpu"))
+    assert took >= 20_000_000, "the round trip of a message that takes 20 ms"
+    assert ahead == pytest.approx(-(10**9), abs=3_000_000)
+
+
+def test_the_first_rank_stamps_a_message_after_it_came(wired):
+    wire = wired(0)
+    rank_module.clock_offset(torch.device("cpu"))
+    begun = time.perf_counter_ns()
+    assert len(wire.stamps) == 3
+    gaps = [later - earlier for (earlier, _), (later, _) in zip(wire.stamps, wire.stamps[1:], strict=False)]
+    assert min(gaps) >= 20_000_000, "each waits for the next message"
+    assert all(begun - sent < 1_000_000_000 and sent - stamp < 5_000_000 for stamp, sent in wire.stamps)
+
+
+def test_a_delay_lasts_until_the_message_is_there(wired, tmp_path):
+    wired(1)
+    delays = rank_module.probe_delays({"delays": 2, "timeout_s": 1}, tmp_path, torch.device("cpu"))
+    assert [(around, sender) for around, sender, *_ in delays] == [(0, 0), (1, 0)]
+    assert all(arrived - sent >= 9_000_000 for _, _, sent, arrived in delays), "sent 10 ms before"

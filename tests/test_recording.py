@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from unittest import mock
 
+import accelerators
 import pandas as pd
 import pytest
 import torch
@@ -307,3 +308,27 @@ def test_a_press_while_the_profiler_begins_goes_on_or_ends_waits(name):
     with mock.patch.object(torch.profiler.profile, name, pressing), pytest.raises(KeyboardInterrupt):
         ek.capture(lambda: torch.ones(2).sum(), steps=1, warmup=0)
     assert len(ek.capture(lambda: torch.ones(2).sum(), steps=1, warmup=0).steps) == 1
+
+
+@pytest.mark.parametrize(("kind", "counts"), [("cuda", True), ("xpu", True), ("mps", False)])
+def test_a_step_on_an_accelerator_lasts_until_its_work_is_done(kind, counts, monkeypatch):
+    queue = accelerators.installed(monkeypatch, kind)
+
+    def step():
+        queue.give(0.02)
+        queue.peak_bytes = 4096
+
+    seen = ek.capture(step, warmup=0, steps=2)
+    assert seen.provenance["kind"] == kind
+    assert min(seen.provenance["step_ns"], seen.provenance["step_ns_profiled"]) >= 20_000_000
+    assert seen.provenance["peak_bytes"] == (4096 if counts else None)
+    source = "torch.{}.max_memory_allocated" if counts else "not visible: torch counts no peak of memory on {}"
+    assert seen.provenance["peak_source"] == source.format(kind)
+
+
+def test_the_peak_of_a_step_on_an_accelerator_is_its_allocators(monkeypatch):
+    queue = accelerators.installed(monkeypatch, "xpu")
+    queue.peak_bytes = 10**9  # of before
+    assert recording.peak_memory(lambda: setattr(queue, "peak_bytes", 512), resident_bytes=7) == (
+        512, "torch.xpu.max_memory_allocated"
+    )  # fmt: skip

@@ -2,10 +2,11 @@
 
 import time
 
+import accelerators
 import pytest
 
 from effkit import timing
-from effkit.timing import elapsed_ns, interleaved_ns
+from effkit.timing import Stopwatch, elapsed_ns, interleaved_ns
 
 
 def test_a_call_is_timed_between_two_waits_for_the_accelerator(monkeypatch):
@@ -34,3 +35,27 @@ def test_every_time_is_kept_but_the_warm_up():
     assert kept[0] < kept[1] < 3e8
     with pytest.raises(ValueError, match="repeats is at least 1; given: 0"):
         interleaved_ns({}, repeats=0)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_work_that_an_accelerator_was_given_is_a_part_of_the_call(kind, monkeypatch):
+    queue = accelerators.installed(monkeypatch, kind)
+    queue.give(0.2)
+    assert 50_000_000 <= elapsed_ns(lambda: queue.give(0.05)) < 190_000_000, "what was given before is not counted"
+    assert interleaved_ns({"a": lambda: queue.give(0.05)}, repeats=1)["a"] >= 50_000_000
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_a_stopwatch_tells_the_accelerators_own_time(kind, monkeypatch):
+    queue = accelerators.installed(monkeypatch, kind)
+    clock = Stopwatch(kind)
+    queue.give(0.1)  # the host runs ahead of it
+    marks = [clock.mark()]
+    for seconds in (0.02, 0.04):
+        queue.give(seconds)
+        marks.append(clock.mark())
+    assert clock.ns(marks).tolist() == pytest.approx([0, 20e6, 60e6], abs=1e5)
+    host = Stopwatch()
+    begin = host.mark()
+    time.sleep(0.01)
+    assert 10_000_000 <= host.ns([begin, host.mark()])[1] < 10_000_000_000

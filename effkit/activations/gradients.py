@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from effkit.arguments import checked_training
+from effkit.arguments import LOSS, checked_function, checked_model
 from effkit.restoring import unchanged
 from effkit.training import Loss, forward, own_loss
 
@@ -48,7 +48,8 @@ def gradient_error(
         ``noise_relative_error``, ``noise_cosine``: the same two with the gradient of another batch as g', mean over
         ``batches``.
     """
-    checked_training(model, loss, None, None, "")
+    checked_model(model)
+    checked_function("loss", loss, LOSS)
     to_loss = loss or own_loss
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from effkit.device import synchronize
 from effkit.models.moe import ExpertParallel
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -72,9 +73,11 @@ def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Expert
     spent = [0]
 
     def before(module: torch.nn.Module, _: Any) -> None:
+        synchronize()
         begun[id(module)] = time.perf_counter_ns()
 
     def after(number: int, module: Any, *_: Any) -> None:
+        synchronize()
         spent[0] += time.perf_counter_ns() - begun[id(module)]
         if isinstance(module, ExpertParallel):
             counts[number].append(module.kept_counts.numpy().copy())

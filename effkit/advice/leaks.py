@@ -14,6 +14,7 @@ import torch
 from torch._C._profiler import _RecordFunctionFast
 
 from effkit.advice.probing import Step
+from effkit.device import peak_counter, synchronize
 from effkit.recording import memory_events
 from effkit.training import drop_gradients, size_bytes
 
@@ -63,12 +64,12 @@ def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Param
 
     run(1)
     drop_gradients(parameters)
-    if torch.cuda.is_available():
+    if counter := peak_counter():
         run(1)
-        before = torch.cuda.memory_allocated()
+        before = counter.memory_allocated()
         run(_STEPS)
-        torch.cuda.synchronize()
-        return (torch.cuda.memory_allocated() - before) // (_STEPS * period)
+        synchronize()
+        return int(counter.memory_allocated() - before) // (_STEPS * period)
 
     def several() -> None:
         run(1)

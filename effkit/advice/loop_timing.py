@@ -16,12 +16,13 @@ from effkit.advice.step_hooks import listening
 from effkit.device import synchronize
 from effkit.recording import capture
 from effkit.timing import elapsed_ns
+from effkit.trace.names import DEVICE
 
 WARM_UP = 4  # batches, of a loader with processes
 
 
 class Rows(NamedTuple):
-    """Where a step's time goes, by what operators do [ns]; and how many operators it runs."""
+    """Where a step's time goes, by what operators do [ns]; and how many it runs, on a device how often it launches."""
 
     rows_ns: dict[str, float]
     num_operators: int
@@ -68,5 +69,8 @@ def rows(
     before, after = taken[:num], taken[2 * num + 1 :]  # the later ones begin at the second batch
     plain_ns = sum(map(min, before, [after[-1], *after[:-1]]))
     scale = sum(steps_ns) / plain_ns / num
-    operators = int((recorded.events["category"] == "cpu_op").sum()) // num
-    return Rows({name: value * scale for name, value in families.rows_ns(recorded, plain_ns).items()}, operators)
+    events, on_device = recorded.events, recorded.events["category"].isin(DEVICE)
+    # a graph's kernels have one launch, an operator may be several deep before it launches
+    launched = events.loc[on_device, "correlation"].nunique() or (events["category"] == "cpu_op").sum()
+    rows_ns = {name: value * scale for name, value in families.rows_ns(recorded, plain_ns).items()}
+    return Rows(rows_ns, int(launched) // num)

@@ -79,7 +79,7 @@ def study(
         from effkit.advice.generation_study import GenerationStudy
 
         return GenerationStudy(generate, model, inputs, **options)
-    checked_model(model)
+    checked_model(model, peak=True)
     if not any(True for _ in model.parameters()):
         raise TypeError(f"{type(model).__name__} has no parameters: give model= the one that step() trains")
     checked_function("step", step, "step(batch), or step() without a loader", num=0 if loader is None else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,9 +14,8 @@ from effkit.decoder.calibration import Calibration
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.operator_times import FRAMEWORK, LAUNCHES, OPERATORS
 from effkit.decoder.setting import DTYPES
-from effkit.device import Device
+from effkit.device import Device, fastest_ns
 from effkit.lab import calibration_of
-from effkit.timing import elapsed_ns
 
 READING, ARITHMETIC = "reading", "arithmetic"
 _PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
@@ -35,16 +33,9 @@ def reading_rate(size_bytes: int, dtype: torch.dtype, device: torch.device) -> f
     matrix = torch.ones(rows, _COLUMNS, dtype=dtype, device=device)
     pieces = matrix.split(max(1, -(-rows // 64)))
     vector = torch.ones(_COLUMNS, dtype=dtype, device=device)
-    fastest, end = np.inf, time.perf_counter() + _SECONDS
     with torch.no_grad():
-        for _ in range(2):
-            while True:
-                fastest = min(fastest, elapsed_ns(partial(_read, pieces, vector)))
-                if time.perf_counter() > end:
-                    break
-            pieces = (matrix,)
-            end += _SECONDS
-    return matrix.nbytes / fastest * 1e9
+        times = [fastest_ns(partial(_read, matrices, vector), seconds=_SECONDS) for matrices in (pieces, (matrix,))]
+    return matrix.nbytes / min(times) * 1e9
 
 
 def _read(pieces: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
@@ -58,7 +49,8 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
     A part can be no faster than its operators can be launched, its weights, keys and values read, and its products
     computed (Williams et al., CACM 2009, with launches added). What it takes beyond the largest of the three is
     measured too: its operators at their own sizes, run one after another and nothing else, and the code between them,
-    run without them.
+    run without them. On an accelerator the operators' time is its own, and the host runs ahead of it. Kernels that the
+    model launches together, as a CUDA graph, have no floor of launches.
 
     Parameters
     ----------
@@ -73,8 +65,8 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
         Indexed by part, of all layers together, and ``step``, their sum: ``time_ns`` (median over steps), ``launches``,
         ``weight_bytes``, ``kv_bytes``, ``flops``; the floors ``launches_ns, reading_ns, arithmetic_ns``; ``floor_ns``,
         the largest; ``binds``, which that is; ``reached_frac``, floor over time; what was measured apart,
-        ``operators_ns`` and ``framework_ns``; ``explained_frac``, those two over time (on a GPU the larger of them, for
-        the host runs ahead of it).
+        ``operators_ns`` and ``framework_ns``; ``explained_frac``, those two over time (on an accelerator the larger of
+        the operators, and of the host's part, launches and framework).
     """
     calibration, machine = calibration_of(base, Calibration, "decoder"), device or Device.here()
     run, setting, memory = calibration.observed, calibration.setting, calibration.memory
@@ -106,7 +98,8 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
     floors = frame[[f"{LAUNCHES}_ns", f"{READING}_ns", f"{ARITHMETIC}_ns"]]
     frame["floor_ns"], frame["binds"] = floors.max(axis=1), floors.idxmax(axis=1).str.removesuffix("_ns")
     frame["reached_frac"] = frame["floor_ns"] / frame["time_ns"]
-    apart = frame[[f"{OPERATORS}_ns", f"{FRAMEWORK}_ns"]]
-    frame["explained_frac"] = (apart.max(axis=1) if machine.kind == "cuda" else apart.sum(axis=1)) / frame["time_ns"]
+    operators_ns, framework_ns = frame[f"{OPERATORS}_ns"], frame[f"{FRAMEWORK}_ns"]
+    host_ns = framework_ns + (operators_ns if machine.kind == "cpu" else frame[f"{LAUNCHES}_ns"])
+    frame["explained_frac"] = np.maximum(operators_ns, host_ns) / frame["time_ns"]
     whole = [name for name in frame.columns if name != "binds" and not name.endswith("_frac")]
     return frame.round(dict.fromkeys(whole, 0)).rename_axis("part")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from effkit.arguments import described
+from effkit.arguments import checked_model, described
 from effkit.decoder import configurations
 from effkit.decoder.early_exit import exit_at
 from effkit.decoder.setting import Setting
@@ -41,6 +41,7 @@ def setting_of(model: Any, inputs: Any = None, **changes: Any) -> Setting:
             f"{described(model)} has no generate(): give a transformers model that generates, or a function "
             "step(token, cache) -> (token, cache)"
         )
+    checked_model(model)
     sizes, name = configurations.sizes(model.config), model.main_input_name
     own_length = None if inputs is None else _named(inputs, name)[name].shape[_length_axis(model, name)]
     length = changes.pop("input_length", None) or own_length or _default_length(model, name)
@@ -65,6 +66,7 @@ def prepared(model: Any, inputs: Any, setting: Setting, built: dict[Any, Any] | 
 
     Raises ValueError when it cannot be run this way, and says why.
     """
+    checked_model(model)
     if setting.weight_bits and setting.weight_bits != 8 * torch.empty(0, dtype=_dtype(setting)).element_size():
         raise ValueError("weight_bits is a prediction from bytes alone; nothing here runs on weights of fewer bits")
     ready = _sized(model, setting, {} if built is None else built)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from effkit.decoder import module_roles
 from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF, Part
-from effkit.device import synchronize
+from effkit.timing import Stopwatch
 
 OF_LAYER = (SELF, CROSS_KV, CROSS, FFN, NORMS)
 OF_STEP = (*OF_LAYER, EMBEDDING, OUTPUT, BETWEEN)
@@ -45,6 +43,11 @@ class Watched:
         return self.wall_ns - self.encoder_ns - int(self.steps.to_numpy().sum())
 
 
+def where(model: nn.Module) -> str:
+    """The kind of accelerator that the model lives on, ``"cpu"`` for none."""
+    return next((parameter.device.type for parameter in model.parameters() if parameter.device.type != "cpu"), "cpu")
+
+
 class Clock(Protocol):
     """Whatever can be read at any moment, and tells how far apart two moments were."""
 
@@ -55,40 +58,18 @@ class Clock(Protocol):
 def watch(model: nn.Module, generate: Callable[[], object], clock: Clock | None = None) -> Watched:
     """Run one generation of this model with a clock around every part.
 
-    On a GPU the clocks are events on the stream, so that the device's time is told and nothing waits for it. The
+    On an accelerator the clocks are events on its stream: its own time is told, and nothing waits for it. The
     models' own code runs unchanged; what the clocks cost shows as the difference to a run without them. ``generate()``
     runs ``model``; another ``clock`` may count something else than time. ValueError when the model has no layers that
     can be told, or ``generate`` never calls it.
     """
     parts = [Part(_STEP, -1, model), *module_roles.parts(model)]
-    clock = clock or Stopwatch(cuda=any(parameter.is_cuda for parameter in model.parameters()))
+    clock = clock or Stopwatch(where(model))
     with _clocked(parts, clock) as marks:
         start = clock.mark()
         generate()
         end = clock.mark()
     return _by_part(parts, [(-1, start, end), *marks], clock)
-
-
-class Stopwatch:
-    """Time: of the host, or of the CUDA stream, where a mark is an event."""
-
-    def __init__(self, *, cuda: bool) -> None:
-        self.cuda = cuda
-
-    def mark(self) -> Any:
-        """Now."""
-        if not self.cuda:
-            return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ns(self, marks: Sequence[Any]) -> Ints:
-        """Marks as ns since the first of them."""
-        if not self.cuda:
-            return np.asarray(marks, dtype=np.int64) - marks[0]
-        synchronize()
-        return np.asarray([round(1e6 * marks[0].elapsed_time(mark)) for mark in marks], dtype=np.int64)
 
 
 @contextmanager

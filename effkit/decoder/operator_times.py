@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -13,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from effkit.decoder.module_timers import Ints, Stopwatch, watch
+from effkit.decoder.module_timers import Ints, watch, where
 from effkit.least_squares import Floats
+from effkit.timing import Stopwatch, elapsed_ns
 
 LAUNCHES, OPERATORS, FRAMEWORK = "launches", "operators", "framework"
 _REPEATS = 5
@@ -60,11 +62,12 @@ class Launches(TorchDispatchMode):
 
 class Operators(Launches):
     """A clock that tells the time of operators alone, each of its own size: the last ``keep`` of a generation are run
-    once more afterwards, one after another in their order, with no code between them."""
+    once more afterwards, one after another in their order, with no code between them. On an accelerator of ``kind``
+    that is its own time: it has work enough before them for the host to have launched them all."""
 
-    def __init__(self, keep: int, *, cuda: bool) -> None:
+    def __init__(self, keep: int, kind: str = "cpu") -> None:
         super().__init__()
-        self.cuda, self.calls = cuda, deque[Call](maxlen=keep)
+        self.kind, self.calls = kind, deque[Call](maxlen=keep)
 
     @property
     def first(self) -> int:
@@ -95,7 +98,16 @@ class Operators(Launches):
         return np.append(0, np.cumsum(each))
 
     def _run_again(self) -> Ints:
-        clock = Stopwatch(cuda=self.cuda)
+        if self.kind == "cpu":
+            return self._marked()
+        begin = time.perf_counter_ns()
+        self._marked()
+        occupy(self.kind, 2 * (time.perf_counter_ns() - begin))
+        return self._marked()
+
+    def _marked(self) -> Ints:
+        """Time of each call [ns]."""
+        clock = Stopwatch(self.kind)
         marks = []
         for func, args, kwargs, _ in self.calls:
             marks.append(clock.mark())
@@ -104,14 +116,22 @@ class Operators(Launches):
         return np.diff(clock.ns(marks))[::2]
 
 
+def occupy(kind: str, time_ns: int) -> None:
+    """Give an accelerator work for so long, and do not wait for it."""
+    matrix = torch.ones(2048, 2048, device=kind)
+    elapsed_ns(lambda: matrix @ matrix)  # the first loads the library
+    for _ in range(time_ns // elapsed_ns(lambda: matrix @ matrix) + 1):
+        matrix @ matrix
+
+
 class Framework(Launches):
-    """A clock that tells the time of all that is no operator: those that were recorded are not run, what they gave is
-    handed out. What this mode costs at every call is measured and taken off."""
+    """A clock that tells the host's time of all that is no operator: those that were recorded are not run, what they
+    gave is handed out. What this mode costs at every call is measured and taken off."""
 
     def __init__(self, recorded: Operators) -> None:
         super().__init__()
         self.first, self.calls, self.num_handled = recorded.first, list(recorded.calls), 0
-        self.stopwatch = Stopwatch(cuda=recorded.cuda)
+        self.stopwatch = Stopwatch()
         with self:
             self.per_call_ns = min(self._hand_out_ns() for _ in range(_REPEATS))
         self.number = self.num_handled = 0
@@ -153,11 +173,10 @@ class Framework(Launches):
 def step_times(model: torch.nn.Module, generate: Callable[[], object], num_steps: int) -> pd.DataFrame:
     """The last step of a generation of ``num_steps``, part by part: columns ``launches``, how many operators; and times
     [ns]: ``operators``, run alone, and ``framework``, the code around them run alone."""
-    cuda = any(parameter.is_cuda for parameter in model.parameters())
     with torch.random.fork_rng():
         with Launches() as counter:
             number = watch(model, generate, counter).steps.iloc[-1]
-        with Operators(-(-3 * counter.number // (2 * num_steps)), cuda=cuda) as recorder:  # a step, and some before
+        with Operators(-(-3 * counter.number // (2 * num_steps)), where(model)) as recorder:  # a step, and some before
             operators = watch(model, generate, recorder).steps.iloc[-1]
         turns = []
         for _ in range(_REPEATS):

@@ -13,7 +13,7 @@ import torch
 from effkit.timing import elapsed_ns
 
 _NUM_REPEATS = 5
-_LEAST_PRODUCTS = 32  # in a timed turn
+_LEAST_PRODUCTS, _ON_ACCELERATOR = 32, 512  # in a timed turn, of which waiting for an accelerator is a part
 _MOST_SECONDS = 1.0  # of turns, where threads that others keep busy wait for each other
 
 
@@ -55,7 +55,7 @@ def _times(matrices: Sequence[torch.Tensor], of_rows: Sequence[int]) -> dict[int
         rows: torch.full((rows, 1, like.shape[1]), 0.01, dtype=like.dtype, device=like.device) for rows in of_rows
     }
     times: dict[int, list[float]] = {rows: [] for rows in inputs}
-    again = -(-_LEAST_PRODUCTS // len(matrices))
+    again = -(-(_LEAST_PRODUCTS if like.device.type == "cpu" else _ON_ACCELERATOR) // len(matrices))
     begin = time.perf_counter()
     with torch.no_grad():
         for turn in range(_NUM_REPEATS + 1):

@@ -48,8 +48,7 @@ def measure_step(
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise ValueError(f"a step returns (token, cache); given: {type(result).__name__}")
                 token, cache = result
-                if torch.cuda.is_available():
-                    synchronize()
+                synchronize()
                 marks.append(time.perf_counter_ns())
             if turn >= 0:
                 walls.append(time.perf_counter_ns() - start)

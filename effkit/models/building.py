@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from effkit.device import usual_device
+
 
 class Output(NamedTuple):
     """What a model of our own returns: ``loss`` (a scalar) and ``logits`` (its last axis is classes or tokens)."""
@@ -60,8 +62,8 @@ def check_heads(hidden: int, heads: int) -> None:
 
 
 def chosen_device(device: str | None) -> str:
-    """The device, or the GPU where there is one when None."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device, or when None the accelerator where there is one whose memory's peak is counted."""
+    return device or usual_device()
 
 
 def ready(model: nn.Module, device: str | None, dtype: torch.dtype | None) -> Any:

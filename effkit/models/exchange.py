@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from effkit.device import synchronize
+from effkit.timing import Stopwatch
+
 
 @dataclass
 class Call:
@@ -41,18 +44,13 @@ class Marks:
         self.leave()
         self.phases.clear()
         self.calls.clear()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            self._zero = self.now()
-            torch.cuda.synchronize()
+        synchronize()
+        self._zero = self.now()
+        synchronize()
         self._zero_ns = time.perf_counter_ns()
 
     def now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return Stopwatch(self.device.type).mark()
 
     def read(self, stamp: Any) -> int:
         """The moment of a stamp on this rank's clock [ns]; on a GPU, after it has been synchronized."""

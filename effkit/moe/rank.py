@@ -111,7 +111,8 @@ def projection(values: torch.Tensor) -> float:
 def clock_offset(device: torch.device) -> tuple[int, int, int]:
     """Now, how far this rank's clock is ahead of the first one's, and the quickest round trip that says so [ns].
 
-    Of several round trips the quickest is the one that was disturbed least (as NTP does).
+    Of several round trips the quickest is the one that was disturbed least (as NTP does). NCCL's calls return before a
+    message has arrived: each is waited for.
     """
     rank, best = dist.get_rank(), (0, 2**62)
     stamp = torch.zeros(1, dtype=torch.int64, device=device)
@@ -119,12 +120,14 @@ def clock_offset(device: torch.device) -> tuple[int, int, int]:
         for _ in range(_PING_REPEATS):
             if rank == 0:
                 dist.recv(stamp, other)
+                synchronize()
                 stamp[0] = time.perf_counter_ns()
                 dist.send(stamp, other)
             elif rank == other:
                 before = time.perf_counter_ns()
                 dist.send(stamp, 0)
                 dist.recv(stamp, 0)
+                synchronize()
                 after = time.perf_counter_ns()
                 if after - before < best[1]:
                     best = ((before + after) // 2 - int(stamp[0]), after - before)
@@ -168,8 +171,10 @@ def probe_delays(run: dict[str, Any], folder: Path, device: torch.device) -> lis
                     dist.send(message, receiver)
                 elif rank == receiver:
                     dist.recv(message, sender)
+                    synchronize()
+                    arrived = time.perf_counter_ns()
                     if around >= 0:
-                        delays.append([window * rounds + around, sender, int(message[0]), time.perf_counter_ns()])
+                        delays.append([window * rounds + around, sender, int(message[0]), arrived])
     return delays
 
 
