@@ -149,3 +149,86 @@ def test_a_capture_without_operators_is_refused(tmp_path):
     seen = capture_of(tmp_path, note("decode", 0, 100), note("decode", 100, 200))
     with pytest.raises(ValueError, match="this capture holds no operators: record the CPU activity too"):
         decoder.account(seen)
+
+
+CONTEXT, GENERATION = "execute_context_2(300)_generation_0(0)", "execute_context_0(0)_generation_8(8)"  # as vLLM names
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        (("step[EXTEND bs=2 toks=300]", "step[DECODE bs=8]"), {"prefill": 50_000, "decode": 30_000}),
+        (("step[EXTEND bs=2 toks=300]", "step[TARGET_VERIFY bs=8]"), {"prefill": 50_000, "decode": 30_000}),
+        (("step[MIXED bs=9]", "step[MIXED bs=8]"), {"mixed": 80_000}),
+        ((CONTEXT, GENERATION), {"prefill": 50_000, "decode": 30_000}),
+        (("execute_300_context_2(sq300sk300)_generation_0(sq0)", "execute_8_context_0(sq0sk0)_generation_8(sq8sk9)"),
+         {"prefill": 50_000, "decode": 30_000}),
+        (("execute_context_1(9)_generation_8(8)", GENERATION), {"mixed": 50_000, "decode": 30_000}),
+    ],
+)  # fmt: skip
+def test_steps_of_a_serving_engine_prefill_or_decode(tmp_path, marks, expected):
+    seen = capture_of(
+        tmp_path,
+        note(marks[0], 0, 10),
+        op("aten::mm", 1, 9),
+        launched("gemm", 2, 20, 70, correlation=1),  # the host runs ahead: by when it was launched, not when it ran
+        note(marks[1], 12, 40),
+        event("cuda_runtime", "cudaGraphLaunch", 15, 16, correlation=2),
+        event("kernel", "gemm", 70, 80, correlation=2),
+        event("kernel", "paged_attention", 80, 90, correlation=2),
+        event("cuda_runtime", "cudaMemcpyAsync", 30, 31, correlation=3),
+        event("gpu_memcpy", "Memcpy DtoH", 90, 100, correlation=3, bytes=8),
+        launched("of nobody's step", 50, 100, 105, correlation=4),
+    )
+    account = decoder.account(seen)
+    phases = account.companion("Prefill and decode")
+    assert rows(phases) == expected
+    assert (phases.total, phases.residual) == (85_000, 5_000), "what was launched outside of the steps is in no row"
+    assert account.setting["num_steps"] == 2
+    assert rows(account)[ATTENTION] == pytest.approx(80_000 * 10 / 85, rel=0.01)
+
+
+def test_a_recording_without_such_steps_has_no_phases(tmp_path):
+    idle, older = note("step[IDLE bs=0]", 0, 9), note("execute_new_1_cached_4", 0, 9)
+    seen = capture_of(tmp_path, idle, older, op("aten::mm", 0, 5))
+    assert not decoder.account(seen).companions, "requests in vLLM's older word go on prefilling, or decode"
+
+
+def served(tmp_path, *more):
+    """A decode behind a graph, of which all was recorded; its host first waits for a prefill that was not."""
+    return capture_of(
+        tmp_path,
+        note("step[DECODE bs=32]", 0, 470_000),
+        op("aten::copy_", 100, 464_000),
+        *more,
+        event("cuda_runtime", "hipMemcpyWithStream", 150, 463_800, correlation=1),
+        event("gpu_memcpy", "Memcpy DtoH", 463_700, 463_800, correlation=1, bytes=8),
+        event("cuda_runtime", "hipGraphLaunch", 464_000, 464_100, correlation=2),
+        event("kernel", "gemm", 464_100, 474_100, correlation=2),
+    )
+
+
+def test_a_decode_that_waits_for_an_unrecorded_prefill_takes_its_own_time(tmp_path):
+    account = decoder.account(served(tmp_path))
+    assert account.total == 474_100_000 - 463_550_000, "without the wait, from its begin to the first work in it"
+    assert rows(account) == {PRODUCTS: 10_000_000, COPIES: 100_000, HOST: 450_000}
+    assert account.residual == 0
+    assert account.setting["device_busy_frac"] == pytest.approx(10.1 / 10.55)
+    assert any("ms are no part of the steps" in line for line in account.setting["notes"])
+    named = decoder.account(served(tmp_path), step="step[DECODE bs=32]")
+    assert (named.total, rows(named)) == (account.total, rows(account))
+
+
+@pytest.mark.parametrize("own", [
+    [event("cuda_runtime", "hipGraphLaunch", 110, 120, correlation=9)],  # whose work was not recorded
+    launched("prepare", 110, 120, 130, correlation=9),  # after which the stream had nothing else to do
+])  # fmt: skip
+def test_a_wait_that_may_be_for_the_steps_own_work_is_a_part_of_it(tmp_path, own):
+    account = decoder.account(served(tmp_path, own))
+    assert account.total == 474_100_000
+    assert rows(account)[UNSEEN] == 463_550_000
+
+
+def test_work_on_another_stream_does_not_hide_that_a_step_waits(tmp_path):
+    account = decoder.account(served(tmp_path, launched("arange", 110, 120, 124, correlation=9, stream=2)))
+    assert account.total == 474_100_000 - 463_550_000
