@@ -11,7 +11,8 @@ import pandas as pd
 
 from effkit import panes, snapshot, storage
 from effkit.account import Account
-from effkit.panes import aligning, breakdown, collectives, differences, families, tables, tensorboard
+from effkit.datasheets import datasheet_of
+from effkit.panes import aligning, breakdown, collectives, differences, families, matrix_products, tables, tensorboard
 from effkit.panes.steps import marks
 from effkit.units import readable
 
@@ -87,6 +88,16 @@ class Capture:
         the recording, stands in the row ``not visible``. Without a recorded device its columns are ``<NA>``.
         """
         return tables.operators(self._of_ranks("operators"), by_shape)
+
+    def products(self) -> pd.DataFrame:
+        """Each matrix product on a device, by operator, shapes and dtypes, where shapes were recorded.
+
+        ``flops`` and ``size_bytes`` are of one call, what it reads and writes at least; ``floor_ns`` is the time that
+        the device's datasheet allows for either, at its dense ``rate_flops_per_s`` (of TF32 for float32, for recordings
+        do not say which it was), and ``reached_frac`` that over ``mean_ns``. ``<NA>`` for a device of which we hold no
+        datasheet (``effkit.datasheets``). Attention and convolutions are not among them.
+        """
+        return matrix_products.products(self._of_ranks("operators"), datasheet_of(str(self.provenance.get("device"))))
 
     def kernels(self) -> pd.DataFrame:
         """Each kernel's calls and times [ns], summed over ranks.

@@ -89,6 +89,26 @@ def test_without_a_device_operators_are_divided_and_nothing_is_zero(tmp_path):
     assert overview.ceilings.empty
 
 
+def test_products_with_shapes_are_held_against_the_datasheet(tmp_path):
+    weights = {"Input_Dims": [[1000, 2000], [2000, 3000]], "Input_type": ["c10::BFloat16"] * 2}
+    events = flat(
+        step(0, 0, 1000), op("aten::mm", 0, 10, **weights), launched("gemm", 5, 10, 510, 1),
+        op("aten::mm", 2000, 2010, **weights), launched("gemm", 2005, 2010, 2510, 2),  # outside of the step
+    )  # fmt: skip
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"deviceProperties": [{"name": "NVIDIA H200"}], "traceEvents": events}))
+    page = ek.study(trace=path).overview()
+    row = page.ceilings.loc["model FLOPs utilisation"]
+    assert row["reached"] == pytest.approx(2 * 1000 * 2000 * 3000 / 1e-3)
+    assert row["reached_frac"] == pytest.approx(12e12 / 989.5e12)
+    assert not any("model FLOPs" in sentence for sentence in page.unseen)
+    assert "1.2% of 990 TFLOP/s" in repr(page)
+    path.write_text(json.dumps({"deviceProperties": [{"name": "a GPU"}], "traceEvents": events}))
+    page = ek.study(trace=path).overview()
+    assert page.ceilings.empty
+    assert any(sentence.startswith("model FLOPs utilisation: no matrix product") for sentence in page.unseen)
+
+
 def test_each_lever_is_bounded_by_its_row(study):
     advice = study.advise()
     bounds = {lever.kind: (lever.gain_frac, *lever.gain_band) for lever in advice}

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 import effkit as ek
+from effkit import decoder
 from effkit.operators import ATTENTION, MULTIPLIES
 from effkit.trace.names import TODAY
 
@@ -120,6 +121,55 @@ def test_a_decode_behind_a_graph_is_not_called_idle():
     assert row["idle_ns"] < 0.01 * row["dur_ns"]
     assert row["not_visible_ns"] > 0.9 * row["dur_ns"]
     assert row["kernel_ns"] > 9_000_000, "kernels that a graph launched still count"
+
+
+# Counted by hand in the files [ns]: all kernels and copies that the engine's step launched, those of attention (CK's
+# FmhaBatchPrefill, paged_attention and its reduction), and those of products (Tensile's Cijk)
+@pytest.mark.parametrize(("name", "mode", "phase", "by_hand", "attention", "products"), [
+    ("Qwen3-8B_prefilldecode", "EXTEND", "prefill", 492_811_900, 20_075_200, 420_305_700),
+    ("Qwen3-8B_decode", "DECODE", "decode", 9_778_610, 2_127_900, 5_782_300),
+])  # fmt: skip
+def test_prefill_and_decode_of_a_serving_engine(name, mode, phase, by_hand, attention, products):
+    path = next(RECORDED.glob(f"traces/**/*{name}.json.gz"))
+    with gzip.open(path) as file:
+        plain = [event for event in json.load(file)["traceEvents"] if event["ph"] == "X"]
+    assert any(event["name"].startswith(f"step[{mode} ") for event in plain)
+    (around,) = (event for event in plain if event["name"].startswith("execute_"))
+    called = {event["args"]["correlation"]: event["ts"] for event in plain if event["cat"] == "cuda_runtime"}
+    begin, end = around["ts"], around["ts"] + around["dur"]
+    own = [event for event in plain if event["cat"] in ("kernel", "gpu_memcpy")
+           and begin <= called.get(event["args"]["correlation"], 0) <= end]  # fmt: skip
+    assert sum(nanoseconds(event["dur"]) for event in own) == pytest.approx(by_hand, rel=0.001)
+    account = decoder.account(ek.load(path))
+    phases = account.companion("Prefill and decode")
+    assert phases.frame["value"].to_dict() == {phase: pytest.approx(by_hand, rel=0.02)}
+    assert phases.residual == 0
+    # not the half second in which its host waits for the batch before
+    assert by_hand < account.total < 1.12 * by_hand
+    assert abs(account.residual) <= len(account.frame), "rounding alone"
+    assert account.frame.loc["attention", "value"] == pytest.approx(attention, rel=0.02)
+    assert account.frame.loc["matrix products", "value"] == pytest.approx(products, rel=0.02)
+    named = decoder.account(ek.load(path), step=around["name"])
+    assert (named.total, named.frame["value"].to_dict()) == (account.total, account.frame["value"].to_dict())
+
+
+def test_no_recorded_product_beats_the_floor_of_its_datasheet(pair):
+    seen, plain = pair
+    table = seen.products()
+    assert (table["reached_frac"].dropna() < 1).all(), table
+    # those with two factors as a hand counts them
+    factors = {"aten::mm": slice(0, 2), "aten::bmm": slice(0, 2), "aten::addmm": slice(1, 3)}
+    flops: Counter[tuple] = Counter()
+    for event in plain:
+        if (place := factors.get(event["name"])) and "Input Dims" in event.get("args", {}):
+            left, right = event["args"]["Input Dims"][place]
+            flops[event["name"], json.dumps(event["args"]["Input Dims"], separators=(",", ":"))] = (
+                2 * math.prod(left) * right[-1])  # fmt: skip
+    for (operator, shapes, _), row in table.iterrows():
+        if (operator, shapes) in flops:
+            assert row["flops"] == flops[operator, shapes]
+    if "MI300X" in str(seen.provenance.get("device")) and len(table):
+        assert 0.1 < table["reached_frac"].max() < 0.8
 
 
 def test_four_of_eight_ranks():

@@ -24,6 +24,10 @@ MFU_DEFINITION = (
     "where the operator computes it in full, recomputation is left out (PaLM, arXiv 2204.02311, appendix B, counts "
     "attention in full too)"
 )
+RECORDED_MFU_DEFINITION = (
+    "2 per multiply-add of every recorded matrix product / (time of the steps x the datasheet's dense rate, of float32 "
+    "TF32's). Convolutions and attention in one kernel are not counted, what is computed again is"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +116,18 @@ def ceilings(device: Device, *, step_ns: float, forward_flops: int, half: bool, 
 
 
 NO_CEILINGS = pd.DataFrame(columns=["reached", "ceiling", "reached_frac", "ceiling_text", "definition"])
+
+
+def recorded_ceilings(products: pd.DataFrame, steps_ns: int) -> pd.DataFrame:
+    """The recorded matrix products of these steps beside the datasheet's rate for them."""
+    known = products[products["rate_flops_per_s"].notna()]
+    flops = known["calls"] * known["flops"]
+    if flops.empty:
+        return NO_CEILINGS
+    reached, rate = flops.sum() / steps_ns * 1e9, flops.sum() / (flops / known["rate_flops_per_s"]).sum()
+    text = f"{rate / 1e12:,.0f} TFLOP/s that the datasheet names for these dtypes"
+    rows = {"model FLOPs utilisation": [reached, rate, reached / rate, text, RECORDED_MFU_DEFINITION]}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=NO_CEILINGS.columns).rename_axis("of")
 
 
 def changes(before: Sequence[Account], after: Sequence[Account]) -> pd.DataFrame:

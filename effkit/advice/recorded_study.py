@@ -14,7 +14,7 @@ from effkit import moe
 from effkit.account import Account
 from effkit.advice import families, recorded_levers
 from effkit.advice.levers import Advice
-from effkit.advice.overviews import NO_CEILINGS, Overview
+from effkit.advice.overviews import NO_CEILINGS, Overview, recorded_ceilings
 from effkit.advice.recorded_levers import HOST_BUSY, NOT_VISIBLE
 from effkit.advice.studies import Study
 from effkit.captured import Capture
@@ -174,7 +174,13 @@ class RecordedStudy(Study):
 
     def _look(self) -> Overview:
         accounts = [account for account in (self.time, self.of_ranks, self.memory) if account is not None]
-        return Overview(tuple(accounts), NO_CEILINGS, tuple(self._found()), tuple(self._unseen()))
+        return Overview(tuple(accounts), self._ceilings, tuple(self._found()), tuple(self._unseen()))
+
+    @cached_property
+    def _ceilings(self) -> pd.DataFrame:
+        if self.capture is None or not self.saw_device:
+            return NO_CEILINGS
+        return recorded_ceilings(self.inside.products(), int(self.parts["dur_ns"].sum()))
 
     def _found(self) -> list[str]:
         facts = [capture.provenance for capture in (self.capture, self.of_memory) if capture is not None]
@@ -201,8 +207,11 @@ class RecordedStudy(Study):
     def _unseen(self) -> list[str]:
         unseen = [
             "padding: a recording holds neither masks nor lengths; study the loop live, with its loader",
-            "model FLOPs utilisation and the launch floor: a recording holds neither the model nor this device's rates",
+            "the launch floor: a recording does not hold this device's rates",
         ]
+        if self._ceilings.empty:
+            unseen.append("model FLOPs utilisation: no matrix product was recorded with shapes (record_shapes=True), "
+                          "or we hold no datasheet of the device")  # fmt: skip
         if self.capture is None:
             return [*unseen, "time: a memory snapshot has none; give trace= as well"]
         notes = [note for note in self.parts.attrs["notes"] if not note.startswith((_FROM, NO_DEVICE))]

@@ -12,7 +12,7 @@ from effkit.operators import uses_tensor_cores
 from effkit.trace import nesting
 from effkit.trace.names import DEVICE
 
-_DEVICE_TIMES = ["device_total_ns", "device_self_ns"]
+_DEVICE_TIMES, _GIVEN = ["device_total_ns", "device_self_ns"], ("shapes", "dtypes")
 
 
 def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -49,17 +49,19 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def operators_of(events: pd.DataFrame) -> pd.DataFrame:
-    """One row per operator and input shapes of one rank. Device time goes to the operator that launched it."""
+    """One row per operator, input shapes and dtypes of one rank. Device time goes to the operator that launched it;
+    ``launching`` are the calls that did."""
     each, launched = each_operator(events)
     lost = int(launched["dur_ns"][launched["owner"] < 0].sum())
     counted = each[(each["category"] == "cpu_op") & ~each["folded"]]
-    shapes = counted["shapes"] if "shapes" in counted else pd.Series(pd.NA, counted.index, dtype="str")
-    table = counted.assign(operator=counted["name"], shapes=shapes, calls=1)
-    sums = ["calls", "host_total_ns", "host_self_ns", *_DEVICE_TIMES]
-    table = table.groupby(["operator", "shapes"], dropna=False, sort=False)[sums].sum().reset_index()
+    absent = pd.Series(pd.NA, counted.index, dtype="str")
+    given = {name: counted.get(name, absent) for name in _GIVEN}
+    table = counted.assign(operator=counted["name"], calls=1, launching=counted["device_self_ns"] > 0, **given)
+    sums = ["calls", "launching", "host_total_ns", "host_self_ns", *_DEVICE_TIMES]
+    table = table.groupby(["operator", *_GIVEN], dropna=False, sort=False)[sums].sum().reset_index()
     if lost:
         # launched outside the recording, or outside any operator
-        table.loc[len(table)] = ["not visible", pd.NA, 0, 0, 0, lost, lost]
+        table.loc[len(table)] = ["not visible", pd.NA, pd.NA, 0, 0, 0, 0, lost, lost]
     if not events["category"].isin(DEVICE).any():
         table[_DEVICE_TIMES] = pd.NA
     return table.astype(dict.fromkeys(_DEVICE_TIMES, "Int64"))
@@ -73,7 +75,7 @@ def _sums(place: Any, values: Any, length: int) -> Any:
 def operators(parts: Sequence[pd.DataFrame], by_shape: bool = False) -> pd.DataFrame:
     """The tables of all ranks as one, the most expensive first."""
     keys = ["operator", "shapes"] if by_shape else ["operator"]
-    table = pd.concat(parts).drop(columns=[] if by_shape else ["shapes"])
+    table = pd.concat(parts).drop(columns=["launching", "dtypes", *([] if by_shape else ["shapes"])])
     # a sum over nothing is absent, not 0
     table = table.groupby(keys, dropna=False, sort=False).sum(min_count=1)
     return table.sort_values(["device_self_ns", "host_self_ns"], ascending=False, kind="stable")
