@@ -72,11 +72,12 @@ bench: .venv/.test .venv/.browser .venv/.peers  ## the timed bars, peers side by
 	$(BIN)/python -m pytest tests/bench_*.py -s -p no:cacheprovider
 
 CONDITION ?= one thread
+LIMIT = $(if $(MINUTES),--minutes $(MINUTES))
 ledger: .venv/.lab  ## predict and measure the held-out grids (LAB=activations: one alone; CONDITION="one core": the machine as another one, or every); refresh the table in README.md
-	$(BIN)/python data/record.py ledger $(LAB) --condition "$(CONDITION)" --all
+	$(BIN)/python data/record.py ledger $(LAB) --condition "$(CONDITION)" --all $(LIMIT)
 
-record: .venv/.lab  ## re-create the captures and the ledger under data/, on this machine
-	$(BIN)/python data/record.py all
+record: .venv/.lab  ## re-create the captures and the ledger under data/, on this machine (MINUTES=10: as far as it comes in them)
+	$(BIN)/python data/record.py all $(LIMIT)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf .venv .venv-peers .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from ledger_rows import begun, replace_rows
+from ledger_rows import begun, failed, going_on, replace_rows
 
 import effkit as ek
 from effkit import activations
@@ -107,10 +107,12 @@ def record() -> str:
         receipt.append_to(part, lab="activations", model=name, knob=knob)
         tables.append(receipt.frame.reset_index().assign(knob=knob, at=f"{name} {setting}"))
     replace_rows("activations", part)
+    if not tables:
+        return "; ".join(failed())
     table = pd.concat(tables).assign(absolute=lambda frame: frame["error"].abs())
     summary = table.groupby(["quantity", "knob"], sort=False)["absolute"].agg(["count", "median", "max"])
     print(summary.to_string(float_format="{:.2%}".format))
-    return "\n".join(_outside(table))
+    return "\n".join([*_outside(table), *failed()])
 
 
 def _outside(table: pd.DataFrame) -> Iterator[str]:
@@ -132,16 +134,21 @@ Row = tuple[str, str, Mapping[str, Any], ek.Receipt]
 def _forecasts(gpu: bool) -> Iterator[Row]:
     """Peaks of architectures at sizes of which nothing was run; only memory."""
     for name, small, large, usual in ARCHITECTURES:
-        configuration = large if gpu else small
-        build = spiking.build if name == "spiking" else getattr(ek.models, name)
-        model = build(**configuration)
-        example = model.random_batch(*usual)
-        for times in SIZES:
-            size = _sized(times, usual)
+        with going_on(f"activations, {name}"):
+            yield from _forecast(name, large if gpu else small, usual)
+
+
+def _forecast(name: str, configuration: dict[str, Any], usual: tuple[int, ...]) -> Iterator[Row]:
+    build = spiking.build if name == "spiking" else getattr(ek.models, name)
+    model = build(**configuration)
+    example = model.random_batch(*usual)
+    for times in SIZES:
+        size = _sized(times, usual)
+        label = configuration | size
+        with going_on(f"activations, {name}, {label}"):
             make_batch = partial(_made, model)  # the example repeated would keep its number of output tokens
             forecast = activations.forecast(model, example, make_batch=make_batch, **size)
             measured = activations.measure(model, model.random_batch(*size.values()), repeats=1)
-            label = configuration | size
             receipt = ek.Receipt(
                 forecast, measured, setting=configuration | dict(measured.setting), provenance=provenance()
             )
@@ -155,15 +162,20 @@ def _made(model: Any, *size: int | None) -> Any:
 
 def _predictions(gpu: bool) -> Iterator[Row]:
     """Peaks and times at every held-out setting, from one measured account per model."""
-    for name, (small, large) in MODELS.items():
-        configuration, usual = large if gpu else small
-        model = getattr(ek.models, name)(**configuration)
-        batch = model.random_batch(*usual)
-        base = activations.measure(model, batch, time_levers=True, repeats=REPEATS)
-        held_out = [(knob, setting | _sized(setting, usual)) for knob, group in HELD_OUT.items() for setting in group]
-        held_out = [(knob, {k: v for k, v in setting.items() if k in base.setting}) for knob, setting in held_out]
-        ratios = times_in_turn(model, base, [setting for _, setting in held_out])
-        for (knob, setting), ratio in zip(held_out, ratios, strict=True):
+    for name, sizes in MODELS.items():
+        with going_on(f"activations, {name}"):
+            yield from _predicted(name, *sizes[gpu])
+
+
+def _predicted(name: str, configuration: dict[str, Any], usual: tuple[int, ...]) -> Iterator[Row]:
+    model = getattr(ek.models, name)(**configuration)
+    batch = model.random_batch(*usual)
+    base = activations.measure(model, batch, time_levers=True, repeats=REPEATS)
+    held_out = [(knob, setting | _sized(setting, usual)) for knob, group in HELD_OUT.items() for setting in group]
+    held_out = [(knob, {k: v for k, v in setting.items() if k in base.setting}) for knob, setting in held_out]
+    ratios = times_in_turn(model, base, [setting for _, setting in held_out])
+    for (knob, setting), ratio in zip(held_out, ratios, strict=True):
+        with going_on(f"activations, {name}, {setting}"):
             predicted = activations.predict(base, **setting)
             # the noise that a gradient's error is held against is no prediction
             kept = tuple(companion for companion in predicted.companions if companion.title != NOISE)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import torch
-from ledger_rows import begun, replace_rows
+from ledger_rows import begun, failed, going_on, replace_rows
 
 import effkit as ek
 from effkit.device import Device
@@ -34,33 +34,34 @@ def record() -> str:
     receipts: list[ek.Receipt] = []
     first = 0
     for make in kinds:
-        torch.manual_seed(0)
-        problem = make()
-        begin = time.perf_counter()
-        study = ek.study(**problem.study)
-        overview = study.overview()
-        seconds = time.perf_counter() - begin
-        advice = study.advise(**problem.advise)
-        found = advice[0].kind if advice else "nothing"
-        first += found == problem.kind
-        print(f"{make.__name__}: {found} first, {seconds:.0f} s to the first page", advice, sep="\n", flush=True)
-        if seconds > PAGE_SECONDS:
-            broken.append(f"{make.__name__}: {seconds:.0f} s to the first page")
-        if "step" in problem.study:
-            broken += _closes(make.__name__, overview)
-        for lever in (*advice.levers, *advice.rejected):
-            receipt = lever.measure()
-            receipts.append(receipt)
-            print(receipt.sentence(), flush=True)
-            knob = f"{make.__name__}: {lever.kind}"
-            receipt.append_to(part, lab="advice", model=type(problem.study["model"]).__name__, knob=knob)
-            if lever.helps and receipt.measured.total >= lever.base.total:
-                broken.append(f"{knob} was promised to help, and does not")
-    clean = planted.clean()
-    said = ek.study(**clean.study).advise()
-    print("clean:", said, flush=True)
-    if said:
-        broken.append(f"a clean model: {said[0].name} is advised")
+        with going_on(f"advice, {make.__name__}"):
+            torch.manual_seed(0)
+            problem = make()
+            begin = time.perf_counter()
+            study = ek.study(**problem.study)
+            overview = study.overview()
+            seconds = time.perf_counter() - begin
+            advice = study.advise(**problem.advise)
+            found = advice[0].kind if advice else "nothing"
+            first += found == problem.kind
+            print(f"{make.__name__}: {found} first, {seconds:.0f} s to the first page", advice, sep="\n", flush=True)
+            if seconds > PAGE_SECONDS:
+                broken.append(f"{make.__name__}: {seconds:.0f} s to the first page")
+            if "step" in problem.study:
+                broken += _closes(make.__name__, overview)
+            for lever in (*advice.levers, *advice.rejected):
+                receipt = lever.measure()
+                receipts.append(receipt)
+                print(receipt.sentence(), flush=True)
+                knob = f"{make.__name__}: {lever.kind}"
+                receipt.append_to(part, lab="advice", model=type(problem.study["model"]).__name__, knob=knob)
+                if lever.helps and receipt.measured.total >= lever.base.total:
+                    broken.append(f"{knob} was promised to help, and does not")
+    with going_on("advice, clean"):
+        said = ek.study(**planted.clean().study).advise()
+        print("clean:", said, flush=True)
+        if said:
+            broken.append(f"a clean model: {said[0].name} is advised")
     within, measured = sum(receipt.within_band for receipt in receipts), len(receipts)
     print(f"first in {first} of {len(kinds)}; measured within the band in {within} of {measured} candidates")
     if first < FIRST_FRAC * len(kinds):
@@ -68,7 +69,7 @@ def record() -> str:
     if within < WITHIN_FRAC * measured:
         broken.append(f"within the band in {within} of {measured}")
     replace_rows("advice", part)
-    return "; ".join(broken)
+    return "; ".join([*broken, *failed()])
 
 
 def _closes(name: str, overview: ek.advice.Overview) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ledger_rows import begun, outside_bars, replace_rows, unheld
+from ledger_rows import begun, failed, going_on, outside_bars, replace_rows, unheld
 
 import effkit as ek
 from effkit import decoder
@@ -57,11 +57,19 @@ def record() -> str:
     text = ek.models.text(layers=8, hidden=256)
     spoken = decoder.measure(speech, num_steps=60, input_length=400)
     written = decoder.measure(text, num_steps=60, input_length=64)
-    broken = [_closes("speech", spoken), _closes("text", written)]
-    broken += [_receipts(part, [(speech, spoken, unheld(SPEECH)), (text, written, unheld(TEXT))], "setting")]
-    broken += [_receipts(part, [(speech, spoken, LEVERS)], "lever"), _claim(part)]
+    broken: list[str] = []
+    for name, check in {
+        "speech": lambda: _closes("speech", spoken),
+        "text": lambda: _closes("text", written),
+        "settings": lambda: _receipts(
+            part, [(speech, spoken, unheld(SPEECH)), (text, written, unheld(TEXT))], "setting"),
+        "levers": lambda: _receipts(part, [(speech, spoken, LEVERS)], "lever"),
+        "layers moved": lambda: _claim(part),
+    }.items():  # fmt: skip
+        with going_on(f"decoder, {name}"):
+            broken.append(check())
     replace_rows("decoder", part)
-    return "; ".join(filter(None, broken))
+    return "; ".join(filter(None, [*broken, *failed()]))
 
 
 def _closes(name: str, base: ek.Account) -> str:
@@ -81,10 +89,11 @@ def _receipts(part: Any, labs: list[tuple[Any, ek.Account, Sequence[dict[str, An
     receipts = []
     for model, base, settings in labs:
         for setting in settings:
-            receipt = _receipt(base, setting, decoder.measure(model, base=base, repeats=3, **setting))
-            receipt.append_to(part, lab="decoder", model=_named(base), knob=knob)
-            print(setting, f"{receipt.error:+.1%}", receipt.within_band, flush=True)
-            receipts.append(receipt)
+            with going_on(f"decoder, {_named(base)}, {setting}"):
+                receipt = _receipt(base, setting, decoder.measure(model, base=base, repeats=3, **setting))
+                receipt.append_to(part, lab="decoder", model=_named(base), knob=knob)
+                print(setting, f"{receipt.error:+.1%}", receipt.within_band, flush=True)
+                receipts.append(receipt)
     return outside_bars("decoder", knob, receipts, BARS[knob], MISSED_FRAC[knob])
 
 

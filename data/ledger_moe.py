@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ledger_rows import begun, condition, outside_bars, replace_rows, unheld
+from ledger_rows import begun, condition, failed, going_on, outside_bars, replace_rows, unheld
 
 import effkit as ek
 from effkit import moe
@@ -65,21 +65,24 @@ def record() -> str:
     plain = moe.measure(link_bytes_per_s=LINK_BYTES_PER_S)
     alike = moe.measure(num_clusters=64, link_bytes_per_s=LINK_BYTES_PER_S, levers=("lsh", "bfloat16"))
     broken = [_receipts(part, plain, HELD_OUT, "setting"), _receipts(part, alike, COMPRESSED, "compress")]
-    broken += [_speed_up(alike), _degrees(part, plain)]
+    with going_on("moe, LSH and degrees"):
+        broken += [_speed_up(alike), _degrees(part, plain)]
     replace_rows("moe", part)
-    return "; ".join(filter(None, broken))
+    return "; ".join(filter(None, [*broken, *failed()]))
 
 
 def _receipts(part: Any, base: ek.Account, settings: tuple[dict[str, Any], ...], knob: str) -> str:
     print(base, base.calibration.band_frac, sep="\n", flush=True)
     receipts = []
     for setting in unheld(settings):
-        receipt = ek.Receipt(
-            moe.predict(base, **setting), moe.measure(base=base, **setting), setting=setting, provenance=provenance()
-        )
-        receipt.append_to(part, lab="moe", model="expert-parallel layer, 2 ranks, 100 MB/s", knob=knob)
-        print(setting, receipt, sep="\n", flush=True)
-        receipts.append(receipt)
+        with going_on(f"moe, {setting}"):
+            receipt = ek.Receipt(
+                moe.predict(base, **setting), moe.measure(base=base, **setting), setting=setting,
+                provenance=provenance(),
+            )  # fmt: skip
+            receipt.append_to(part, lab="moe", model="expert-parallel layer, 2 ranks, 100 MB/s", knob=knob)
+            print(setting, receipt, sep="\n", flush=True)
+            receipts.append(receipt)
     return outside_bars("moe", knob, receipts, BARS[knob], MISSED_FRAC[knob])
 
 

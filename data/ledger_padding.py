@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-from ledger_rows import DATA, begun, replace_rows, unheld
+from ledger_rows import DATA, begun, failed, going_on, replace_rows, unheld
 
 import effkit as ek
 from effkit import padding
@@ -48,31 +48,34 @@ def record() -> str:
     base = padding.measure(base_plan, model, num_batches=8)
     receipts, miscounted = [], []
     for setting in unheld(HELD_OUT):
-        wanted = {k: v * scale if k == "batch_size" else v for k, v in setting.items()}
-        predicted = padding.predict(base, **wanted)
-        full = complete(base, wanted)
-        ratios, measured = [], None
-        for _ in range(TRIES):  # the machine's speed drifts: only neighbours in time are compared
-            again = padding.measure(base_plan, model, num_batches=4, repeats=2, base=base)
-            measured = padding.measure(plan_at(base, full), model, num_batches=8, repeats=2, base=base)
-            ratios.append(measured.total / again.total)
-        steady = replace(
-            measured, total=round(statistics.median(ratios) * base.total),
-            source=f"{measured.source}; relative to the base measured in turn, median of {TRIES}",
-        )  # fmt: skip
-        receipt = ek.Receipt(predicted, steady, setting=full, provenance=provenance())
-        receipt.append_to(part, lab="padding", model="speech", knob=next(iter(setting)))
-        receipts.append(receipt)
-        counted = receipt.frame[receipt.frame["unit"].isin(["cells", "steps"])]
-        if (counted["error"] != 0).any():
-            miscounted.append(setting)
-        print(setting, receipt, sep="\n", flush=True)
+        with going_on(f"padding, {setting}"):
+            wanted = {k: v * scale if k == "batch_size" else v for k, v in setting.items()}
+            predicted = padding.predict(base, **wanted)
+            full = complete(base, wanted)
+            ratios, measured = [], None
+            for _ in range(TRIES):  # the machine's speed drifts: only neighbours in time are compared
+                again = padding.measure(base_plan, model, num_batches=4, repeats=2, base=base)
+                measured = padding.measure(plan_at(base, full), model, num_batches=8, repeats=2, base=base)
+                ratios.append(measured.total / again.total)
+            steady = replace(
+                measured, total=round(statistics.median(ratios) * base.total),
+                source=f"{measured.source}; relative to the base measured in turn, median of {TRIES}",
+            )  # fmt: skip
+            receipt = ek.Receipt(predicted, steady, setting=full, provenance=provenance())
+            receipt.append_to(part, lab="padding", model="speech", knob=next(iter(setting)))
+            receipts.append(receipt)
+            counted = receipt.frame[receipt.frame["unit"].isin(["cells", "steps"])]
+            if (counted["error"] != 0).any():
+                miscounted.append(setting)
+            print(setting, receipt, sep="\n", flush=True)
     replace_rows("padding", part)
+    if not receipts:
+        return "; ".join(failed())
     errors = [abs(receipt.error) for receipt in receipts]
     missed = sum(not receipt.within_band for receipt in receipts)
     median, worst = statistics.median(errors), max(errors)
     said = f"median error {median:.1%}, worst {worst:.1%}, {missed} of {len(errors)} outside the band"
     print(said)
     if median > BARS[0] or worst > BARS[1] or missed > MISSED_FRAC * len(errors) or miscounted:
-        return f"padding: {said}, counts wrong: {miscounted}"
-    return ""
+        return "; ".join([f"padding: {said}, counts wrong: {miscounted}", *failed()])
+    return "; ".join(failed())

@@ -3,6 +3,9 @@ README.md.
 
 A *condition* makes another machine of this one: threads, instruction sets, cores. It is in force in a process that was
 started under it (:func:`run_under`), for libraries look at the environment when they are imported.
+
+A row is in the lab's ``.part`` as soon as it was measured. Nothing is lost when a setting fails (:func:`going_on`), or
+when the process ends before its time: :func:`keep_rows` takes over what is there.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import re
 import statistics
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -56,12 +61,14 @@ CONDITIONS: Mapping[str, Condition] = {
 HELD_BACK = ("SSE4.1",)
 _THIRD = 3
 _NAME, _ALL = "EFFKIT_LEDGER_CONDITION", "EFFKIT_LEDGER_ALL"
+CUT_OFF = 124  # the exit status of what ran past its limit, as of coreutils' timeout
+_failed: list[str] = []  # settings of this process
 
 Setting = TypeVar("Setting")
 
 
-def run_under(name: str, command: Sequence[str], *, everything: bool) -> int:
-    """Run a command under a condition, to its end; returns its exit status."""
+def run_under(name: str, command: Sequence[str], *, everything: bool, limit_s: float | None = None) -> int:
+    """Run a command under a condition, to its end or its limit; returns its exit status."""
     condition = CONDITIONS[name]
     environment = {**os.environ, **condition.environment, "OMP_NUM_THREADS": str(condition.num_threads), _NAME: name}
     environment.pop(_ALL, None)
@@ -69,7 +76,10 @@ def run_under(name: str, command: Sequence[str], *, everything: bool) -> int:
     if cores:
         os.sched_setaffinity(0, {min(cores)})  # the child inherits it
     try:
-        return subprocess.run(command, env=environment | ({_ALL: "1"} if everything else {})).returncode
+        environment |= {_ALL: "1"} if everything else {}
+        return subprocess.run(command, env=environment, timeout=limit_s).returncode
+    except subprocess.TimeoutExpired:
+        return CUT_OFF
     finally:
         if cores:
             os.sched_setaffinity(0, cores)
@@ -95,24 +105,59 @@ def device_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", provenance()["device"].lower()).strip("-")
 
 
+def part_of(lab: str) -> Path:
+    """Where a lab's new rows are collected."""
+    return DATA / "ledger" / f"{device_name()}.{lab}.part"
+
+
 def begun(lab: str) -> Path:
-    """Where a lab's new rows are collected; nothing is there yet. From here on the condition's threads compute."""
+    """The same, with nothing there yet. From here on the condition's threads compute."""
     torch.set_num_threads(CONDITIONS[condition()].num_threads)
-    part = DATA / "ledger" / f"{device_name()}.{lab}.part"
+    _failed.clear()
+    part = part_of(lab)
     part.unlink(missing_ok=True)
     return part
 
 
-def replace_rows(lab: str, part: Path) -> None:
-    """Put the new rows in the place of the lab's old ones under this condition; all others stay as they are. Then the
-    README. Rows of a part of a grid replace nothing: the table would show the settings that a model was designed on."""
+@contextmanager
+def going_on(what: object) -> Iterator[None]:
+    """What fails inside is said, and what comes after it is run; :func:`failed` names it."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        _failed.append(f"{what} failed: {type(error).__name__}: {error}")
+
+
+def failed() -> list[str]:
+    """A sentence for each setting of this lab that failed."""
+    return list(_failed)
+
+
+def keep_rows(lab: str) -> None:
+    """Put the rows that a lab's process left behind, if any, in their place."""
+    part = part_of(lab)
+    if part.exists():
+        print(f"{lab}: {len(_rows(part))} rows were measured before it ended", flush=True)
+        replace_rows(lab, part, whole=False)
+
+
+def replace_rows(lab: str, part: Path, *, whole: bool = True) -> None:
+    """Put the new rows in the place of the lab's old ones under this condition; all others stay as they are, and where
+    the new ones are not the ``whole`` grid, so do those of other settings. Then the README. Without what is held back
+    rows replace nothing: the table would show the settings that a model was designed on."""
+    whole = whole and not _failed
+    if not part.exists():
+        return
     if not everything():
         print(f"the ledger stays as it is without --all; the rows are in {part}", flush=True)
         return
     path = DATA / "ledger" / f"{device_name()}.csv"
     old = _rows(path) if path.exists() else []
-    kept = [row for row in old if (row[0], _facts(row)["condition"]) != (lab, condition())]
     new = [[*row[:-1], json.dumps(_facts(row) | {"condition": condition()}, sort_keys=True)] for row in _rows(part)]
+    again = {tuple(row[:5]) for row in new}  # lab, model, knob, setting, quantity
+    kept = [row for row in old if (row[0], _facts(row)["condition"]) != (lab, condition())
+            or not (whole or tuple(row[:5]) in again)]  # fmt: skip
     names = list(CONDITIONS)
     rows = sorted([*kept, *new], key=lambda row: (LABS.index(row[0]), names.index(_facts(row)["condition"])))
     with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
@@ -131,6 +176,8 @@ def outside_bars(
     """
     errors = [abs(receipt.error) for receipt in receipts]
     missed = sum(not receipt.within_band for receipt in receipts)
+    if not receipts:
+        return f"{lab}, {knob}: no setting could be measured"
     counted = [receipt.frame[receipt.frame["unit"].isin(["bytes", "tokens"])]["error"] for receipt in receipts]
     wrong = [receipt.setting for receipt, found in zip(receipts, counted, strict=True) if (found != 0).any()]
     median, worst = statistics.median(errors), max(errors)

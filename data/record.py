@@ -9,7 +9,9 @@
                                       the accuracy table in README.md
     python data/record.py all         captures and ledger --all (the list of lengths is the same on every machine)
 
-Everything runs on the GPU where there is one and on the CPU otherwise, by the same code; a few minutes each.
+Everything runs on the GPU where there is one and on the CPU otherwise, by the same code; a few minutes each. Every part
+(a capture, a lab's rows) is a process of its own, and what it has recorded stays when it fails. With --minutes each has
+an equal share of the time that is left, and what has not come to its end by then is cut off.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import wave
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import ledger_activations
@@ -34,13 +39,14 @@ import ledger_moe
 import ledger_padding
 import torch
 from ledger_padding import spoken
-from ledger_rows import CONDITIONS, DATA, HELD_BACK, USUAL, device_name, run_under
+from ledger_rows import CONDITIONS, CUT_OFF, DATA, HELD_BACK, USUAL, device_name, keep_rows, run_under
 from torch.profiler import record_function
 
 import effkit as ek
 from effkit import moe
 from effkit.device import provenance
 from effkit.moe.launching import launch
+from effkit.moe.netns import end_with_parent
 
 # voice and words per minute of each speaker; sentences go round
 SPEAKERS = (
@@ -50,12 +56,12 @@ SPEAKERS = (
 PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'\"()\-.]*\.")
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
-LABS = {
+LABS = {  # in this order: the last, which takes longest, has all the time that is left
     "padding": ledger_padding.record,
-    "activations": ledger_activations.record,
     "moe": ledger_moe.record,
     "decoder": ledger_decoder.record,
     "advice": ledger_advice.record,
+    "activations": ledger_activations.record,
 }
 
 
@@ -90,23 +96,20 @@ def _paragraphs() -> set[str]:
     return found
 
 
-def record_captures() -> None:
-    """One training step of each live model, with its allocations."""
-    for name, model in {"speech": ek.models.speech(hidden=64), "text": ek.models.text(hidden=64)}.items():
-        lengths = spoken(8)
-        batch = model.make_batch([row[None] for row in lengths.index.to_numpy()], lengths)
-        update = torch.optim.AdamW(model.parameters())
+def record_step(name: str) -> None:
+    """One training step of a live model, with its allocations."""
+    model, lengths = getattr(ek.models, name)(hidden=64), spoken(8)
+    batch = model.make_batch([row[None] for row in lengths.index.to_numpy()], lengths)
+    update = torch.optim.AdamW(model.parameters())
 
-        def step(model=model, batch=batch, update=update) -> None:  # type: ignore[no-untyped-def]
-            model(**batch).loss.backward()
-            update.step()
-            update.zero_grad(set_to_none=True)
+    def step() -> None:
+        model(**batch).loss.backward()
+        update.step()
+        update.zero_grad(set_to_none=True)
 
-        seen = ek.capture(step, steps=1, memory=True, what=f"training step, {name} model",
-                          settings={"batches": [lengths["input_length"].tolist()], "hidden": 64})  # fmt: skip
-        print(seen.save(DATA / "captures" / f"{name}_{device_name()}.zip").name, seen, sep="\n")
-    record_alltoall()
-    record_moe()
+    seen = ek.capture(step, steps=1, memory=True, what=f"training step, {name} model",
+                      settings={"batches": [lengths["input_length"].tolist()], "hidden": 64})  # fmt: skip
+    print(seen.save(DATA / "captures" / f"{name}_{device_name()}.zip").name, seen, sep="\n")
 
 
 def record_moe() -> None:
@@ -166,27 +169,51 @@ def _expert_rank(rank: int, num_ranks: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def record_ledger(lab: str | None, conditions: list[str], everything: bool) -> None:
-    """The rows of one lab, or of all, under these conditions, each in a process of its own."""
-    failed = [
-        f"{name}, {condition}"
-        for condition in conditions
-        for name in LABS
-        if lab in (None, name) and run_under(condition, [sys.executable, __file__, "rows", name], everything=everything)
-    ]
-    if failed:
-        sys.exit(f"ended with an error, or outside a bar: {'; '.join(failed)}")
+CAPTURES = {
+    "speech": partial(record_step, "speech"),
+    "text": partial(record_step, "text"),
+    "alltoall": record_alltoall,
+    "moe": record_moe,
+}
+
+
+def run_parts(parts: Sequence[tuple[str, str, str]], everything: bool, minutes: float | None) -> None:
+    """Each part, a condition and what it runs, in a process of its own; one that fails leaves what it recorded."""
+    ended: list[str] = []
+    end = time.monotonic() + 60 * (minutes or 0)
+    for number, (condition, what, name) in enumerate(parts):
+        limit_s = max(1.0, (end - time.monotonic()) / (len(parts) - number)) if minutes else None
+        print(f"{name}, {condition}" + (f": at most {limit_s:.0f} s" if limit_s else ""), flush=True)
+        command = [sys.executable, __file__]
+        status = run_under(condition, [*command, what, name], everything=everything, limit_s=limit_s)
+        if status:
+            ended.append(f"{name}, {condition}{', which was cut off' if status == CUT_OFF else ''}")
+        if status and what == "rows":
+            run_under(condition, [*command, "keep", name], everything=everything)
+    if ended:
+        sys.exit(f"ended with an error, outside a bar, or before their time: {'; '.join(ended)}")
+
+
+def parts_of(what: str, lab: str | None, conditions: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Captures, and the rows of one lab or of all under each condition."""
+    if what in ("captures", "all"):
+        yield from ((USUAL, "capture", name) for name in CAPTURES)
+    if what in ("ledger", "all"):
+        yield from ((condition, "rows", name) for condition in conditions for name in LABS if lab in (None, name))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lengths", "captures", "ledger", "all", "rows"])
-    parser.add_argument("lab", nargs="?", choices=[*LABS], help="with ledger: this lab's rows alone")
+    parser.add_argument("what", choices=["lengths", "captures", "ledger", "all", "rows", "capture", "keep"])
+    parser.add_argument("lab", nargs="?", choices=[*LABS, *CAPTURES], help="with ledger: this lab's rows alone")
     parser.add_argument("--condition", choices=[*CONDITIONS, "every"], default=USUAL, help="with ledger")
     parser.add_argument("--all", action="store_true", help="with ledger: also what is held back, and write the rows")
+    parser.add_argument("--minutes", type=float, help="of all parts together: what takes longer is cut off")
     given = parser.parse_args()
-    if given.what == "rows":  # what ledger starts, under a condition
-        sys.exit(LABS[given.lab]() or None)
+    if given.what in ("rows", "capture", "keep"):  # what the others start, under a condition
+        end_with_parent()
+        run = {"rows": LABS, "capture": CAPTURES, "keep": {name: partial(keep_rows, name) for name in LABS}}
+        sys.exit(run[given.what][given.lab]() or None)
     if given.lab and given.what != "ledger":
         parser.error(f"a lab goes with ledger; given: {given.what} {given.lab}")
     everything = given.all or given.what == "all"
@@ -196,10 +223,7 @@ def main() -> None:
         parser.error(f"{given.condition} is held back until a design is done; then: --all")
     if given.what == "lengths":
         record_lengths()
-    if given.what in ("captures", "all"):
-        record_captures()
-    if given.what in ("ledger", "all"):
-        record_ledger(given.lab, conditions, everything)
+    run_parts([*parts_of(given.what, given.lab, conditions)], everything, given.minutes)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,20 @@
 
 import json
 import signal
+from contextlib import suppress
 from pathlib import Path
 
-import matplotlib
 import pytest
-from hypothesis import settings
 
-matplotlib.use("agg")  # here, and not in the environment: kernels that tests start draw inline
-settings.register_profile("effkit", deadline=None, max_examples=60)
-settings.load_profile("effkit")
+with suppress(ImportError):  # a machine that is lent for its GPU may have neither; what runs there needs none
+    import matplotlib
+
+    matplotlib.use("agg")  # here, and not in the environment: kernels that tests start draw inline
+with suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("effkit", deadline=None, max_examples=60)
+    settings.load_profile("effkit")
 
 
 # Their verdicts rest on a clock: `make test` runs them after the others, one on each core.

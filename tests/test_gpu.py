@@ -7,7 +7,9 @@ import torch
 
 import effkit as ek
 from effkit import activations, decoder, moe, padding
+from effkit.device import fastest_ns
 from effkit.panes.breakdown import PARTS
+from effkit.timing import Stopwatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -202,6 +204,64 @@ def test_this_gpu_reaches_no_more_than_its_datasheet(tmp_path, monkeypatch):
     assert len(reached) >= 3
     assert (reached <= 1.05).all(), here.frame
     assert reached.drop("memory [B]").min() > 0.2, here.frame
+
+
+def test_rates_with_tf32_are_kept_apart(tmp_path, monkeypatch):
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip(f"{torch.cuda.get_device_name()} has no TF32")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        plain = ek.Device.here()
+        torch.set_float32_matmul_precision("high")
+        short = ek.Device.here()
+        torch.set_float32_matmul_precision("highest")
+        assert ek.Device.here() == plain
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (plain.float32_precision, short.float32_precision) == ("ieee", "tf32")
+    assert short.rate_flops_per_s["float32"] > 1.5 * plain.rate_flops_per_s["float32"]
+
+
+def test_a_ceiling_is_what_events_on_the_stream_tell():
+    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    found = fastest_ns(lambda: x @ x, seconds=0.3)
+    clock, times = Stopwatch("cuda"), []
+    for _ in range(20):
+        marks = [clock.mark()]
+        for _ in range(20):
+            x @ x
+        times.append(clock.ns([*marks, clock.mark()])[1] / 20)
+    assert found == pytest.approx(min(times), rel=0.03)
+
+
+def test_operators_take_the_time_of_their_kernels_and_not_of_their_launches(tmp_path):
+    from effkit.decoder.operator_times import Operators
+
+    x, tiny = torch.randn(2048, 2048, device="cuda"), torch.ones(8, device="cuda")
+
+    def run():
+        for _ in range(20):
+            tiny.cos()
+        return x @ x
+
+    with torch.no_grad(), Operators(99, "cuda") as recorder:
+        run()
+    found = recorder.ns([0, 20, 21])
+    kernels = ek.capture(run, steps=1).kernels()
+    is_product = kernels["total_ns"] == kernels["total_ns"].max()
+    assert found[2] - found[1] == pytest.approx(kernels.loc[is_product, "total_ns"].sum(), rel=0.15)
+    small = kernels.loc[~is_product, "total_ns"].sum()
+    assert small <= found[1] < small + 20 * 4_000, "20 kernels, and the marks between them"
+
+
+def test_matrix_products_of_a_capture_are_held_against_the_datasheet(train):
+    table = ek.capture(train, shapes=True).products()
+    assert table["flops"].tolist() == [2 * 1024 * 512 * 2048] * len(table)
+    assert table["calls"].sum() == 3 * 5, "two layers: forward, their weights' gradients, and the second's input"
+    if ek.Device.here().datasheet is not None:
+        assert table["reached_frac"].between(0, 1).all(), table
 
 
 def test_experts_on_the_gpu_exchange_through_the_host_or_by_nccl():

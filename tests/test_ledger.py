@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -134,3 +135,86 @@ def test_the_stored_ledgers_make_a_table_that_is_short_enough_to_read():
     table = list(ledger_rows.accuracy(stored))
     assert all(row.count("|") == 10 for row in table)
     assert sum("Token copies" in row for row in table) <= len(stored)
+
+
+@pytest.fixture
+def labs(ledger, tmp_path, monkeypatch):
+    """A lab of three settings, with the ledger of a device of its own; what of them fails is given."""
+
+    def run(failing=(), measured=CLOSE):
+        part = ledger_rows.begun("padding")
+        for name in ("a", "b", "c"):
+            with ledger_rows.going_on(f"padding, {name}"):
+                if name in failing:
+                    raise RuntimeError("out of memory")
+                guess, truth = (Account.of("Time", "ns", {"step": total}, total=total, source="clock", **band)
+                                for total, band in ((100, {"low": 90, "high": 110}), (measured, {})))  # fmt: skip
+                facts = ledger_rows.provenance()
+                Receipt(guess, truth, setting={"size": name}, provenance=facts).append_to(
+                    part, lab="padding", model="m", knob="k")  # fmt: skip
+        return part
+
+    monkeypatch.setenv("EFFKIT_LEDGER_CONDITION", "one thread")
+    monkeypatch.setenv("EFFKIT_LEDGER_ALL", "1")
+    yield run
+    ledger_rows.begun("padding")
+
+
+def by_setting(tmp_path):
+    (path,) = (tmp_path / "ledger").glob("*.csv")
+    table = pd.read_csv(path)
+    return dict(zip((json.loads(setting)["size"] for setting in table["setting"]), table["measured"], strict=True))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_setting_that_fails_loses_no_other(labs, tmp_path, capsys):
+    ledger_rows.replace_rows("padding", labs(failing=("b",)))
+    assert by_setting(tmp_path) == {"a": 105, "c": 105}
+    assert ledger_rows.failed() == ["padding, b failed: RuntimeError: out of memory"]
+    assert "Traceback" in capsys.readouterr().err
+    ledger_rows.replace_rows("padding", labs())
+    assert ledger_rows.failed() == []
+    ledger_rows.replace_rows("padding", labs(failing=("a", "c"), measured=FAR))
+    assert by_setting(tmp_path) == {"a": 105, "b": 130, "c": 105}, "rows of before stay where there are no new ones"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_rows_of_a_process_that_was_cut_off_are_kept(labs, tmp_path):
+    labs(failing=("c",))
+    ledger_rows.begun("moe")  # as another process would: nothing has failed in it
+    ledger_rows.keep_rows("padding")
+    assert by_setting(tmp_path) == {"a": 105, "b": 105}
+    assert not ledger_rows.part_of("padding").exists()
+    ledger_rows.keep_rows("padding")
+    assert by_setting(tmp_path) == {"a": 105, "b": 105}, "nothing was left behind"
+
+
+def test_what_takes_longer_than_its_limit_is_cut_off():
+    code = "import time; time.sleep(60)"
+    begin = time.perf_counter()
+    status = ledger_rows.run_under("one thread", [sys.executable, "-c", code], everything=False, limit_s=0.5)
+    assert status == ledger_rows.CUT_OFF
+    assert time.perf_counter() - begin < 20
+
+
+def test_every_part_has_its_share_of_the_time_and_one_that_fails_stops_no_other(monkeypatch, capsys):
+    record = importlib.import_module("record")
+    ran = []
+
+    def run_under(condition, command, *, everything, limit_s=None):
+        ran.append((*command[2:], condition, limit_s))
+        return {"speech": 1, "decoder": record.CUT_OFF}.get(command[-1], 0) if command[2] != "keep" else 0
+
+    monkeypatch.setattr(record, "run_under", run_under)
+    monkeypatch.setattr(record.time, "monotonic", lambda: 0.0)
+    parts = [*record.parts_of("all", None, ["one thread"])]
+    assert {name for _, _, name in parts} == {*record.CAPTURES, *record.LABS}
+    with pytest.raises(SystemExit, match=r"time: speech, one thread; decoder, one thread, which was cut off$"):
+        record.run_parts(parts, True, 10)
+    assert [(what, name) for what, name, *_ in ran if name == "decoder"] == [("rows", "decoder"), ("keep", "decoder")]
+    assert [name for what, name, *_ in ran if what != "keep"] == [name for _, _, name in parts], "all were run"
+    assert ran[0][-1] == 600 / len(parts)
+    assert ran[-1][-1] == 600, "the last has all that is left"
+    ran.clear()
+    record.run_parts([("AVX2", "rows", "padding")], False, None)
+    assert ran == [("rows", "padding", "AVX2", None)], "without a limit a part has the time that it takes"
