@@ -101,7 +101,7 @@ class Device:
     def frame(self) -> pd.DataFrame:
         """Measured beside published: one row per ceiling, columns measured, published, reached_frac, source."""
         sheet = self.datasheet
-        published = dict(sheet.rate_flops_per_s) if sheet else {}
+        published: dict[str, float | None] = dict(sheet.rate_flops_per_s) if sheet else {}
         if self.float32_precision != "ieee":  # then the rate of products in fewer bits
             published["float32"] = published.get(self.float32_precision.replace("bf16", "bfloat16"))
         rows = {
@@ -210,7 +210,7 @@ def _precision() -> str:
     """How float32 is multiplied: where torch was not told, in full."""
     from torch import backends
 
-    matmul = (backends.cuda if usual_device() == "cuda" else backends.mkldnn).matmul  # type: ignore[attr-defined]
+    matmul = (backends.cuda if usual_device() == "cuda" else backends.mkldnn).matmul
     return str(matmul.fp32_precision).replace("none", "ieee")
 
 
@@ -223,8 +223,7 @@ def _cache_path() -> Path:
     sums = ("fp16_accumulation", "fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction")
     key = (
         _name(), torch.__version__, torch.__config__.show(), torch.__config__.parallel_info(), _precision(),
-        driver.read_text() if driver.exists() else "", cuda.preferred_blas_library(),
-        mkldnn.enabled,  # type: ignore[attr-defined]
+        driver.read_text() if driver.exists() else "", cuda.preferred_blas_library(), mkldnn.enabled,
         where == "cpu" or torch.get_device_module(where).get_device_properties(),
         [getattr(cuda.matmul, f"allow_{name}") for name in sums],
         os.cpu_count() if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0)),

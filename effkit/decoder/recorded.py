@@ -98,7 +98,7 @@ def _served(capture: Capture) -> Account | None:
         tree, on_device = nesting.host(events), events[events["category"].isin(DEVICE)]
         phase = phases(tree["name"].where(tree["category"] == "user_annotation"))
         marked = nesting.nearest(nesting.parents(tree), phase.notna().to_numpy())
-        of_work = np.append(phase.to_numpy(dtype=object), None)[nesting.owners(tree, marked, on_device)]
+        of_work = np.append(phase.to_numpy(dtype=object), np.nan)[nesting.owners(tree, marked, on_device)]
         times.update(on_device["dur_ns"].groupby(of_work).sum().to_dict())
         total += int(on_device["dur_ns"].sum())
     rows = {phase: int(time_ns) for phase, time_ns in times.items()}
