@@ -398,3 +398,9 @@ def test_a_generation_that_cannot_be_waited_for_is_refused(monkeypatch):
     monkeypatch.setattr(model, "parameters", Elsewhere("xla").parameters)
     with pytest.raises(ValueError, match="is on xla, for which torch cannot wait"):
         decoder.measure(model, num_steps=2)
+
+
+def test_what_was_never_followed_is_not_told_as_a_cpus(monkeypatch):
+    accelerators.installed(monkeypatch, "xpu")
+    with pytest.raises(ValueError, match="Elsewhere is on xpu, where nobody has followed what a step allocates"):
+        activations.observe(lambda enter: None, Elsewhere("xpu"), dict)

@@ -95,7 +95,10 @@ def observe(
     On a GPU the peak is the allocator's own; on the CPU it is what the profiler's running total rose by, and what was
     there before it: ``residents()``. That total does not fall when a block is freed that is older than the recording.
     """
-    cuda = next(model.parameters()).is_cuda
+    if (kind := next(model.parameters()).device.type) not in ("cpu", "cuda"):
+        raise ValueError(f"{type(model).__name__} is on {kind}, where nobody has followed what a step allocates: move "
+                         "it to CUDA or to the CPU; capture() says its peak, where torch counts one")  # fmt: skip
+    cuda = kind == "cuda"
     seen = _observed(step, model, residents, cuda=cuda)
     return _observed(step, model, residents, cuda=cuda, again=True) if seen.timeline.let_go and not cuda else seen
 
