@@ -32,6 +32,7 @@ from effkit.receipt import LEDGER_COLUMNS, Receipt
 from effkit.whole_files import replacing
 
 DATA = Path(__file__).resolve().parent
+RECORDED = DATA / "ledger" / "recorded_gpus.csv"  # of other people's GPUs; whoever has one adds a file of its own
 README = DATA.parent / "README.md"
 sys.path.append(str(DATA.parent / "notebooks"))  # where a ledger imports `lessons` from, as a notebook does
 LABS = ("padding", "activations", "moe", "decoder", "advice")  # in this order in the file
@@ -203,8 +204,12 @@ def refresh_readme() -> None:
     rows = [
         "| device | condition | lab | quantity | settings | median error | worst error | inside band | band / error |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",
-        *accuracy([pd.read_csv(path) for path in sorted((DATA / "ledger").glob("*.csv"))]),
+        *accuracy(
+            [pd.read_csv(path) for path in sorted((DATA / "ledger").glob("*.csv")) if path.name != RECORDED.name]
+        ),
     ]
+    if RECORDED.exists():
+        rows += ["", *published(pd.read_csv(RECORDED))]
     text = README.read_text(encoding="utf-8")
     begin, end = "<!-- accuracy: written by make ledger -->\n", "<!-- /accuracy -->"
     before, rest = text.split(begin)
@@ -232,6 +237,22 @@ def accuracy(ledgers: Sequence[pd.DataFrame]) -> Iterator[str]:
     for lab, group in table[(table["unit"] == "ns") & table["in_range"]].groupby("lab", sort=False):
         times = group[group["quantity"] == group["quantity"].iloc[0]]
         yield _told("**all**", "all", str(lab), times["quantity"].iloc[0], times)
+
+
+def published(table: pd.DataFrame) -> Iterator[str]:
+    """A table of GPU runs that others published, by GPU, counter and source."""
+    facts = pd.DataFrame([json.loads(text) for text in table["provenance"]])[["device", "counter", "source"]]
+    inside = (table["low"] <= table["measured"]) & (table["measured"] <= table["high"])
+    told = facts.assign(error=table["error"], inside=inside)
+    yield "GPU runs that others published, forecast on a CPU with `forecast(device=...)`:"
+    yield ""
+    yield "| GPU | counter | source | runs | median error | lowest | highest | inside band |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|"
+    groups = [*told.groupby(list(facts), sort=False), (("**all**", "all", "all"), told)]
+    for names, group in groups:
+        errors, num = group["error"], len(group)
+        yield (f"| {' | '.join(names)} | {num} | {errors.abs().median():.2%} | {errors.min():+.2%} "
+               f"| {errors.max():+.2%} | {group['inside'].sum()} of {num} |")  # fmt: skip
 
 
 def _told(device: str, name: str, lab: str, quantity: str, group: pd.DataFrame) -> str:

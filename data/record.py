@@ -37,6 +37,7 @@ import ledger_advice
 import ledger_decoder
 import ledger_moe
 import ledger_padding
+import ledger_recorded
 import torch
 from ledger_padding import spoken
 from ledger_rows import CONDITIONS, CUT_OFF, DATA, HELD_BACK, USUAL, device_name, keep_rows, run_under
@@ -62,7 +63,9 @@ LABS = {  # in this order: the last, which takes longest, has all the time that 
     "decoder": ledger_decoder.record,
     "advice": ledger_advice.record,
     "activations": ledger_activations.record,
+    "recorded": ledger_recorded.record,
 }
+ELSEWHERE = "recorded"  # on other people's machines: by name alone
 
 
 def record_lengths() -> None:
@@ -199,7 +202,8 @@ def parts_of(what: str, lab: str | None, conditions: Sequence[str]) -> Iterator[
     if what in ("captures", "all"):
         yield from ((USUAL, "capture", name) for name in CAPTURES)
     if what in ("ledger", "all"):
-        yield from ((condition, "rows", name) for condition in conditions for name in LABS if lab in (None, name))
+        yield from ((condition, "rows", name) for condition in conditions for name in LABS
+                   if name == lab or (lab is None and name != ELSEWHERE))
 
 
 def main() -> None:

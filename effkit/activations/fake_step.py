@@ -11,12 +11,10 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -44,12 +42,13 @@ class Replayer:
 
     The model, real or on the meta device, is copied, not touched; ``loss`` and ``optimizer`` are those of
     :func:`effkit.activations.measure`. With ``as_on_gpu``, what differs on a GPU is done as it is done there (see
-    :mod:`effkit.activations.gpu_assumptions`). A model that cannot be copied has no replays.
+    :mod:`effkit.activations.gpu_assumptions`). Unless it ``trains``, a step is a forward pass without gradients. A
+    model that cannot be copied has no replays.
     """
 
     def __init__(
         self, model: torch.nn.Module, loss: Loss | None = None, optimizer: MakeOptimizer | None = None, *,
-        as_on_gpu: bool = False,
+        as_on_gpu: bool = False, trains: bool = True,
     ) -> None:  # fmt: skip
         self._mode, self._refused = _Valued(), ""
         tensors = (*model.parameters(), *model.buffers())
@@ -65,8 +64,10 @@ class Replayer:
                 return
         for parameter in self._model.parameters():
             parameter.grad = None
-        self._loss, self._as_on_gpu = loss or own_loss, as_on_gpu
-        self._make = gpu_assumptions.at_once(optimizer) if as_on_gpu else optimizer
+        self._loss, self._make, self._trains = loss or own_loss, optimizer, trains
+        # of fake parameters torch updates each alone; on a GPU, real ones at once
+        self._at_once = as_on_gpu or any(parameter.is_cuda for parameter in self._model.parameters())
+        self._as_on_gpu = as_on_gpu
         self._updates: dict[str, torch.optim.Optimizer] = {}
         self.calls: dict[Signature, Call] = {}  # of all replays
 
@@ -94,12 +95,13 @@ class Replayer:
             follower = Follower(residents(self._model, update, fake))
             with follower.following(self._model):
                 self._run(fake, update, levers, follower.enter)
-            timeline = follower.timeline()
             self.calls |= follower.calls
-            return _rounded(timeline) if self._as_on_gpu else timeline
+            return follower.timeline()
 
-    def _update(self, batch: Any, levers: Levers) -> torch.optim.Optimizer:
-        """The optimizer, its state in place."""
+    def _update(self, batch: Any, levers: Levers) -> torch.optim.Optimizer | None:
+        """The optimizer, its state in place; none for a forward pass alone."""
+        if not self._trains:
+            return None
         if levers.optimizer_states not in self._updates:
             update = still(self._model.parameters(), levers.optimizer(self._make))
             self._run(batch, update, Levers())
@@ -107,8 +109,9 @@ class Replayer:
         return self._updates[levers.optimizer_states]
 
     def _run(
-        self, batch: Any, update: torch.optim.Optimizer, levers: Levers, enter: stepping.Enter = lambda phase: None
-    ) -> None:
+        self, batch: Any, update: torch.optim.Optimizer | None, levers: Levers,
+        enter: stepping.Enter = lambda phase: None,
+    ) -> None:  # fmt: skip
         def entered(phase: str) -> None:
             self._mode.updates = phase == stepping.OPTIMIZER
             enter(phase)
@@ -129,7 +132,9 @@ class Replayer:
                 stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
             stack.enter_context(self._mode)
             if self._as_on_gpu:
-                stack.enter_context(gpu_assumptions.AsOnGpu())
+                stack.enter_context(gpu_assumptions.as_on_gpu())
+            if self._at_once:
+                stack.enter_context(updating_at_once())
             stack.enter_context(random_numbers_kept(devices=[]))
             before = [(module, name, value) for module in self._model.modules() for name, value in _held(module)]
             try:
@@ -160,6 +165,17 @@ class Replayer:
         return f"this step can be measured, not forecast: at {place}, because {because}"
 
 
+@contextmanager
+def updating_at_once() -> Iterator[None]:
+    """Optimizers take fake tensors for a GPU's real ones when they choose how to update."""
+    of = sys.modules[torch.optim.Optimizer.__module__]
+    with (
+        mock.patch.object(of, "_foreach_supported_types", [*of._foreach_supported_types, FakeTensor]),
+        mock.patch.object(of, "_get_foreach_kernels_supported_devices", return_value=["cpu", "cuda"]),
+    ):
+        yield
+
+
 def _uncopied(*values: Any, seen: set[int]) -> Iterator[Any]:
     """What is held by these and cannot be copied, such as a lock."""
     for value in values:
@@ -184,15 +200,6 @@ def _held(module: torch.nn.Module) -> list[tuple[str, Any]]:
 
 def _frames(error: Exception) -> list[Any]:
     return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-
-
-def _rounded(timeline: Timeline) -> Timeline:
-    """With every allocation in whole blocks, and the workspace that cuBLAS holds from the first product on."""
-    size = timeline.allocations["size_bytes"]
-    blocks = -(-size // gpu_assumptions.ROUNDING_BYTES) * gpu_assumptions.ROUNDING_BYTES
-    blocks = blocks.where(timeline.allocations["category"] != "offloaded activation", 0)  # those are on the host
-    held = np.full(len(timeline.ops), gpu_assumptions.CUBLAS_BYTES)
-    return replace(timeline, allocations=timeline.allocations.assign(size_bytes=blocks), inside_bytes=held)
 
 
 class _Valued(fake_tensor.FakeTensorMode):

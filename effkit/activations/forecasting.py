@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from effkit.activations import stepping
+from effkit.activations.caching_allocator import in_blocks
 from effkit.activations.fake_step import Replayer
-from effkit.activations.gpu_assumptions import ASSUMED
+from effkit.activations.gpu_assumptions import ASSUMED, workspace_bytes
 from effkit.activations.levers import Levers, Size
 from effkit.activations.memory_model import Surface
 from effkit.activations.op_workspace import Workspace
@@ -50,8 +51,8 @@ class Forecaster:
     """Forecasts the steps of a model at any size and with any levers.
 
     The real ``model`` is copied, not kept; ``batch`` is an example, the size to start from, and is repeated and cut
-    unless ``make_batch`` is given, ``(batch_size, length) -> batch``. With ``device="cuda"``: as on a GPU, wherever the
-    model is.
+    unless ``make_batch`` is given, ``(batch_size, length) -> batch``. With ``device="cuda"``, or a GPU's name: as on a
+    GPU, wherever the model is. Unless it ``trains``, a step is a forward pass without gradients.
 
     It forecasts around ``size``, and exactly at it: the example's, unless another is set. Operators that hide memory
     are run alone where ``runs_operators`` is set. ``basis``, ``assumptions``
@@ -60,12 +61,15 @@ class Forecaster:
 
     def __init__(
         self, model: torch.nn.Module, batch: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
-        make_batch: MakeBatch | None = None, device: str | None = None,
+        make_batch: MakeBatch | None = None, device: str | None = None, trains: bool = True,
     ) -> None:  # fmt: skip
-        elsewhere = device == "cuda" and not next(model.parameters()).is_cuda
-        if device not in (None, "cpu", "cuda"):
-            raise ValueError(f"device is cpu or cuda, or left out for the model's own; given: {device!r}")
-        self._replayer = Replayer(model, loss, optimizer, as_on_gpu=elsewhere)
+        here = next(model.parameters()).is_cuda
+        named = 0 if device in (None, "cpu") else workspace_bytes(device)
+        elsewhere, held = bool(named) and not here, workspace_bytes("cuda") if here else named
+        self.on_gpu, self.trains = here or elsewhere, trains
+        # a thread of its own runs backward; cuBLAS holds one for each
+        self._workspaces = (held,) * (1 + trains) if self.on_gpu else ()
+        self._replayer = Replayer(model, loss, optimizer, as_on_gpu=elsewhere, trains=trains)
         self.basis = "assumed" if elsewhere else "derived"
         self.assumptions = ASSUMED if elsewhere else ""
         self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
@@ -74,7 +78,9 @@ class Forecaster:
         self.size = self._example = Size(stepping.rows(batch), stepping.length(batch))
         self.workspace, self.shapes = Workspace(), shapes(model)
         self.runs_operators = not elsewhere and not any(parameter.is_meta for parameter in model.parameters())
+        self._requested: dict[tuple[Size, Levers], Timeline] = {}
         self._timelines: dict[tuple[Size, Levers], Timeline] = {}
+        self._reserved_bytes: dict[tuple[Size, Levers], int] = {}
         self._surfaces: dict[Levers, Surface | str] = {}  # or why there is none
         self._times: dict[Levers, Any] = {}
 
@@ -88,30 +94,50 @@ class Forecaster:
         return self._make(size.num_rows, size.num_cells)
 
     def timeline(self, size: Size, levers: Levers) -> Timeline:
-        """The replay at exactly this setting."""
+        """The replay at exactly this setting; on a GPU, in the blocks of its allocator."""
         key = (size, levers)
-        if key in self._timelines:
-            return self._timelines[key]
-        plain, states = replace(levers, optimizer_states="float32"), Levers(optimizer_states=levers.optimizer_states)
-        if levers not in (plain, states):  # what the optimizer does is the same with any other levers
-            self._timelines[key] = self.timeline(size, plain).with_optimizer_of(self.timeline(size, states))
-        else:
-            replayed = self._replayer.replay(self.batch(size), levers)
-            self._timelines[key] = self._taught(replayed)
+        if key not in self._timelines:
+            requested = self.requested(size, levers)
+            placed = in_blocks(requested, self._workspaces) if self.on_gpu else (requested, 0)
+            self._timelines[key], self._reserved_bytes[key] = placed
         return self._timelines[key]
 
+    def requested(self, size: Size, levers: Levers) -> Timeline:
+        """The same in the bytes that tensors ask for."""
+        key = (size, levers)
+        if key in self._requested:
+            return self._requested[key]
+        plain, states = replace(levers, optimizer_states="float32"), Levers(optimizer_states=levers.optimizer_states)
+        if levers not in (plain, states):  # what the optimizer does is the same with any other levers
+            self._requested[key] = self.requested(size, plain).with_optimizer_of(self.requested(size, states))
+        else:
+            self._requested[key] = self._taught(self._replayer.replay(self.batch(size), levers))
+        return self._requested[key]
+
+    def reserved_bytes(self, size: Size, levers: Levers) -> int:
+        """What the allocator holds for a step, in use or not."""
+        self.timeline(size, levers)
+        return self._reserved_bytes[size, levers]
+
     def _taught(self, replayed: Timeline) -> Timeline:
-        """A replay with what its operators allocate inside themselves."""
+        """A replay with what its operators allocate inside themselves; on a GPU, with what cuBLAS holds, and without
+        what is on the host."""
         if self.runs_operators:
             self.workspace.learn(replayed, self._replayer.calls)
-        return self.workspace.applied(replayed)
+        taught = self.workspace.applied(replayed)
+        if not self.on_gpu:
+            return taught
+        frame = taught.allocations
+        sizes = frame["size_bytes"].where(frame["category"] != "offloaded activation", 0)
+        inside = taught.inside_bytes + sum(self._workspaces)
+        return replace(taught, allocations=frame.assign(size_bytes=sizes), inside_bytes=inside)
 
     def watch(self, observed: Timeline, size: Size, levers: Levers) -> Timeline:
         """Learn from a real step which operators hide memory; its replay, which knows no more of the step."""
         replayed = self._replayer.replay(self.batch(size), levers)
         self.workspace.watch(observed, replayed)
-        self._timelines[size, levers] = self._taught(replayed)
-        return self._timelines[size, levers]
+        self._requested[size, levers] = self._taught(replayed)
+        return self.timeline(size, levers)
 
     def surface(self, levers: Levers) -> Surface:
         """The timeline as a function of the size; takes two or six replays the first time.
@@ -134,18 +160,18 @@ class Forecaster:
         lengths = _thirds(cells // 4, 2 * cells) if cells else [None]
         sizes = [Size(num_rows, num_cells) for num_rows in span for num_cells in lengths]
         try:
-            timelines = [self.timeline(size, levers) for size in sizes]
+            timelines = [self.requested(size, levers) for size in sizes]
         except ValueError:
             if not cells:
                 raise
             # longer than the model has positions for
             sizes = [Size(num_rows, num_cells) for num_rows in span for num_cells in _thirds(cells // 4, cells)]
-            timelines = [self.timeline(size, levers) for size in sizes]
+            timelines = [self.requested(size, levers) for size in sizes]
         return Surface.fit([astuple(size) for size in sizes], timelines)
 
     def _checked(self, surface: Surface, levers: Levers) -> Surface:
         """Small tensors are not compressed: where that decides the peak, it is no smooth function of the size."""
-        exact = self.timeline(self.size, levers).levels().sum(axis=0).max()
+        exact = self.requested(self.size, levers).peak_bytes
         if abs(surface.peak(*astuple(self.size))[0].sum() / exact - 1) > _SMOOTH_FRAC:
             raise ValueError("the step is no smooth function of its size")
         return surface
@@ -178,6 +204,8 @@ class Forecaster:
         spans = [(0, second, fewer + (more > 0)), (second, len(main), fewer + (more > 1))]
         peaks = [surface.peak(rows * count, size.num_cells, first, last) for first, last, rows in spans if last > first]
         levels, op = max(peaks, key=lambda peak: peak[0].sum())
+        # blocks are no smooth function of the size: they are as much larger than what they hold as at the exact one
+        levels = levels * (self.timeline(self.size, levers).peak_bytes / self.requested(self.size, levers).peak_bytes)
         return Peak(rows_at(levels.round()), timeline.ops[main[op]], timeline.phases[main[op]],
                     surface.doublings(size.num_rows, size.num_cells), self._seen(*surface.timelines))  # fmt: skip
 

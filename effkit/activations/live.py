@@ -142,6 +142,8 @@ def measure(
                    setting=wanted),
         saved_account(step.timeline, step.kept_bytes, "operator", "the allocator when backward began"),
         *changed,
+        *(Account.of(name, "bytes", {name.split()[0].lower(): amount}, total=amount, setting=wanted,
+                     source="torch.cuda.memory_stats") for name, amount in step.counters.items()),
     ]  # fmt: skip
     return Account.of(PEAK, "bytes", step.rows, total=step.peak_bytes, source=step.source, setting=wanted,
                       calibration=calibration, companions=tuple(companions))  # fmt: skip
@@ -195,7 +197,7 @@ def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: 
 def _calibrated(forecaster: Forecaster, size: Size, levers: Levers, step: Observation) -> float:
     """Teach the forecaster which operators hide memory; its error on the step that was measured."""
     try:
-        predicted = int(forecaster.watch(step.timeline, size, levers).levels().sum(axis=0).max())
+        predicted = forecaster.watch(step.timeline, size, levers).peak_bytes
     except ValueError:  # this step can be measured, not forecast; who asks for a forecast is told why
         return float("nan")
     return predicted / step.peak_bytes - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ class Workspace:
                     self.sizes[signature] = calls[signature].sizes
 
         with torch.random.fork_rng():
-            recording = Recording.of(memory_events(run), cuda=any(_cuda(calls[signature]) for signature in new))
+            recording = Recording.of(memory_events(run), _device(calls[signature] for signature in new))
         kept = np.array([ran.get(number, 0) for number in recording.numbers.tolist()], dtype="int64")
         for number, amount in zip(recording.numbers.tolist(), recording.inside(kept).tolist(), strict=True):
             if number in ran:
@@ -157,8 +157,10 @@ def _made(out: Any, given: Any) -> list[torch.Tensor]:
     return made
 
 
-def _cuda(call: Call) -> bool:
-    return any(isinstance(leaf, Like) and leaf.device.type == "cuda" for leaf in call.leaves)
+def _device(calls: Iterable[Call]) -> torch.device:
+    """Where these run: some of what runs on a GPU is given numbers of the CPU."""
+    devices = [leaf.device for call in calls for leaf in call.leaves if isinstance(leaf, Like)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def _shows(call: Call) -> bool:

@@ -10,10 +10,18 @@ import pandas as pd
 from effkit.account import Account
 from effkit.activations import lossy_gradients
 from effkit.activations.forecasting import Forecaster, MakeBatch
-from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, complete, parted
+from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, Levers, Size, complete, parted
 from effkit.activations.live import TIME, Calibration, check_trains, measure, saved_account
 from effkit.activations.low_bit import STATES
-from effkit.activations.timeline import CATEGORIES, PEAK, RESIDENTS, Timeline
+from effkit.activations.timeline import (
+    CATEGORIES,
+    FORWARD_PEAK,
+    PEAK,
+    REQUESTED,
+    RESERVED,
+    RESIDENTS,
+    Timeline,
+)
 from effkit.arguments import checked_amount, described
 from effkit.lab import Progress, Trust, calibration_of, interval
 from effkit.training import Loss, MakeOptimizer
@@ -58,7 +66,8 @@ def predict(base: Account, **setting: Any) -> Account:
 
 def forecast(
     model: torch.nn.Module, batch_like: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
-    make_batch: MakeBatch | None = None, device: str | None = None, calibrate: bool | None = None, **setting: Any,
+    make_batch: MakeBatch | None = None, device: str | None = None, calibrate: bool | None = None, trains: bool = True,
+    **setting: Any,
 ) -> Account:  # fmt: skip
     """The peak of a training step before it is run: of this model at any size, with any levers in force.
 
@@ -72,14 +81,18 @@ def forecast(
     batch_like, loss, optimizer, make_batch
         As in :func:`measure`.
     device
-        ``"cuda"``: as on a GPU, on a machine that has none. What a GPU does otherwise is then assumed, not measured:
-        see :mod:`effkit.activations.gpu_assumptions`.
+        ``"cuda"``, or the name of a GPU such as ``"H100"``: as on a GPU, on a machine that has none. What a GPU does
+        otherwise is then assumed, not measured: see :mod:`effkit.activations.gpu_assumptions`. The peak is in whole
+        blocks, as ``torch.cuda.max_memory_allocated`` counts it; companions are the bytes that tensors request, and
+        what the allocator reserves.
     calibrate
         Whether to run operators; unless given, where the model is on this machine and ``device`` is left out.
+    trains
+        False: a forward pass alone, without gradients.
     setting
         As in :func:`predict`.
     """
-    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate, setting)
+    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate, setting, trains=trains)
     return _predicted(forecaster, complete(forecaster.rest(), setting))
 
 
@@ -196,12 +209,15 @@ def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = Non
 
 def _forecaster(
     model: torch.nn.Module, batch: Any, loss: Loss | None, optimizer: MakeOptimizer | None,
-    make_batch: MakeBatch | None, device: str | None, calibrate: bool | None, setting: Mapping[str, Any],
+    make_batch: MakeBatch | None, device: str | None, calibrate: bool | None, setting: Mapping[str, Any], *,
+    trains: bool = True,
 ) -> Forecaster:  # fmt: skip
     """What forecasts around the size of this setting."""
     check_trains(model, loss, optimizer, make_batch, runs=False)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    forecaster = Forecaster(model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device)
+    forecaster = Forecaster(
+        model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device, trains=trains
+    )
     forecaster.size, _ = parted(complete(forecaster.rest(), setting))
     if calibrate is not None:
         forecaster.runs_operators = calibrate
@@ -214,20 +230,36 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     total = sum(peak.rows.values())
     error = abs(calibration.error_frac) if calibration else 0.0
     trust = Trust(error, least_frac=max(_LEAST_BAND_FRAC, forecaster.doubt_frac))
-    half_width = total * trust.beyond(peak.doublings, peak.seen)
-    companions: list[Account] = []
+    frac = trust.beyond(peak.doublings, peak.seen)
+    companions = _counters(forecaster, size, levers, frac) if forecaster.on_gpu and size == forecaster.size else []
     if calibration is not None and (clock := calibration.clock) is not None:
         time_ns = round(forecaster.step_ns(size, levers, clock))
         known, beyond = clock.knows(levers), clock.sizes.doublings({"growth": forecaster.growth(size)})
         time_half_width = time_ns * clock.trust.beyond(max(beyond, peak.doublings), known)
-        companions = [Account.of(
+        companions += [Account.of(
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
             basis="derived", **interval(time_ns, time_half_width), setting=wanted,
             in_range=peak.covered and known and not beyond,
         ), *lossy_gradients.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
+    title = PEAK if forecaster.trains else FORWARD_PEAK
     return Account.of(
-        PEAK, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, half_width),
+        title, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, total * frac),
         source=f"a replay on fake tensors: the peak is in {peak.phase}, at {peak.op}{forecaster.assumptions}",
         in_range=peak.covered, setting=wanted, companions=tuple(companions),
         calibration=calibration or forecaster,
     )  # fmt: skip
+
+
+def _counters(forecaster: Forecaster, size: Size, levers: Levers, frac: float) -> list[Account]:
+    """What else a GPU's allocator counts: bytes requested, and reserved. What of these is free depends on what ran
+    before, and may be as much again, or nothing."""
+    requested, used = forecaster.requested(size, levers).peak_bytes, forecaster.timeline(size, levers).peak_bytes
+    reserved = max(used, forecaster.reserved_bytes(size, levers))
+    return [
+        Account.of(name, "bytes", {name.split()[0].lower(): total}, total=total, basis=forecaster.basis,
+                   source=f"a replay on fake tensors{forecaster.assumptions}", **interval(total, half_width))
+        for name, total, half_width in (
+            (REQUESTED, requested, requested * frac),
+            (RESERVED, reserved, reserved * frac + reserved - used),
+        )
+    ]  # fmt: skip

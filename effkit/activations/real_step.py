@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,15 +12,17 @@ import pandas as pd
 import torch
 from torch._C._profiler import _RecordFunctionFast
 
+from effkit.activations.gpu_assumptions import held_by_cublas
 from effkit.activations.op_costs import FLOPS, HALF_FLOPS
 from effkit.activations.storage_tracker import Follower
-from effkit.activations.timeline import CATEGORIES, Ints, Timeline
+from effkit.activations.timeline import CATEGORIES, REQUESTED, RESERVED, Ints, Timeline
 from effkit.device import synchronize
 from effkit.gc_disabled import gc_disabled
 from effkit.recording import memory_events
 from effkit.trace.tidying import Trace
 
 _MARK = "effkit::operator#"
+_COUNTERS = {REQUESTED: "requested", RESERVED: "reserved"}  # of torch.cuda.memory_stats
 
 
 def mark(number: int) -> Any:
@@ -43,9 +45,10 @@ class Recording(NamedTuple):
     levels: Any
 
     @classmethod
-    def of(cls, recording: Trace, *, cuda: bool, since_first: bool = False) -> Recording:
-        """The memory of the GPU, or of the CPU; if ``since_first``, from the first mark on."""
-        memory = recording.memory[recording.memory["device"].str.startswith("cuda" if cuda else "cpu")]
+    def of(cls, recording: Trace, device: torch.device, *, since_first: bool = False) -> Recording:
+        """The memory of this device; if ``since_first``, from the first mark on."""
+        name = "cpu" if device.type == "cpu" else f"device{device.index or 0}"  # as recordings have it
+        memory = recording.memory[recording.memory["device"] == name]
         marks = recording.events[recording.events["name"].str.startswith(_MARK)]
         numbers = marks["name"].str.removeprefix(_MARK).astype("int64").to_numpy()
         order = np.argsort(numbers)
@@ -70,7 +73,8 @@ class Observation(NamedTuple):
 
     ``timeline`` knows what each operator allocates inside itself, ``durations_ns`` how long it took; ``rows`` is what
     the recorded allocations that are alive at the peak are for [bytes], ``peak_bytes`` what the allocator counted then,
-    ``source`` who says so; ``kept_bytes`` is what it counted above the residents when backward began.
+    ``source`` who says so; ``kept_bytes`` is what it counted above the residents when backward began; ``counters`` are
+    what else it counted, by name [bytes].
     """
 
     timeline: Timeline
@@ -79,6 +83,7 @@ class Observation(NamedTuple):
     peak_bytes: int
     source: str
     kept_bytes: int
+    counters: Mapping[str, int]
 
     def forward_flops(self) -> tuple[int, int]:
         """FLOPs of the forward pass in single precision, and in half."""
@@ -98,17 +103,20 @@ def observe(
     if (kind := next(model.parameters()).device.type) not in ("cpu", "cuda"):
         raise ValueError(f"{type(model).__name__} is on {kind}, where nobody has followed what a step allocates: move "
                          "it to CUDA or to the CPU; capture() says its peak, where torch counts one")  # fmt: skip
-    cuda = kind == "cuda"
-    seen = _observed(step, model, residents, cuda=cuda)
-    return _observed(step, model, residents, cuda=cuda, again=True) if seen.timeline.let_go and not cuda else seen
+    seen = _observed(step, model, residents)
+    return _observed(step, model, residents, again=True) if seen.timeline.let_go and kind == "cpu" else seen
 
 
 def _observed(
     step: Callable[[Callable[[str], None]], None], model: torch.nn.Module,
-    residents: Callable[[], dict[str, list[torch.Tensor]]], *, cuda: bool, again: bool = False,
+    residents: Callable[[], dict[str, list[torch.Tensor]]], *, again: bool = False,
 ) -> Observation:  # fmt: skip
     """If ``again``, the recording has two steps, of which the second is followed."""
-    residents()  # which lets go of gradients: a recording would see the end of those that an earlier one has seen made
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    # asked for at once, which lets go of gradients: a recording would see the end of those that an earlier one has seen
+    # made
+    beyond = beyond_tensors(residents(), torch.cuda.memory_snapshot() if cuda else ())
     followers: list[Follower] = []
 
     def follow() -> None:
@@ -121,10 +129,14 @@ def _observed(
 
     if cuda:
         synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     with gc_disabled():  # what an earlier step left in cycles would die during this one, and pass for its own
-        recording = Recording.of(memory_events(follow), cuda=cuda, since_first=again)
-    counted = torch.cuda.max_memory_allocated() if cuda else None
+        recording = Recording.of(memory_events(follow), device, since_first=again)
+    counted, counters = None, {}
+    if cuda:
+        counted, peaks = torch.cuda.max_memory_allocated(device), torch.cuda.memory_stats(device)
+        counters = {name: peaks[f"{key}_bytes.all.peak"] for name, key in _COUNTERS.items()}
+        beyond["workspace"] = held_by_cublas()
     (follower,) = followers
     timeline = follower.timeline()
     _, starts, ends, memory, times, levels = recording
@@ -134,6 +146,7 @@ def _observed(
     rows = Counter(timeline.resident_bytes)
     rows.subtract(Counter({name: amount for name, last, amount in timeline.let_go if last <= op}))
     rows.update(_alive(memory.iloc[: at + 1], follower, timeline, op))
+    rows.update(beyond)
     source = "torch.cuda.max_memory_allocated"
     if counted is None:
         counted = sum(timeline.resident_bytes.values()) + (max(0, int(levels[at + 1]) - before) if at >= 0 else 0)
@@ -144,8 +157,16 @@ def _observed(
     made = np.bincount(timeline.allocations["birth"], timeline.allocations["size_bytes"], minlength=len(timeline.ops))
     return Observation(
         replace(timeline, inside_bytes=recording.inside(made.astype("int64"))), ends - starts,
-        {name: rows[name] for name in CATEGORIES if rows.get(name)}, counted, source, kept,
+        {name: rows[name] for name in CATEGORIES if rows.get(name)}, counted, source, kept, counters,
     )  # fmt: skip
+
+
+def beyond_tensors(residents: Mapping[str, Sequence[torch.Tensor]], segments: Sequence[Any]) -> dict[str, int]:
+    """By how much the blocks of a GPU's allocator are larger than the residents in them [bytes], by category."""
+    blocks = {block["address"]: block["size"] for segment in segments for block in segment["blocks"]}
+    storages = {category: [tensor.untyped_storage() for tensor in tensors] for category, tensors in residents.items()}
+    return {category: sum(blocks.get(one.data_ptr(), one.nbytes()) - one.nbytes() for one in ones)
+            for category, ones in storages.items()}  # fmt: skip
 
 
 def _alive(memory: pd.DataFrame, follower: Follower, timeline: Timeline, op: int) -> dict[str, int]:

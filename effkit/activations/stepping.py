@@ -18,24 +18,29 @@ Enter = Callable[[str], Any]
 
 
 def run(
-    model: torch.nn.Module, batch: Any, loss: Loss, update: torch.optim.Optimizer, levers: Levers,
+    model: torch.nn.Module, batch: Any, loss: Loss, update: torch.optim.Optimizer | None, levers: Levers,
     enter: Enter = lambda phase: None, most_parts: int | None = None,
 ) -> None:  # fmt: skip
     """Forward and backward of every micro-batch, then the optimizer's step; ``enter`` hears which phase begins.
 
-    With ``most_parts`` the micro-batches after these are left out.
+    Without an optimizer to ``update``, the forward passes alone, without gradients. With ``most_parts`` the
+    micro-batches after these are left out.
     """
     num_rows = rows(batch)
     for part in islice(parts(batch, levers.micro_batches), most_parts):
         enter(FORWARD)
-        with levers.applied(model):
-            value = loss(forward(model, part))
+        with levers.applied(model), torch.set_grad_enabled(update is not None):
+            value = forward(model, part) if update is None else loss(forward(model, part))
+        if update is None:
+            continue
         _check(value)
         if levers.micro_batches > 1:
             value = value * (rows(part) / num_rows)
         enter(BACKWARD)
         value.backward()
         del value
+    if update is None:
+        return
     enter(OPTIMIZER)
     update.step()
     # last, so that the gradients of one step are not freed inside the next

@@ -76,6 +76,7 @@ class Follower(TorchDispatchMode):
         self._modules: list[str] = []
         self._resident_bytes: dict[str, int] = {}
         self._let_go: list[tuple[str, int, int]] = []
+        self._residents: list[tuple[str, int]] = []
         self._device_type = next(tensor for tensors in residents.values() for tensor in tensors).device.type
         for category, tensors in residents.items():
             self._resident_bytes[category] = 0
@@ -92,6 +93,7 @@ class Follower(TorchDispatchMode):
         self._allocation_of[key] = -1
         self._refs.append(weakref.ref(storage, dead))
         self._resident_bytes[category] += num_bytes
+        self._residents.append((category, num_bytes))
 
     @contextmanager
     def following(self, model: torch.nn.Module) -> Iterator[None]:
@@ -232,6 +234,7 @@ class Follower(TorchDispatchMode):
             tuple(self._ops), frame.assign(category=category), self._resident_bytes, tuple(self._segments),
             np.array(self._work, dtype="int64").reshape(num_ops, -1), tuple(self._signatures),
             np.array(self._aside, dtype=bool), np.zeros(num_ops, dtype="int64"), tuple(self._let_go),
+            tuple(self._residents),
         )  # fmt: skip
 
     def _categories(self, frame: pd.DataFrame) -> list[str]:

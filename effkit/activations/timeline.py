@@ -11,7 +11,9 @@ import pandas as pd
 
 from effkit.activations.stepping import BACKWARD
 
-PEAK = "Peak memory of one step"
+PEAK, FORWARD_PEAK = "Peak memory of one step", "Peak memory of a forward pass"
+# on a GPU the peak counts whole blocks; beside it, what tensors ask for, and what the allocator holds, free or not
+REQUESTED, RESERVED = "Requested memory at its peak", "Reserved memory"
 CATEGORIES = (
     "parameter", "buffer", "optimizer state", "input", "gradient", "saved activation", "offloaded activation",
     "recomputed activation", "workspace",
@@ -69,6 +71,8 @@ class Timeline:
     let_go
         Of what was there from the beginning: category, first operator that no longer finds it, bytes. An optimizer that
         replaces its state lets go of the old one.
+    residents
+        Each storage that is there from the beginning: category, bytes.
     """
 
     ops: tuple[str, ...]
@@ -80,6 +84,7 @@ class Timeline:
     aside: np.ndarray[Any, np.dtype[np.bool_]]
     inside_bytes: Ints
     let_go: tuple[tuple[str, int, int], ...] = ()
+    residents: tuple[tuple[str, int], ...] = ()
 
     @property
     def phases(self) -> list[str]:
@@ -105,6 +110,11 @@ class Timeline:
         for name, op, amount in self.let_go:
             levels[CATEGORIES.index(name), op:] -= amount
         return levels
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is alive during an operator."""
+        return int(self.levels().sum(axis=0).max())
 
     def main_levels(self) -> Ints:
         """The same for the model's own operators, each at the fullest moment of it and of what follows it aside."""
@@ -133,6 +143,7 @@ class Timeline:
         return replace(
             self, ops=self.ops[:end] + other.ops[start:], signatures=self.signatures[:end] + other.signatures[start:],
             allocations=pd.concat([before, after], ignore_index=True), resident_bytes=other.resident_bytes,
+            residents=other.residents,
             let_go=tuple((name, op + end - start, amount) for name, op, amount in other.let_go), **joined,
         )  # fmt: skip
 
@@ -149,7 +160,7 @@ class Timeline:
     def retained(self) -> pd.DataFrame:
         """The allocations that the first forward leaves for its backward."""
         kept = self.allocations["category"].isin(["saved activation", "offloaded activation"])
-        return self.allocations[kept & (self.allocations["birth"] < self.segments[1].first)]
+        return self.allocations[kept & (self.allocations["birth"] < self.backward)]
 
 
 def rows_at(levels: Any) -> dict[str, int]:
