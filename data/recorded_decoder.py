@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         self.logits: Tensor | None = None
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        if not self.keeps_casts:
+        if not self.keeps_casts and torch.is_autocast_enabled("cpu"):
             torch.set_autocast_cache_enabled(False)  # until autocast is left
         logits = self.head(self.norm(self._through(list(self.blocks), self.embedding[tokens, :])))
         if labels is None:

@@ -251,9 +251,7 @@ class _Valued(fake_tensor.FakeTensorMode):
         if not coin and not (same and (small or func._schema.is_mutable)):
             return
         with no_dispatch():
-            real = tree_map_only(FakeTensor, lambda one: _zeros(one) if one.constant is None else one.constant,
-                                 (args, kwargs))  # fmt: skip
-            values = [leaf for leaf in tree_leaves(func(*real[0], **real[1])) if isinstance(leaf, torch.Tensor)]
+            values = [leaf for leaf in tree_leaves(_run(func, args, kwargs)) if isinstance(leaf, torch.Tensor)]
             values = [value.fill_(0.5) if coin and value.is_floating_point() else value for value in values]
         for fake, value in zip(made, values, strict=True):
             self._with_values(fake, value)
@@ -262,9 +260,7 @@ class _Valued(fake_tensor.FakeTensorMode):
         """What an operator returns that has no fake form for these: it is run, on its values or zeros."""
         try:
             with no_dispatch():
-                real = tree_map_only(FakeTensor, lambda one: _zeros(one) if one.constant is None else one.constant,
-                                     (args, kwargs))  # fmt: skip
-                out = func(*real[0], **real[1])
+                out = _run(func, args, kwargs)
         except Exception:
             raise error from None
         return tree_map_only(torch.Tensor, self.valued, out)
@@ -292,6 +288,12 @@ def _small(tensor: torch.Tensor) -> bool:
 def _zeros(fake: FakeTensor) -> torch.Tensor:
     span = 1 + sum((size - 1) * step for size, step in zip(fake.shape, fake.stride(), strict=True))
     return torch.zeros(span if fake.numel() else 0, dtype=fake.dtype).as_strided(fake.shape, fake.stride())
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator returns for the values of these, or for zeros."""
+    values = partial(tree_map_only, FakeTensor, lambda one: _zeros(one) if one.constant is None else one.constant)
+    return func(*values(args), **values(kwargs))
 
 
 def _random(func: Any) -> bool:

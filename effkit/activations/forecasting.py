@@ -63,12 +63,10 @@ class Forecaster:
         self, model: torch.nn.Module, batch: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
         make_batch: MakeBatch | None = None, device: str | None = None, trains: bool = True,
     ) -> None:  # fmt: skip
-        here = next(model.parameters()).is_cuda
-        named = 0 if device in (None, "cpu") else workspace_bytes(device)
-        elsewhere, held = bool(named) and not here, workspace_bytes("cuda") if here else named
-        self.on_gpu, self.trains = here or elsewhere, trains
+        here, named = next(model.parameters()).is_cuda, device not in (None, "cpu")
+        elsewhere, self.on_gpu, self.trains = named and not here, named or here, trains
         # a thread of its own runs backward; cuBLAS holds one for each
-        self._workspaces = (held,) * (1 + trains) if self.on_gpu else ()
+        self._workspaces = (workspace_bytes(device if named else "cuda"),) * (1 + trains) if self.on_gpu else ()
         self._replayer = Replayer(model, loss, optimizer, as_on_gpu=elsewhere, trains=trains)
         self.basis = "assumed" if elsewhere else "derived"
         self.assumptions = ASSUMED if elsewhere else ""
@@ -137,6 +135,7 @@ class Forecaster:
         replayed = self._replayer.replay(self.batch(size), levers)
         self.workspace.watch(observed, replayed)
         self._requested[size, levers] = self._taught(replayed)
+        self._timelines.pop((size, levers), None)
         return self.timeline(size, levers)
 
     def surface(self, levers: Levers) -> Surface:

@@ -13,15 +13,7 @@ from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, Levers, Size, complete, parted
 from effkit.activations.live import TIME, Calibration, check_trains, measure, saved_account
 from effkit.activations.low_bit import STATES
-from effkit.activations.timeline import (
-    CATEGORIES,
-    FORWARD_PEAK,
-    PEAK,
-    REQUESTED,
-    RESERVED,
-    RESIDENTS,
-    Timeline,
-)
+from effkit.activations.timeline import CATEGORIES, FORWARD_PEAK, PEAK, REQUESTED, RESERVED, RESIDENTS, Timeline
 from effkit.arguments import checked_amount, described
 from effkit.lab import Progress, Trust, calibration_of, interval
 from effkit.training import Loss, MakeOptimizer
