@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any
 
 LOSS = "(output) -> scalar, such as lambda output: criterion(output, labels)"
+_SHARDED = ("DTensor", "FSDPModule", "FullyShardedDataParallel")  # by name, so that nothing is loaded for it
 OPTIMIZER = "(parameters) -> optimizer, such as torch.optim.AdamW"
 
 
@@ -43,6 +44,13 @@ def checked_amount(name: str, value: Any) -> Any:
     return checked_number(name, value, sys.float_info.min, said="a number above 0, and finite")
 
 
+def checked_word(name: str, value: Any, words: Any) -> Any:
+    """The value, if it is one of these words or numbers; True is none."""
+    if not isinstance(value, str | int | None) or isinstance(value, bool) or value not in words:
+        raise ValueError(f"{name} is one of {', '.join(map(str, words))}; given: {value!r}")
+    return value
+
+
 def checked_function(name: str, value: Any, form: str, *, num: int = 1, classes: bool = False) -> None:
     """TypeError unless this is None, or can be called with ``num`` arguments; a class only where ``classes`` may be."""
     try:
@@ -58,12 +66,18 @@ def checked_function(name: str, value: Any, form: str, *, num: int = 1, classes:
 
 
 def checked_model(model: Any, *, runs: bool = True, peak: bool = False) -> None:
-    """TypeError for what is no module; where it ``runs``, ValueError for one that holds no values, or is where nobody
-    can tell when work has ended, or, where its ``peak`` is asked for, how much memory it takes."""
+    """TypeError for what is no module; ValueError for one in shards; where it ``runs``, also for one that holds no
+    values, or is where nobody can tell when work has ended, or, where its ``peak`` is asked for, how much memory it
+    takes."""
     import torch
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a torch module, an instance with its parameters; given: {described(model)}")
+    if any(kind.__name__ in _SHARDED for one in (*model.modules(), *model.parameters()) for kind in type(one).__mro__):
+        raise ValueError(
+            f"{type(model).__name__} is in shards (FSDP, DTensor), which are not followed yet: give the model as it is "
+            "before it is sharded, or let each rank call effkit.advice.record(folder, step, loader)"
+        )
     if runs and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} is on the meta device and cannot run: give it memory with to_empty(device=...) "
@@ -93,6 +107,20 @@ def checked_loader(loader: Any) -> None:
         raise TypeError(f"loader yields batches, as a DataLoader or a list does; given: {described(loader)}")
 
 
+def checked_step(step: Any, loader: Any) -> None:
+    """TypeError unless this is a training step of the loader's batches, or of its own without a loader."""
+    checked_function("step", step, "step(batch), or step() without a loader", num=0 if loader is None else 1)
+    if loader is not None:
+        checked_loader(loader)
+
+
 def shapes(model: Any) -> list[tuple[int, ...]]:
     """Of its parameters: where they differ, so do two models."""
     return [tuple(parameter.shape) for parameter in model.parameters()]
+
+
+def checked_same_model(model: Any, base_shapes: Any) -> None:
+    """ValueError for a model whose parameters have other :func:`shapes` than that of the base."""
+    if shapes(model) != base_shapes:
+        raise ValueError(f"base is an account of another model: this {type(model).__name__} has parameters of other "
+                         "shapes; measure it without base=")  # fmt: skip

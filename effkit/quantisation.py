@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from effkit.arguments import checked_word
+
 
 class Format(NamedTuple):
     """An eight-bit format: its dtype, its largest code and its smallest above 0."""
@@ -141,9 +143,8 @@ def _chunks(values: Tensor, scale: Tensor, low: Tensor, codes: Tensor) -> Iterat
 
 def check_options(dtype: str, group: int | str, num_heads: int | None) -> None:
     """Raise a ValueError unless :func:`quantise` knows this dtype and this group."""
-    if dtype not in FORMATS:
-        raise ValueError(f"dtype is one of {', '.join(FORMATS)}; given: {dtype!r}")
-    if group not in ("tensor", "head") and not (isinstance(group, int) and group >= 1):
+    checked_word("dtype", dtype, FORMATS)
+    if group not in ("tensor", "head") and (isinstance(group, bool) or not (isinstance(group, int) and group >= 1)):
         raise ValueError(f'group is a number of values from 1 up, "tensor" or "head"; given: {group!r}')
     if (group == "head") != (num_heads is not None) or (num_heads is not None and num_heads < 1):
         raise ValueError(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves
 
 from effkit.arguments import OPTIMIZER, described
@@ -15,6 +16,10 @@ from effkit.idle import give_way
 
 Loss = Callable[[Any], torch.Tensor]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+# what a sparse tensor is made of
+_BY_ROWS, _BY_COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_PARTS = {torch.sparse_coo: ("_indices", "_values"), torch.sparse_csr: _BY_ROWS, torch.sparse_bsr: _BY_ROWS,
+          torch.sparse_csc: _BY_COLUMNS, torch.sparse_bsc: _BY_COLUMNS}  # fmt: skip
 
 
 def forward(model: torch.nn.Module, batch: Any) -> Any:
@@ -75,20 +80,33 @@ def residents(
     updates = [] if update is None else [update] if isinstance(update, torch.optim.Optimizer) else update
     states = [list(optimizer.state.values()) for optimizer in updates]
     tensors: dict[str, list[torch.Tensor]] = {"parameter": [], "buffer": [], "optimizer state": [], "input": []}
-    storages: set[int] = set()
+    seen: set[int] = set()
     values = [list(model.parameters()), list(model.buffers()), states, batch]
     for category, leaves in zip(tensors, map(tree_leaves, values), strict=True):
         for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and (key := leaf.untyped_storage()._cdata) not in storages:
-                storages.add(key)
+            if isinstance(leaf, torch.Tensor) and not seen.issuperset(keys := storage_keys(leaf)):
+                seen.update(keys)
                 tensors[category].append(leaf)
     return tensors
+
+
+def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """Where its values lie; of a sparse tensor, its indices too."""
+    if tensor.layout == torch.strided:
+        return [tensor.untyped_storage()]
+    with no_dispatch():  # to ask is no operator of the step
+        return [getattr(tensor, part)().untyped_storage() for part in _PARTS.get(tensor.layout, ())]
+
+
+def storage_keys(tensor: torch.Tensor) -> list[int]:
+    """What tells these storages from others, while they live."""
+    return [storage._cdata for storage in storages(tensor)]
 
 
 def states_replaced(updates: Iterable[torch.optim.Optimizer]) -> Callable[[], bool]:
     """Asked after a step: whether it has put other tensors into the place of these optimizers' states."""
     leaves = tree_leaves([list(update.state.values()) for update in updates])
-    before = [weakref.ref(leaf.untyped_storage()) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    before = [weakref.ref(one) for leaf in leaves if isinstance(leaf, torch.Tensor) for one in storages(leaf)]
     return lambda: any(storage() is None for storage in before)
 
 
@@ -100,7 +118,7 @@ def drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 def size_bytes(tensors: Any) -> int:
     """Bytes of the storages of these tensors, which share none."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    return sum(storage.nbytes() for tensor in tensors for storage in storages(tensor))
 
 
 @contextmanager

@@ -271,8 +271,9 @@ def test_a_model_without_blocks_and_wrong_options():
     with pytest.raises(ValueError, match="Linear has no ModuleList or Sequential with two layers"):
         blocks(nn.Linear(2, 2))
     net, _ = plain_cnn()
-    for options in ({"every": 0}, {"keep": "all"}):
-        with pytest.raises(ValueError, match='every >= 1 and keep=None or "matmul"; given'), checkpoint(net, **options):
+    for options, said in (({"every": 0}, "every is a whole number from 1 on; given: 0"),
+                          ({"keep": "all"}, "keep is one of None, matmul; given: 'all'")):  # fmt: skip
+        with pytest.raises(ValueError, match=said), checkpoint(net, **options):
             pass
 
 

@@ -120,7 +120,7 @@ def test_a_setting_that_cannot_be_is_refused(gpt, batch, base, setting, sentence
 @pytest.mark.parametrize("name", ["length", "keep_frac"])
 def test_a_model_without_a_sequence_has_no_use_for_its_knobs(name):
     model = models.vision(layers=1, hidden=32, heads=2, image=16, device="cpu")
-    with pytest.raises(ValueError, match=f"batches of this model have no sequence dimension: leave out {name}"):
+    with pytest.raises(ValueError, match=f"no other length of this model's batches can be replayed: leave out {name}"):
         activations.forecast(model, model.random_batch(2), **{name: 1})
 
 

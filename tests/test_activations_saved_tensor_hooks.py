@@ -231,7 +231,7 @@ def test_offloading_takes_its_share_of_the_bytes(frac):
     away, total = (sum(size for size, gone in sizes.values() if gone), sum(size for size, _ in sizes.values()))
     assert abs(away / total - frac) <= 8 * 7 * 4 / total
     for wrong in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=f"from 0 to 1; given: {wrong}"), offloaded(wrong):
+        with pytest.raises(ValueError, match=rf"frac is a share in \[0, 1\]; given: {wrong}"), offloaded(wrong):
             pass
 
 

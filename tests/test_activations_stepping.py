@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effkit.activations.levers import Levers
-from effkit.activations.stepping import length, parts, resized, rows, run
+from effkit.activations.stepping import lengths, parts, resized, rows, run
 from effkit.training import still
 
 torch.set_num_threads(1)
@@ -19,12 +19,29 @@ def batch(num_rows=4, cells=6):
             "scale": torch.tensor(3.0), "flag": True}  # fmt: skip
 
 
-def test_rows_and_length_are_told_from_the_shapes():
-    assert (rows(batch()), length(batch())) == (4, 6)
-    assert length({"features": torch.zeros(2, 9, 3)}) == 9
-    assert length({"pixels": torch.zeros(2, 3, 8, 8)}) is None
-    assert length(torch.zeros(2, 9)) is None, "numbers [B, D] are features"
-    assert length(torch.zeros(2, dtype=torch.long)) is None
+def told(batch):
+    """Of each length that may vary: its cells, and the tensors and dimensions that have them."""
+    return [(one.num_cells, sorted(one.where)) for one in lengths(batch)]
+
+
+def test_rows_and_lengths_are_told_from_the_shapes():
+    assert rows(batch()) == 4
+    assert told(batch())[0] == (6, [(0, 1), (1, 2), (1, 3)]), "a mask's too"
+    assert told({"features": torch.zeros(2, 9, 3)}) == [(9, [(0, 1)])]
+    assert told({"pixels": torch.zeros(2, 3, 8, 8)}) == []
+    assert told({"pixels": torch.zeros(2, 3, 8, 8), "classes": torch.zeros(2, 8, 8).long()}) == [], "sides of images"
+    assert told({"pixels": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(2, 5).long()}) == [(5, [(1, 1)])]
+    assert told(torch.zeros(2, dtype=torch.long)) == []
+    assert told(torch.zeros(2, 1)) == []
+
+
+def test_channels_may_come_first_and_a_width_may_be_as_large_as_a_length():
+    assert told(torch.zeros(2, 4, 64)) == [(4, [(0, 1)]), (64, [(0, 2)])]
+    assert told(torch.zeros(2, 6, 6)) == [(6, [(0, 1), (0, 2)]), (6, [(0, 1)])]
+    (alike, alone, *_), shapes = lengths((torch.zeros(2, 6, 6), torch.zeros(2, 6))), lambda b: [t.shape[1:] for t in b]
+    assert shapes(resized((torch.zeros(2, 6, 6), torch.zeros(2, 6)), 2, 3, alike)) == [(3, 3), (3,)]
+    assert shapes(resized((torch.zeros(2, 6, 6), torch.zeros(2, 6)), 2, 3, alone)) == [(3, 6), (3,)]
+    assert shapes(resized((torch.zeros(2, 6, 6), torch.zeros(2, 6)), 3, None, None)) == [(6, 6), (6,)]
 
 
 def test_batches_that_cannot_be_told_are_refused():
@@ -57,7 +74,7 @@ def test_more_parts_than_rows_are_refused():
 @given(st.integers(1, 9), st.integers(1, 14))
 def test_a_batch_takes_any_size(num_rows, cells):
     small = batch(3, 5)
-    found = resized(small, num_rows, cells)
+    found = resized(small, num_rows, cells, lengths(small)[0])
     assert found["input_ids"].shape == (num_rows, cells)
     assert found["mask"].shape == (num_rows, 1, cells, cells)
     assert found["class"].shape == (num_rows,)
@@ -70,7 +87,7 @@ def test_a_batch_takes_any_size(num_rows, cells):
 
 def test_a_batch_of_its_own_size_is_itself():
     whole = batch()
-    assert resized(whole, 4, 6) is whole
+    assert resized(whole, 4, 6, lengths(whole)[0]) is whole
     assert resized(whole, 4) is whole
 
 

@@ -15,7 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module
 
 import effkit as ek
 from effkit import activations, decoder, models, moe, padding
@@ -42,9 +46,9 @@ class Net(nn.Module):
 class Tagger(nn.Module):
     """Makes its own batches, padded to the longest row."""
 
-    def __init__(self):
+    def __init__(self, num_words=10):
         super().__init__()
-        self.words, self.out = nn.Embedding(10, 8), nn.Linear(8, 1)
+        self.words, self.out = nn.Embedding(num_words, 8), nn.Linear(8, 1)
 
     def forward(self, input_ids, attention_mask):
         return (self.out(self.words(input_ids)).squeeze(-1) * attention_mask).square().mean()
@@ -74,13 +78,24 @@ def without_values():
 
 
 @cache
+def sharded(by="FSDP2"):
+    """On one rank: a module is wrapped the same way on a thousand."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        return fully_shard(Net(), mesh=mesh) if by == "FSDP2" else distribute_module(Net(), mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+@cache
 def update():
     return torch.optim.AdamW(net().parameters())
 
 
 @cache
-def tagger():
-    return Tagger()
+def tagger(num_words=10):
+    return Tagger(num_words)
 
 
 @cache
@@ -138,10 +153,24 @@ def epoch(**more):
     )
 
 
+def entered(context):
+    with context:
+        pass
+
+
+def checkpointed(model, every=1, **more):
+    entered(activations.checkpoint(model, every, **more))
+
+
+def low_bit(**more):
+    activations.LowBitAdamW(net().parameters(), **more)
+
+
 def study(**more):
     ek.study(**{"step": step, "model": net(), "loader": [BATCH] * 4, **more})
 
 
+SHARDS = r"Net is in shards \(FSDP, DTensor\), .* effkit\.advice\.record"
 MODULE = "model is a torch module, .*; given: "
 # what is given -> how the sentence begins that answers it (a pattern)
 BAD = {
@@ -152,6 +181,18 @@ BAD = {
     "measure: a path as model": (lambda: measure(model="model.pt"), f"{MODULE}'model.pt'"),
     "measure: a state dict as model": (lambda: measure(model=net().state_dict()), f"{MODULE}OrderedDict"),
     "measure: a meta model": (lambda: measure(model=without_values()), "on the meta device"),
+    "measure: by FSDP2": (lambda: measure(model=sharded()), SHARDS),
+    "measure: DTensors": (lambda: measure(model=sharded("DTensor")), SHARDS),
+    "measure: shards inside": (lambda: measure(model=nn.Sequential(sharded(), nn.ReLU())), "is in shards"),
+    "forecast: by FSDP2": (lambda: forecast(model=sharded()), SHARDS),
+    "forecast: DTensors": (lambda: forecast(model=sharded("DTensor")), SHARDS),
+    "largest_batch: by FSDP2": (
+        lambda: activations.largest_batch(sharded(), BATCH, 10_000, loss=square), SHARDS),
+    "gradient_error: by FSDP2": (lambda: activations.gradient_error(sharded(), BATCH, nullcontext), SHARDS),
+    "checkpoint: by FSDP2": (lambda: checkpointed(sharded()), SHARDS),
+    "padding.measure: by FSDP2": (lambda: epoch(model=sharded()), SHARDS),
+    "study: by FSDP2": (lambda: study(model=sharded()), SHARDS),
+    "study: DTensors": (lambda: study(model=sharded("DTensor")), SHARDS),
     "measure: a model that trains nothing": (lambda: measure(model=nn.ReLU()), "no parameter that requires"),
     "measure: a batch without tensors": (lambda: measure(batch={"x": [1, 2]}), "a batch holds tensors"),
     "measure: None as batch": (lambda: measure(batch=None), "a batch holds tensors"),
@@ -170,7 +211,7 @@ BAD = {
     "measure: half as a word": (lambda: measure(offload_frac="half"), "offload_frac is a share"),
     "measure: batch_size=True": (lambda: measure(batch_size=True), "batch_size is a whole number"),
     "measure: half a batch": (lambda: measure(batch_size=2.5), "batch_size is a whole number"),
-    "measure: length of what has none": (lambda: measure(length=8), "no sequence dimension"),
+    "measure: length of what has none": (lambda: measure(length=8), "no other length of this model's batches"),
     "measure: an unknown knob": (lambda: measure(batchsize=8), "no such knob: batchsize"),
     "measure: repeats=0": (lambda: measure(repeats=0), "repeats is a whole number from 1"),
     "measure: repeats as a word": (lambda: measure(repeats="3"), "repeats is a whole number from 1"),
@@ -202,6 +243,23 @@ BAD = {
         lambda: activations.gradient_error(Net, BATCH, nullcontext), f"{MODULE}the class Net"),
     "gradient_error: a criterion": (
         lambda: activations.gradient_error(net(), BATCH, nullcontext, loss=nn.MSELoss()), "loss is a function"),
+    "checkpoint: a class as model": (lambda: checkpointed(Net), f"{MODULE}the class Net"),
+    "checkpoint: half a block": (lambda: checkpointed(net(), 0.5), "every is a whole number from 1"),
+    "checkpoint: every=True": (lambda: checkpointed(net(), True), "every is a whole number from 1"),
+    "checkpoint: every as a word": (lambda: checkpointed(net(), "2"), "every is a whole number from 1.*'2'"),
+    "checkpoint: keeps all": (lambda: checkpointed(net(), keep=["matmul"]), "keep is one of None, matmul"),
+    "compressed: an unknown format": (lambda: entered(activations.compressed(["int8"])), "dtype is one of int8"),
+    "compressed: group=True": (lambda: entered(activations.compressed(group=True)), "group is a number of values"),
+    "compressed: half a value": (
+        lambda: entered(activations.compressed(min_elements=0.5)), "min_elements is a whole number"),
+    "offloaded: a share as a word": (lambda: entered(activations.offloaded("half")), "frac is a share.*'half'"),
+    "offloaded: a share of NaN": (lambda: entered(activations.offloaded(NAN)), "frac is a share.*nan"),
+    "LowBitAdamW: an unknown format": (lambda: low_bit(states=["int8"]), "states is one of float32, int8"),
+    "LowBitAdamW: half a group": (lambda: low_bit(group=2.5), "group is a whole number from 1"),
+    "LowBitAdamW: group as a word": (lambda: low_bit(group="128"), "group is a whole number from 1.*'128'"),
+    "LowBitAdamW: a rate as a word": (lambda: low_bit(lr="1e-3"), "lr is a number.*'1e-3'"),
+    "LowBitAdamW: a rate of NaN": (lambda: low_bit(lr=NAN), "lr is a number.*nan"),
+    "LowBitAdamW: a negative decay": (lambda: low_bit(weight_decay=-1), "weight_decay is a number.*-1"),
     # padding
     "padding.measure: lengths for a plan": (lambda: epoch(plan=LENGTHS), "plan is a Plan.*DataFrame"),
     "padding.measure: a class as model": (lambda: epoch(model=Net), f"{MODULE}the class Net"),
@@ -212,6 +270,8 @@ BAD = {
     "padding.measure: repeats=True": (lambda: epoch(repeats=True), "repeats is a whole number from 1"),
     "padding.measure: no rank": (lambda: epoch(world_size=0), "world_size is a whole number from 1"),
     "padding.measure: a base of another lab": (lambda: epoch(base=of_activations()), "calibration"),
+    "padding.measure: a base of another model": (
+        lambda: epoch(model=tagger(9), base=of_padding()), "base .* another model"),
     "padding.predict: no account": (lambda: padding.predict(LENGTHS), "base is an Account.*DataFrame"),
     "padding.predict: batch_size=True": (
         lambda: padding.predict(of_padding(), batch_size=True), "batch_size is a whole number"),
@@ -278,6 +338,22 @@ BAD = {
     "advise: a budget of NaN": (lambda: studied().advise("memory", budget_bytes=NAN), "budget_bytes is .*nan"),
     "advise: a negative budget": (lambda: studied().advise("memory", budget_bytes=-1), "budget_bytes is .*-1"),
     "advise: half a device": (lambda: studied().advise(num_devices=0.5), "num_devices is a whole number"),
+    "record: no function": (lambda: ek.advice.record("traces", 3), "step is a function step.*3"),
+    "record: a step of two": (lambda: ek.advice.record("traces", two, [BATCH]), "step is a function step.*two"),
+    "record: a step of a batch without a loader": (
+        lambda: ek.advice.record("traces", square), "step is a function step.*square"),
+    "record: loader=5": (lambda: ek.advice.record("traces", square, 5), "loader yields batches.*5"),
+    "record: half a step": (lambda: ek.advice.record("traces", step, num_steps=0.5), "num_steps is a whole number"),
+    "record: steps as a word": (lambda: ek.advice.record("traces", step, num_steps="4"), "num_steps is a whole.*'4'"),
+    "trainer_callback: batches as a word": (
+        lambda: ek.advice.trainer_callback(num_batches="4"), "num_batches is a whole number.*'4'"),
+    "trainer_callback: half a rank": (
+        lambda: ek.advice.trainer_callback(num_ranks=1.5), "num_ranks is a whole number"),
+    "trainer_callback: a criterion": (lambda: ek.advice.trainer_callback(loss=nn.MSELoss()), "loss is a function"),
+    "trainer_callback: a link of NaN": (
+        lambda: ek.advice.trainer_callback(link_bytes_per_s=NAN), "link_bytes_per_s is a number"),
+    "lightning_callback: no batch": (
+        lambda: ek.advice.lightning_callback(num_batches=0), "num_batches is a whole number"),
     "compare: no study": (lambda: studied().compare(3), "another study.*int"),
     # capture, load, account, receipt
     "capture: no function": (lambda: ek.capture(3), "step is a function without.*3"),
@@ -312,7 +388,9 @@ def kept():
 def made():
     net(2)
     text(4)
-    for make in (of_activations, of_padding, of_decoder, of_moe, studied, without_values):
+    tagger(9)
+    sharded("DTensor")
+    for make in (of_activations, of_padding, of_decoder, of_moe, studied, without_values, sharded):
         make()
 
 

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
+from effkit.arguments import checked_model, checked_whole, checked_word
+
 _aten = torch.ops.aten
 # What costs most of the arithmetic. Attention has one operation per backend, on a CPU and on GPUs.
 _PRODUCTS = {
@@ -78,10 +80,8 @@ def checkpoint(model: nn.Module, every: int = 1, *, keep: str | None = None) -> 
         tensors, so :func:`compressed` and :func:`offloaded` leave them as they are. Under autocast each block then
         casts its weights anew, and gradients of a weight that blocks share differ in rounding.
     """
-    if every < 1 or keep not in (None, "matmul"):
-        raise ValueError(
-            f'checkpoint() takes every >= 1 and keep=None or "matmul"; given: every={every!r} and keep={keep!r}'
-        )
+    checked_model(model, runs=False)
+    every, keep = checked_whole("every", every, 1), checked_word("keep", keep, (None, "matmul"))
     with ExitStack() as stack:
         for block in blocks(model)[::every]:
             stack.enter_context(_recomputed(block, keep))

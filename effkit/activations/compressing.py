@@ -10,6 +10,7 @@ from torch import Tensor, strided
 
 from effkit.activations.saved_tensor_hooks import Place, is_weight, stage
 from effkit.activations.storage_views import Kept, Once, PerStorage, Region
+from effkit.arguments import checked_whole
 from effkit.quantisation import Quantised, check_options, dequantise, quantise
 
 # Quantising and restoring take 0.1 ms whatever the size (one CPU core): below this they would save less than 12 KiB.
@@ -46,6 +47,7 @@ def compressed(
         Tensors with fewer stay as they are.
     """
     check_options(dtype, group, num_heads)
+    min_elements = checked_whole("min_elements", min_elements, 0)
     cache = PerStorage()
 
     def in_region(original: Tensor, region: Region) -> Quantised:

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
@@ -23,15 +24,24 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from effkit.activations import gpu_assumptions, stepping
 from effkit.activations.levers import Levers
-from effkit.activations.storage_tracker import Call, Follower
+from effkit.activations.storage_tracker import Call, Follower, taken_as_it_is
 from effkit.activations.timeline import Signature, Timeline
 from effkit.idle import give_way
 from effkit.interrupts import uninterrupted
 from effkit.restoring import random_numbers_kept
-from effkit.training import Loss, MakeOptimizer, drop_gradients, own_loss, residents, still
+from effkit.training import Loss, MakeOptimizer, drop_gradients, forward, own_loss, residents, still
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _DYNAMIC = fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
+_aten = torch.ops.aten
+# Their first result lies in rows, or in the memory format that the argument of this number suggests; a fake of it lies
+# as the input does.
+_LAID_OUT = {
+    _aten.native_batch_norm.default: 0, _aten.native_batch_norm_backward.default: 1,
+    _aten.reflection_pad2d_backward.default: 1, _aten.mse_loss_backward.default: None,
+    _aten.smooth_l1_loss_backward.default: None, _aten.huber_loss_backward.default: None,
+    _aten.log_sigmoid_forward.default: None, _aten.log_sigmoid_backward.default: None,
+}  # fmt: skip
 _MOST_VALUES = 2**24  # of a mask or of indices whose values are kept
 _MOST_NUMBERS = 2**20  # the same of other numbers, if they were made from nothing
 _MOST_PARTS = 2  # micro-batches after the second repeat it
@@ -84,8 +94,6 @@ class Replayer:
         which a replay does not have; later replays are as if it had not been. An exception raised below a fake tensor's
         operator can end the process, so Ctrl-C waits until this has returned.
         """
-        if self._refused:
-            raise ValueError(self._refused)
         return uninterrupted(partial(self._replay, batch, levers))
 
     def _replay(self, batch: Any, levers: Levers) -> Timeline:
@@ -97,6 +105,14 @@ class Replayer:
                 self._run(fake, update, levers, follower.enter)
             self.calls |= follower.calls
             return follower.timeline()
+
+    def forward(self, batch: Any) -> None:
+        """Replay the forward pass of a batch and its loss, no more; ValueError as in :meth:`replay`."""
+        uninterrupted(partial(self._forward, batch))
+
+    def _forward(self, batch: Any) -> None:
+        with self._faking():
+            self._loss(forward(self._model, tree_map_only(torch.Tensor, self._mode.valued, batch)))
 
     def _update(self, batch: Any, levers: Levers) -> torch.optim.Optimizer | None:
         """The optimizer, its state in place; none for a forward pass alone."""
@@ -121,6 +137,8 @@ class Replayer:
 
     @contextmanager
     def _faking(self) -> Iterator[None]:
+        if self._refused:
+            raise ValueError(self._refused)
         with ExitStack() as stack:
             stack.callback(drop_gradients, list(self._model.parameters()))  # of a replay that gave way
             for module in self._model.modules():  # not below autograd, whose C++ may end the process on an exception
@@ -213,6 +231,13 @@ class _Valued(fake_tensor.FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:
+            if (taken := taken_as_it_is(func, args)) is not None:
+                return taken
+            if func is torch.ops.aten._embedding_bag_backward.default and args[9]:  # torch's fake of it has no rows
+                rows = args[0].new_empty((args[1].numel(), args[0].shape[1]))
+                padding = args[11] if len(args) > 11 else -1
+                return torch.ops.aten.embedding_sparse_backward(rows, args[1], args[6], padding, False)
         leaves = tree_leaves((args, kwargs))
         given = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
         known = [(one, one.constant) for one in given if one.constant is not None]
@@ -238,8 +263,21 @@ class _Valued(fake_tensor.FakeTensorMode):
         finally:
             for one, constant in known if follows else ():
                 one.constant = constant
+        sparse = [one for one in given if one.is_sparse]
+        grows = bool(sparse) and getattr(out, "is_sparse", False) and (len(sparse) > 1 or not _num_cells(out))
+        if grows and any(map(_num_cells, sparse)):  # torch's own fakes of sparse results have no cells, or too few
+            raise fake_tensor.UnsupportedOperatorException(func)
         self._value(func, args, kwargs, given, out, follows)
-        return out
+        return self._laid_out(out, args, _LAID_OUT[func]) if func in _LAID_OUT else out
+
+    def _laid_out(self, out: Any, args: Any, like: int | None) -> Any:
+        first, *others = out if isinstance(out, tuple) else (out,)
+        form = torch.contiguous_format if like is None else suggest_memory_format(args[like])
+        if first is None or first.is_contiguous(memory_format=form):
+            return out
+        with self:
+            first = torch.empty_like(first, memory_format=form)
+        return (first, *others) if others else first
 
     def _value(self, func: Any, args: Any, kwargs: Any, given: list[FakeTensor], out: Any, follows: bool) -> None:
         """Give values to what an operator returned, if they are known."""
@@ -269,6 +307,11 @@ class _Valued(fake_tensor.FakeTensorMode):
         """The fake of a real tensor, with its values if these are indices or a mask."""
         if isinstance(tensor, FakeTensor):
             return tensor
+        if tensor.is_sparse:
+            with no_dispatch():
+                parts = tensor._indices(), tensor._values()
+            with self:
+                return torch.ops.aten._sparse_coo_tensor_unsafe(*map(self.valued, parts), tensor.shape)
         fake = self.fake_tensor_converter.from_real_tensor(self, tensor)
         if not _small(tensor):
             return fake
@@ -283,6 +326,11 @@ class _Valued(fake_tensor.FakeTensorMode):
 
 def _small(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= _MOST_VALUES
+
+
+def _num_cells(tensor: torch.Tensor) -> int:
+    with no_dispatch():
+        return tensor._nnz() if tensor.is_sparse else 0
 
 
 def _zeros(fake: FakeTensor) -> torch.Tensor:

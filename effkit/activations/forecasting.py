@@ -22,7 +22,7 @@ from effkit.activations.real_step import Observation, observe
 from effkit.activations.time_model import Clock
 from effkit.activations.timeline import Timeline, rows_at
 from effkit.arguments import shapes
-from effkit.restoring import unchanged
+from effkit.restoring import random_numbers_kept, unchanged
 from effkit.training import Loss, MakeOptimizer, own_loss, residents, still
 
 MakeBatch = Callable[[int, int | None], Any]
@@ -72,8 +72,11 @@ class Forecaster:
         self.assumptions = ASSUMED if elsewhere else ""
         self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
         self.loss, self.make_optimizer = loss or own_loss, optimizer
-        self._make = make_batch or (lambda num_rows, num_cells: stepping.resized(batch, num_rows, num_cells))
-        self.size = self._example = Size(stepping.rows(batch), stepping.length(batch))
+        self._batch, self._make = batch, make_batch
+        self._length: stepping.Length | None = None  # while each is tried
+        num_rows, found = stepping.rows(batch), stepping.lengths(batch)
+        self._length = next((one for one in found if self._varies(num_rows, one)), None)
+        self.size = self._example = Size(num_rows, self._length.num_cells if self._length else None)
         self.workspace, self.shapes = Workspace(), shapes(model)
         self.runs_operators = not elsewhere and not any(parameter.is_meta for parameter in model.parameters())
         self._requested: dict[tuple[Size, Levers], Timeline] = {}
@@ -82,14 +85,27 @@ class Forecaster:
         self._surfaces: dict[Levers, Surface | str] = {}  # or why there is none
         self._times: dict[Levers, Any] = {}
 
+    def _varies(self, num_rows: int, length: stepping.Length) -> bool:
+        """Whether the model takes a batch whose sequences are half as long, or twice."""
+        for num_cells in (length.num_cells // 2, 2 * length.num_cells):
+            with suppress(Exception):  # of a make_batch(), which may not know such a length
+                batch = self.batch(Size(num_rows, num_cells), length)
+                if length._replace(num_cells=num_cells) in stepping.lengths(batch):
+                    self._replayer.forward(batch)
+                    return True
+        return False
+
     def rest(self) -> dict[str, Any]:
         """The setting of the example, with a plain step."""
         length = {"length": self._example.num_cells, "keep_frac": 1.0} if self._example.num_cells else {}
         return {"batch_size": self._example.num_rows, **length, **asdict(Levers())}
 
-    def batch(self, size: Size) -> Any:
-        """A batch of this size."""
-        return self._make(size.num_rows, size.num_cells)
+    def batch(self, size: Size, length: stepping.Length | None = None) -> Any:
+        """A batch of this size; ``length`` says where its sequences are, if not where they are usually."""
+        if self._make is None:
+            return stepping.resized(self._batch, size.num_rows, size.num_cells, length or self._length)
+        with random_numbers_kept():
+            return self._make(size.num_rows, size.num_cells)
 
     def timeline(self, size: Size, levers: Levers) -> Timeline:
         """The replay at exactly this setting; on a GPU, in the blocks of its allocator."""

@@ -121,7 +121,7 @@ def complete(rest: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     changes = asked(changes, (*SIZE_KNOBS, *KNOBS))
     useless = sorted(name for name in ("length", "keep_frac") if name in changes and name not in rest)
     if useless:
-        raise ValueError(f"batches of this model have no sequence dimension: leave out {' and '.join(useless)}")
+        raise ValueError(f"no other length of this model's batches can be replayed: leave out {' and '.join(useless)}")
     wanted = {**rest, **changes}
     for name in ("batch_size", "length"):
         if name in wanted:

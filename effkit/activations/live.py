@@ -21,7 +21,7 @@ from effkit.activations.real_step import Observation
 from effkit.activations.storage_tracker import OUTSIDE
 from effkit.activations.time_model import Clock, Run
 from effkit.activations.timeline import PEAK, Timeline
-from effkit.arguments import checked_training, checked_whole, shapes
+from effkit.arguments import checked_same_model, checked_training, checked_whole
 from effkit.captured import Capture
 from effkit.device import synchronize
 from effkit.lab import Progress, calibration_of
@@ -100,9 +100,8 @@ def measure(
     repeats = checked_whole("repeats", repeats, 1)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     earlier = None if base is None else calibration_of(base, Calibration, "activations")
-    if earlier and earlier.forecaster.shapes != shapes(model):
-        raise ValueError(f"base is an account of another model: this {type(model).__name__} has parameters of other "
-                         "shapes; measure it without base=")  # fmt: skip
+    if earlier:
+        checked_same_model(model, earlier.forecaster.shapes)
     forecaster = earlier.forecaster if earlier else Forecaster(
         model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch
     )  # fmt: skip

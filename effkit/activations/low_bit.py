@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from effkit.arguments import checked_number, checked_whole, checked_word
 from effkit.quantisation import SIGNED, UNSIGNED, QuantisedState, dequantise_state, quantise_state
 from effkit.training import PerParameter
 
@@ -40,10 +41,10 @@ class LowBitAdamW(PerParameter):
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, *, states: str = "int8", group: int = 128, expand: bool = True,
     ) -> None:  # fmt: skip
-        if states not in STATES:
-            raise ValueError(f"states is one of {', '.join(STATES)}; given: {states!r}")
-        if group < 1:
-            raise ValueError(f"group is at least 1; given: {group}")
+        checked_word("states", states, STATES)
+        group = checked_whole("group", group, 1)
+        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+            checked_number(name, value)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         # among the settings of parameter groups, so that a loaded state is read as it was written
         super().__init__(params, {**defaults, "states": states, "group": group, "expand": expand})

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from effkit.activations.saved_tensor_hooks import Place, is_weight, stage, tensors_in
 from effkit.activations.storage_views import Away, Kept, Once, PerStorage, Region
+from effkit.arguments import checked_whole
+from effkit.lab.knobs import checked_share
 
 # Below this a copy is all latency: 10 us over PCIe is the time of 256 KiB at 25 GB/s.
 _MIN_ELEMENTS = 4096
@@ -56,8 +58,7 @@ def offloaded(frac: float = 1.0, *, min_elements: int = _MIN_ELEMENTS) -> Iterat
     min_elements
         Tensors with fewer stay.
     """
-    if not 0 <= frac <= 1:
-        raise ValueError(f"frac is the share of the saved bytes to offload, from 0 to 1; given: {frac!r}")
+    frac, min_elements = checked_share("frac", frac), checked_whole("min_elements", min_elements, 0)
     regions, decided, share, lane = PerStorage(), WeakSet[Once](), _Share(frac), _Lane()
 
     def pack(original: Tensor, kept: Kept) -> Kept:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from effkit.training import size_bytes
+
 HALF = (torch.bfloat16, torch.float16)
 # what a step's time is made of; all of them add up over operators
 FEATURES = ("num_operators", "flops", "half_flops", "moved_bytes")
@@ -20,7 +22,8 @@ def work(
 
     FLOPs are torch's own count of matrix products, convolutions and attention; a view moves nothing.
     """
-    moved = 0 if func.is_view else sum(tensor.nbytes for tensor in (*given, *made))
+    sizes = (one.nbytes if one.layout == torch.strided else size_bytes([one]) for one in (*given, *made))
+    moved = 0 if func.is_view else sum(sizes)
     count = _COUNTS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
     flops = int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
     half = bool(flops) and given[0].dtype in HALF

@@ -15,6 +15,7 @@ from effkit.activations.real_step import Recording, mark
 from effkit.activations.storage_tracker import Call, Like
 from effkit.activations.timeline import Signature, Timeline
 from effkit.recording import memory_events
+from effkit.training import storage_keys, storages
 
 _REFUSED = (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError)
 _NUMBERS_BYTES = 64  # inside an operator, up to so much is numbers that became tensors: the same at any size
@@ -68,8 +69,10 @@ class Workspace:
                     out = call.func(*args, **kwargs)
             except _REFUSED:
                 return False
-            self.sizes[signature] = tuple(tensor.untyped_storage().nbytes() for tensor in _made(out, (args, kwargs)))
-            ran[len(tries) - 1] = sum(self.sizes[signature])
+            sizes = tuple(storage.nbytes() for _, storage in _made(out, (args, kwargs)))
+            ran[len(tries) - 1] = sum(sizes)
+            # where values decide how much it returns, the replay knows them
+            self.sizes[signature] = call.sizes if torch.Tag.dynamic_output_shape in call.func.tags else sizes
             return True
 
         def run() -> None:
@@ -100,8 +103,8 @@ class Workspace:
         return moved > moved_most or most > _NUMBERS_BYTES
 
     def _arguments(self, signature: Signature, calls: Mapping[Signature, Call], real: bool = False) -> Any:
-        """Zeros of these looks; but of what a replay has only an empty tensor, and with ``real`` of all that an
-        operator made, what that really returns."""
+        """Zeros of these looks, and masks that choose all; but of what a replay has only an empty tensor, and with
+        ``real`` of all that an operator made, what that really returns."""
         call = calls[signature]
         leaves = [self._tensor(leaf, calls, real) if isinstance(leaf, Like) else leaf for leaf in call.leaves]
         return tree_unflatten(leaves, call.spec)
@@ -113,11 +116,12 @@ class Workspace:
             if real or empty:
                 args, kwargs = self._arguments(maker, calls)
                 with torch.set_grad_enabled(calls[maker].learns):
-                    made = _made(calls[maker].func(*args, **kwargs), (args, kwargs))[place]
+                    made, _ = _made(calls[maker].func(*args, **kwargs), (args, kwargs))[place]
                 if empty or made.shape == like.shape:
                     return made
         span = 1 + sum((size - 1) * step for size, step in zip(like.shape, like.stride, strict=True))
-        flat = torch.zeros(max(0, span) if all(like.shape) else 0, dtype=like.dtype, device=like.device)
+        fill = torch.ones if like.dtype == torch.bool else torch.zeros  # a mask that chooses all
+        flat = fill(max(0, span) if all(like.shape) else 0, dtype=like.dtype, device=like.device)
         return flat.as_strided(like.shape, like.stride)
 
     def applied(self, timeline: Timeline) -> Timeline:
@@ -146,14 +150,13 @@ def _returned(timeline: Timeline) -> list[list[int]]:
     return sizes
 
 
-def _made(out: Any, given: Any) -> list[torch.Tensor]:
-    """The first tensor of each storage that an operator made: its inputs' are somebody else's."""
-    seen = {leaf.untyped_storage()._cdata for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)}
+def _made(out: Any, given: Any) -> list[tuple[torch.Tensor, torch.UntypedStorage]]:
+    """The storages that an operator made, with the first tensor of each: its inputs' are somebody else's."""
+    seen = {key for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor) for key in storage_keys(leaf)}
     made = []
-    for leaf in tree_leaves(out):
-        if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in seen:
-            seen.add(leaf.untyped_storage()._cdata)
-            made.append(leaf)
+    for leaf in (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+        made += [(leaf, storage) for storage in storages(leaf) if storage._cdata not in seen]
+        seen.update(storage_keys(leaf))
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -67,10 +67,26 @@ def rows(batch: Any) -> int:
     return int(sizes.pop())
 
 
-def length(batch: Any) -> int | None:
-    """Size of the sequence dimension: 1 of the first tensor, if that is indices [B, S] or features [B, S, D]."""
-    first = next(iter(_tensors(batch)))
-    return int(first.shape[1]) if first.dim() == (3 if first.is_floating_point() else 2) else None
+class Length(NamedTuple):
+    """The cells of a batch's sequences, and where they stand: the number of each tensor, and the dimension."""
+
+    num_cells: int
+    where: frozenset[tuple[int, int]]
+
+
+def lengths(batch: Any) -> list[Length]:
+    """What may be the sequences of a batch, the likeliest first: dimension 1 of a tensor, or the last of [B, C, T].
+
+    With it go all dimensions of its size, or those at the same place. Sides of images are none.
+    """
+    given, found = _tensors(batch), []
+    sizes = {(i, dim): size for i, tensor in enumerate(given) for dim, size in enumerate(tensor.shape) if dim}
+    for (i, dim), size in sizes.items():
+        alike = frozenset(place for place, other in sizes.items() if other == size)
+        image = given[i].dim() > 3 or (given[0].dim() > 3 and any(number == 0 for number, _ in alike))
+        if size > 1 and not image and (dim == 1 or size > given[i].shape[1]):
+            found += [Length(size, alike), Length(size, frozenset(place for place in alike if place[1] == dim))]
+    return list(dict.fromkeys(found))
 
 
 def parts(batch: Any, count: int) -> Iterator[Any]:
@@ -92,21 +108,24 @@ def _narrowed(first: int, num_rows: int, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.narrow(0, first, num_rows) if tensor.dim() else tensor
 
 
-def resized(batch: Any, num_rows: int, num_cells: int | None = None) -> Any:
+def resized(batch: Any, num_rows: int, num_cells: int | None = None, length: Length | None = None) -> Any:
     """The batch with another batch size and another sequence length: contents repeated, or cut off.
 
-    Dimension 0 becomes ``num_rows``; every later dimension that is as large as the batch's sequence length becomes
-    ``num_cells``. Where that rule does not fit, make the batches yourself.
+    Dimension 0 becomes ``num_rows``, the dimensions of ``length`` become ``num_cells``. Where that rule does not fit,
+    make the batches yourself.
     """
-    old_cells = length(batch)
-    new_cells = old_cells if old_cells is None or num_cells is None else num_cells
-    if (num_rows, new_cells) == (rows(batch), old_cells):
+    if num_rows == rows(batch) and (length is None or num_cells in (None, length.num_cells)):
         return batch
+    numbers = {id(tensor): number for number, tensor in enumerate(_tensors(batch))}
 
     def fit(tensor: torch.Tensor) -> torch.Tensor:
+        number = numbers[id(tensor)]
         for dim, size in enumerate(tensor.shape):
-            new_size = num_rows if dim == 0 else new_cells if size == old_cells else size
+            varies = length is not None and (number, dim) in length.where
+            new_size = num_rows if dim == 0 else num_cells if varies else size
             if new_size is not None and new_size != size:
+                if tensor.layout != torch.strided:
+                    raise ValueError("a sparse tensor cannot be repeated or cut: give make_batch=, which makes others")
                 tensor = tensor.index_select(dim, torch.arange(new_size, device=tensor.device) % size)
         return tensor
 
@@ -114,7 +133,7 @@ def resized(batch: Any, num_rows: int, num_cells: int | None = None) -> Any:
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-    if not tensors:
+    found = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    if not found:
         raise ValueError("a batch holds tensors: a mapping of keyword arguments, a tuple of arguments, or one tensor")
-    return tensors
+    return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from effkit.activations import op_costs, saved_tensor_hooks
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
+from effkit.training import storage_keys, storages
 
 OUTSIDE = ""  # of any module
 _TELLING = (int, str, torch.dtype, torch.memory_format)  # arguments whose values decide what an operator allocates
@@ -80,8 +83,8 @@ class Follower(TorchDispatchMode):
         self._device_type = next(tensor for tensors in residents.values() for tensor in tensors).device.type
         for category, tensors in residents.items():
             self._resident_bytes[category] = 0
-            for tensor in tensors:
-                self._resides(tensor.untyped_storage(), category)
+            for storage in chain.from_iterable(map(storages, tensors)):
+                self._resides(storage, category)
 
     def _resides(self, storage: torch.UntypedStorage, category: str) -> None:
         key, num_bytes = storage._cdata, storage.nbytes()
@@ -107,37 +110,39 @@ class Follower(TorchDispatchMode):
             stack.enter_context(saved_tensor_hooks.watch(self._keep))
             stack.enter_context(self)
             yield
-        now = [buffer.untyped_storage()._cdata for buffer in model.buffers()]
-        self._new_buffers = {self._allocation_of.get(key, -1) for key in now}
+        self._new_buffers = self._allocations(model.buffers())
 
     def enter(self, phase: str) -> None:
         """A phase of the step begins."""
         self._modules.clear()
         if phase == OPTIMIZER:
-            self._gradients = {
-                self._allocation_of.get(g.untyped_storage()._cdata, -1)
-                for p in self._parameters
-                if (g := p.grad) is not None
-            }
+            self._gradients = self._allocations(p.grad for p in self._parameters if p.grad is not None)
         # cutting off the first micro-batch belongs to it
         self._segments.append(Segment(phase, len(self._ops) if self._segments else 0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # fake tensors ask for it
             return func(*args, **(kwargs or {}))
+        if (taken := taken_as_it_is(func, args)) is not None:
+            return taken
         number = len(self._ops)
-        with self._mark(number):
-            out = func(*args, **(kwargs or {}))
         leaves, spec = tree_flatten((args, kwargs or {}))
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        # a sparse tensor that is written into has other parts afterwards
+        parts = {key for one in given if one.layout != torch.strided for key in storage_keys(one)}
+        with self._mark(number):
+            out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self._ops.append(func._schema.name.removeprefix("aten::"))
         others = [func._overloadname, *(leaf if isinstance(leaf, _TELLING) else type(leaf).__name__ for leaf in leaves)]
         half = bool(given) and given[0].dtype in op_costs.HALF
-        looks = tuple((tuple(t.shape), tuple(t.stride()), str(t.dtype)) for t in given)
+        looks = tuple((tuple(t.shape), _stride(t), str(t.dtype)) for t in given)
         self._signatures.append(Signature(self._ops[-1], looks, str(others), half))
         first = len(self._sizes)
-        self._births(given, made, number)
+        inputs = parts.union(*(storage_keys(one) for one in given if one.layout == torch.strided))
+        for storage, tensor in ((storage, one) for one in made for storage in storages(one)):
+            if storage._cdata not in self._allocation_of and storage._cdata not in inputs:
+                self._birth(storage, tensor.device, number)
         if not self._has_addresses and self._signatures[-1] not in self.calls:
             # of a storage only its type: who holds it keeps it alive
             plain = [torch.UntypedStorage if isinstance(leaf, torch.UntypedStorage) else leaf for leaf in leaves]
@@ -149,14 +154,17 @@ class Follower(TorchDispatchMode):
         return out
 
     def _like(self, tensor: torch.Tensor) -> Like:
-        made = self._allocation_of.get(tensor.untyped_storage()._cdata, -1)
-        maker = None
+        made, maker = min(self._allocations([tensor]), default=-1), None
         if made >= 0:
             op, first = self._born[made][0], made
             while first and self._born[first - 1][0] == op:
                 first -= 1
             maker = self._signatures[op], made - first
-        return Like(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device, maker)
+        return Like(tuple(tensor.shape), _stride(tensor), tensor.dtype, tensor.device, maker)
+
+    def _allocations(self, tensors: Iterable[torch.Tensor]) -> set[int]:
+        """Those of these tensors; -1 for what was there before."""
+        return {self._allocation_of.get(key, -1) for tensor in tensors for key in storage_keys(tensor)}
 
     @property
     def _latest(self) -> int:
@@ -172,19 +180,12 @@ class Follower(TorchDispatchMode):
     def _where(self) -> str:
         return self._modules[-1] if self._modules else OUTSIDE
 
-    def _births(self, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor], number: int) -> None:
-        """Note the storages that an operator made: its inputs' are somebody else's."""
-        inputs = {tensor.untyped_storage()._cdata for tensor in given}
-        for tensor in made:
-            key = tensor.untyped_storage()._cdata
-            if key not in self._allocation_of and key not in inputs:
-                self._birth(tensor, number)
-
-    def _birth(self, tensor: torch.Tensor, number: int) -> None:
-        storage, allocation = tensor.untyped_storage(), len(self._sizes)
+    def _birth(self, storage: torch.UntypedStorage, device: torch.device, number: int) -> None:
+        """Note a storage that an operator made: its inputs' are somebody else's."""
+        allocation = len(self._sizes)
         again = bool(self._modules) and self._segments[-1].phase == BACKWARD
         # what waits in host memory does not count on a GPU
-        self._sizes.append(storage.nbytes() if tensor.device.type == self._device_type else 0)
+        self._sizes.append(storage.nbytes() if device.type == self._device_type else 0)
         self._addresses.append(storage.data_ptr() if self._has_addresses else 0)
         self._born.append((number, self._where, again))
         key = storage._cdata
@@ -202,13 +203,10 @@ class Follower(TorchDispatchMode):
             return
         # an output is handed to the hooks detached, an input as it is
         comes_next = original.grad_fn is not None
-        away = {tensor.untyped_storage()._cdata for tensor in saved_tensor_hooks.tensors_away(kept)}
-        for tensor in saved_tensor_hooks.tensors_in(kept):
-            allocation = self._allocation_of.get(tensor.untyped_storage()._cdata, -1)
-            if allocation >= 0:
-                self._saved.setdefault(allocation, (self._where, len(self._ops) if comes_next else self._latest))
-                if tensor.untyped_storage()._cdata in away:
-                    self._on_host.add(allocation)
+        away = self._allocations(saved_tensor_hooks.tensors_away(kept))
+        for allocation in sorted(self._allocations(saved_tensor_hooks.tensors_in(kept)) - {-1}):
+            self._saved.setdefault(allocation, (self._where, len(self._ops) if comes_next else self._latest))
+        self._on_host |= away - {-1}
 
     @property
     def addresses(self) -> Any:
@@ -257,3 +255,21 @@ class Follower(TorchDispatchMode):
             else "recomputed activation" if again else "workspace"
             for i, (_, _, again) in enumerate(self._born)
         ]  # fmt: skip
+
+
+def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.stride()) if tensor.layout == torch.strided else ()
+
+
+def taken_as_it_is(func: Any, args: Any) -> torch.Tensor | None:
+    """A sparse gradient that autograd copies: it does so only where somebody has had its parts in hand, as we have."""
+    if func is not torch.ops.aten.clone.default or not args[0].is_sparse:
+        return None
+    caller = sys._getframe(1)
+    while caller.f_code.co_name in ("__torch_dispatch__", "_fn", "inner"):  # ours, and torch's around them
+        caller = caller.f_back  # type: ignore[assignment]
+    if caller.f_code.co_name != "_engine_run_backward":
+        return None
+    return torch.ops.aten._sparse_coo_tensor_unsafe(
+        args[0]._indices(), args[0]._values(), args[0].shape, is_coalesced=args[0].is_coalesced()
+    )

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from effkit.advice.studies import Study
-from effkit.advice.study_entry import study
+from effkit.advice.study_entry import checked_options, study
 from effkit.training import forward, own_loss
 
 _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
@@ -47,7 +47,7 @@ def trainer_callback(
         ``.study`` is the Study once training has begun. Where it could not be made ``.study`` stays None, and a
         warning says why: a training is not given up for it.
     """
-    options = locals()
+    options = checked_options(**locals())
     try:
         from transformers import TrainerCallback
     except ImportError as error:
@@ -95,7 +95,7 @@ def lightning_callback(
         Of ``lightning.pytorch`` or ``pytorch_lightning``, whichever is in use. ``.study`` is the Study once training
         has begun; where it could not be made ``.study`` stays None, and a warning says why.
     """
-    options = locals()
+    options = checked_options(**locals())
     base: Any = _lightning().Callback
 
     class StudyCallback(base):

@@ -16,7 +16,7 @@ from torch._C._profiler import _RecordFunctionFast
 from effkit.advice.probing import Step
 from effkit.device import peak_counter, synchronize
 from effkit.recording import memory_events
-from effkit.training import drop_gradients, size_bytes
+from effkit.training import drop_gradients, size_bytes, storage_keys
 
 _STEPS = 3
 _MARK = "effkit::counting begins"
@@ -45,7 +45,7 @@ def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = (), 
         left = tensors_left()
         named = [(tensor, name) for tensor in left if (name := _holder(tensor, left))]
         held = [tensor for tensor, _ in named] or left  # the others are held by the graphs of these
-        distinct = {tensor.untyped_storage()._cdata: tensor for tensor in held}
+        distinct = {tuple(storage_keys(tensor)): tensor for tensor in held}
         own = size_bytes(distinct.values()) // _STEPS
         return Kept(growth, -(-len(held) // _STEPS), own, tuple(dict.fromkeys(name for _, name in named)))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from effkit.arguments import checked_step, checked_whole
 from effkit.recording import trace_of
 from effkit.whole_files import replacing
 
@@ -49,10 +50,8 @@ def record(folder: str | Path, step: Callable[..., object], loader: Any = None, 
     Path
         The file of this rank, ``rank<number>.pt.trace.json.gz``: whole, or not there.
     """
-    if not callable(step):
-        raise TypeError(f"step is a callable, step(batch); given: {type(step).__name__}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps is 1 or more; given: {num_steps}")
+    checked_step(step, loader)
+    num_steps = checked_whole("num_steps", num_steps, 1)
     batches = None if loader is None else _endless(loader)
     # a batch is drawn inside of the step, so that waiting for it is seen
     trace = trace_of(step if batches is None else lambda: step(next(batches)), warmup=_WARM_UP, steps=num_steps)

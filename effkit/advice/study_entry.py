@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from effkit.advice.studies import Study
-from effkit.arguments import LOSS, checked_amount, checked_function, checked_loader, checked_model, checked_whole
+from effkit.arguments import LOSS, checked_amount, checked_function, checked_model, checked_step, checked_whole
 
 
 def study(
@@ -60,15 +60,8 @@ def study(
             "study() takes one of: step= with model= and loader=; generate= with model= and inputs=; trace= and "
             f"snapshot=; given: {' and '.join(given) or 'none of them'}"
         )
-    options: dict[str, Any] = {"loss": loss, "num_batches": num_batches, "num_ranks": num_ranks,
-                               "link_bytes_per_s": link_bytes_per_s, "repeats": repeats}  # fmt: skip
-    options = {name: value for name, value in options.items() if value is not None}
-    for name in ("num_batches", "num_ranks", "repeats"):
-        if name in options:
-            options[name] = checked_whole(name, options[name], 1)
-    if link_bytes_per_s is not None:
-        checked_amount("link_bytes_per_s", link_bytes_per_s)
-    checked_function("loss", loss, LOSS)
+    options = checked_options(loss=loss, num_batches=num_batches, num_ranks=num_ranks,
+                              link_bytes_per_s=link_bytes_per_s, repeats=repeats)  # fmt: skip
     if files:
         from effkit.advice.recorded_study import RecordedStudy
 
@@ -82,9 +75,7 @@ def study(
     checked_model(model, peak=True)
     if not any(True for _ in model.parameters()):
         raise TypeError(f"{type(model).__name__} has no parameters: give model= the one that step() trains")
-    checked_function("step", step, "step(batch), or step() without a loader", num=0 if loader is None else 1)
-    if loader is not None:
-        checked_loader(loader)
+    checked_step(step, loader)
     assert step is not None
     assert not isinstance(step, str)
     if _one_of_several_ranks():
@@ -95,6 +86,17 @@ def study(
     from effkit.advice.training_study import TrainingStudy
 
     return TrainingStudy(step, model, loader, **options)
+
+
+def checked_options(**options: Any) -> dict[str, Any]:
+    """Those of :func:`study` that are given. TypeError or ValueError for one that cannot be."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() & {"num_batches", "num_ranks", "repeats"}:
+        given[name] = checked_whole(name, given[name], 1)
+    if "link_bytes_per_s" in given:
+        checked_amount("link_bytes_per_s", given["link_bytes_per_s"])
+    checked_function("loss", given.get("loss"), LOSS)
+    return given
 
 
 def _one_of_several_ranks() -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from effkit.arguments import checked_number, checked_whole
+from effkit.arguments import checked_number, checked_whole, checked_word
 
 Setting = TypeVar("Setting")
 Check = Callable[[str, Any], Any]  # (knob, value) -> the value as it is kept
@@ -35,13 +35,7 @@ def share(default: Any = dataclasses.MISSING, *, positive: bool = False) -> Any:
 
 def one_of(default: Any = dataclasses.MISSING, *, words: Sequence[Any]) -> Any:
     """A field that takes one of these values."""
-
-    def check_word(name: str, value: Any) -> Any:
-        if not isinstance(value, str | int) or isinstance(value, bool) or value not in words:
-            raise ValueError(f"{name} is one of {', '.join(map(str, words))}; given: {value!r}")
-        return value
-
-    return _field(default, check_word)
+    return _field(default, lambda name, value: checked_word(name, value, words))
 
 
 def flag(default: Any = dataclasses.MISSING) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -21,7 +22,7 @@ class Calibration:
     that was cut down) and its number ``batch`` in the plan (-1), ``dur_ns``, ``peak_bytes``, and ``times_ns``, its
     times in the order they were run. ``noise_frac``: how far steps on the same batch lay apart
     (:func:`effkit.lab.noise`). ``anchor``: measured over modelled time of those batches, 1.0 when the model fits
-    perfectly.
+    perfectly. ``shapes`` are those of the model's parameters, where they are known.
     """
 
     plan: Plan
@@ -30,6 +31,7 @@ class Calibration:
     steps: pd.DataFrame
     noise_frac: float
     anchor: float
+    shapes: Sequence[tuple[int, ...]] = ()
 
     def trust(self, frame: pd.DataFrame) -> Trust:
         """In the time of an epoch of these steps (``frame`` of a plan), which is predicted in relation to the measured

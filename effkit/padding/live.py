@@ -11,7 +11,7 @@ import torch
 
 from effkit import lab, training
 from effkit.account import Account
-from effkit.arguments import checked_function, checked_training, checked_whole, described
+from effkit.arguments import checked_function, checked_same_model, checked_training, checked_whole, described, shapes
 from effkit.lab import Progress, calibration_of
 from effkit.padding.buckets import Ints
 from effkit.padding.calibration import Calibration
@@ -88,6 +88,8 @@ def measure(
     checked_function("step", step, "step(batch)")
     repeats, world_size = checked_whole("repeats", repeats, 1), checked_whole("world_size", world_size, 1)
     calibration = None if base is None else calibration_of(base, Calibration, "padding")
+    if calibration and calibration.shapes:
+        checked_same_model(model, calibration.shapes)
     if num_batches is not None:  # three of them where a cost model is to be fitted
         num_batches = checked_whole("num_batches", num_batches, 3 if calibration is None else 1)
     make = make_batch or getattr(model, "make_batch", None)
@@ -102,9 +104,10 @@ def measure(
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
         train(make(probes[0].rows, plan.lengths))  # the optimizer's state exists from here on
         updates = given.optimizers if update is None else [update]
-        peaks, peak_source, shapes = _peaks(model, make, train, updates, probes, plan, repeats, tell)
+        peaks, peak_source, of_batches = _peaks(model, make, train, updates, probes, plan, repeats, tell)
         times = _timed(make, train, probes, plan.lengths, repeats, tell)
-    steps = pd.DataFrame(shapes).assign(dur_ns=[min(repeated) for repeated in times], peak_bytes=peaks, times_ns=times)
+    durations = [min(repeated) for repeated in times]
+    steps = pd.DataFrame(of_batches).assign(dur_ns=durations, peak_bytes=peaks, times_ns=times)
     cost, memory = (calibration.cost, calibration.memory) if calibration else _fitted(steps, plan)
     whole = steps[steps["whole"]]
     modelled = cost.step_ns(whole["num_rows"], whole["input_length"], whole.get("output_length", 0))
@@ -123,7 +126,7 @@ def measure(
     return Account.of(
         EPOCH_TIME, "ns", rows, total=total, basis="derived", setting=setting_of(plan, world_size),
         source=_source(len(whole), len(plan.batches), repeats, noise, world_size), companions=companions,
-        calibration=Calibration(plan, cost, memory, steps, noise, anchor),
+        calibration=Calibration(plan, cost, memory, steps, noise, anchor, shapes(model)),
     )  # fmt: skip
 
 
@@ -132,10 +135,10 @@ def _peaks(
     probes: list[Probe], plan: Plan, repeats: int, tell: Progress,
 ) -> tuple[list[int], str, list[dict[str, Any]]]:  # fmt: skip
     """Peak memory of one step on each batch [bytes], the counter that saw it, and the shapes of the batches."""
-    peaks, source, shapes = [], "", []
+    peaks, source, of_batches = [], "", []
     for i, probe in enumerate(probes):
         batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
-        shapes.append(_shape(batch, probe, plan))
+        of_batches.append(_shape(batch, probe, plan))
         tell(i, len(probes) * (repeats + 1))
         training.drop_gradients(model.parameters())  # those from before would be freed unseen
 
@@ -144,7 +147,7 @@ def _peaks(
 
         peak, source = steady_peak(partial(train, batch), resident_bytes, training.states_replaced(updates))
         peaks.append(peak)
-    return peaks, source, shapes
+    return peaks, source, of_batches
 
 
 def _timed(
