@@ -79,6 +79,7 @@ class Replayer:
         self._at_once = as_on_gpu or any(parameter.is_cuda for parameter in self._model.parameters())
         self._as_on_gpu = as_on_gpu
         self._updates: dict[str, torch.optim.Optimizer] = {}
+        self._replaces = False  # whether a step puts other buffers in the place of the model's
         self.calls: dict[Signature, Call] = {}  # of all replays
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -100,6 +101,8 @@ class Replayer:
         with self._faking():
             fake = tree_map_only(torch.Tensor, self._mode.valued, batch)
             update = self._update(fake, levers)
+            if self._replaces:  # what this step finds there is what one like it has left
+                self._run(fake, update, levers)
             follower = Follower(residents(self._model, update, fake))
             with follower.following(self._model):
                 self._run(fake, update, levers, follower.enter)
@@ -120,7 +123,9 @@ class Replayer:
             return None
         if levers.optimizer_states not in self._updates:
             update = still(self._model.parameters(), levers.optimizer(self._make))
+            before = list(self._model.buffers())
             self._run(batch, update, Levers())
+            self._replaces = any(one is not other for one, other in zip(before, self._model.buffers(), strict=True))
             self._updates[levers.optimizer_states] = update
         return self._updates[levers.optimizer_states]
 
@@ -333,15 +338,18 @@ def _num_cells(tensor: torch.Tensor) -> int:
         return tensor._nnz() if tensor.is_sparse else 0
 
 
-def _zeros(fake: FakeTensor) -> torch.Tensor:
+def _real(fake: FakeTensor) -> torch.Tensor:
+    """Its values, or zeros."""
+    if fake.constant is not None:
+        return fake.constant
     span = 1 + sum((size - 1) * step for size, step in zip(fake.shape, fake.stride(), strict=True))
     return torch.zeros(span if fake.numel() else 0, dtype=fake.dtype).as_strided(fake.shape, fake.stride())
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """What an operator returns for the values of these, or for zeros."""
-    values = partial(tree_map_only, FakeTensor, lambda one: _zeros(one) if one.constant is None else one.constant)
-    return func(*values(args), **values(kwargs))
+    args, kwargs = tree_map_only(FakeTensor, _real, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def _random(func: Any) -> bool:

@@ -69,11 +69,6 @@ class Levers:
         """Those that differ from a plain step."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
-    @property
-    def half(self) -> tuple[Levers, ...]:
-        """Autocast alone, if it is in force: other operators then run."""
-        return () if self.autocast == NONE else (Levers(autocast=self.autocast),)
-
     @contextmanager
     def applied(self, model: torch.nn.Module) -> Iterator[None]:
         """The levers on a model's forward pass, in force until the context is left; what backward needs stays."""

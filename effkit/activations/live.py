@@ -107,6 +107,8 @@ def measure(
     )  # fmt: skip
     wanted = complete(forecaster.rest() if base is None else base.setting, setting)
     size, levers = parted(wanted)
+    if not earlier:
+        forecaster.size = size  # predictions are around what is measured
     alone = _single(model, size, optimizer) if time_levers and not earlier else []
     timed = [levers, *alone]
     steps = [(size, combination) for combination in timed] + (_checks(size, alone) if alone else [])
