@@ -151,6 +151,13 @@ def test_nothing_is_fetched_by_the_picture():
     assert all(link.startswith("#") for link in links)
 
 
+def test_rows_of_one_account_have_different_colours():
+    rows = {"small": 3, "grown": 2, "experts": 1}  # the third has a colour of its own, which the first would have had
+    account = Account.of("FLOPs", "FLOPs", rows, total=6, source="a test")
+    shades = [bar.patches[0].get_facecolor() for bar in account.plot().containers]
+    assert len(set(shades)) == 3
+
+
 def test_a_word_has_one_colour_everywhere():
     assert view.colour("padding", 0) == view.colour("padding", 5)
     assert len({view.colour(f"row {i}", i) for i in range(8)}) == 8

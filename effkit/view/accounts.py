@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from effkit.account import Account
-from effkit.view.style import GREY, NAMED, axes, colour, label, legend_columns, unit_axis
+from effkit.view.style import GREY, NAMED, axes, colours, label, legend_columns, unit_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +19,9 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     num_lines = math.ceil((len(names) + 1) / columns)
     ax = axes(ax, (7.0, 1.7 + 0.22 * max(0, num_lines - 3)))
     left = 0.0
-    for position, (item, value) in enumerate(account.frame["value"].items()):
-        ax.barh(0, value, left=left, color=colour(str(item), position), label=names[position], height=0.6)
+    shades = colours(list(account.frame.index))
+    for name, (item, value) in zip(names, account.frame["value"].items(), strict=True):
+        ax.barh(0, value, left=left, color=shades[str(item)], label=name, height=0.6)
         left += value
     if account.residual:
         face = "white" if account.residual > 0 else "none"  # a negative one lies over the last rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
 import os
 import re
@@ -61,6 +62,13 @@ _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "effkit"}
 def colour(item: str, position: int) -> str:
     """The colour of a row: the same word has the same colour in every picture."""
     return NAMED.get(item, OKABE_ITO[position % len(OKABE_ITO)])
+
+
+def colours(items: Sequence[str]) -> dict[str, str]:
+    """A colour for each row of one picture: the word's own, else the next of the palette that no other row has."""
+    own = {NAMED.get(item) for item in items}
+    free = itertools.cycle([shade for shade in OKABE_ITO if shade not in own] or OKABE_ITO)
+    return {item: NAMED.get(item) or next(free) for item in items}
 
 
 def svg(figure: Figure, *, label: str) -> str:
@@ -150,10 +158,11 @@ def legend_columns(names: Sequence[str], most: int) -> int:
 
 def unit_axis(axis: Axis, unit: str) -> None:
     """An axis in the unit, as people read it: bytes in steps of a power of two. Call it when all is drawn."""
-    axis.set_major_formatter(lambda value, _: readable(value, unit).replace(f" {unit}", ""))
+    stepped = has_own_steps(unit)  # then each tick says its unit, but for zero, which is the same in all
+    axis.set_major_formatter(lambda value, _: readable(value, unit) if stepped and value else f"{value:,.10g}")
     reach = max(map(abs, axis.get_view_interval()))
     if unit == "bytes" and reach >= 1:
         axis.set_major_locator(MultipleLocator(2.0 ** math.ceil(math.log2(reach / 6))))
     else:
         axis.set_major_locator(MaxNLocator(6))
-    axis.set_label_text("" if has_own_steps(unit) else unit)
+    axis.set_label_text("" if stepped else unit)
