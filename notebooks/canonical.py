@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ REMEDY = "run `make notebooks`"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 HERE = Path(__file__).resolve().parent
 # The last pattern is unknown to nbval: printing the bare path of the checkout fails there, as it should.
-MASKS = get_sanitize_patterns((HERE / "sanitize.cfg").read_text("utf-8"))
+PATTERNS = get_sanitize_patterns((HERE / "sanitize.cfg").read_text("utf-8"))
+MEASURED = [(regex, to) for regex, to in PATTERNS if to == "MEASURED"]  # figures of one run, which stay in the notebook
+MASKS = [(regex, to) for regex, to in PATTERNS if to != "MEASURED"]
 MASKS.append((re.escape(str(HERE.parent)), "REPO"))
 
 
@@ -81,15 +84,15 @@ def replace_file(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def masked(value: Any) -> Any:
+def masked(value: Any, masks: Sequence[tuple[str, str]] = MASKS) -> Any:
     """Without the paths and addresses of this machine, by the same patterns that nbval applies."""
     if isinstance(value, str):
-        for regex, replacement in MASKS:
+        for regex, replacement in masks:
             value = re.sub(regex, replacement, value)
     elif isinstance(value, list):
-        value = [masked(item) for item in value]
+        value = [masked(item, masks) for item in value]
     elif isinstance(value, dict):
-        value = NotebookNode({k: v if k in PICTURES else masked(v) for k, v in value.items()})
+        value = NotebookNode({k: v if k in PICTURES else masked(v, masks) for k, v in value.items()})
     return value
 
 
@@ -194,6 +197,7 @@ def comparable(notebook: NotebookNode) -> NotebookNode:
     new.metadata.pop("widgets", None)
     for cell, output in outputs_of(new):
         ignored = IGNORED in cell.metadata.get("tags", [])
+        output.update(masked(output, MEASURED))
         if ignored:
             output.update(text=None, metadata=None)
         for kind in output.get("data", {}):
