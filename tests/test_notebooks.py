@@ -242,6 +242,21 @@ def test_fault_in_the_lab_is_noticed(fault: Fault, lab_copy: Path) -> None:
     assert_noticed(lab_copy / "notebooks" / LAB.name, lab_copy)
 
 
+@pytest.mark.slow
+def test_a_figure_of_one_run_is_kept_and_only_its_verdict_is_compared(tiny_copy: Path) -> None:
+    notebook = nbformat.read(tiny_copy, as_version=4)
+    notebook.cells[3].source = "print(f'took ≈{time.time_ns() % 1000} ms, above 0')"
+    tiny_copy.write_text(canonical.written(notebook), "utf-8")
+    assert run_canonical(tiny_copy)[0] == 0
+    text = nbformat.read(tiny_copy, as_version=4).cells[3].outputs[0].text
+    assert re.fullmatch(r"took ≈\d+ ms, above 0\n", text), "the notebook shows the figure"
+    num_passed, said = strict_nbval(tiny_copy, tiny_copy.parent)
+    assert num_passed == len(TINY_CELLS), said
+    inject(Fault("another verdict", "tiny.ipynb", f"{text[:-1]}\\n", text[:-1].replace("above", "NOT above") + "\\n"),
+           tiny_copy.parent)  # fmt: skip
+    assert strict_nbval(tiny_copy, tiny_copy.parent)[0] == len(TINY_CELLS) - 1
+
+
 REFUSED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("has the count 9 in place of 4", {"execution_count": 9}),
     ("is not canonical in its metadata", {"metadata": {"collapsed": True}}),
