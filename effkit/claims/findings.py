@@ -1,15 +1,14 @@
-"""check(): what a cell found, held against the row of the table that rests on it."""
+"""check(): what a cell found, beside the paper's figure and the stored one of the row that rests on it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from effkit.account import Account
-from effkit.claims.table import UNITS, Claim, figure, rows
-from effkit.receipt import Receipt
+from effkit.claims.table import Claim, figure, rows
 
 _ROUNDING = 5e-3  # of a figure that is computed and not measured: what three digits leave open
+_VARIES = "≈"  # before a figure that another run would give otherwise
 
 
 @dataclass(frozen=True)
@@ -29,33 +28,22 @@ class Finding:
 
     @property
     def agrees(self) -> bool:
-        """Whether this run is where the row says that runs lie: within its rounding if nothing in it is measured."""
-        low, high = self.claim.ours_low, self.claim.ours_high
-        if math.isnan(low):
-            return math.isclose(self.value, self.claim.ours, rel_tol=_ROUNDING)
+        """Whether this run is where stored runs lie: within the rounding of the stored figure if nothing varies."""
+        low, high = self.claim.stored_low, self.claim.stored_high
+        if not self.claim.varies:
+            return math.isclose(self.value, self.claim.stored, rel_tol=_ROUNDING)
         return low <= self.value <= high
-
-    @property
-    def receipt(self) -> Receipt | None:
-        """The published figure as the prediction, this run as the measurement; None where no number was published."""
-        published = self.claim.published
-        if published is None:
-            return None
-        _, unit, per_one = UNITS[self.claim.unit]
-        value = round(self.value * per_one)
-        measured = Account.of(self.claim.figure, unit, {"here": value}, total=value, source=self.claim.scale)
-        return Receipt(published, measured)
 
     def __repr__(self) -> str:
         row = self.claim
-        gap = "" if row.gap is None else f" (theirs / ours: {row.gap:+.1%})"
-        ours, low, high = (figure(value, row.unit) for value in (row.ours, row.ours_low, row.ours_high))
-        between = "" if math.isnan(row.ours_low) else f", between {low} and {high}"
-        differs = f"THIS RUN SAYS {figure(self.value, row.unit)}, the table is not of it"
+        here = f"{_VARIES if row.varies else ''}{figure(self.value, row.unit)}"
+        where = "where stored runs lie" if row.varies else "as stored"
         return (
             f"{row.paper} (arXiv {row.arxiv}): {row.figure}\n"
-            f"  theirs: {row.theirs_in_words}; ours: {ours}{between}{gap}\n"
-            f"  {row.status}; {'this run agrees' if self.agrees else differs}"
+            f"  paper: {row.theirs_in_words} ({row.their_setting})\n"
+            f"  this run: {here} ({row.our_setting})\n"
+            f"  stored: {row.stored_in_words}\n"
+            f"  how: {row.how}; verdict: {row.verdict}; this run is {where if self.agrees else f'NOT {where}'}"
         )
 
 

@@ -1,8 +1,9 @@
-"""claims(): what each paper claims, and what this kit can say about it. A row is as wide as the cell behind it."""
+"""claims(): what each paper claims, and what this kit can say about it. A row says no more than the cell behind it."""
 
 from __future__ import annotations
 
 import csv
+import math
 import re
 import urllib.parse
 from collections.abc import Mapping
@@ -13,21 +14,20 @@ from typing import Any
 
 import pandas as pd
 
-from effkit.account import Account
-
 # Beside this module in an installed effkit, under data/ in a checkout.
 PATHS = (Path(__file__).with_name("claims.csv"), Path(__file__).parents[2] / "data" / "claims.csv")
-LIVE, RECOMPUTED, WHAT_IF = "measured live", "recomputed from published figures", "what-if only"
-STATUSES = (LIVE, RECOMPUTED, WHAT_IF)
-NOT_TESTABLE = "not testable here: "  # and why
-# How a figure is read, and the whole numbers that an Account counts it in: (in words, unit of the Account, per one)
-UNITS: Mapping[str, tuple[str, str, int]] = {
-    "times": ("{:.3g} times", "thousandths", 1_000),
-    "frac": ("{:.3g}%", "ppm", 1_000_000),
-    "correlation": ("{:.2f}", "ppm", 1_000_000),
-}
+# How our figure is made, and what it says of theirs.
+RAN, SIMULATED, COUNTED = "ran", "simulated", "counted"
+RECOMPUTED, ASSUMED = "recomputed from the paper's own figures", "assumed"
+HOWS = (RAN, SIMULATED, COUNTED, RECOMPUTED, ASSUMED)
+CLOSES, DOES_NOT_CLOSE, CONTRADICTS_ITSELF = "closes", "does not close", "contradicts itself"
+NO_EFFECT, NOT_COMPARABLE = "no effect seen here", "not comparable at this scale"
+NOT_A_TEST = "not a test"  # no figure of this kind is published, or ours is made from theirs
+VERDICTS = (CLOSES, DOES_NOT_CLOSE, CONTRADICTS_ITSELF, NO_EFFECT, NOT_COMPARABLE, NOT_A_TEST)
+UNITS = {"times": "{:.3g} times", "frac": "{:.3g}%", "U": "{:.4g} U", "correlation": "{:.2f}"}  # as a person reads it
 _COLUMNS = (
-    "paper", "arxiv", "claim", "resource", "theme", "status", "figure", "ours", "theirs", "gap", "scale", "link",
+    "paper", "arxiv", "claim", "resource", "theme", "how", "verdict", "figure", "theirs", "stored", "gap",
+    "their_setting", "our_setting", "link",
 )  # fmt: skip
 _FIGURE = re.compile(r"(?:(over|under|up to|about) )?([\d.]+)(?: to ([\d.]+))?")
 
@@ -38,8 +38,7 @@ def figure(value: float, unit: str) -> str:
     >>> figure(2.5, "times"), figure(0.552, "frac"), figure(0.93, "correlation")
     ('2.5 times', '55.2%', '0.93')
     """
-    words, _, _ = UNITS[unit]
-    return words.format(value * 100 if unit == "frac" else value)
+    return UNITS[unit].format(value * 100 if unit == "frac" else value)
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,21 @@ class Claim:
         What it claims, in our words; where its abstract has no number of efficiency, that is said.
     resource, theme
         What is saved and which analysis it belongs to; several are separated by semicolons.
-    status
-        One of ``STATUSES``, or ``NOT_TESTABLE`` and why.
+    how, verdict
+        How our figure is made, one of ``HOWS``; and what it says of theirs, one of ``VERDICTS``.
     figure, unit
-        What is compared, in words; ``times``, ``frac`` (of 1, read as percent) or ``correlation``.
-    theirs
+        What is compared, in words; ``times``, ``frac`` (of 1, read as percent), ``U`` or ``correlation``.
+    theirs, their_setting
         ``2.5``, ``2 to 2.5``, ``over 17.5``, ``under 0.005``, ``up to 0.5``, ``about 0.34``; empty where no number is
-        given, and words where their number is of another kind: then there is no gap.
-    ours, ours_low, ours_high
-        What the cell computes; what runs of it may lie between, where it is measured.
-    scale
-        What theirs was shown on and what ours: the reason for most gaps.
+        given, and words where their number is of another kind: then there is no gap. And what it was shown on.
+    stored, stored_low, stored_high
+        What an earlier run of the cell computed; what earlier runs lay between, where another run gives another figure.
+    stored_on, stored_machine
+        Date and machine of that run, where they are known.
+    no_effect
+        The figure that a method without any effect would give; NaN where there is none.
+    our_setting
+        What ours was shown on: the reason for most gaps.
     notebook, section
         Where the cell stands: a file in ``notebooks/`` and a heading.
     """
@@ -74,38 +77,49 @@ class Claim:
     claim: str
     resource: str
     theme: str
-    status: str
+    how: str
+    verdict: str
     figure: str
     unit: str
     theirs: str
-    ours: float
-    ours_low: float
-    ours_high: float
-    scale: str
+    their_setting: str
+    stored: float
+    stored_low: float
+    stored_high: float
+    stored_on: str
+    stored_machine: str
+    no_effect: float
+    our_setting: str
     notebook: str
     section: str
 
     @property
-    def published(self) -> Account | None:
-        """Their figure as an Account with the band that its words leave open; None where there is none."""
+    def varies(self) -> bool:
+        """Whether another run gives another figure: something in it is measured or drawn."""
+        return not math.isnan(self.stored_low)
+
+    @property
+    def published(self) -> tuple[float, float, float] | None:
+        """Lowest, middle and highest figure that their words leave open; None where there is no number."""
         match = _FIGURE.fullmatch(self.theirs)
         if match is None:
             return None
         words, first, second = match.groups()
-        _, unit, per_one = UNITS[self.unit]
         low, high = float(first), float(second or first)
-        middle = (low + high) / 2
-        band = {"over": (low, 1000 * low), "under": (0.0, low), "up to": (0.0, low)}.get(words, (low, high))
-        total, low, high = (round(value * per_one) for value in (middle, *band))
-        return Account.of(self.figure, unit, {"as published": total}, total=total, source=f"arXiv {self.arxiv}",
-                          basis="assumed", low=low, high=high)  # fmt: skip
+        ends = {"over": (low, math.inf), "under": (0.0, low), "up to": (0.0, low)}.get(words or "", (low, high))
+        return ends[0], (low + high) / 2, ends[1]
 
     @property
     def gap(self) -> float | None:
-        """Signed, as in a receipt: theirs / ours - 1. Positive: more is claimed than the cell shows."""
-        published = self.published
-        _, _, per_one = UNITS[self.unit]
-        return None if published is None or not self.ours else published.total / (self.ours * per_one) - 1
+        """Signed, as in a receipt: theirs / stored - 1. Positive: more is claimed than the stored run showed."""
+        return None if self.published is None or not self.stored else self.published[1] / self.stored - 1
+
+    @property
+    def stored_in_words(self) -> str:
+        """The stored figure, what earlier runs lay between, and when and where."""
+        value, low, high = (figure(value, self.unit) for value in (self.stored, self.stored_low, self.stored_high))
+        between = f", earlier runs between {low} and {high}" if self.varies else ""
+        return f"{value}{between} ({self.stored_on or 'date not known'}, {self.stored_machine or 'machine not known'})"
 
     @property
     def theirs_in_words(self) -> str:
@@ -140,37 +154,35 @@ def rows() -> Mapping[str, Claim]:
     return {row.paper: row for row in table}
 
 
-def claims(*, theme: str | None = None, resource: str | None = None, status: str | None = None) -> pd.DataFrame:
+def claims(
+    *, theme: str | None = None, resource: str | None = None, how: str | None = None, verdict: str | None = None
+) -> pd.DataFrame:
     """What the papers claim, and what this kit shows of it.
 
-    ValueError for a theme or a resource that no row has, or an unknown status.
+    ValueError for a theme, a resource, a way or a verdict that no row has.
 
     Parameters
     ----------
     theme, resource
         Only rows of these: ``"padding"``, ``"compute"``.
-    status
-        Only rows whose status begins so: ``"measured live"``.
+    how, verdict
+        Only rows with these: ``"ran"``, ``"does not close"``.
 
     Returns
     -------
     DataFrame
-        Indexed by ``paper``: ``arxiv, claim, resource, theme, status, figure`` (what is compared), ``ours``, ``theirs``
-        (in words), ``gap`` (theirs / ours - 1; positive: more is claimed than the cell shows), ``scale``, ``link``.
+        Indexed by ``paper``: ``arxiv, claim, resource, theme, how, verdict, figure`` (what is compared), ``theirs`` and
+        ``stored`` (both in words; the second is of an earlier run), ``gap`` (theirs / stored - 1; positive: more is
+        claimed than that run showed), ``their_setting, our_setting, link``.
     """
-    cells = [vars(row) | {"ours": figure(row.ours, row.unit), "theirs": row.theirs_in_words, "gap": row.gap,
+    cells = [vars(row) | {"stored": figure(row.stored, row.unit), "theirs": row.theirs_in_words, "gap": row.gap,
                           "link": row.link} for row in rows().values()]  # fmt: skip
     frame = whole = pd.DataFrame(cells)[list(_COLUMNS)].set_index("paper").astype({"gap": "Float64"})
-    for name, wanted in (("theme", theme), ("resource", resource)):
+    for name, wanted in (("theme", theme), ("resource", resource), ("how", how), ("verdict", verdict)):
         if wanted is not None:
             if wanted not in words(whole[name]):
                 raise ValueError(f"{name} is {wanted!r}, expected one of {', '.join(words(whole[name]))}")
             frame = frame.loc[[wanted in cell.split("; ") for cell in frame[name]]]
-    if status is not None:
-        statuses = (*STATUSES, NOT_TESTABLE)
-        if not any(word.startswith(status) for word in statuses):
-            raise ValueError(f"status is {status!r}, expected the beginning of {', '.join(statuses)}")
-        frame = frame[frame["status"].str.startswith(status)]
     return frame
 
 

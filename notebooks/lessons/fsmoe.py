@@ -41,7 +41,9 @@ TABLE2_MS: Mapping[str, tuple[int, Mapping[str, float]]] = {
 }
 _BATCH, _LENGTH, _FACTOR = 4, 1024, 1.2
 
-PUBLISHED_DIFFERING = 912  # FSMoE: of 1458 layers, those whose best degrees of forward and backward differ
+# FSMoE: of 1458 layers, those whose best degrees of forward and backward differ; 8 nodes of 4 GPUs, and the gradients'
+# all-reduce in the backward pass
+PUBLISHED_DIFFERING = 912
 LAYERS: Mapping[str, tuple[float, ...]] = {
     "batch": (1, 2, 4),
     "length": (256, 512, 1024),
@@ -52,7 +54,8 @@ LAYERS: Mapping[str, tuple[float, ...]] = {
     "num_gemms": (2, 3),
 }
 _ASSUMED = (
-    "batch, hidden, ffn_per_hidden, num_heads and capacity_factor: plausible, the paper's table was not at hand",
+    "batch, hidden, ffn_per_hidden, num_heads and capacity_factor: plausible values, not those of the paper's Table 4",
+    "GPUs of a node: 8 with the authors' coefficients; the paper's count is of 8 nodes of 4",
     "length: those that the authors' scheduler has a fit for",
     "capacity_factor 0, no token dropped: travels as a balanced load, factor 1",
     "backward: experts twice as long, messages as forward, as in the authors' scheduler",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit import Account
+from effkit import Account, view
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COUNTS = ("num_steps", "dur_ns", "flops", "num_tokens")
 _TITLES = {"num_steps": ("Steps to the target", "steps"), "dur_ns": ("Time to the target", "ns"),
@@ -160,6 +163,16 @@ def summary(ways: Mapping[str, ToTarget]) -> pd.DataFrame:
 def mean_curves(ways: Mapping[str, ToTarget]) -> pd.DataFrame:
     """Held-out loss over steps, averaged over the seeds that still ran: one column per way, to be drawn."""
     return pd.DataFrame({name: way.curves.mean(axis="columns") for name, way in ways.items()}).rename_axis("step")
+
+
+def draw(ways: Mapping[str, ToTarget], unit: str, title: str, target: float | None = None) -> Axes:
+    """The mean curve of each way, each seed thin beside it, and the target; without the first look, before training.
+
+    That loss is far above all others: with it, what is compared would lie on one line.
+    """
+    runs = {name: way.curves.iloc[1:] for name, way in ways.items()}
+    means = mean_curves(ways).interpolate(limit_area="inside").iloc[1:]
+    return view.curves(means, unit, title=title, target=target, runs=runs)
 
 
 def reproducible(seed: int) -> torch.Generator:

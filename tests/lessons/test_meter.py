@@ -75,6 +75,16 @@ def test_curves_are_means_over_seeds():
     pd.testing.assert_series_equal(meter.mean_curves({"way": found})["way"], expected)
 
 
+def test_curves_are_drawn_with_their_seeds_and_target_and_without_the_untrained_loss():
+    ways = {"one": meter.to_target(lambda seed: Falling(by=1.0 + seed), 6.0, seeds=(0, 1), every=1)}
+    ax = meter.draw(ways, "nats", "Loss", 6.0)
+    drawn = [line.get_ydata().tolist() for line in ax.lines if len(line.get_xdata()) > 2]
+    assert drawn[0] == [9, 8, 7, 6], "the first seed, from the first step on"
+    assert drawn[-1] == [8.5, 7, 7, 6], "the mean of those that still ran"
+    assert ax.get_title(loc="left") == "Loss"
+    assert "target" in [line.get_label() for line in ax.lines]
+
+
 def test_text_is_there_and_its_pieces_are_its_own():
     text = corpora.english()
     assert len(text) > 300_000
