@@ -12,22 +12,16 @@ import pytest
 import canonical
 import effkit as ek
 from effkit.claims import Finding, check, table
-from effkit.claims.table import (
-    CLOSES,
-    HOWS,
-    NO_EFFECT,
-    NOT_A_TEST,
-    RAN,
-    RECOMPUTED,
-    UNITS,
-    VERDICTS,
-    Claim,
-    rows,
-)
+from effkit.claims.table import UNITS, Claim, rows
 from lessons.claims_browser import browse
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 ROWS = list(rows().values())
+RAN, SIMULATED, COUNTED, ASSUMED = "ran", "simulated", "counted", "assumed"
+RECOMPUTED = "recomputed from the paper's own figures"
+HOWS = (RAN, SIMULATED, COUNTED, RECOMPUTED, ASSUMED)
+CLOSES, NO_EFFECT, NOT_A_TEST = "closes", "no effect seen here", "not a test"
+VERDICTS = (CLOSES, "does not close", "contradicts itself", NO_EFFECT, "not comparable at this scale", NOT_A_TEST)
 FROM_THEIRS = {"Sparse-IFT", "MTO"}  # our figure is made from the published one
 NOT_COMPARED = 27  # abstracts without a number about efficiency
 

@@ -16,14 +16,6 @@ import pandas as pd
 
 # Beside this module in an installed effkit, under data/ in a checkout.
 PATHS = (Path(__file__).with_name("claims.csv"), Path(__file__).parents[2] / "data" / "claims.csv")
-# How our figure is made, and what it says of theirs.
-RAN, SIMULATED, COUNTED = "ran", "simulated", "counted"
-RECOMPUTED, ASSUMED = "recomputed from the paper's own figures", "assumed"
-HOWS = (RAN, SIMULATED, COUNTED, RECOMPUTED, ASSUMED)
-CLOSES, DOES_NOT_CLOSE, CONTRADICTS_ITSELF = "closes", "does not close", "contradicts itself"
-NO_EFFECT, NOT_COMPARABLE = "no effect seen here", "not comparable at this scale"
-NOT_A_TEST = "not a test"  # no figure of this kind is published, or ours is made from theirs
-VERDICTS = (CLOSES, DOES_NOT_CLOSE, CONTRADICTS_ITSELF, NO_EFFECT, NOT_COMPARABLE, NOT_A_TEST)
 UNITS = {"times": "{:.3g} times", "frac": "{:.3g}%", "U": "{:.4g} U", "correlation": "{:.2f}"}  # as a person reads it
 _COLUMNS = (
     "paper", "arxiv", "claim", "resource", "theme", "how", "verdict", "figure", "theirs", "stored", "gap",
@@ -54,7 +46,10 @@ class Claim:
     resource, theme
         What is saved and which analysis it belongs to; several are separated by semicolons.
     how, verdict
-        How our figure is made, one of ``HOWS``; and what it says of theirs, one of ``VERDICTS``.
+        How our figure is made: ``ran``, ``simulated``, ``counted``, ``recomputed from the paper's own figures`` or
+        ``assumed``. And what it says of theirs: ``closes``, ``does not close``, ``contradicts itself``,
+        ``no effect seen here``, ``not comparable at this scale`` or ``not a test`` (nothing of this kind is published,
+        or ours is made from theirs).
     figure, unit
         What is compared, in words; ``times``, ``frac`` (of 1, read as percent), ``U`` or ``correlation``.
     theirs, their_setting

@@ -46,16 +46,9 @@ def roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def curves(
-    table: pd.DataFrame,
-    unit: str,
-    ax: Axes | None = None,
-    *,
-    title: str = "",
-    log: bool = False,
-    zero: bool = False,
-    target: float | None = None,
-    runs: Mapping[str, pd.DataFrame] | None = None,
-) -> Axes:
+    table: pd.DataFrame, unit: str, ax: Axes | None = None, *, title: str = "", log: bool = False, zero: bool = False,
+    target: float | None = None, runs: Mapping[str, pd.DataFrame] | None = None,
+) -> Axes:  # fmt: skip
     """One line per column over the index, which names the horizontal axis; values in the unit.
 
     ``log``: a logarithmic horizontal axis, for contexts that double. ``zero``: values from zero. ``target``: a dashed

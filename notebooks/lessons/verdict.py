@@ -5,14 +5,14 @@ from __future__ import annotations
 from effkit.units import has_own_steps, readable
 
 
-def verdict(what: str, value: float, unit: str = "", *, above: float | None = None, below: float | None = None) -> None:
-    """Print a figure of this run, then whether it lies above or below a limit.
+def verdict(what: str, value: float, unit: str = "", *, above: float | None = None, below: float | None = None) -> str:
+    """A figure of this run, then whether it lies above or below a limit: a line to be printed.
 
     The sign ≈ marks a figure that another run gives otherwise: nbval compares the words around it, not the figure.
 
-    >>> verdict("backward over forward", 1.834, "times", above=1)
+    >>> print(verdict("backward over forward", 1.834, "times", above=1))
     backward over forward: ≈1.83 times, above 1
-    >>> verdict("error of the prediction", -0.31, "frac", above=-0.25, below=0.25)
+    >>> print(verdict("error of the prediction", -0.31, "frac", above=-0.25, below=0.25))
     error of the prediction: ≈-31%, NOT above -25%, below 25%
 
     Parameters
@@ -37,7 +37,7 @@ def verdict(what: str, value: float, unit: str = "", *, above: float | None = No
         if limit is not None
     ]
     ends = "" if unit == "frac" or has_own_steps(unit) or not unit else f" {unit}"
-    print(f"{what}: ≈{_figure(value, unit)}{ends}, {', '.join(said)}")
+    return f"{what}: ≈{_figure(value, unit)}{ends}, {', '.join(said)}"
 
 
 def _figure(value: float, unit: str) -> str:
