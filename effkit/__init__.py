@@ -29,6 +29,8 @@ def __getattr__(name: str) -> Any:
         return import_module("effkit.whatif").WhatIf
     if name == "study":
         return import_module("effkit.advice").study
+    if name == "load_ipython_extension":  # what `%load_ext effkit` asks for
+        return import_module("effkit.magics").load_ipython_extension
     if name in ("activations", "advice", "decoder", "models", "moe", "padding"):
         return import_module(f"effkit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

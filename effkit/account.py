@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from effkit import markup
+from effkit.records import Record, named
 from effkit.units import readable
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ BASES = ("measured", "derived", "assumed")
 
 
 @dataclass(frozen=True, eq=False)
-class Account:
+class Account(Record):
     """Rows that explain one total.
 
     ValueError when the frame is not of that form, or a band does not enclose its total.
@@ -169,6 +170,35 @@ class Account:
                 ("residual", self.residual, "")]  # fmt: skip
         return [(str(item), readable(value, self.unit), f"{value / self.total if self.total else 0.0:.1%}", basis)
                 for item, value, basis in rows]  # fmt: skip
+
+    def to_markdown(self) -> str:
+        """A table: item, amount, share, basis, under the total and its source."""
+        table = markup.markdown(["item", "amount", "share", "basis"], self._lines())
+        return f"**{markup.escaped(self.headline())}**\n\n{table}\ntotal from {markup.escaped(self.source)}\n"
+
+    def _plain(self) -> dict[str, Any]:
+        rows = self.frame.reset_index(names="item")[["item", "value", "basis"]].to_dict("records")
+        return {"title": self.title, "unit": self.unit, "total": self.total, "source": self.source, "low": self.low,
+                "high": self.high, "in_range": self.in_range, "rows": rows, "residual": self.residual,
+                "setting": self.setting, "companions": self.companions}  # fmt: skip
+
+    @classmethod
+    def _of_plain(cls, data: Mapping[str, Any]) -> Account:
+        rows, basis = ({row["item"]: row[name] for row in data["rows"]} for name in ("value", "basis"))
+        return cls.of(
+            data["title"], data["unit"], rows, total=data["total"], source=data["source"], basis=basis,
+            low=data["low"], high=data["high"], in_range=data["in_range"], setting=dict(data["setting"]),
+            companions=tuple(map(cls.from_dict, data["companions"])),
+        )  # fmt: skip
+
+    def _scalars(self) -> Iterator[tuple[str, float]]:
+        """The total, its band and its rows, then those of the companions."""
+        ends = {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
+        figures = {"total": self.total, **ends, "residual": self.residual, **self.frame["value"].to_dict()}
+        for name, value in figures.items():
+            yield f"{named(self.title)}/{named(name, self.unit)}", float(value)
+        for account in self.companions:
+            yield from account._scalars()
 
     def headline(self) -> str:
         """The total with its band, in words, on one line."""

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from effkit.datasheets import Datasheet, datasheet_of
+from effkit.progress_bar import advance, working
 from effkit.whole_files import replacing
 
 _VERSION = 2  # of the cached file
@@ -68,6 +69,7 @@ class Device:
     float32_precision: str = "ieee"
 
     @classmethod
+    @working("Measuring this machine")
     def here(cls, *, refresh: bool = False) -> Device:
         """This machine, measured in under 5 s the first time and read from the user's cache afterwards.
 
@@ -127,16 +129,21 @@ class Device:
 
 
 def provenance() -> dict[str, Any]:
-    """Where and with what a measurement was made: device, kind, threads, torch and Python versions, date (ISO)."""
-    import torch
+    """Where and with what a measurement was made: device, kind, threads, torch and Python versions, date (ISO).
 
+    Where torch is absent, nothing was measured: device, Python and date alone are told.
+    """
+    here = {"python": platform.python_version(), "date": datetime.date.today().isoformat()}
+    try:
+        import torch
+    except ImportError:
+        return {"device": _processor(), **here}
     return {
         "device": _name(),
         "kind": accelerator(),
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__.split("+")[0],
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
+        **here,
     }
 
 
@@ -189,6 +196,7 @@ def fastest_ns(step: Callable[[], object], *, seconds: float) -> float:
     times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
+        advance()
         times.append(turn_ns(number) / number)
     return statistics.median(sorted(times)[: max(1, len(times) // 10)])
 
@@ -198,6 +206,10 @@ def _name() -> str:
 
     if usual_device() != "cpu":
         return str(torch.get_device_module(usual_device()).get_device_name())
+    return _processor()
+
+
+def _processor() -> str:
     try:
         models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")]  # fmt: skip

@@ -9,6 +9,8 @@ from contextlib import suppress
 from contextvars import ContextVar
 from warnings import catch_warnings
 
+from effkit.progress_bar import quiet
+
 _REST_S = 0.5  # without anything to do, before work begins, and again after it gave way
 _TURN_S = 0.01  # between two pieces of work, for all else
 _occupied: ContextVar[Callable[[], bool] | None] = ContextVar("occupied", default=None)
@@ -45,7 +47,7 @@ def work_when_idle(jobs: Iterable[Callable[[], object]], occupied: Callable[[], 
         if not gave_way:
             begun = _occupied.set(stop)
             try:  # a warning would be printed under the cell that ran last
-                with suppress(Exception), catch_warnings(action="ignore"):
+                with suppress(Exception), catch_warnings(action="ignore"), quiet():
                     waiting[0]()
                 waiting.popleft()
             except GaveWay:

@@ -1,8 +1,9 @@
-"""HTML that notebooks show: tables."""
+"""Tables, in the HTML that notebooks show and in Markdown."""
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,23 @@ def table(heads: Sequence[object], rows: Iterable[Iterable[object]], *, caption:
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     caption = caption and f"<caption>{caption}</caption>"
     return f"<table{attributes}>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def markdown(heads: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
+    """The same as a table of GitHub's Markdown, whose cells are text.
+
+    >>> print(markdown(["item", "share"], [["a|b", "50%"]]), end="")
+    | item | share |
+    | --- | --- |
+    | a\\|b | 50% |
+    """
+    lines = (heads, ["---"] * len(heads), *rows)
+    return "".join(f"| {' | '.join(map(escaped, line))} |\n" for line in lines)
+
+
+def escaped(text: object) -> str:
+    """Text that Markdown shows as it is, on one line: somebody's names of kernels hold stars, tags and bars."""
+    return re.sub(r"([\\`*_\[\]<>|#$~])", r"\\\1", " ".join(str(text).split()))
 
 
 def _cell(cell: object, tag: str = "td") -> str:

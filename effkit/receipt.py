@@ -7,7 +7,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pandas as pd
 from effkit import markup, whole_files
 from effkit.account import Account
 from effkit.arguments import described
+from effkit.records import Record, named
 from effkit.units import readable
 
 LEDGER_COLUMNS = (
@@ -30,7 +31,7 @@ _FIGURE = ' style="text-align:right;white-space:nowrap;font-weight:normal;paddin
 
 
 @dataclass(frozen=True, eq=False)
-class Receipt:
+class Receipt(Record):
     """A prediction beside the measurement of the same setting.
 
     Parameters
@@ -119,6 +120,32 @@ class Receipt:
                              provenance])  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         whole_files.append(path, text.getvalue().encode())
+
+    def to_markdown(self) -> str:
+        """A table with a row per quantity: predicted, band, measured, error, and whether it lay in the band."""
+        rows = [
+            [guess.title, readable(guess.total, guess.unit), _band(guess), readable(truth.total, truth.unit),
+             f"{_error(guess.total, truth.total):+.1%}", "yes" if _within(guess, truth) else "no"]
+            for guess, truth in self._pairs()
+        ]  # fmt: skip
+        return markup.markdown(["quantity", *_HEADS], rows)
+
+    def _plain(self) -> dict[str, Any]:
+        return {"predicted": self.predicted, "measured": self.measured, "error": self.error,
+                "within_band": self.within_band, "setting": self.setting, "provenance": self.provenance}  # fmt: skip
+
+    @classmethod
+    def _of_plain(cls, data: Mapping[str, Any]) -> Receipt:
+        return cls(
+            Account.from_dict(data["predicted"]), Account.from_dict(data["measured"]),
+            dict(data["setting"]), dict(data["provenance"]),
+        )  # fmt: skip
+
+    def _scalars(self) -> Iterator[tuple[str, float]]:
+        for quantity, row in self.frame.iterrows():
+            for name in ("predicted", "measured"):
+                yield f"receipt/{named(quantity, name, row['unit'])}", float(row[name])
+            yield f"receipt/{named(quantity)}_error_frac", float(row["error"])
 
     def sentence(self) -> str:
         """The receipt of the main quantity in one sentence."""

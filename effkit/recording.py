@@ -20,6 +20,7 @@ from effkit.device import accelerator, peak_counter, provenance, synchronize
 from effkit.interrupts import PutBack, uninterrupted
 from effkit.timing import elapsed_ns
 from effkit.trace import nesting
+from effkit.trace.names import STEP
 
 _recording = threading.Lock()
 _own: list[Any] = []  # the profiler that is active, if it is one of ours
@@ -67,7 +68,7 @@ def capture(
         raise TypeError(f"settings is a mapping, of names to values; given: {described(settings)}")
 
     with _alone("capture()"):
-        counter, kind = peak_counter(), accelerator()
+        counter = peak_counter()
         for _ in range(warmup):
             step()
         plain = _timed(step, steps)
@@ -80,10 +81,6 @@ def capture(
             recorded = _timed(step, steps, after_each=profiler.step)
             peak_bytes = counter.max_memory_allocated() if counter else None
         plain += _timed(step, steps)
-    read = trace.read(_exported(profiler), details=trace.DETAIL_COLUMNS, stacks=stacks)
-    allocations, of_memory = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
-    if of_memory and kind == "cpu":
-        peak_bytes = of_memory[0]["peak_bytes"]
     plain_ns, recorded_ns = statistics.median(plain), statistics.median(recorded)
     facts = {
         "what": what or getattr(step, "__qualname__", type(step).__name__),
@@ -92,13 +89,49 @@ def capture(
         "step_ns": round(plain_ns),
         "step_ns_profiled": round(recorded_ns),
         "overhead_frac": round(recorded_ns / plain_ns - 1, 4),
-        "peak_bytes": peak_bytes,
-        "peak_source": f"{counter.__name__}.max_memory_allocated" if counter else
-        f"not visible: torch counts no peak of memory on {kind}" if kind != "cpu" else
-        "profiler's Total Allocated; allocations made before the window are not visible" if memory else "not recorded",
-        "memory": of_memory,
-    }  # fmt: skip
-    return Capture(read.events, allocations, provenance() | facts, snapshot.reserved(read.memory))
+    }
+    return _captured(profiler, facts, peak_bytes)
+
+
+def capture_once(
+    step: Callable[[], object], *, memory: bool = False, shapes: bool = False, stacks: bool = False,
+    what: str | None = None,
+) -> Capture:  # fmt: skip
+    """Run ``step()`` once, under the profiler: for what may run once only, such as a cell of a notebook.
+
+    There is no warm-up, and what recording cost is not known. Otherwise as :func:`capture`.
+    """
+    checked_function("step", step, "without arguments", num=0)
+    import torch
+
+    with _alone("capture_once()"):
+        if counter := peak_counter():
+            counter.reset_peak_memory_stats()
+        recorder, mark = _profiler(profile_memory=memory, record_shapes=shapes, with_stack=stacks), f"{STEP}0"
+        with recorder as profiler, torch.profiler.record_function(mark):
+            (recorded_ns,) = _timed(step, 1)
+        peak_bytes = counter.max_memory_allocated() if counter else None
+    options = {"warmup": 0, "steps": 1, "memory": memory, "shapes": shapes, "stacks": stacks}
+    facts = {"what": what or "one call", "options": options, "step_ns_profiled": round(recorded_ns)}
+    return _captured(profiler, facts, peak_bytes)
+
+
+def _captured(profiler: Any, facts: dict[str, Any], peak_bytes: int | None) -> Capture:
+    """What the profiler saw; ``peak_bytes`` is the accelerator's own counter, None where there is none."""
+    options, kind = facts["options"], accelerator()
+    read = trace.read(_exported(profiler), details=trace.DETAIL_COLUMNS, stacks=options["stacks"])
+    allocations, of_memory = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
+    source = "profiler's Total Allocated; allocations made before the window are not visible"
+    if counter := peak_counter():
+        source = f"{counter.__name__}.max_memory_allocated"
+    elif kind != "cpu":
+        source = f"not visible: torch counts no peak of memory on {kind}"
+    elif of_memory:
+        peak_bytes = of_memory[0]["peak_bytes"]
+    elif not options["memory"]:
+        source = "not recorded"
+    more = {"peak_bytes": peak_bytes, "peak_source": source, "memory": of_memory}
+    return Capture(read.events, allocations, provenance() | facts | more, snapshot.reserved(read.memory))
 
 
 def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0, again: bool = False) -> tuple[int, str]:

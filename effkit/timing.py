@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from effkit.device import synchronize
+from effkit.progress_bar import advance
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -41,6 +42,7 @@ class Stopwatch:
 
 def elapsed_ns(call: Callable[[], object]) -> int:
     """Time of one call [ns]; what was given to the accelerator before is waited for first, and is not counted."""
+    advance()
     synchronize()
     start = time.perf_counter_ns()
     call()

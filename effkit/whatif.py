@@ -17,6 +17,7 @@ from effkit import view
 from effkit.account import Account
 from effkit.device import provenance
 from effkit.idle import work_when_idle
+from effkit.progress_bar import quiet
 from effkit.receipt import Receipt, figures
 from effkit.screen import Screen
 from effkit.units import readable
@@ -171,7 +172,8 @@ class WhatIf(Screen):
             self._stop.clear()
             self._button.disabled, self._stopper.disabled = True, False
             self._bar.layout.visibility = "visible"
-            measured = self._run(self._progress, **setting)
+            with quiet():  # the panel has a bar of its own
+                measured = self._run(self._progress, **setting)
             receipt = Receipt(predicted, measured, setting=predicted.setting, provenance=provenance())
             self.receipts.append(receipt)
             self._latest = receipt
@@ -209,7 +211,8 @@ class WhatIf(Screen):
 
     def _predicted(self, setting: Mapping[str, Any]) -> Account:
         key = tuple(setting.values())
-        return self._ahead[key] if key in self._ahead else self._predict(self.base, **setting)
+        with quiet():
+            return self._ahead[key] if key in self._ahead else self._predict(self.base, **setting)
 
     def _first_moves(self) -> Iterator[dict[str, Any]]:
         """The settings to which one move leads from where the controls stand: a step of a slider, any word."""

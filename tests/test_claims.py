@@ -224,8 +224,7 @@ def test_without_its_data_it_says_so(monkeypatch, tmp_path):
 def test_an_installed_effkit_carries_the_table_where_it_is_looked_for_first(monkeypatch, tmp_path):
     project = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text())
     carried = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert [NOTEBOOKS.parent / path for path in carried] == [table.PATHS[1]]
-    assert [NOTEBOOKS.parent / path for path in carried.values()] == [table.PATHS[0]]
+    assert [NOTEBOOKS.parent / home / "claims.csv" for home in ("data", carried["data"])] == [*reversed(table.PATHS)]
     lines = table.PATHS[1].read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "claims.csv").write_text("".join(lines[:3]), "utf-8")
     monkeypatch.setattr(table, "PATHS", (tmp_path / "claims.csv", table.PATHS[1]))

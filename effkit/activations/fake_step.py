@@ -28,6 +28,7 @@ from effkit.activations.storage_tracker import Call, Follower, taken_as_it_is
 from effkit.activations.timeline import Signature, Timeline
 from effkit.idle import give_way
 from effkit.interrupts import uninterrupted
+from effkit.progress_bar import advance
 from effkit.restoring import random_numbers_kept
 from effkit.training import Loss, MakeOptimizer, drop_gradients, forward, own_loss, residents, still
 
@@ -95,6 +96,7 @@ class Replayer:
         which a replay does not have; later replays are as if it had not been. An exception raised below a fake tensor's
         operator can end the process, so Ctrl-C waits until this has returned.
         """
+        advance()
         return uninterrupted(partial(self._replay, batch, levers))
 
     def _replay(self, batch: Any, levers: Levers) -> Timeline:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effkit.arguments import LOSS, checked_function, checked_model
+from effkit.progress_bar import working
 from effkit.restoring import unchanged
 from effkit.training import Loss, forward, own_loss
 
@@ -18,6 +19,7 @@ ALL = "all"
 _Gradients = dict[str, Tensor]
 
 
+@working("Comparing gradients")
 def gradient_error(
     model: nn.Module, batch: Any, levers: Callable[[], AbstractContextManager[Any]], *, loss: Loss | None = None,
     batches: Sequence[Any] | None = None,

@@ -25,6 +25,7 @@ from effkit.arguments import checked_same_model, checked_training, checked_whole
 from effkit.captured import Capture
 from effkit.device import synchronize
 from effkit.lab import Progress, calibration_of
+from effkit.progress_bar import working
 from effkit.restoring import unchanged
 from effkit.training import Loss, MakeOptimizer, still
 
@@ -52,6 +53,7 @@ class Calibration:
     rounding_frac: float = 0.0
 
 
+@working("Measuring training steps")
 def measure(
     model: torch.nn.Module, batch: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
     make_batch: MakeBatch | None = None, repeats: int = 3, time_levers: bool = False, base: Account | None = None,

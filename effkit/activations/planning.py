@@ -17,6 +17,7 @@ from effkit.activations.op_costs import MOVED
 from effkit.activations.prediction import predict
 from effkit.arguments import checked_amount
 from effkit.lab import calibration_of
+from effkit.progress_bar import working
 from effkit.units import readable
 
 # each lever's positions, from one that is off; of two on the list the later saves more, as a rule
@@ -31,6 +32,7 @@ POSITIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 LEVERS = ("checkpoint", "micro_batches", "autocast", "compress", "optimizer_states")  # that are combined
 
 
+@working("Comparing combinations of levers")
 def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = False) -> pd.DataFrame:
     """Predicted time and peak memory of combinations of levers, at the size that was measured.
 
@@ -78,6 +80,7 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
     return table
 
 
+@working("Looking for the quickest combination that fits")
 def cheapest(base: Account, budget_bytes: int, *, levers: Sequence[str] = LEVERS, lossless: bool = False) -> Account:
     """The quickest combination of levers whose predicted peak, its band included, fits into a budget.
 

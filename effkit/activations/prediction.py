@@ -16,6 +16,7 @@ from effkit.activations.low_bit import STATES
 from effkit.activations.timeline import CATEGORIES, FORWARD_PEAK, PEAK, REQUESTED, RESERVED, RESIDENTS, Timeline
 from effkit.arguments import checked_amount, described
 from effkit.lab import Progress, Trust, calibration_of, interval
+from effkit.progress_bar import working
 from effkit.training import Loss, MakeOptimizer
 from effkit.units import readable
 
@@ -28,6 +29,7 @@ _LEAST_BAND_FRAC = 0.01  # of a replay: small tensors that are not compressed, m
 _FEW_ROWS = 8  # to begin a search from
 
 
+@working("Predicting a training step")
 def predict(base: Account, **setting: Any) -> Account:
     """The peak at another setting, without running the model: a replay on fake tensors, or a surface through a few.
 
@@ -56,6 +58,7 @@ def predict(base: Account, **setting: Any) -> Account:
     return _predicted(calibration.forecaster, wanted, calibration)
 
 
+@working("Forecasting a training step")
 def forecast(
     model: torch.nn.Module, batch_like: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
     make_batch: MakeBatch | None = None, device: str | None = None, calibrate: bool | None = None, trains: bool = True,
@@ -88,6 +91,7 @@ def forecast(
     return _predicted(forecaster, complete(forecaster.rest(), setting))
 
 
+@working("Looking for the largest batch")
 def largest_batch(
     model: torch.nn.Module, batch_like: Any, budget_bytes: int, *, loss: Loss | None = None,
     optimizer: MakeOptimizer | None = None, make_batch: MakeBatch | None = None, device: str | None = None,

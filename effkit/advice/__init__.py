@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from effkit.advice.callbacks import lightning_callback, trainer_callback
-from effkit.advice.levers import Advice, Lever
-from effkit.advice.overviews import Overview
-from effkit.advice.recording_ranks import record
-from effkit.advice.studies import Study
-from effkit.advice.study_entry import study
+from typing import TYPE_CHECKING
+
+from effkit.lazy import lazily
+
+if TYPE_CHECKING:
+    from effkit.advice.callbacks import lightning_callback, trainer_callback
+    from effkit.advice.levers import Advice, Lever
+    from effkit.advice.overviews import Overview
+    from effkit.advice.recording_ranks import record
+    from effkit.advice.studies import Study
+    from effkit.advice.study_entry import study
 
 __all__ = ["Advice", "Lever", "Overview", "Study", "lightning_callback", "record", "study", "trainer_callback"]
+
+__getattr__ = lazily(__name__, {
+    "callbacks": ["lightning_callback", "trainer_callback"], "levers": ["Advice", "Lever"], "overviews": ["Overview"],
+    "recording_ranks": ["record"], "studies": ["Study"], "study_entry": ["study"],
+})  # fmt: skip
 
 
 def __dir__() -> list[str]:

@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 
 from effkit import operators
-from effkit.advice.step_hooks import RECOMPUTED
 from effkit.captured import Capture
 from effkit.panes.families import of_device, of_host
 from effkit.panes.tables import each_operator
 from effkit.trace import nesting
-from effkit.trace.names import DEVICE, STEP
+from effkit.trace.names import DEVICE, RECOMPUTED, STEP
 
 PRODUCTS, ATTENTION, OPTIMIZER, ASKING = (
     operators.PRODUCTS, operators.ATTENTION, operators.OPTIMIZER, operators.ASKING,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -13,7 +13,9 @@ from effkit import markup
 from effkit.account import Account
 from effkit.device import provenance
 from effkit.markup import Cell
+from effkit.progress_bar import working
 from effkit.receipt import Receipt
+from effkit.records import Record, named
 from effkit.units import readable
 
 GOALS = ("time", "memory", "cost")
@@ -21,7 +23,7 @@ _HOUR_NS = 3.6e12
 
 
 @dataclass(frozen=True, eq=False)
-class Lever:
+class Lever(Record):
     """One thing that would help.
 
     Attributes
@@ -86,6 +88,7 @@ class Lever:
             raise RuntimeError(f"“{self.name}” is a change of your code, and cannot be handed over: {self.code}")
         return self.use()
 
+    @working("Measuring beside the base")
     def measure(self) -> Receipt:
         """Run it beside the base, here and now, and return the Receipt; blocks until done.
 
@@ -99,6 +102,30 @@ class Lever:
             self.keep(receipt)
         return receipt
 
+    def to_markdown(self) -> str:
+        """One point of a list, with the lines to paste under it."""
+        first, *others = map(markup.escaped, repr(self).splitlines())
+        points = "".join(f"  - {line}\n" for line in others)
+        code = "".join(f"    {line}\n" for line in self.code.splitlines())
+        return f"- **{first}**\n{points}\n{code}" if code else f"- **{first}**\n{points}"
+
+    def _plain(self) -> dict[str, Any]:
+        least, most = self.gain_band
+        return {"kind": self.kind, "name": self.name, "found": self.found, "base": self.base, "code": self.code,
+                "predicted": self.predicted, "side_effects": self.side_effects, "group": self.group, "at_most": self.at_most,
+                "gain_frac": self.gain_frac, "gain_least_frac": least, "gain_most_frac": most}  # fmt: skip
+
+    @classmethod
+    def _of_plain(cls, data: Mapping[str, Any]) -> Lever:
+        """Of a run that is over: it can be neither measured nor applied."""
+        base, predicted = (Account.from_dict(data[name]) for name in ("base", "predicted"))
+        kind, name, found, code, group = (str(data[key]) for key in ("kind", "name", "found", "code", "group"))
+        return cls(kind, name, found, base, predicted, code, tuple(map(str, data["side_effects"])), group,
+                   at_most=bool(data["at_most"]))  # fmt: skip
+
+    def _scalars(self) -> Iterator[tuple[str, float]]:
+        yield f"advice/{named(self.name)}_gain_frac", self.gain_frac
+
     def __repr__(self) -> str:
         lines = [f"{self.name}: saves {self.saves('band ')}", self.found]
         lines += [f"but: {effect}" for effect in self.side_effects]
@@ -106,7 +133,7 @@ class Lever:
 
 
 @dataclass(frozen=True, eq=False)
-class Advice(Sequence[Lever]):
+class Advice(Record, Sequence[Lever]):
     """Levers that help, the best first.
 
     Attributes
@@ -171,6 +198,30 @@ class Advice(Sequence[Lever]):
     def saves(self) -> str:
         """What all of them save together, in words."""
         return f"{'at most ' if any(lever.at_most for lever in self.levers) else ''}{self.together:.0%}"
+
+    def to_markdown(self) -> str:
+        """A list: lever, gain and band, what speaks for it and against it, what to paste."""
+        if not self.levers:
+            return f"{markup.escaped(repr(self))}\n"
+        notes = "".join(f"\n{markup.escaped(note)}\n" for note in self.notes)
+        head = f"**Advice for {self.goal}: together {self.saves} less**\n\n"
+        return head + "\n".join(lever.to_markdown() for lever in self.levers) + notes
+
+    def _plain(self) -> dict[str, Any]:
+        return {"goal": self.goal, "levers": self.levers, "rejected": self.rejected, "notes": self.notes,
+                "price_per_hour": self.price_per_hour, "num_steps": self.num_steps, "num_devices": self.num_devices,
+                "together_frac": self.together}  # fmt: skip
+
+    @classmethod
+    def _of_plain(cls, data: Mapping[str, Any]) -> Advice:
+        levers, rejected = (tuple(map(Lever.from_dict, data[name])) for name in ("levers", "rejected"))
+        run = {name: data[name] for name in ("price_per_hour", "num_steps", "num_devices")}
+        return cls(str(data["goal"]), levers, rejected, tuple(map(str, data["notes"])), **run)
+
+    def _scalars(self) -> Iterator[tuple[str, float]]:
+        yield "advice/together_frac", float(self.together)
+        for lever in self.levers:
+            yield from lever._scalars()
 
     def _hours(self, base: Account) -> float:
         return base.total * (self.num_steps or 0) / _HOUR_NS * self.num_devices

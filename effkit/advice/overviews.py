@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -13,6 +13,7 @@ from effkit import markup
 from effkit.account import Account
 from effkit.device import Device
 from effkit.markup import Cell
+from effkit.records import Record, named
 from effkit.units import readable
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ RECORDED_MFU_DEFINITION = (
 
 
 @dataclass(frozen=True, eq=False)
-class Overview:
+class Overview(Record):
     """What a study saw, on one page.
 
     Attributes
@@ -68,6 +69,30 @@ class Overview:
         from effkit import view
 
         return view.page(self.accounts, axes)
+
+    def to_markdown(self) -> str:
+        """What was found, a table per account, the ceilings, and what was not visible."""
+        found = "".join(f"- {markup.escaped(sentence)}\n" for sentence in self.found)
+        unseen = "".join(f"- **not visible**: {markup.escaped(sentence)}\n" for sentence in self.unseen)
+        rows = [[name, f"{row['reached_frac']:.1%}", row["ceiling_text"]] for name, row in self.ceilings.iterrows()]
+        ceilings = [markup.markdown(["ceiling", "reached", "of"], rows)] if rows else []
+        return "\n".join([found, *(account.to_markdown() for account in self.accounts), *ceilings, unseen])
+
+    def _plain(self) -> dict[str, Any]:
+        ceilings = self.ceilings.reset_index(names="of").to_dict("records")
+        return {"accounts": self.accounts, "ceilings": ceilings, "found": self.found, "unseen": self.unseen}
+
+    @classmethod
+    def _of_plain(cls, data: Mapping[str, Any]) -> Overview:
+        rows = pd.DataFrame(data["ceilings"], columns=["of", *NO_CEILINGS.columns]).set_index("of")
+        texts = (tuple(map(str, data[name])) for name in ("found", "unseen"))
+        return cls(tuple(map(Account.from_dict, data["accounts"])), rows, *texts)
+
+    def _scalars(self) -> Iterator[tuple[str, float]]:
+        for account in self.accounts:
+            yield from account._scalars()
+        for name, frac in self.ceilings["reached_frac"].items():
+            yield f"ceilings/{named(name)}_frac", float(frac)
 
     def __repr__(self) -> str:
         lines = [*self.found, *map(repr, self.accounts)]

@@ -54,9 +54,11 @@ class RecordedStudy(Study):
     most of the time, unless ``step`` names the others.
     """
 
-    def __init__(self, trace: Files | None, snapshot: str | Path | None, *, step: str | None = None) -> None:
-        self.capture = None if trace is None else load(trace)
-        memory = None if snapshot is None else load(snapshot)
+    def __init__(
+        self, trace: Files | Capture | None, snapshot: str | Path | Capture | None, *, step: str | None = None
+    ) -> None:
+        self.capture = None if trace is None else _opened(trace)
+        memory = None if snapshot is None else _opened(snapshot)
         named = [_named(path) for path in (trace, snapshot) if path is not None]
         super().__init__(f"a recording, {' and '.join(named)}")
         self.step = step
@@ -240,5 +242,17 @@ class RecordedStudy(Study):
         return recorded_levers.of_time(self, goal, **more)
 
 
-def _named(path: Files) -> str:
+def of_file(path: str | Path) -> RecordedStudy:
+    """The study of a trace, a snapshot, a saved capture, or a folder of one of them: what it holds decides."""
+    capture = load(path)
+    return RecordedStudy(None, capture) if capture.overview().empty else RecordedStudy(capture, None)
+
+
+def _opened(given: Files | Capture) -> Capture:
+    return given if isinstance(given, Capture) else load(given)
+
+
+def _named(path: Files | Capture) -> str:
+    if isinstance(path, Capture):
+        return str(path.provenance.get("what", "a capture"))
     return Path(path).name if isinstance(path, str | Path) else f"{len(path)} files"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,7 @@ def page(study: Reported, advice: Advice) -> str:
     return pages.get_template("report.html.jinja").render(
         title=study.what[:1].upper() + study.what[1:],
         style=Markup(resources.files("effkit.advice").joinpath("report.css").read_text(encoding="utf-8")),
-        here=f"{here['date']} on {here['device']}, {here['num_threads']} thread{'s' * (here['num_threads'] > 1)}, "
-        f"torch {here['torch']}",
+        here=", ".join([f"{here['date']} on {here['device']}", *_versions(here)]),
         overview=overview,
         picture=_picture(overview),
         advice=advice,
@@ -65,6 +65,13 @@ def page(study: Reported, advice: Advice) -> str:
         where="; ".join(dict.fromkeys(_where(receipt) for receipt in study.receipts if receipt.provenance)),
         zip=zip,
     )
+
+
+def _versions(here: Mapping[str, Any]) -> list[str]:
+    """Threads and torch, where it is there."""
+    if "torch" not in here:
+        return []
+    return [f"{here['num_threads']} thread{'s' * (here['num_threads'] > 1)}", f"torch {here['torch']}"]
 
 
 def _picture(overview: Overview) -> Markup:

@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from effkit.restoring import own_code
+from effkit.trace.names import RECOMPUTED
 
-RECOMPUTED = "effkit::recomputation"
 ASKS = ("item", "tolist", "__float__")  # what waits until the device has computed a number
 
 

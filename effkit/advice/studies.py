@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pandas as pd
 from effkit.advice.levers import GOALS, Advice
 from effkit.advice.overviews import Overview, changes
 from effkit.arguments import checked_amount, checked_whole
+from effkit.progress_bar import working
 from effkit.receipt import Receipt
+from effkit.records import Record
 
 
-class Study:
+class Study(Record):
     """One model, or one run, looked at as a whole; made by :func:`effkit.study`.
 
     Attributes
@@ -28,13 +31,16 @@ class Study:
         self.what = what
         self.receipts: list[Receipt] = []
         self._overview: Overview | None = None
+        self._advised: dict[str, Advice] = {}
 
+    @working("Studying")
     def overview(self) -> Overview:
         """Time and memory on one page, how near they are to this device's ceilings, and what could not be seen."""
         if self._overview is None:
             self._overview = self._look()
         return self._overview
 
+    @working("Looking for what would help")
     def advise(
         self, goal: str = "time", *, budget_bytes: int | None = None, price_per_hour: float | None = None,
         num_steps: int | None = None, num_devices: int = 1,
@@ -64,8 +70,10 @@ class Study:
                 run[name] = checked_whole(name, value, 1) if name.startswith("num") else checked_amount(name, value)
         if goal == "cost" and (price_per_hour is None or num_steps is None):
             raise ValueError("goal='cost' takes price_per_hour= and num_steps=, to count hours and money with")
-        return self._advise(goal, **run)
+        self._advised[goal] = self._advise(goal, **run)
+        return self._advised[goal]
 
+    @working("Studying both")
     def compare(self, other: Study) -> pd.DataFrame:
         """This study before, the other after: the rows of their accounts, side by side.
 
@@ -90,6 +98,42 @@ class Study:
 
         return reporting.write(self, Path(path), self.advise() if advice is None else advice)
 
+    def save(self, path: str | Path) -> Path:
+        """Write what this study says into a JSON file, which :meth:`open` reads: overview, the advice that was asked
+        for (for time, if none was), receipts. The model and the recording are not in it."""
+        self.to_json(path)
+        return Path(path)
+
+    @staticmethod
+    def open(path: str | Path) -> Study:
+        """A study that :meth:`save` wrote. ValueError for another file."""
+        return Study.from_json(Path(path))
+
+    def to_markdown(self) -> str:
+        """Overview and advice, as :meth:`report` has them."""
+        advice = self._advised or {"time": self.advise()}
+        told = "\n".join(each.to_markdown() for each in advice.values())
+        receipts = "\n".join(receipt.to_markdown() for receipt in self.receipts)
+        return "\n".join(filter(None, [self.overview().to_markdown(), told, receipts]))
+
+    def _plain(self) -> dict[str, Any]:
+        advice = self._advised or {"time": self.advise()}
+        return {"what": self.what, "overview": self.overview(), "advice": list(advice.values()),
+                "receipts": self.receipts}  # fmt: skip
+
+    @classmethod
+    def _kind(cls) -> str:
+        return "study"  # of whatever class: what is read back is none of a live model
+
+    @classmethod
+    def _of_plain(cls, data: Mapping[str, Any]) -> Any:
+        overview, advice = Overview.from_dict(data["overview"]), map(Advice.from_dict, data["advice"])
+        return StudyOnFile(str(data["what"]), overview, list(advice), list(map(Receipt.from_dict, data["receipts"])))
+
+    def _scalars(self) -> Iterator[tuple[str, float]]:
+        for part in (self.overview(), *self._advised.values(), *self.receipts):
+            yield from part._scalars()
+
     def _look(self) -> Overview:
         raise NotImplementedError
 
@@ -100,4 +144,20 @@ class Study:
         self.receipts.append(receipt)
 
     def __repr__(self) -> str:
-        return f"Study of {self.what}: overview(), advise(), compare(other), report(path)"
+        return f"Study of {self.what}: overview(), advise(), compare(other), report(path), save(path)"
+
+
+class StudyOnFile(Study):
+    """What a study said when it was saved; nothing in it can be run."""
+
+    def __init__(self, what: str, overview: Overview, advice: list[Advice], receipts: list[Receipt]) -> None:
+        super().__init__(what)
+        self._overview, self.receipts = overview, receipts
+        self._advised = {each.goal: each for each in advice}
+
+    def advise(self, goal: str = "time", **run: Any) -> Advice:
+        """The advice that was saved. ValueError for another goal, and for another budget or price."""
+        if run or goal not in self._advised:
+            there = ", ".join(self._advised) or "none"
+            raise ValueError(f"this study was read from a file, with advice for {there}: ask the live one for other")
+        return self._advised[goal]

@@ -8,11 +8,15 @@ from typing import Any
 
 from effkit.advice.studies import Study
 from effkit.arguments import LOSS, checked_amount, checked_function, checked_model, checked_step, checked_whole
+from effkit.captured import Capture
+from effkit.progress_bar import working
 
 
+@working("Studying")
 def study(
     step: Callable[..., object] | str | None = None, model: Any = None, loader: Any = None, *,
-    generate: Any = None, inputs: Any = None, trace: str | Path | None = None, snapshot: str | Path | None = None,
+    generate: Any = None, inputs: Any = None, trace: str | Path | Capture | None = None,
+    snapshot: str | Path | Capture | None = None,
     loss: Callable[[Any], Any] | None = None, num_batches: int | None = None, num_ranks: int | None = None,
     link_bytes_per_s: float | None = None, repeats: int | None = None,
 ) -> Study:  # fmt: skip
@@ -36,8 +40,8 @@ def study(
     generate, model, inputs
         A call ``generate(inputs)`` that comes to ``model.generate``, or keyword arguments of it.
     trace, snapshot
-        A profiler trace or a folder with one per rank; a memory snapshot. ``step`` may then name the annotation that
-        marks a step, as in :meth:`effkit.Capture.overview`.
+        A profiler trace or a folder with one per rank; a memory snapshot; either may be a Capture. ``step`` may then
+        name the annotation that marks a step, as in :meth:`effkit.Capture.overview`.
     loss, num_batches
         Of a training loop: model output -> scalar, where the output does not hold one and memory is asked about;
         batches to study, as many as fit into a few seconds unless given.

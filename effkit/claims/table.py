@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-# Beside this module in an installed effkit, under data/ in a checkout.
-PATHS = (Path(__file__).with_name("claims.csv"), Path(__file__).parents[2] / "data" / "claims.csv")
+# Inside an installed effkit, beside it in a checkout.
+PATHS = tuple(Path(__file__).parents[up] / room / "claims.csv" for up, room in ((1, "material/data"), (2, "data")))
 UNITS = {"times": "{:.3g} times", "frac": "{:.3g}%", "U": "{:.4g} U", "correlation": "{:.2f}"}  # as a person reads it
 _COLUMNS = (
     "paper", "arxiv", "claim", "resource", "theme", "how", "verdict", "figure", "theirs", "stored", "gap",

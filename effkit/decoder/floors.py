@@ -16,6 +16,7 @@ from effkit.decoder.operator_times import FRAMEWORK, LAUNCHES, OPERATORS
 from effkit.decoder.setting import DTYPES
 from effkit.device import Device, fastest_ns
 from effkit.lab import calibration_of
+from effkit.progress_bar import working
 
 READING, ARITHMETIC = "reading", "arithmetic"
 _PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
@@ -43,6 +44,7 @@ def _read(pieces: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
         torch.mv(piece, vector)
 
 
+@working("Measuring the floors of a step")
 def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
     """One step of a measured generation, part by part, beside its floor.
 

@@ -25,12 +25,14 @@ from effkit.decoder.scaling_rules import rows_ns
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.decoder.stepping import measure_step
 from effkit.lab import Progress, calibration_of, tell
+from effkit.progress_bar import working
 from effkit.timing import elapsed_ns
 from effkit.training import evaluating
 
 _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
 
 
+@working("Measuring generations")
 def measure(
     model: Any, inputs: Any = None, *, num_steps: int | None = None, batch: int | None = None,
     base: Account | None = None, calibrated: bool = True, repeats: int = 5, progress: Progress | None = None,

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from effkit import snapshot, storage, trace
 from effkit.captured import Capture
+from effkit.progress_bar import SLOW_S
 from effkit.trace import nesting
 
-SLOW_S = 2.0  # a load that takes longer shows its progress
 _LARGEST_SNAPSHOT = 4 * 2**30
 SINCE_1970_NS = 10**18  # times beyond count from 1970 (this one is of 2001), others from a machine's start
 _WHOLE = re.compile(r"_ns$|_bytes$|^(?:rank|stream|correlation)$")  # columns of whole numbers

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from effkit import trace
 from effkit.captured import Capture, Memory
-from effkit.loading.files import SINCE_1970_NS, SLOW_S, Options, described, kind_of, load_file
+from effkit.loading.files import SINCE_1970_NS, Options, described, kind_of, load_file
 from effkit.panes import OF_RANK, breakdown
+from effkit.progress_bar import SLOW_S
 
 Item = TypeVar("Item")
 _ALONE_BYTES = 2**25  # below this many bytes on disk starting processes costs more than it saves

@@ -6,23 +6,35 @@ waiting from moving in.
 
 from __future__ import annotations
 
-from effkit.moe.accounting import UNSEEN as UNSEEN
-from effkit.moe.accounting import account
-from effkit.moe.balancing import worth_balancing
-from effkit.moe.launching import why_no_links
-from effkit.moe.links import delays, link
-from effkit.moe.live import measure, prepare
-from effkit.moe.loads import balanced_placement, imbalance
-from effkit.moe.prediction import best_degrees, predict, whatif
-from effkit.moe.rank_spans import timeline
-from effkit.moe.setting import Setting
-from effkit.moe.slowness import find_slow
+from typing import TYPE_CHECKING
+
+from effkit.lazy import lazily
+
+if TYPE_CHECKING:
+    from effkit.moe.accounting import UNSEEN as UNSEEN
+    from effkit.moe.accounting import account
+    from effkit.moe.balancing import worth_balancing
+    from effkit.moe.launching import why_no_links
+    from effkit.moe.links import delays, link
+    from effkit.moe.live import measure, prepare
+    from effkit.moe.loads import balanced_placement, imbalance
+    from effkit.moe.prediction import best_degrees, predict, whatif
+    from effkit.moe.rank_spans import timeline
+    from effkit.moe.setting import Setting
+    from effkit.moe.slowness import find_slow
 
 __all__ = [
     "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link", "measure",
     "predict", "prepare", "timeline", "whatif", "why_no_links",
     "worth_balancing",
 ]  # fmt: skip
+
+__getattr__ = lazily(__name__, {
+    "accounting": ["UNSEEN", "account"], "balancing": ["worth_balancing"], "launching": ["why_no_links"],
+    "links": ["delays", "link"], "live": ["measure", "prepare"], "loads": ["balanced_placement", "imbalance"],
+    "prediction": ["best_degrees", "predict", "whatif"], "rank_spans": ["timeline"], "setting": ["Setting"],
+    "slowness": ["find_slow"],
+})  # fmt: skip
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,6 @@ import pandas as pd
 from effkit.account import Account
 from effkit.captured import Capture
 from effkit.loading.fleet import Fleet
-from effkit.moe.live import of_folder
 from effkit.panes import collectives
 from effkit.panes.breakdown import mean_of
 from effkit.trace import intervals
@@ -77,6 +76,8 @@ def account(capture: Capture | str | Path, step: str | None = None) -> Account:
     >>> account(load("traces/")).share["all-to-all waiting"]                  # doctest: +SKIP
     """
     if isinstance(capture, str | Path):
+        from effkit.moe.live import of_folder  # a capture is accounted for without torch
+
         return of_folder(capture)
     if not isinstance(capture, Capture):
         raise TypeError(f"account() takes a Capture, from load(folder of ranks); given: {type(capture).__name__}")

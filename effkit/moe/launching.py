@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from effkit.arguments import checked_number, checked_whole
-from effkit.lab import Progress
+from effkit.lab import Progress, tell
 from effkit.moe import netns, routing
 from effkit.moe.recorded import Run, read
 from effkit.moe.setting import Setting
@@ -205,9 +205,8 @@ def _watch(
                 if not done_by and time.monotonic() > limit:
                     raise RuntimeError(f"the ranks were not done after {timeout_s:g} s and were ended; the log is "
                                        f"{log}")  # fmt: skip
-                if progress is not None:
-                    done = folder / "progress"
-                    progress(done.stat().st_size if done.exists() else 0, total)
+                done = folder / "progress"
+                tell(progress, done.stat().st_size if done.exists() else 0, total)
                 time.sleep(_POLL_S)
         finally:
             if process.poll() is None:

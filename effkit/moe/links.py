@@ -14,6 +14,7 @@ from effkit.lab import Hull, Progress, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
 from effkit.moe.launching import Slow, launch
 from effkit.moe.recorded import Array
+from effkit.progress_bar import working
 from effkit.units import readable
 
 DELAY_BYTES = 2**18  # 2.6 ms at 100 MB/s: what the machine's scheduler adds is small beside that
@@ -121,6 +122,7 @@ class Link:
         return "\n".join(lines)
 
 
+@working("Measuring the links between ranks")
 def link(
     num_ranks: int = 2, *, link_bytes_per_s: float = 0.0, ranks_per_node: int = 0, num_repeats: int = 9,
     backend: str = "auto", timeout_s: float = 120.0, progress: Progress | None = None,

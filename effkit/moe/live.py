@@ -18,6 +18,7 @@ from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
 from effkit.moe.launching import launch
 from effkit.moe.recorded import Array, Run, Step, read
 from effkit.moe.setting import Setting
+from effkit.progress_bar import working
 
 TIME = "Time of one step"
 COMMUNICATION = "Communication of one step"
@@ -25,6 +26,7 @@ BYTES = "Bytes between ranks in one step"
 COPIES = "Token copies in one step"
 
 
+@working("Measuring steps on ranks")
 def measure(
     setting: Setting | None = None, num_ranks: int = 2, *, base: Account | None = None, levers: Sequence[str] = (),
     link_bytes_per_s: float | None = None, ranks_per_node: int | None = None, num_rounds: int = 3, num_steps: int = 3,

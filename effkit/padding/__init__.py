@@ -6,9 +6,9 @@ setting, and the titles ``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from effkit.lazy import lazily
 from effkit.padding.accounting import account
 from effkit.padding.cost import CostModel, fit_cost
 from effkit.padding.epoch_accounts import EPOCH_CELLS as EPOCH_CELLS
@@ -32,12 +32,7 @@ __all__ = [
     "measure", "plan", "predict", "watch", "whatif",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    """``measure`` is imported when first named: torch is only needed there."""
-    if name == "measure":
-        return import_module("effkit.padding.live").measure
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, {"live": ["measure"]})  # torch is only needed there
 
 
 def __dir__() -> list[str]:

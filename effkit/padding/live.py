@@ -21,6 +21,7 @@ from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
 from effkit.padding.real_cells import input_lengths
+from effkit.progress_bar import working
 from effkit.recording import steady_peak
 from effkit.restoring import unchanged
 from effkit.timing import elapsed_ns
@@ -33,6 +34,7 @@ _SETTLED_FRAC = 0.05  # two fastest runs that agree so far have found the batch'
 _PATIENCE = 3  # times ``repeats`` that a batch is run at most
 
 
+@working("Measuring training steps")
 def measure(
     plan: Plan, model: torch.nn.Module, *, num_batches: int | None = None, repeats: int = 3,
     make_batch: MakeBatch | None = None, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,

@@ -12,6 +12,7 @@ TODAY: Mapping[str, str] = {
     "mtia_ccp_events": "kernel", "hpu_op": "kernel",
 }  # fmt: skip
 STEP, DATALOADER = "ProfilerStep#", "enumerate(DataLoader)#"
+RECOMPUTED = "effkit::recomputation"  # how we mark what a checkpoint runs again
 ANNOTATIONS = (STEP, DATALOADER, "Optimizer.")  # that older profilers call operators
 
 COPIES = ("gpu_memcpy", "gpu_memset")

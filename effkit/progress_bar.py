@@ -1,0 +1,112 @@
+"""A word about what is being done, wherever it takes longer than two seconds: in a terminal, and under a cell."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from tqdm import tqdm
+
+SLOW_S = 2.0
+_EVERY_S = 0.25  # no oftener: whoever is timed must not wait for a screen
+
+
+class _Bar:
+    """What a public call has done so far. Drawn from :func:`advance` alone: between runs, never inside of one."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._begun = what, time.monotonic()
+        self._next = self._begun + SLOW_S
+        self._screen: Any = None
+
+    def advance(self, done: int | None, total: int | None) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _EVERY_S
+        of = f", {done:,} of {total:,}" if done is not None and total else ""
+        said = f"{self._what}{of}, {now - self._begun:.0f} s"
+        if (shell := _kernel()) is None:
+            self._screen = self._screen or tqdm(bar_format="{desc}", leave=False, disable=None)
+            self._screen.set_description_str(f"{said} (Ctrl-C stops it)")
+        elif self._screen is None:
+            self._screen = _label(f"{said} (interrupt the kernel to stop it)", shell)
+        else:
+            self._screen.value = f"{said} (interrupt the kernel to stop it)"
+
+    def hush(self) -> None:
+        self._next = math.inf
+
+    def close(self) -> None:
+        if self._screen is not None:
+            self._screen.close()
+
+
+_bar: ContextVar[_Bar | None] = ContextVar("bar", default=None)
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Around a public call, or as its decorator: says ``what`` after two seconds, and is gone at its end.
+
+    Of calls inside calls the outermost alone speaks.
+    """
+    if _quiet.get() or _bar.get() is not None:
+        yield
+        return
+    bar = _Bar(what)
+    begun = _bar.set(bar)
+    try:
+        yield
+    finally:
+        _bar.reset(begun)
+        bar.close()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, nothing is said: somebody else says it, or nobody waits."""
+    begun, silent = _bar.set(None), _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(silent)
+        _bar.reset(begun)
+
+
+def advance(done: int | None = None, total: int | None = None) -> None:
+    """Between two runs: how far it has come, where that is known."""
+    if (bar := _bar.get()) is not None:
+        bar.advance(done, total)
+
+
+def hush() -> None:
+    """From here on somebody else says how far the call has come."""
+    if (bar := _bar.get()) is not None:
+        bar.hush()
+
+
+def _kernel() -> Any:
+    """The shell of a notebook, or None elsewhere."""
+    if "IPython" not in sys.modules:
+        return None
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    return shell if hasattr(shell, "kernel") else None
+
+
+def _label(said: str, shell: Any) -> Any:
+    """A widget and nothing beside it: a notebook that is saved, or compared, holds no trace of it once it is closed."""
+    import ipywidgets
+
+    label = ipywidgets.Label(said)
+    view = {"version_major": 2, "version_minor": 0, "model_id": label.model_id}
+    shell.display_pub.publish({"application/vnd.jupyter.widget-view+json": view})
+    return label
