@@ -1,8 +1,13 @@
 """What is said of a call that takes longer than two seconds, and what is not said of one that does not."""
 
-import pytest
+from functools import partial
 
-from effkit import lab, progress_bar
+import pytest
+import torch
+
+import effkit as ek
+from effkit import activations, decoder, lab, progress_bar
+from effkit.activations import compressed
 from effkit.progress_bar import advance, quiet, working
 
 
@@ -113,3 +118,35 @@ def test_in_a_notebook_it_is_a_widget_that_leaves_no_text(clock, monkeypatch):
         assert label.value.startswith("Measuring, 2 of 2")
     assert [list(data) for data in published] == [["application/vnd.jupyter.widget-view+json"]]
     assert label.comm is None, "closed"
+
+
+MODEL, BATCH = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()), torch.ones(4, 8)
+
+
+def loss(output):
+    return output.sum()
+
+
+def step(batch):
+    loss(MODEL(batch)).backward()
+    torch.optim.SGD(MODEL.parameters(), 0.0).step()
+
+
+VERBS = {
+    "Measuring training steps": lambda: activations.measure(MODEL, BATCH, loss=loss),
+    "Predicting": lambda: activations.predict(activations.measure(MODEL, BATCH, loss=loss), batch_size=8),
+    "Forecasting": lambda: activations.forecast(MODEL, BATCH, loss=loss),
+    "Looking for the largest batch": lambda: activations.largest_batch(MODEL, BATCH, 2**20, loss=loss),
+    "Comparing gradients": lambda: activations.gradient_error(MODEL, BATCH, partial(compressed, "int8"), loss=loss),
+    "Measuring generations": lambda: decoder.measure(lambda token, cache: (token, cache), 0, num_steps=2),
+    "Studying": lambda: ek.study(step=step, model=MODEL, loader=[BATCH] * 4).overview(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", VERBS)
+def test_whatever_may_take_long_says_what_it_does(word, screens, monkeypatch):
+    monkeypatch.setattr(progress_bar, "SLOW_S", -1.0)
+    monkeypatch.setattr(progress_bar, "_EVERY_S", 0.0)
+    VERBS[word]()
+    assert any(said.startswith(word) for screen in screens for said in screen.said)
+    assert all(screen.closed for screen in screens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effkit.arguments import LOSS, checked_function, checked_model
-from effkit.progress_bar import working
+from effkit.progress_bar import advance, working
 from effkit.restoring import unchanged
 from effkit.training import Loss, forward, own_loss
 
@@ -70,6 +70,7 @@ def gradient_error(
 
 def _gradients(model: nn.Module, batch: Any, to_loss: Loss, levers: AbstractContextManager[Any]) -> _Gradients:
     """Gradients by name, with the model's own left alone."""
+    advance()
     with unchanged(model), torch.enable_grad():
         with levers:
             loss = to_loss(forward(model, batch))

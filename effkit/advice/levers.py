@@ -112,8 +112,9 @@ class Lever(Record):
     def _plain(self) -> dict[str, Any]:
         least, most = self.gain_band
         return {"kind": self.kind, "name": self.name, "found": self.found, "base": self.base, "code": self.code,
-                "predicted": self.predicted, "side_effects": self.side_effects, "group": self.group, "at_most": self.at_most,
-                "gain_frac": self.gain_frac, "gain_least_frac": least, "gain_most_frac": most}  # fmt: skip
+                "predicted": self.predicted, "side_effects": self.side_effects, "group": self.group,
+                "gain_frac": self.gain_frac, "gain_least_frac": least, "gain_most_frac": most,
+                "at_most": self.at_most}  # fmt: skip
 
     @classmethod
     def _of_plain(cls, data: Mapping[str, Any]) -> Lever:
