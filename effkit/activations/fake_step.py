@@ -258,7 +258,7 @@ class _Valued(fake_tensor.FakeTensorMode):
             for one, _ in known:
                 one.constant = None
         try:
-            out = super().__torch_dispatch__(func, types, args, kwargs)
+            out: Any = super().__torch_dispatch__(func, types, args, kwargs)
         except RuntimeError as error:
             for one, constant in known:
                 one.constant = constant

@@ -74,7 +74,7 @@ def _recorded(
     around = nesting.nearest(parent, (tree["name"] == "record_param_comms").to_numpy())
     outer = nesting.nearest(parent, tree["name"].str.startswith("c10d::").to_numpy())
     _pair_by_order(tree, calls["collective"], outer)
-    rows, inputs = [], np.append(tree["inputs"].to_numpy(object), None)
+    rows, inputs = [], [*tree["inputs"], None]
     at = calls.index.to_numpy()
     payload = np.where(around[at] < 0, at, around[at])
     of_calls, payloads = (tree.take(place).to_dict("records") for place in (at, payload))
@@ -164,7 +164,8 @@ def _annotations(tree: pd.DataFrame, parent: Any) -> Notes:
     outer, short = inner[np.append(parent, -1)], names.slice(stop=_ANNOTATION_CHARS).tolist()
 
     def around(row: int) -> str:
-        said, row = [], inner[row]
+        said: list[str] = []
+        row = inner[row]
         while row >= 0 and len(said) < _MOST_ANNOTATIONS:
             said.append(short[row])
             row = outer[row]
@@ -178,9 +179,9 @@ def _exposed_spans(events: pd.DataFrame, kernels: pd.DataFrame, calls: pd.DataFr
     works = events[events["category"] == "kernel"].drop(kernels.index)
     starts, ends = intervals.of(computing(events) if works.empty and kernels.empty else works)
     begun, over = (calls[name].dropna().to_numpy("int64") for name in ("start_ns", "end_ns"))
-    inside = int((np.searchsorted(starts, over, "left") - np.searchsorted(ends, begun, "right")).sum())
-    if inside > _MOST_STRETCHES:
-        raise ValueError(f"its {len(begun):,} collectives last over {inside:,} kernels: record fewer steps")
+    num_inside = int((np.searchsorted(starts, over, "left") - np.searchsorted(ends, begun, "right")).sum())
+    if num_inside > _MOST_STRETCHES:
+        raise ValueError(f"its {len(begun):,} collectives last over {num_inside:,} kernels: record fewer steps")
     spans: list[Any] = []
     for begin, end in zip(calls["start_ns"], calls["end_ns"], strict=True):
         if pd.isna(begin):
