@@ -11,7 +11,7 @@ from effkit.account import Account
 from effkit.advice import families
 from effkit.advice.levers import Advice, Lever, banded, ranked
 from effkit.advice.loop_comparison import LEFT
-from effkit.panes.breakdown import cold, mean_of
+from effkit.panes.breakdown import cold, mean_of, room
 from effkit.units import readable
 
 if TYPE_CHECKING:
@@ -102,13 +102,11 @@ def _bounds(study: Recorded, base: Account) -> Iterator[Lever]:
             "# experts: moe.balanced_placement(...); one slow machine: moe.find_slow(...)",
             ("ranks see batches in another order",),
         )  # fmt: skip
-    # no more communication can be hidden than there is computation that hides none yet
-    computing = steps["kernel_ns" if study.saw_device else "cpu_exec_ns"] - steps["hidden_communication_ns"]
-    room = mean_of(computing.clip(upper=steps["exposed_communication_ns"]))
+    spare = mean_of(room(steps))
     yield lever(
         "communication", "overlap communication",
-        f"{share(exposed)} is communication that no computation hides, and {share(room)} could run under computation "
-        "that hides none", min(exposed, room),
+        f"{share(exposed)} is communication that no computation hides, and {share(spare)} could run under computation "
+        "that hides none", min(exposed, spare),
         "model = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=25)\n"
         "# FSDP2: fully_shard(block) for each block, so that the next gathers while this one computes\n"
         "# your own: work = dist.all_to_all_single(..., async_op=True); compute(); work.wait()",

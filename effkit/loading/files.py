@@ -18,7 +18,7 @@ from effkit.progress_bar import SLOW_S
 from effkit.trace import nesting
 
 _LARGEST_SNAPSHOT = 4 * 2**30
-SINCE_1970_NS = 10**18  # times beyond count from 1970 (this one is of 2001), others from a machine's start
+_SINCE_1970_NS = 10**18  # times beyond count from 1970 (this one is of 2001), others from a machine's start
 _WHOLE = re.compile(r"_ns$|_bytes$|^(?:rank|stream|correlation)$")  # columns of whole numbers
 
 
@@ -129,7 +129,7 @@ def _trace(path: Path, rank: int | None, options: Options) -> Capture:
         raise ValueError(f"{path}: {error}") from error
     seen: dict[str, Any] = {"what": path.name, **described(read.metadata)}
     # the first of all may be impossible, of 1970 say
-    if len(read.events) and (start_ns := int(read.events["start_ns"].iloc[len(read.events) // 2])) > SINCE_1970_NS:
+    if len(read.events) and (start_ns := int(read.events["start_ns"].iloc[len(read.events) // 2])) > _SINCE_1970_NS:
         seen["date"] = datetime.fromtimestamp(start_ns // 10**9, UTC).date().isoformat()
     left_out = {
         "events of Python functions (load with stacks=True)": read.num_left_out,

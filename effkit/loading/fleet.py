@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from effkit import trace
 from effkit.captured import Capture, Memory
-from effkit.loading.files import SINCE_1970_NS, Options, described, kind_of, load_file
+from effkit.loading.files import Options, described, kind_of, load_file
 from effkit.panes import OF_RANK, breakdown
 from effkit.progress_bar import SLOW_S
 
@@ -26,7 +26,6 @@ _LEAST_BYTES = 2**20  # a file of less takes as long as one of so many
 _RANK = re.compile(r"(?:rank|worker|gpu)[-_]?(\d+)", re.IGNORECASE)
 _PARALLEL = re.compile(r"(?<![a-z])(dp|pp|tp|ep)[-_]?(\d+)", re.IGNORECASE)  # in names that SGLang and vLLM give
 _BY_ORDER = "the order of the files"
-_UNLIKE_NS = 60 * 10**9  # by which no two clocks of one cluster differ
 
 
 Digest = Mapping[str, Any]  # what the panes need of one rank: small, whatever the size of its trace
@@ -100,8 +99,9 @@ class Fleet(Capture):
 
     def overview(self, step: str | None = None) -> pd.DataFrame:
         frame = super().overview(step)
-        if (frame["start_ns"] > SINCE_1970_NS).all() and (apart := _apart(frame, _UNLIKE_NS)):
-            frame.attrs["notes"].append("rank {} ends before rank {} begins: they are not of one run".format(*apart))
+        if apart := _apart(frame):
+            words = "by the files' clocks rank {} ends before rank {} begins: these are no ranks of one run"
+            frame.attrs["notes"].append(words.format(*apart))
         ranks = frame.index.get_level_values("rank").to_series(frame.index)
         frame["start_ns"] -= ranks.map(self._ahead_ns).fillna(0).astype("int64")
         return frame
@@ -186,12 +186,11 @@ def _places(paths: Sequence[Path]) -> list[int | None]:
     return [numbers[place] if any(places) else None for place in grid]
 
 
-def _apart(frame: pd.DataFrame, clocks_ns: int = 0) -> tuple[int, int] | None:
-    """Two ranks of an overview of which one ends so long before the other begins; None where there are none."""
+def _apart(frame: pd.DataFrame) -> tuple[int, int] | None:
+    """Two ranks of an overview of which one ends before the other begins; None where all share some time."""
     ends = (frame["start_ns"] + frame["dur_ns"]).groupby(level="rank").max()
     starts = frame["start_ns"].groupby(level="rank").min()
-    apart = len(ends) > 1 and ends.min() + clocks_ns < starts.max()
-    return (int(ends.idxmin()), int(starts.idxmax())) if apart else None
+    return (int(ends.idxmin()), int(starts.idxmax())) if len(ends) and ends.min() < starts.max() else None
 
 
 def _head(path: Path) -> Mapping[str, Any]:

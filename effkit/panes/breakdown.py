@@ -166,14 +166,16 @@ def _behind(waits: pd.DataFrame, device: intervals.Covered, blind: intervals.Cov
     """Of each step, the most that the device would have idled less, had the host not waited for it [ns].
 
     What the host launched after a wait would have come earlier, by no more than the wait was long, and no more than the
-    device idled before it: each gap between two pieces of work is shortened by the waits that ended before its end.
+    device idled before it: each gap between two pieces of work is shortened by the waits that ended before its end. One
+    that reaches into the next step counts for the step in which it begins.
     """
     waits = waits[waits["start_ns"].between(starts[0], ends[-1], inclusive="left")]
     done = (waits["start_ns"] + waits["dur_ns"]).to_numpy("int64")
     begins = np.clip(np.append(starts[0], device.ends), starts[0], ends[-1])
     closes = np.clip(np.append(device.starts, ends[-1]), starts[0], ends[-1])
     waited = np.bincount(np.searchsorted(device.starts, done, side="right"), waits["dur_ns"], len(begins))
-    saved = np.clip(closes - begins - blind.within(begins, closes), 0, waited)
+    idle = intervals.union(starts, ends).within(begins, closes) - blind.within(begins, closes)
+    saved = np.clip(idle, 0, waited)
     step = np.searchsorted(starts, begins, side="right") - 1
     return np.bincount(step, saved, len(starts)).astype("int64")
 
@@ -234,14 +236,21 @@ _ADVICE: Mapping[str, tuple[float, str]] = {
 }  # fmt: skip
 _LAUNCH_BOUND = 0.25  # of the time, where a device was recorded
 _LAUNCHING = "the device idles while the host runs operators and launches: larger batches, CUDA graphs or torch.compile"
-_COLD_FRAC = 0.05  # of the time
+_CANNOT_HIDE = "is communication that no computation hides, nor could: send less, or wait less for one another"
+_LEAST_FRAC = 0.05  # of the time, of first launches, or of computation that could hide communication
+
+
+def room(frame: pd.DataFrame) -> pd.Series[int]:
+    """Of each step, how much more communication could be hidden: no more than there is computation that hides none."""
+    computing = frame["kernel_ns"].fillna(frame["cpu_exec_ns"]) - frame["hidden_communication_ns"]
+    return computing.clip(upper=frame["exposed_communication_ns"])
 
 
 def cold(frame: pd.DataFrame) -> list[str]:
     """What an overview shows of a recording that began before the run was steady; empty where it shows nothing."""
     share = float(frame["first_launch_ns"].sum()) / max(1, int(frame["dur_ns"].sum()))
     return [f"{share:.0%} of the time is spent in first launches, each over {_UNUSUAL} times as long as the usual one: "
-            "record after a warm-up"] if share >= _COLD_FRAC else []  # fmt: skip
+            "record after a warm-up"] if share >= _LEAST_FRAC else []  # fmt: skip
 
 
 def suggestions(frame: pd.DataFrame) -> list[str]:
@@ -255,4 +264,6 @@ def suggestions(frame: pd.DataFrame) -> list[str]:
     noticeable = {name: word for name, (least, word) in _ADVICE.items() if share.get(name, 0) >= least}
     if "kernel_ns" in share and share["cpu_exec_ns"] >= _LAUNCH_BOUND:
         noticeable["cpu_exec_ns"] = _LAUNCHING
+    if room(frame).sum() < _LEAST_FRAC * total and "exposed_communication_ns" in noticeable:
+        noticeable["exposed_communication_ns"] = _CANNOT_HIDE
     return [*cold(frame), *(f"{share[name]:.0%} of the time {word}" for name, word in noticeable.items())]
