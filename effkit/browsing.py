@@ -55,10 +55,10 @@ class MemoryBrowser(Screen):
             by=self.controls["by"].value, at_ns=self.time_ns, device=self._device, rank=self._rank
         )
         after = self.time_ns - int(self._timeline["time_ns"].min())
-        when = f"{after:,} events" if self._timeline.attrs["clock"] == "events" else f"{after / 1e6:,.1f} ms"
+        word, unit = self._timeline.attrs["axis"]
         rows = self.result.frame["value"].head(3)
         largest = [f"{item} {readable(int(size), 'bytes')}" for item, size in rows.items()]
-        sentence = f"{readable(self.result.total, 'bytes')} allocated after {when}"
+        sentence = f"{readable(self.result.total, 'bytes')} allocated after {after / unit:,.1f} {word}"
         sentence += f": {'; '.join(largest)}." if largest else "."
         self._tell(sentence, self._picture.svg(self.result, self.time_ns, label=sentence))
 

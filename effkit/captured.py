@@ -154,7 +154,8 @@ class Capture:
     ) -> Account:
         """What fills the memory at its peak, or at the moment ``at_ns``: an Account in bytes.
 
-        ``by`` is ``"category"`` (parameter, gradient, saved activation, …) or ``"stack"`` (where it was allocated);
+        ``by`` is ``"category"`` (parameter, gradient, saved activation, …), ``"stack"`` (where it was allocated) or
+        ``"place"`` (the same, by the innermost line of one's own code and what that called);
         ``device`` and ``rank`` say of which memory, by default the accelerator's, of the rank with the highest peak.
         Where memory ran out, the three places in one's own code that hold most are said at the end. ValueError when
         memory was not recorded, or not on that device and rank.
@@ -167,9 +168,9 @@ class Capture:
             source = "the allocations alive then"
             when = f"event {at_ns:,}" if recorded.get("clock") == "events" else ""
         if recorded.get("oom") and by == "category":
-            places = snapshot.holders(allocations, device, at_ns).items()
-            most = "; ".join(f"{readable(size_bytes, 'bytes')} for {place}" for place, size_bytes in places)
-            source += f". Most is held by {most or 'what was not recorded'}"
+            places = self.memory(by="place", device=device, rank=recorded["rank"], at_ns=at_ns).frame["value"]
+            most = places.drop(index="not recorded", errors="ignore").head(3).items()
+            source += ". Most is held by " + "; ".join(f"{readable(int(n), 'bytes')} for {place}" for place, n in most)
         return snapshot.account(
             allocations, peak_bytes=peak_bytes, source=source, device=device, by=by, segments=segments, at_ns=at_ns,
             when=when,
@@ -198,11 +199,11 @@ class Capture:
         """How full the memory was: ``time_ns, allocated_bytes, reserved_bytes``, at most ``num_points`` rows.
 
         Each row is the fullest moment of a stretch of time, and the most that was reserved in it, so both peaks are
-        exact. Where the recording has no times, ``time_ns`` counts its events, and ``attrs["clock"]`` says so.
+        exact. Where the recording has no times, ``time_ns`` counts its events, and ``attrs["axis"]`` says so.
         """
         recorded, allocations, segments = self._memory_of(device, rank)
         line = snapshot.timeline(allocations, segments, num_points=num_points)
-        line.attrs["clock"] = recorded.get("clock") or "ns"
+        line.attrs["axis"] = ("events", 1) if recorded.get("clock") == "events" else ("ms", 10**6)
         return line
 
     def browse_memory(self, *, device: str | None = None, rank: int | None = None) -> Any:

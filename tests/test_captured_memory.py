@@ -126,11 +126,11 @@ def test_where_no_times_were_recorded_the_events_are_the_axis(tmp_path):
     trace = [{"action": action} | event for action in ("alloc", "free_requested", "free_completed")] * 50
     untimed = loaded(tmp_path, trace)
     line = untimed.memory_timeline()
-    assert (line.attrs["clock"], line["time_ns"].iloc[-1]) == ("events", 149)
+    assert (line.attrs["axis"], line["time_ns"].iloc[-1]) == (("events", 1), 149)
     assert untimed.plot("memory_timeline").get_xlabel() == "events"
     browser = untimed.browse_memory()
     browser.controls["moment"].value = browser.controls["moment"].max
-    assert "2.0 MiB allocated after 150 events" in browser.shown(), "of the moment before them"
+    assert "2.0 MiB allocated after 150.0 events" in browser.shown(), "of the moment before them"
     assert untimed.memory(at_ns=0).title == "Memory of device0 at event 0"
     timed = loaded(tmp_path, [one | {"time_us": 10**15 + 7 * number} for number, one in enumerate(trace)])
     assert timed.plot("memory_timeline").get_xlabel() == "ms"

@@ -184,7 +184,7 @@ def deep_ep(late: float) -> list:
         ("void deep_ep::intranode::cached_notify_combine<8>(void**)", 500, 510),
     ]
     return [step(0, 0, 1000),
-            *(launched(name, at - 5, at, end, correlation=i) for i, (name, at, end) in enumerate(names))]  # fmt: skip
+            *(launched(name, at - 5, at, end, correlation=at) for name, at, end in names)]  # fmt: skip
 
 
 def test_deep_ep_waits_where_it_notifies(tmp_path):

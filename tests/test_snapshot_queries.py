@@ -142,7 +142,7 @@ def test_what_was_reserved_stands_beside_it():
 
 
 def test_an_account_asks_for_what_it_can_answer():
-    with pytest.raises(ValueError, match="by category or by stack; given: 'size'"):
+    with pytest.raises(ValueError, match="by category or by stack or by place; given: 'size'"):
         snapshot.account(SOME, peak_bytes=1, source="x", device="device0", by="size")
     with pytest.raises(ValueError, match=r"'cuda'; devices with allocations: device0"):
         snapshot.account(SOME, peak_bytes=1, source="x", device="cuda")

@@ -104,7 +104,7 @@ def test_long_names_that_differ_in_their_middle_alone_have_labels_of_their_own(t
     assert max(map(len, shown)) <= 44
 
 
-@pytest.mark.parametrize("name", [r"$\x$", "a$b$c$", "$", "${clang}$", r"\$x$", "a\nb", "x" * 100_000])
+@pytest.mark.parametrize("name", [r"$\x$", r"a${clang}$b\$c$", "x" * 100_000])
 def test_a_name_is_drawn_as_it_is_and_is_no_formula(name, tmp_path):
     seen = capture_of(
         tmp_path, op(name, 0, 40), launched(name, 2, 10, 50, correlation=1),

@@ -59,9 +59,6 @@ class _Provenance(msgspec.Struct):
     notes: list[str] = []
     world_size: Annotated[int, msgspec.Meta(ge=1, lt=2**20)] | None = None
     settings: dict[str, Any] | None = None
-    files: dict[str, str] | None = None
-    torch: str | None = None
-    date: str | None = None
 
 
 def load_file(path: Path, rank: int | None, options: Options) -> Capture:

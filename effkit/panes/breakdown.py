@@ -10,20 +10,8 @@ import pandas as pd
 
 from effkit.operators import COMMUNICATES
 from effkit.panes.steps import WHOLE, steps
-from effkit.trace import intervals, nesting
-from effkit.trace.names import (
-    COLLECTIVE,
-    COPIES,
-    DATALOADER,
-    DEVICE,
-    DEVICE_BACKENDS,
-    GIVES_WORK,
-    IMPOSSIBLE,
-    LAUNCHES,
-    UNDERSTOOD,
-    WAITS,
-)  # fmt: skip
-from effkit.units import readable
+from effkit.trace import impossible, intervals, nesting
+from effkit.trace.names import COLLECTIVE, COPIES, DATALOADER, DEVICE, DEVICE_BACKENDS, GIVES_WORK, LAUNCHES, WAITS
 
 # In this order: a moment belongs to the first of them that it shows. They sum to dur_ns.
 PARTS = (
@@ -52,27 +40,10 @@ def computing(events: pd.DataFrame) -> pd.DataFrame:
     return tree[(tree["category"] == "cpu_op") & (nesting.with_inner(nesting.parents(tree), moves) == 0)]
 
 
-def _understood(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """The events that panes know, those of categories that none knows, and what has to be said of these and of others
-    whose times cannot be."""
-    took = events.groupby("category", sort=False)["dur_ns"].agg(["size", "sum"])
-    known = took.index.isin(UNDERSTOOD) | took.index.str.endswith(LAUNCHES)
-    if known.all():
-        return events, events.iloc[:0], []
-    apart = took.index.str.startswith(IMPOSSIBLE)
-    notes = [f"set apart, in no sum: {number:,} events ({kind})" for kind, number in took.loc[apart, "size"].items()]
-    strange = took[~known & ~apart]
-    for kind, number, dur_ns in strange.itertuples():
-        words = f"{number:,} events of {f'category “{kind}”' if kind else 'no category'}"
-        notes.append(f"not understood: {words}, {readable(int(dur_ns), 'ns')}, which are in no pane")
-    category = events["category"]
-    return events[category.isin(took.index[known])], events[category.isin(strange.index)], notes
-
-
 def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFrame, list[str]]:
     """The overview of one rank, and what has to be said of it."""
     rank = int(events["rank"].iloc[0]) if len(events) else 0
-    events, strange, notes = _understood(events)
+    events, strange, notes = impossible.understood(events)
     marked, source = steps(pd.concat([events, strange]) if len(strange) else events, step)
     category = events["category"]
     on_device = events[category.isin(DEVICE)]

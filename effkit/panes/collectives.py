@@ -179,9 +179,9 @@ def _exposed_spans(events: pd.DataFrame, kernels: pd.DataFrame, calls: pd.DataFr
     works = events[events["category"] == "kernel"].drop(kernels.index)
     starts, ends = intervals.of(computing(events) if works.empty and kernels.empty else works)
     begun, over = (calls[name].dropna().to_numpy("int64") for name in ("start_ns", "end_ns"))
-    num_inside = int((np.searchsorted(starts, over, "left") - np.searchsorted(ends, begun, "right")).sum())
-    if num_inside > _MOST_STRETCHES:
-        raise ValueError(f"its {len(begun):,} collectives last over {num_inside:,} kernels: record fewer steps")
+    number = int((np.searchsorted(starts, over, "left") - np.searchsorted(ends, begun, "right")).sum())
+    if number > _MOST_STRETCHES:
+        raise ValueError(f"its {len(begun):,} collectives last over {number:,} kernels: record fewer steps")
     spans: list[Any] = []
     for begin, end in zip(calls["start_ns"], calls["end_ns"], strict=True):
         if pd.isna(begin):

@@ -67,22 +67,24 @@ def account(
     """What fills the memory of a device at the moment ``at_ns`` [ns], ``when`` in words; by default the first with most
     bytes alive.
 
-    ``peak_bytes`` is the allocator's own total at that moment, by the counter ``source``. ``by`` is ``"category"``, or
-    ``"stack"``: the ``num_rows`` stacks that hold most, and all others in one row. Where ``segments`` are given, a
-    companion says how the memory reserved at that moment was used. ValueError when there is nothing on that device, or
-    ``by`` is neither of these.
+    ``peak_bytes`` is the allocator's own total at that moment, by the counter ``source``. ``by`` is ``"category"``,
+    ``"stack"`` or ``"place"``: the ``num_rows`` of these that hold most, and all others in one row. Where ``segments``
+    are given, a companion says how the memory reserved at that moment was used. ValueError when there is nothing on
+    that device, or ``by`` is none of these.
     """
-    if by not in ("category", "stack"):
-        raise ValueError(f"memory is accounted for by category or by stack; given: {by!r}")
+    spellings: dict[str, Callable[[str], str]] = {"category": str, "stack": _short, "place": _place}
+    if by not in spellings:
+        raise ValueError(f"memory is accounted for by category or by stack or by place; given: {by!r}")
     rows = _on(allocations, device)
     moment = peak_ns(rows, device) if at_ns is None else at_ns
     alive = at(rows, moment)
-    names = alive[by].fillna("not recorded")
-    held = _held(alive["size_bytes"], names, _short if by == "stack" else str)
+    names = alive["category" if by == "category" else "stack"].fillna("not recorded")
+    names = names.map({name: spellings[by](name) for name in names.unique()})
+    held = alive["size_bytes"].groupby(names).sum().sort_values(ascending=False, kind="stable")
     items = {str(item): int(value) for item, value in held.items()}
-    if by == "stack" and len(held) > num_rows:
+    if by != "category" and len(held) > num_rows:
         items = dict(list(items.items())[:num_rows])
-        items[f"{len(held) - num_rows:,} other stacks"] = int(held.iloc[num_rows:].sum())
+        items[f"{len(held) - num_rows:,} other {by}s"] = int(held.iloc[num_rows:].sum())
     companions: tuple[Account, ...] = ()
     reserved, used = _reserved(segments, device, [moment], [moment + 1])[0], sum(items.values())
     if reserved is not pd.NA and (total := int(reserved)) >= used:
@@ -91,19 +93,6 @@ def account(
         companions = (Account.of(*reserving, total=total, source="the allocator's segments"),)
     title = f"Memory of {device} at {when or ('its peak' if at_ns is None else f'{at_ns:,} ns')}"
     return Account.of(title, "bytes", items, total=peak_bytes, source=source, companions=companions)
-
-
-def holders(allocations: pd.DataFrame, device: str, at_ns: int | None = None, *, num: int = 3) -> dict[str, int]:
-    """The places in one's own code, each with the library's that it called, for which most bytes are alive at a moment
-    [ns], by default the peak."""
-    rows = _on(allocations, device)
-    alive = at(rows, peak_ns(rows, device) if at_ns is None else at_ns).dropna(subset="stack")
-    return dict(_held(alive["size_bytes"], alive["stack"], _place).head(num).astype(int))
-
-
-def _held(sizes: pd.Series[int], names: pd.Series[str], spelled: Callable[[str], str]) -> pd.Series[int]:
-    names = names.map({name: spelled(name) for name in names.unique()})
-    return sizes.groupby(names).sum().sort_values(ascending=False, kind="stable")
 
 
 def _place(stack: str) -> str:

@@ -1,4 +1,4 @@
-"""Events whose times cannot be: they stay, under a category that says why, and no pane counts them."""
+"""Events that no pane counts: those whose times cannot be, under a category that says why, and those unknown to all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from effkit.operators import COMMUNICATES
-from effkit.trace.names import DEVICE, IMPOSSIBLE, LAUNCHES
+from effkit.trace.names import DEVICE, IMPOSSIBLE, LAUNCHES, UNDERSTOOD
+from effkit.units import readable
 
 _YEAR_NS = 365.0 * 86_400 * 10**9  # no profiler runs so long
 _CLOCKS_NS = 10**9  # the clocks of a host and its device are set to each other far better than this
@@ -27,8 +28,8 @@ def set_apart(events: pd.DataFrame) -> pd.DataFrame:
     possible = ~np.logical_or.reduce(list(reasons.values()))
     on_device = events[category.isin(DEVICE).to_numpy() & possible]
     kinds = [kind for kind in category.unique() if kind.endswith(LAUNCHES)]
-    launched = _launched_ns(on_device, events[category.isin(kinds).to_numpy() & possible])
-    reasons["it begins before it was launched"] = events.index.isin(_early(on_device, launched))
+    early = _early(on_device, events[category.isin(kinds).to_numpy() & possible])
+    reasons["it begins before it was launched"] = events.index.isin(early)
     if not any(kind.startswith("hip") for kind in kinds):  # a queue of ROCm may run several kernels at once
         reasons["others run on its stream meanwhile"] = events.index.isin(_shared(on_device))
     for reason, holds in reasons.items():
@@ -37,12 +38,26 @@ def set_apart(events: pd.DataFrame) -> pd.DataFrame:
     return events.assign(category=category)
 
 
-def _launched_ns(on_device: pd.DataFrame, calls: pd.DataFrame) -> pd.Series[Any]:
-    return on_device["correlation"].map(calls.groupby("correlation")["start_ns"].min()).astype("Int64")
+def understood(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """The events that panes know, those of categories that none knows, and what has to be said of these and of others
+    whose times cannot be."""
+    took = events.groupby("category", sort=False)["dur_ns"].agg(["size", "sum"])
+    known = took.index.isin(UNDERSTOOD) | took.index.str.endswith(LAUNCHES)
+    if known.all():
+        return events, events.iloc[:0], []
+    apart = took.index.str.startswith(IMPOSSIBLE)
+    notes = [f"set apart, in no sum: {number:,} events ({kind})" for kind, number in took.loc[apart, "size"].items()]
+    strange = took[~known & ~apart]
+    for kind, number, dur_ns in strange.itertuples():
+        words = f"{number:,} events of {f'category “{kind}”' if kind else 'no category'}"
+        notes.append(f"not understood: {words}, {readable(int(dur_ns), 'ns')}, which are in no pane")
+    category = events["category"]
+    return events[category.isin(took.index[known])], events[category.isin(strange.index)], notes
 
 
-def _early(on_device: pd.DataFrame, launched_ns: pd.Series[Any]) -> Any:
+def _early(on_device: pd.DataFrame, calls: pd.DataFrame) -> Any:
     """What begins long before its launch, unless most does: then the two clocks are not one, and durations hold."""
+    launched_ns = on_device["correlation"].map(calls.groupby("correlation")["start_ns"].min()).astype("Int64")
     early = (on_device["start_ns"] < launched_ns - _CLOCKS_NS).fillna(False).to_numpy(bool)
     return on_device.index[early & (early.sum() <= max(1, launched_ns.notna().sum() // 2))]
 

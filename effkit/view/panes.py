@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,18 +13,7 @@ from matplotlib.figure import Figure
 from effkit.account import Account
 from effkit.units import readable
 from effkit.view import accounts
-from effkit.view.style import (
-    GREY,
-    NAMED,
-    OKABE_ITO,
-    Picture,
-    axes,
-    colour,
-    label,
-    labels,
-    legend_below,
-    unit_axis,
-)  # fmt: skip
+from effkit.view.style import GREY, NAMED, OKABE_ITO, Picture, axes, colour, label, line, unit_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +21,7 @@ if TYPE_CHECKING:
 _MOST_BARS = 12
 _LONGEST_NAME, _LONGEST_TITLE = 44, 90
 _WORTH_NAMING = 0.005
+_MS = "ms", 10**6  # an axis of times in ns
 _PARTS = {f"{word.replace(' ', '_')}_ns": word for word in (
     "kernel", "exposed communication", "memcpy", "dataloader", "not visible", "cpu exec", "idle")}  # fmt: skip
 
@@ -58,7 +49,7 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     unit_axis(ax.xaxis, "ns")
     ax.set_title(f"Where the time of a step goes{', on average' if means else ''}", loc="left", fontsize=10)
-    legend_below(ax, len(bars))
+    _legend_below(ax, len(bars))
     return ax
 
 
@@ -85,6 +76,25 @@ def kernels(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def _labels(names: Sequence[Any], most: int = 44) -> list[str]:
+    """The same of several names, told apart also where these differ in their middle alone."""
+    texts = list(map(line, names))
+    first = [label(text, most) for text in texts]
+    short = first.copy()
+    for number, text in enumerate(texts):
+        alike = [other for other, one in zip(texts, first, strict=True) if one == first[number] and other != text]
+        if alike:  # begin before the first letter in which it differs from the one that is most like it
+            start = max(len(os.path.commonprefix([text, other])) for other in alike) - most // 6  # noqa: RUF071 of letters
+            short[number] = label(f"{text[: most // 4]}…{text[max(start, most // 4) :]}", most)
+    return [f"{one} ({number + 1})" if short.count(one) > 1 else one for number, one in enumerate(short)]
+
+
+def _legend_below(ax: Axes, num_bars: int) -> None:
+    """A legend under a picture of so many horizontal bars."""
+    below = -0.3 / (0.5 + 0.2 * num_bars)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, below), ncols=4, frameon=False, fontsize=9)
+
+
 def _nothing(ax: Axes | None, words: str) -> Axes:
     """An empty picture that says why it is empty."""
     ax = axes(ax, (7.4, 0.8))
@@ -101,7 +111,7 @@ def _top(times: pd.Series[Any], title: str, ax: Axes | None, unit: str = "ns") -
     ax.barh(places, shown.astype("float64"), color=NAMED["real"], height=0.7)
     for place, value in zip(places, shown, strict=True):
         ax.text(value, place, f" {value / total:.0%}", va="center", fontsize=8, color=GREY)
-    ax.set_yticks(places, labels(list(shown.index), _LONGEST_NAME), fontsize=8)
+    ax.set_yticks(places, _labels(list(shown.index), _LONGEST_NAME), fontsize=8)
     ax.invert_yaxis()
     ax.set_title(f"{label(title, _LONGEST_TITLE)}: {readable(total, unit)}", loc="left", fontsize=10)
     unit_axis(ax.xaxis, unit)
@@ -128,11 +138,11 @@ def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.text(end, place, f" {words}", va="center", fontsize=8, color=GREY)
     ax.margins(x=0.18)
     texts = [f"{collective} ({backend or 'other'})" for backend, collective, *_ in frame.index]
-    ax.set_yticks(names, labels(texts, _LONGEST_NAME))
+    ax.set_yticks(names, _labels(texts, _LONGEST_NAME))
     ax.invert_yaxis()
     unit_axis(ax.xaxis, "ns")
     ax.set_title("Communication, summed over ranks", loc="left", fontsize=10)
-    legend_below(ax, len(frame))
+    _legend_below(ax, len(frame))
     return ax
 
 
@@ -160,7 +170,7 @@ def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         return _nothing(ax, "nothing came or went while memory was recorded: memory() says what was there")
     ax = axes(ax, (7.4, 2.4))
     start, length = frame["time_ns"].min(), np.ptp(frame["time_ns"])
-    unit, word = _clock(frame)
+    word, unit = frame.attrs.get("axis", _MS)
     for position, (device, rows) in enumerate(frame.groupby("device")):
         # the last level has no end of its own
         rows = pd.concat([rows, rows.tail(1).assign(time_ns=start + length + max(1, length // 50))])
@@ -178,11 +188,6 @@ def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_title(f"Allocated memory, peak {readable(int(peak), 'bytes')}", loc="left", fontsize=10)
     ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     return ax
-
-
-def _clock(timeline: pd.DataFrame) -> tuple[float, str]:
-    """By what the times of a timeline are divided for its axis, and how that is called."""
-    return (1.0, "events") if timeline.attrs.get("clock") == "events" else (1e6, "ms")
 
 
 def memory(account: Account, ax: Axes | None = None) -> Axes:
@@ -203,7 +208,7 @@ class MemoryPicture(Picture[Account, int]):
 
     def __init__(self, timeline: pd.DataFrame) -> None:
         self.figure = Figure(figsize=(7.4, 3.6))
-        self._start_ns, self._unit = int(timeline["time_ns"].min()), _clock(timeline)[0]
+        self._start_ns, self._unit = int(timeline["time_ns"].min()), timeline.attrs.get("axis", _MS)[1]
         upper, self._lower = self.figure.subplots(2, 1, height_ratios=(3, 2))
         memory_timeline(timeline, upper)
         self._mark = upper.axvline(0, color=OKABE_ITO[5], linewidth=2)

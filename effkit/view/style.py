@@ -6,7 +6,6 @@ import html
 import io
 import itertools
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVarTuple
@@ -110,33 +109,14 @@ def label(name: Any, most: int = 44) -> str:
     >>> label(("a$b$", 1)), label("a kernel", most=6)
     ('a\\$b\\$ 1', 'a ke…el')
     """
-    text = _line(name)
+    text = line(name)
     if len(text) > most:
         text = f"{text[: 2 * most // 3]}…{text[-(most // 3) :]}"  # kernels often differ at their end
     return text.replace("$", r"\$")
 
 
-def labels(names: Sequence[Any], most: int = 44) -> list[str]:
-    """The same of several names, told apart also where these differ in their middle alone."""
-    texts = list(map(_line, names))
-    first = [label(text, most) for text in texts]
-    short = first.copy()
-    for number, text in enumerate(texts):
-        alike = [other for other, one in zip(texts, first, strict=True) if one == first[number] and other != text]
-        if alike:  # begin before the first letter in which it differs from the one that is most like it
-            start = max(len(os.path.commonprefix([text, other])) for other in alike) - most // 6  # noqa: RUF071 of letters
-            short[number] = label(f"{text[: most // 4]}…{text[max(start, most // 4) :]}", most)
-    return [f"{one} ({number + 1})" if short.count(one) > 1 else one for number, one in enumerate(short)]
-
-
-def _line(name: Any) -> str:
+def line(name: Any) -> str:
     return " ".join(" ".join(map(str, name if isinstance(name, tuple) else [name])).split())
-
-
-def legend_below(ax: Axes, num_bars: int) -> None:
-    """A legend under a picture of so many horizontal bars."""
-    below = -0.3 / (0.5 + 0.2 * num_bars)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.45, below), ncols=4, frameon=False, fontsize=9)
 
 
 def axes(ax: Axes | None, size: tuple[float, float], *, framed: bool = False) -> Axes:
