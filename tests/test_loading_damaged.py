@@ -208,7 +208,7 @@ def traces_of_another_shape() -> dict[str, bytes]:
     ]  # fmt: skip
     events |= {"nest": nest(40_000), "nest of collectives": nest(8_000, lambda _: gloo()),
                "nest and kernels": nest(20_000) + kernels(20_000), "nest and moments": nest(20_000) + moments(20_000),
-               "collectives over kernels": [gloo(dur=1e6, tid=2, ts=0)] * 8_000 + kernels(8_000),
+               "collectives over kernels": [gloo(dur=1e6, tid=2, ts=0)] * 4_000 + kernels(4_000),
                "long collective": [gloo() | {"name": "gloo:" + "x" * 100_000}]}  # fmt: skip
     nested = deep + "]" * len(deep)
     made = {name: json.dumps({"traceEvents": listed}) for name, listed in events.items()}

@@ -132,8 +132,8 @@ def _trace(path: Path, rank: int | None, options: Options) -> Capture:
         "events of Python functions (load with stacks=True)": read.num_left_out,
         "events in two parts (phases B and E): write them as complete ones (phase X)": read.num_in_two,
     }
-    if any(left_out.values()):
-        seen["left_out"] = [f"left out: {number:,} {what}" for what, number in left_out.items() if number]
+    if words := [f"left out: {number:,} {what}" for what, number in left_out.items() if number]:
+        seen["left_out"] = words
     allocations, seen["memory"] = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
     return Capture(read.events, allocations, seen, snapshot.reserved(read.memory))
 

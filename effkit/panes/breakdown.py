@@ -67,9 +67,8 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         "cpu_exec_ns": (operators, launches),
     }
     if on_device.empty:  # then operators are what computes, unless they wait, and communication can hide under them
-        parts = {"not_visible_ns": parts["not_visible_ns"], "cpu_exec_ns": (computing(events),)} | {
-            name: frames for name, frames in parts.items() if name not in ("not_visible_ns", "cpu_exec_ns")
-        }
+        first = {"not_visible_ns": parts["not_visible_ns"], "cpu_exec_ns": (computing(events),)}
+        parts = first | parts | first
     columns = {"rank": rank, "step": np.arange(len(starts)), "start_ns": starts, "dur_ns": ends - starts}
     frame = pd.DataFrame(columns).astype("int64")
     before: list[pd.DataFrame] = []
