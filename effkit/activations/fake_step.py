@@ -271,7 +271,7 @@ class _Valued(fake_tensor.FakeTensorMode):
             for one, constant in known if follows else ():
                 one.constant = constant
         sparse = [one for one in given if one.is_sparse]
-        grows = bool(sparse) and getattr(out, "is_sparse", False) and (len(sparse) > 1 or not _num_cells(out))
+        grows = isinstance(out, torch.Tensor) and out.is_sparse and (len(sparse) > 1 or not _num_cells(out))
         if grows and any(map(_num_cells, sparse)):  # torch's own fakes of sparse results have no cells, or too few
             raise fake_tensor.UnsupportedOperatorException(func)
         self._value(func, args, kwargs, given, out, follows)
