@@ -22,6 +22,7 @@ from effkit.receipt import LEDGER_COLUMNS
 from effkit.whole_files import replacing
 
 MEDIAN_FRAC, WORST_FRAC, LEAST_FRAC = 0.003, 0.03, -0.02  # of the errors; the last of forecasts that are too low
+OWN_CODE = "code of its own"  # which nobody has read: such a decoder is forecast as the others, and holds no bar
 
 
 def forecast(setting: Mapping[str, Any]) -> ek.Account:
@@ -46,10 +47,12 @@ def record() -> str:
     """Forecast the rows, without the third that is held back unless it is asked for; a sentence if a bar is missed."""
     rows = pd.read_csv(RECORDED, dtype=str, keep_default_na=False).to_dict("records")
     told = list(_forecast_again(unheld(rows)))
-    errors = [abs(float(row["error"])) for row in told]
+    known = [row for row in told if OWN_CODE not in row["model"]]
+    errors = [float(row["error"]) for row in known]
+    median, worst = statistics.median(map(abs, errors)), max(map(abs, errors))
     missed = [row for row in told if not int(row["low"]) <= int(row["measured"]) <= int(row["high"])]
-    said = (f"{len(told)} published GPU runs: median error {statistics.median(errors):.2%}, worst {max(errors):.2%}, "
-            f"lowest {min(float(row['error']) for row in told):.2%}, {len(missed)} outside the band")  # fmt: skip
+    said = (f"{len(known)} published GPU runs whose code is known: median error {median:.2%}, worst {worst:.2%}, "
+            f"lowest {min(errors):.2%}; {len(missed)} of {len(told)} outside the band")  # fmt: skip
     print(said, flush=True)
     if everything():
         with replacing(RECORDED) as whole, whole.open("w", newline="", encoding="utf-8") as file:
@@ -57,9 +60,8 @@ def record() -> str:
             writer.writeheader()
             writer.writerows(told)
         refresh_readme()
-    low = any(float(row["error"]) < LEAST_FRAC for row in told)
-    beyond = statistics.median(errors) > MEDIAN_FRAC or max(errors) > WORST_FRAC
-    return said if beyond or low or missed else ""
+    beyond = median > MEDIAN_FRAC or worst > WORST_FRAC or min(errors) < LEAST_FRAC
+    return said if beyond or missed else ""
 
 
 def _forecast_again(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
