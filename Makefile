@@ -73,7 +73,7 @@ bench: .venv/.test .venv/.browser .venv/.peers  ## the timed bars, peers side by
 
 CONDITION ?= one thread
 LIMIT = $(if $(MINUTES),--minutes $(MINUTES))
-ledger: .venv/.lab  ## predict and measure the held-out grids (LAB=activations: one alone; CONDITION="one core": the machine as another one, or every); refresh the table in README.md
+ledger: .venv/.lab  ## predict and measure the held-out grids (LAB=activations: one alone; CONDITION="one core": the machine as another one, or every); refresh docs/accuracy.md
 	$(BIN)/python data/record.py ledger $(LAB) --condition "$(CONDITION)" --all $(LIMIT)
 
 record: .venv/.lab  ## re-create the captures and the ledger under data/, on this machine (MINUTES=10: as far as it comes in them)

@@ -33,7 +33,7 @@ from effkit.whole_files import replacing
 
 DATA = Path(__file__).resolve().parent
 RECORDED = DATA / "ledger" / "recorded_gpus.csv"  # of other people's GPUs; whoever has one adds a file of its own
-README = DATA.parent / "README.md"
+README, ACCURACY = DATA.parent / "README.md", DATA.parent / "docs" / "accuracy.md"
 sys.path.append(str(DATA.parent / "notebooks"))  # where a ledger imports `lessons` from, as a notebook does
 LABS = ("padding", "activations", "moe", "decoder", "advice")  # in this order in the file
 
@@ -200,7 +200,8 @@ def _facts(row: list[str]) -> dict[str, str]:
 
 
 def refresh_readme() -> None:
-    """Rewrite the accuracy table between its two markers."""
+    """Rewrite the accuracy table in docs/accuracy.md, and in README.md its rows over all devices, each between its two
+    markers."""
     rows = [
         "| device | condition | lab | quantity | settings | median error | worst error | inside band | band / error |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",
@@ -210,10 +211,14 @@ def refresh_readme() -> None:
     ]
     if RECORDED.exists():
         rows += ["", *published(pd.read_csv(RECORDED))]
-    text = README.read_text(encoding="utf-8")
+    # heads, rules, sentences, and the rows that begin with all
+    over_all = [
+        row for row in rows if not row.startswith("| ") or row.startswith(("| **all** |", "| device |", "| GPU |"))
+    ]
     begin, end = "<!-- accuracy: written by make ledger -->\n", "<!-- /accuracy -->"
-    before, rest = text.split(begin)
-    README.write_text(before + begin + "\n".join(rows) + "\n" + end + rest.split(end)[1], encoding="utf-8")
+    for path, shown in ((ACCURACY, rows), (README, over_all)):
+        before, rest = path.read_text(encoding="utf-8").split(begin)
+        path.write_text(before + begin + "\n".join(shown) + "\n" + end + rest.split(end)[1], encoding="utf-8")
 
 
 def accuracy(ledgers: Sequence[pd.DataFrame]) -> Iterator[str]:

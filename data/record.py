@@ -202,8 +202,12 @@ def parts_of(what: str, lab: str | None, conditions: Sequence[str]) -> Iterator[
     if what in ("captures", "all"):
         yield from ((USUAL, "capture", name) for name in CAPTURES)
     if what in ("ledger", "all"):
-        yield from ((condition, "rows", name) for condition in conditions for name in LABS
-                   if name == lab or (lab is None and name != ELSEWHERE))
+        yield from (
+            (condition, "rows", name)
+            for condition in conditions
+            for name in LABS
+            if name == lab or (lab is None and name != ELSEWHERE)
+        )
 
 
 def main() -> None:

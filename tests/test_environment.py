@@ -111,3 +111,16 @@ def test_no_file_names(what):
 )
 def test_the_check_for_names_notices_them(what, line):
     assert re.search(ELSEWHERE[what], line)
+
+
+PAGES = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_what_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text("utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_readme_is_short():
+    assert len((REPO / "README.md").read_text("utf-8").splitlines()) <= 120

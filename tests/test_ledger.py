@@ -23,10 +23,11 @@ CLOSE, FAR = 105, 130
 def ledger(tmp_path, monkeypatch):
     """A ledger of its own; returns a function that records one time, and one exact count, under a condition."""
     (tmp_path / "ledger").mkdir()
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- accuracy: written by make ledger -->\nold\n<!-- /accuracy -->\nafter\n")
     monkeypatch.setattr(ledger_rows, "DATA", tmp_path)
-    monkeypatch.setattr(ledger_rows, "README", readme)
+    for name, file in (("README", "README.md"), ("ACCURACY", "accuracy.md")):
+        text = "before\n<!-- accuracy: written by make ledger -->\nold\n<!-- /accuracy -->\nafter\n"
+        (tmp_path / file).write_text(text)
+        monkeypatch.setattr(ledger_rows, name, tmp_path / file)
 
     def record(lab, condition, measured, *, everything=True):
         monkeypatch.setenv("EFFKIT_LEDGER_CONDITION", condition)
@@ -93,10 +94,14 @@ def test_a_third_of_a_grid_is_held_back(monkeypatch):
 def test_the_table_has_times_by_condition_counts_together_and_coverage_over_all(ledger, tmp_path):
     ledger("padding", "one thread", CLOSE)
     ledger("padding", "one core", FAR)
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
+    text, summary = ((tmp_path / file).read_text() for file in ("accuracy.md", "README.md"))
+    for each in (text, summary):
+        assert each.startswith("before\n")
+        assert each.endswith("after\n")
     head, _, *table = text.split("-->\n")[1].split("<!--")[0].splitlines()
+    assert [row for row in summary.splitlines() if row.startswith("|")][2:] == table[-1:], (
+        "only what is over all devices"
+    )
     assert "| condition |" in head
     cells = [[cell.strip() for cell in row.strip("|").split("|")][1:] for row in table]
     half = f"{10 / CLOSE / (1 - 100 / CLOSE):.1f}"
