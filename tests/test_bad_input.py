@@ -229,7 +229,7 @@ BAD = {
     "forecast: a module without parameters": (lambda: forecast(model=nn.ReLU()), "no parameter that requires"),
     "forecast: a word as loss": (lambda: forecast(loss="mse"), "loss is a function"),
     "forecast: an optimizer": (lambda: forecast(optimizer=update()), "optimizer is a function"),
-    "forecast: on a tpu": (lambda: forecast(device="tpu"), "device is cpu or cuda"),
+    "forecast: on a tpu": (lambda: forecast(device="tpu"), "device is cpu, cuda, the name of an NVIDIA GPU"),
     "largest_batch: a budget as text": (lambda: largest("8GB"), "budget_bytes is .*'8GB'"),
     "largest_batch: a budget of NaN": (lambda: largest(NAN), "budget_bytes is .*nan"),
     "largest_batch: a negative budget": (lambda: largest(-1), "budget_bytes is .*-1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ def run(
     num_rows = rows(batch)
     for part in islice(parts(batch, levers.micro_batches), most_parts):
         enter(FORWARD)
-        with levers.applied(model), torch.set_grad_enabled(update is not None):
+        with levers.applied(model), torch.no_grad() if update is None else nullcontext():
             value = forward(model, part) if update is None else loss(forward(model, part))
         if update is None:
             continue
