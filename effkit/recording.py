@@ -17,6 +17,7 @@ from effkit import snapshot, trace
 from effkit.arguments import checked_function, checked_whole, described
 from effkit.captured import Capture
 from effkit.device import accelerator, peak_counter, provenance, synchronize
+from effkit.gc_disabled import gc_disabled
 from effkit.interrupts import PutBack, uninterrupted
 from effkit.timing import elapsed_ns
 from effkit.trace import nesting
@@ -175,7 +176,8 @@ def _of_the_second(step: Callable[[], object]) -> pd.DataFrame:
 
 def memory_events(step: Callable[[], object]) -> trace.Trace:
     """Run ``step()`` once and return every allocation and every free, with the host's events around them."""
-    with _alone("memory_events()"), _profiler(profile_memory=True) as profiler:
+    # what an earlier step left in cycles would die during this one, and pass for its own
+    with _alone("memory_events()"), gc_disabled(), _profiler(profile_memory=True) as profiler:
         step()
         synchronize()
     return trace.read(_exported(profiler))

@@ -26,6 +26,9 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 from nbval.plugin import get_sanitize_patterns
 
+# of kernels: torch's profiler warns of every optimizer that replaces a state that is older than the recording
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 # The first pattern that fits the file name: (pattern, fewest and most cells, fewest and most words).
 LIMITS = (
     ("00_*.ipynb", (12, 45), (250, 1300)),

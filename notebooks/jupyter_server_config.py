@@ -27,6 +27,9 @@ def without_announcements(handler, page_config):
     return {**page_config, "disabledExtensions": [*disabled, "@jupyterlab/apputils-extension:announcements"]}
 
 
+# of kernels: torch's profiler warns of every optimizer that replaces a state that is older than the recording
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 c = get_config()  # noqa: F821 - Jupyter puts it there
 
 c.ServerApp.ip = "127.0.0.1"

@@ -17,7 +17,6 @@ from effkit.activations.op_costs import FLOPS, HALF_FLOPS
 from effkit.activations.storage_tracker import Follower
 from effkit.activations.timeline import CATEGORIES, REQUESTED, RESERVED, Ints, Timeline
 from effkit.device import synchronize
-from effkit.gc_disabled import gc_disabled
 from effkit.recording import memory_events
 from effkit.trace.tidying import Trace
 
@@ -130,8 +129,7 @@ def _observed(
     if cuda:
         synchronize()
         torch.cuda.reset_peak_memory_stats(device)
-    with gc_disabled():  # what an earlier step left in cycles would die during this one, and pass for its own
-        recording = Recording.of(memory_events(follow), device, since_first=again)
+    recording = Recording.of(memory_events(follow), device, since_first=again)
     counted, counters = None, {}
     if cuda:
         counted, peaks = torch.cuda.max_memory_allocated(device), torch.cuda.memory_stats(device)
