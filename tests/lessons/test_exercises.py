@@ -1,6 +1,7 @@
 """The exercises accept the right answer alone: each is given the right one and three wrong ones."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -35,6 +36,37 @@ def in_notebook(name, first_lines, **names):
         exec(source.replace(first_lines, answer), {"exercises": exercises, **names})
 
     return check
+
+
+def test_the_cells_of_lesson_04_accept_the_right_answer_alone():
+    def predict(base, *, decoder_layers, hold_parameters):
+        return SimpleNamespace(total=3 * decoder_layers + 11)  # 13 layers take 50, which is half of 101
+
+    names = {"decoder": SimpleNamespace(predict=predict), "base": SimpleNamespace(total=101)}
+    check = in_notebook("04_decoder_bottleneck", "my_layers = 20\n", **names)
+    check("my_layers = 13\n")
+    refused(check, *(f"my_layers = {n}\n" for n in (5, 12, 14, 20, 0, "'13'")))
+
+    first = (
+        "def my_cache_bytes(num_requests):\n    return 8192 * num_requests  # two or three lines of yours\n"
+        "\n\nmy_requests = 64\n"
+    )
+    check = in_notebook("04_decoder_bottleneck", first, decoder=decoder)
+    code = "def my_cache_bytes(num_requests):\n    return num_requests * 8192 * 32 * 2 * 8 * 128 * 2\n\n\n"
+    code += "my_requests = {}\n"
+    check(code.format(24))
+    refused(check, *(code.format(n) for n in (20, 23, 25, 1000)), code.replace("* 2 *", "*").format(24))
+
+
+def test_the_cells_of_lesson_05_accept_the_right_answer_alone():
+    def buckets(epoch, *, strategy, num_buckets):
+        share = pd.Series({"padding": 0.66 / num_buckets})
+        return SimpleNamespace(companion=lambda title: SimpleNamespace(share=share))
+
+    names = {"padding": SimpleNamespace(predict=buckets, EPOCH_CELLS="cells"), "study": SimpleNamespace(epoch=None)}
+    check = in_notebook("05_your_model", "my_buckets = 1  # two or three lines of yours\n", **names)
+    check("my_buckets = 4\n")  # 0.66 / 4 is the first below 0.2
+    refused(check, *(f"my_buckets = {n}\n" for n in (1, 3, 5, 24, 1000)))
 
 
 def test_the_cells_of_lesson_06_accept_the_right_answer_alone():

@@ -14,8 +14,6 @@ from lessons.verdict import verdict
 REPO = Path(__file__).resolve().parents[2]
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((REPO / "notebooks").glob("*.ipynb"))}
 LESSONS = [name for name in NOTEBOOKS if re.match(r"0[1-6]_", name)]
-WAITING = ("03_", "04_", "05_")  # are still to be brought to this form
-READY = [name for name in NOTEBOOKS if not name.startswith(WAITING)]
 QUESTIONS = Path(__file__).with_name("questions.csv")
 VERDICT_ALONE = re.compile(r"[:,] (True|False)\b|^\s*(True|False)\s*$|: \{.*(True|False)")
 
@@ -39,13 +37,13 @@ def shown(notebook):
                       *(line for cell in code_cells(notebook) for line in printed(cell))])  # fmt: skip
 
 
-@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_no_cell_shows_a_truth_value_in_place_of_a_figure(name):
     alone = [line for cell in code_cells(NOTEBOOKS[name]) for line in printed(cell) if VERDICT_ALONE.search(line)]
     assert alone == []
 
 
-@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_no_verdict_is_negative(name):
     lines = [line for cell in code_cells(NOTEBOOKS[name]) for line in printed(cell) if "≈" in line and "NOT " in line]
     assert lines == []
@@ -66,7 +64,7 @@ def test_a_verdict_says_the_figure_first():
         verdict("ratio", 1.0)
 
 
-@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_picture_of_curves_has_a_title_and_a_named_axis(name):
     for cell in code_cells(NOTEBOOKS[name]):
         for call in [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]:
@@ -77,7 +75,7 @@ def test_every_picture_of_curves_has_a_title_and_a_named_axis(name):
                 assert len(call.args) == 4, cell.source
 
 
-@pytest.mark.parametrize("name", [name for name in LESSONS if name in READY])
+@pytest.mark.parametrize("name", LESSONS)
 def test_exercises_raise_until_they_are_solved_and_their_answers_are_folded(name):
     raising = [cell for cell in code_cells(NOTEBOOKS[name]) if "raises-exception" in cell.metadata.get("tags", [])]
     assert len(raising) >= 2
@@ -116,7 +114,7 @@ def test_five_questions_about_each_notebook_whose_answers_stand_in_it():
     with QUESTIONS.open(newline="", encoding="utf-8") as file:
         questions = list(csv.DictReader(file))
     assert Counter(row["notebook"] for row in questions) == dict.fromkeys(NOTEBOOKS, 5)
-    for row in (row for row in questions if row["notebook"] in READY):
+    for row in questions:
         text = " ".join(shown(NOTEBOOKS[row["notebook"]]).split())
         assert row["where"] in text, f"{row['notebook']}: {row['where']!r} is not in it"
         assert row["question"].endswith("?"), row
