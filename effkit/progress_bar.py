@@ -30,14 +30,16 @@ class _Bar:
             return
         self._next = now + _EVERY_S
         of = f", {done:,} of {total:,}" if done is not None and total else ""
-        said = f"{self._what}{of}, {now - self._begun:.0f} s"
-        if (shell := _kernel()) is None:
-            self._screen = self._screen or tqdm(bar_format="{desc}", leave=False, disable=None)
-            self._screen.set_description_str(f"{said} (Ctrl-C stops it)")
-        elif self._screen is None:
-            self._screen = _label(f"{said} (interrupt the kernel to stop it)", shell)
+        shell = _kernel()
+        how = "Ctrl-C stops it" if shell is None else "interrupt the kernel to stop it"
+        said = f"{self._what}{of}, {now - self._begun:.0f} s ({how})"
+        if self._screen is None:  # a bar of tqdm's has no truth value
+            line = {"bar_format": "{desc}", "leave": False, "disable": None}
+            self._screen = tqdm(**line) if shell is None else _label(said, shell)
+        if shell is None:
+            self._screen.set_description_str(said)
         else:
-            self._screen.value = f"{said} (interrupt the kernel to stop it)"
+            self._screen.value = said
 
     def hush(self) -> None:
         self._next = math.inf

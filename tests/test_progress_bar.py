@@ -1,5 +1,6 @@
 """What is said of a call that takes longer than two seconds, and what is not said of one that does not."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -58,6 +59,21 @@ def test_nothing_is_said_before_two_seconds_and_then_what_is_done(clock, screens
         advance()
         assert screens[0].said[-1] == "Measuring, 3 s (Ctrl-C stops it)"
     assert screens[0].closed
+
+
+def test_in_a_terminal_it_is_one_line_that_is_gone_at_the_end(clock, monkeypatch, capsys):
+    """tqdm itself, on what is not a terminal only because a test reads it."""
+    monkeypatch.setattr(progress_bar, "tqdm", partial(progress_bar.tqdm, file=sys.stderr))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with working("Measuring"):
+        for done in (1, 2):
+            clock[0] += 3
+            advance(done, 2)
+    said = capsys.readouterr().err
+    assert "Measuring, 1 of 2, 3 s" in said
+    assert "Measuring, 2 of 2, 6 s (Ctrl-C stops it)" in said
+    assert said.rstrip(" ").endswith("\r")
+    assert "\n" not in said
 
 
 def test_of_calls_inside_calls_the_outermost_speaks(clock, screens):
