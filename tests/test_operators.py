@@ -122,7 +122,9 @@ KERNELS = {
 # Not classifications: what they list, they list for a reason of their own
 NO_SECOND_LISTS = {
     "activations/checkpointing.py": "whose outputs to keep, in torch's own operators: a choice",
+    "activations/gpu_assumptions.py": "which precision CUDA's autocast computes in: torch's own lists",
     "advice/model_summary.py": "classes of modules",
+    "panes/matrix_products.py": "where operators that multiply two matrices are given the first",
 }
 
 

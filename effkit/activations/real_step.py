@@ -19,6 +19,7 @@ from effkit.activations.timeline import CATEGORIES, REQUESTED, RESERVED, Ints, T
 from effkit.device import synchronize
 from effkit.recording import memory_events
 from effkit.trace.tidying import Trace
+from effkit.training import storages
 
 _MARK = "effkit::operator#"
 _COUNTERS = {REQUESTED: "requested", RESERVED: "reserved"}  # of torch.cuda.memory_stats
@@ -162,9 +163,11 @@ def _observed(
 def beyond_tensors(residents: Mapping[str, Sequence[torch.Tensor]], segments: Sequence[Any]) -> dict[str, int]:
     """By how much the blocks of a GPU's allocator are larger than the residents in them [bytes], by category."""
     blocks = {block["address"]: block["size"] for segment in segments for block in segment["blocks"]}
-    storages = {category: [tensor.untyped_storage() for tensor in tensors] for category, tensors in residents.items()}
+    held = {
+        category: [one for tensor in tensors for one in storages(tensor)] for category, tensors in residents.items()
+    }
     return {category: sum(blocks.get(one.data_ptr(), one.nbytes()) - one.nbytes() for one in ones)
-            for category, ones in storages.items()}  # fmt: skip
+            for category, ones in held.items()}  # fmt: skip
 
 
 def _alive(memory: pd.DataFrame, follower: Follower, timeline: Timeline, op: int) -> dict[str, int]:
