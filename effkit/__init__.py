@@ -7,6 +7,7 @@ from effkit.account import Account
 from effkit.captured import Capture
 from effkit.claims import claims
 from effkit.device import Device
+from effkit.lazy import lazily
 from effkit.loading import load
 from effkit.receipt import Receipt
 from effkit.recording import capture
@@ -23,17 +24,14 @@ __all__ = [
 ]  # fmt: skip
 
 
+_named = lazily(__name__, {"whatif": ["WhatIf"], "advice": ["study"], "magics": ["load_ipython_extension"]})
+
+
 def __getattr__(name: str) -> Any:
     """What brings widgets and pictures along is imported when first named: a file from a cluster needs neither."""
-    if name == "WhatIf":
-        return import_module("effkit.whatif").WhatIf
-    if name == "study":
-        return import_module("effkit.advice").study
-    if name == "load_ipython_extension":  # what `%load_ext effkit` asks for
-        return import_module("effkit.magics").load_ipython_extension
     if name in ("activations", "advice", "decoder", "models", "moe", "padding"):
         return import_module(f"effkit.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _named(name)
 
 
 def __dir__() -> list[str]:

@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from effkit.captured import Capture
+from effkit.claims.table import HOMES
 from effkit.loading import load
 from effkit.panes.breakdown import mean_of
 from effkit.units import readable
+from effkit.whole_files import write_text
 
-# The lessons and what they read: beside this module in an installed effkit, or the checkout that this module is in.
-_LESSONS = (Path(__file__).with_name("material"), Path(__file__).parents[1])
 _ROOMS = ("notebooks", "data")
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.part")
 _GREW, _WRONG = 1, 2  # exit codes
@@ -73,11 +73,7 @@ def _report(options: argparse.Namespace) -> int:
     if options.output is None:
         _say(text)
     else:
-        from effkit.whole_files import replacing
-
-        with replacing(options.output) as part:
-            part.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        _say(f"{options.output} is written")
+        _say(f"{write_text(options.output, text, 'report.md')} is written")
     return 0
 
 
@@ -120,7 +116,7 @@ def _lessons(options: argparse.Namespace) -> int:
     folder: Path = options.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: give the name of a folder to make, {folder / 'effkit'} say")
-    home = next((home for home in _LESSONS if (home / "notebooks" / "00_start_here.ipynb").exists()), None)
+    home = next((home for home in HOMES if (home / "notebooks" / "00_start_here.ipynb").exists()), None)
     if home is None:
         raise ValueError("the lessons are not beside this effkit: install it with pip, or use a checkout")
     folder.parent.mkdir(parents=True, exist_ok=True)

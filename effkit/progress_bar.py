@@ -21,14 +21,14 @@ class _Bar:
 
     def __init__(self, what: str) -> None:
         self._what, self._begun = what, time.monotonic()
-        self._next = self._begun + SLOW_S
+        self.next = self._begun + SLOW_S
         self._screen: Any = None
 
     def advance(self, done: int | None, total: int | None) -> None:
         now = time.monotonic()
-        if now < self._next:
+        if now < self.next:
             return
-        self._next = now + _EVERY_S
+        self.next = now + _EVERY_S
         of = f", {done:,} of {total:,}" if done is not None and total else ""
         shell = _kernel()
         how = "Ctrl-C stops it" if shell is None else "interrupt the kernel to stop it"
@@ -40,9 +40,6 @@ class _Bar:
             self._screen.set_description_str(said)
         else:
             self._screen.value = said
-
-    def hush(self) -> None:
-        self._next = math.inf
 
     def close(self) -> None:
         if self._screen is not None:
@@ -91,7 +88,7 @@ def advance(done: int | None = None, total: int | None = None) -> None:
 def hush() -> None:
     """From here on somebody else says how far the call has come."""
     if (bar := _bar.get()) is not None:
-        bar.hush()
+        bar.next = math.inf
 
 
 def _kernel() -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from effkit.arguments import described
-from effkit.whole_files import replacing
+from effkit.whole_files import write_text
 
 VERSION = 1  # of what to_dict() gives; docs/data.md describes it
 _LARGEST_BYTES = 2**28  # of a file of JSON that is read
@@ -30,8 +30,7 @@ class Record:
         """:meth:`to_dict` as JSON text, and into a file where a path is given: whole, or not at all."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         if path is not None:
-            with replacing(Path(path)) as part:
-                part.write_text(text + "\n", encoding="utf-8")
+            write_text(Path(path), text + "\n", f"{self._kind()}.json")
         return text
 
     @classmethod

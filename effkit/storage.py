@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from effkit import snapshot, trace
-from effkit.whole_files import replacing
+from effkit.whole_files import checked_place, replacing
 
 Frames = dict[str, pd.DataFrame]
 
@@ -34,9 +34,8 @@ def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[st
     """Write the file, whole or not at all; equal content makes equal bytes."""
     columns = {name: {c: str(t) for c, t in frame.dtypes.items()} for name, frame in frames.items()}
     header = {"format": FORMAT, "version": VERSION, "provenance": dict(provenance), "columns": columns}
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the name of the file to write, {path / 'capture.zip'} say")
     path.parent.mkdir(parents=True, exist_ok=True)
+    checked_place(path, "capture.zip")
     with replacing(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
         _put(archive, "capture.json", json.dumps(header, indent=1, sort_keys=True, default=str))
         for name, frame in frames.items():

@@ -24,6 +24,22 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def checked_place(path: Path, example: str) -> None:
+    """IsADirectoryError or FileNotFoundError unless a file can be written there; ``example`` names one."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of the file to write, {path / example} say")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it, or give another path")
+
+
+def write_text(path: Path, text: str, example: str) -> Path:
+    """Write a file, whole or not at all; errors of :func:`checked_place`."""
+    checked_place(path, example)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
+
+
 def append(path: Path, content: bytes) -> None:
     """Add to the end of a file. On any error nothing of it stays, and a file that was absent is absent again."""
     absent, written = not path.exists(), 0

@@ -19,6 +19,7 @@ from effkit.advice.recorded_levers import HOST_BUSY, NOT_VISIBLE
 from effkit.advice.studies import Study
 from effkit.captured import Capture
 from effkit.loading import load
+from effkit.loading.fleet import Fleet
 from effkit.moe import UNSEEN
 from effkit.panes.breakdown import NO_DEVICE, cold, mean_of
 from effkit.panes.families import NOT_VISIBLE as NOBODY
@@ -245,7 +246,8 @@ class RecordedStudy(Study):
 def of_file(path: str | Path) -> RecordedStudy:
     """The study of a trace, a snapshot, a saved capture, or a folder of one of them: what it holds decides."""
     capture = load(path)
-    return RecordedStudy(None, capture) if capture.overview().empty else RecordedStudy(capture, None)
+    without_time = capture.overview().empty if isinstance(capture, Fleet) else capture.events.empty
+    return RecordedStudy(None, capture) if without_time else RecordedStudy(capture, None)
 
 
 def _opened(given: Files | Capture) -> Capture:

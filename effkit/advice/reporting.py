@@ -18,7 +18,7 @@ from effkit.advice.overviews import Overview
 from effkit.device import provenance
 from effkit.receipt import Receipt
 from effkit.units import readable
-from effkit.whole_files import replacing
+from effkit.whole_files import checked_place, write_text
 
 if TYPE_CHECKING:
     from effkit.advice.subjects import Reported
@@ -33,14 +33,8 @@ def write(study: Reported, path: Path, advice: Advice) -> Path:
 
     FileNotFoundError or IsADirectoryError when the folder is absent, or the path is one.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the name of the file to write, {path / 'report.html'} say")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it, or give another path")
-    text = page(study, advice)
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-    return path
+    checked_place(path, "report.html")  # before the page is made
+    return write_text(path, page(study, advice), "report.html")
 
 
 def page(study: Reported, advice: Advice) -> str:

@@ -111,15 +111,16 @@ class Study(Record):
 
     def to_markdown(self) -> str:
         """Overview and advice, as :meth:`report` has them."""
-        advice = self._advised or {"time": self.advise()}
-        told = "\n".join(each.to_markdown() for each in advice.values())
+        told = "\n".join(advice.to_markdown() for advice in self._told())
         receipts = "\n".join(receipt.to_markdown() for receipt in self.receipts)
         return "\n".join(filter(None, [self.overview().to_markdown(), told, receipts]))
 
     def _plain(self) -> dict[str, Any]:
-        advice = self._advised or {"time": self.advise()}
-        return {"what": self.what, "overview": self.overview(), "advice": list(advice.values()),
-                "receipts": self.receipts}  # fmt: skip
+        return {"what": self.what, "overview": self.overview(), "advice": self._told(), "receipts": self.receipts}
+
+    def _told(self) -> list[Advice]:
+        """The advice that was asked for; for time, if none was."""
+        return list(self._advised.values()) or [self.advise()]
 
     @classmethod
     def _kind(cls) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-# Inside an installed effkit, beside it in a checkout.
-PATHS = tuple(Path(__file__).parents[up] / room / "claims.csv" for up, room in ((1, "material/data"), (2, "data")))
+# Of data/ and notebooks/: inside an installed effkit, or the checkout that this module is in.
+HOMES = Path(__file__).parents[1] / "material", Path(__file__).parents[2]
+PATHS = tuple(home / "data" / "claims.csv" for home in HOMES)
 UNITS = {"times": "{:.3g} times", "frac": "{:.3g}%", "U": "{:.4g} U", "correlation": "{:.2f}"}  # as a person reads it
 _COLUMNS = (
     "paper", "arxiv", "claim", "resource", "theme", "how", "verdict", "figure", "theirs", "stored", "gap",

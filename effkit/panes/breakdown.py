@@ -44,14 +44,11 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     """The overview of one rank, and what has to be said of it."""
     rank = int(events["rank"].iloc[0]) if len(events) else 0
     events, strange, notes = impossible.understood(events)
-    marked, source = steps(pd.concat([events, strange]) if len(strange) else events, step)
     category = events["category"]
     on_device = events[category.isin(DEVICE)]
     launches = events[category.str.endswith(LAUNCHES)]
-    starts = marked["start_ns"].to_numpy("int64")
-    ends = starts + marked["dur_ns"].to_numpy("int64")
-    if source != WHOLE:
-        starts, ends = _with_their_device_work(starts, ends, launches, on_device)
+    marked, source = steps(pd.concat([events, strange]) if len(strange) else events, step)
+    starts, ends = _lasting(marked, source, launches, on_device)
     kernels, calls = communication(events)
     operators = events[category == "cpu_op"]
     device = intervals.of(on_device)
@@ -117,10 +114,12 @@ def of_steps(events: pd.DataFrame, step: str | None = None) -> pd.DataFrame:
     marked, source = steps(events, step)
     if source == WHOLE:
         return events
-    on_host, on_device = (
-        intervals.of(spans).hold(events["start_ns"]) for spans in (marked, breakdown(events, step)[0])
-    )
-    return events[np.where(events["category"].isin(DEVICE), on_device, on_host)].reset_index(drop=True)
+    category = events["category"]
+    of_device = category.isin(DEVICE)
+    starts, ends = _lasting(marked, source, events[category.str.endswith(LAUNCHES)], events[of_device])
+    lasting = pd.DataFrame({"start_ns": starts, "dur_ns": ends - starts})
+    on_host, on_device = (intervals.of(spans).hold(events["start_ns"]) for spans in (marked, lasting))
+    return events[np.where(of_device, on_device, on_host)].reset_index(drop=True)
 
 
 def _first_launches(launches: pd.DataFrame, on_device: pd.DataFrame) -> pd.DataFrame:
@@ -156,6 +155,13 @@ def _blind(waits: pd.DataFrame, device: intervals.Covered) -> pd.DataFrame:
     place = np.searchsorted(device.starts, start, side="left")
     begins = np.append(device.starts, np.iinfo("int64").max)[place]
     return waits.assign(dur_ns=np.minimum(waits["dur_ns"].to_numpy("int64"), begins - start))
+
+
+def _lasting(marked: pd.DataFrame, source: str, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
+    """Starts and ends of steps: those of the marks, or until what they launched has run."""
+    starts = marked["start_ns"].to_numpy("int64")
+    ends = starts + marked["dur_ns"].to_numpy("int64")
+    return (starts, ends) if source == WHOLE else _with_their_device_work(starts, ends, launches, on_device)
 
 
 def _with_their_device_work(starts: Any, ends: Any, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
