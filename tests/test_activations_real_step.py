@@ -40,7 +40,7 @@ def test_blocks_that_are_larger_than_their_tensors_are_told():
     ]
     blocks = [block for one in segments for block in one["blocks"] if block["state"] == "active_allocated"]
     tensors = [
-        SimpleNamespace(untyped_storage=lambda block=block: SimpleNamespace(
+        SimpleNamespace(layout=torch.strided, untyped_storage=lambda block=block: SimpleNamespace(
             data_ptr=lambda: block["address"], nbytes=lambda: block["requested_size"]))
         for block in blocks
     ]  # fmt: skip
