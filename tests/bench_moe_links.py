@@ -15,7 +15,7 @@ import pytest
 
 from effkit.moe import launching, links
 from effkit.moe.setting import Setting
-from effkit.moe.slowness import find_slow
+from lessons.slow_ranks import find_slow
 
 pytestmark = pytest.mark.skipif(bool(launching.why_no_links()), reason=launching.why_no_links())
 

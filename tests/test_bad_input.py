@@ -303,7 +303,7 @@ BAD = {
         lambda: decoder.measure(text(4), base=of_decoder()), "base .* another model"),
     "decoder.predict: no account": (lambda: decoder.predict("base"), "base is an Account, .*; given: 'base'"),
     "decoder.predict: an unknown type": (lambda: decoder.predict(of_decoder(), dtype="int3"), "dtype is one of"),
-    "decoder.predict: NaN": (lambda: decoder.predict(of_decoder(), acceptance=NAN), "acceptance is a share"),
+    "decoder.predict: NaN": (lambda: decoder.predict(of_decoder(), num_steps=NAN), "num_steps is a whole number"),
     # moe
     "moe.measure: a model for a setting": (lambda: moe.measure(net()), "setting is a .*Setting.*Net"),
     "moe.measure: one rank": (lambda: moe.measure(num_ranks=1), "num_ranks"),
@@ -426,7 +426,7 @@ WHOLE = {
     "token_budget": lambda: padding.plan(LENGTHS, "token_budget", max_input_cells=np.int64(16), batch_size=FOUR),
     "pack": lambda: padding.plan(LENGTHS, "pack", max_input_cells=np.int64(16), batch_size=np.int64(2)),
     "watch": lambda: padding.watch([tagger().make_batch([[0]], LENGTHS)], num_batches=FOUR).run(),
-    "decoder.predict": lambda: decoder.predict(of_decoder(), num_steps=np.int64(9), acceptance=np.float32(0.5)),
+    "decoder.predict": lambda: decoder.predict(of_decoder(), num_steps=np.int64(9), batch=FOUR),
     "moe.predict": lambda: moe.predict(of_moe(), num_ranks=FOUR, num_tokens=np.int64(64)),
     "study": lambda: study(num_batches=FOUR, num_ranks=np.int64(1)),
     "advise": lambda: studied().advise(num_steps=FOUR, num_devices=np.int64(2), price_per_hour=np.float64(2)),

@@ -11,7 +11,6 @@ from test_decoder_module_timers import MODELS
 
 import effkit as ek
 from effkit import decoder
-from effkit.decoder import generating, speculate
 from effkit.decoder.costs import PREFILL
 from effkit.decoder.generating import make_inputs, prepared, setting_of
 from effkit.decoder.module_roles import CROSS, CROSS_KV, ENCODER, FFN, OUTPUT, SELF
@@ -184,30 +183,6 @@ def test_progress_counts_up_to_its_total_and_may_stop(text):
         assert all(module.training for module in text.modules())
         assert not any("forward" in module.__dict__ for module in text.modules())
         assert len(text.model.layers) == text.config.num_hidden_layers == 3
-
-
-def test_speculation_runs_a_draft_of_that_share_of_the_layers(text, base, monkeypatch):
-    seen = []
-
-    def spied(target, draft, **how):
-        seen.append((target, draft, how))
-        return speculate(target, draft, **how)
-
-    monkeypatch.setattr(generating, "speculate", spied)
-    found = decoder.measure(text, base=base, num_draft=2, acceptance=0.5, draft_frac=0.7, repeats=1)
-    target, draft, how = seen[0]
-    assert target is text
-    assert draft.config.num_hidden_layers == 2
-    assert how == {"num_steps": 6, "num_draft": 2, "acceptance": 0.5, "input_length": 32}
-    assert list(found.frame.index) == ["generation"]
-    receipt = ek.Receipt(decoder.predict(base, num_draft=2, acceptance=0.5, draft_frac=0.7), found)
-    assert "Key-value cache" not in set(receipt.frame.index), "not visible"
-    assert 0.1 < found.total / base.total < 10
-    for changes in ({"batch": 2}, {"cache": "off"}):
-        with pytest.raises(ValueError, match=r"speculative decoding .* num_draft=0"):
-            decoder.measure(text, num_draft=2, **QUICK | changes)
-    with pytest.raises(ValueError, match="speculative decoding is for one sequence of a decoder-only model"):
-        decoder.measure(MODELS["speech"](), num_draft=2, **QUICK)
 
 
 def test_a_plain_step_is_called_token_by_token():

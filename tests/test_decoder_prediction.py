@@ -126,16 +126,6 @@ def test_levers_move_time_the_way_they_must(world, text):
     assert decoder.predict(base, cache="off").companion("Key-value cache").total == 0
 
 
-def test_speculation_pays_where_the_draft_is_cheap_and_often_right(text):
-    base, _ = measured(text, TEXT.change(batch=1))
-    good = decoder.predict(base, num_draft=4, acceptance=0.9, draft_frac=0.1)
-    bad = decoder.predict(base, num_draft=4, acceptance=0.1, draft_frac=0.5)
-    assert good.total < 0.6 * base.total < base.total < bad.total
-    assert {"draft", "verify"} <= set(good.frame.index)
-    with pytest.raises(ValueError, match="one sequence"):
-        decoder.predict(base, num_draft=4, batch=2)
-
-
 def test_fewer_key_value_heads_shrink_the_cache_alone(text):
     base, _ = measured(text, TEXT)
     guess = decoder.predict(base, kv_heads=1)
@@ -170,8 +160,6 @@ def test_companions_say_the_same_thing_in_other_units(world):
         ({"width": 70}, "no whole number of heads: take a multiple of 32"),
         ({"kv_heads": 1}, "needs a model with grouped heads"),
         ({"weight_bits": 5}, "weight_bits is one of 0, 2, 3, 4, 8, 16, 32; given: 5"),
-        ({"acceptance": 1.5}, "acceptance is a share"),
-        ({"num_draft": 3}, "decoder-only"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_words(world, changes, message):

@@ -6,7 +6,7 @@ import pytest
 
 from effkit.moe import launching
 from effkit.moe.links import delays, fit, link
-from effkit.moe.slowness import find_slow
+from lessons.slow_ranks import find_slow
 
 SIZES = [2**power for power in range(10, 23)]
 needs_links = pytest.mark.skipif(bool(launching.why_no_links()), reason=launching.why_no_links())

@@ -43,13 +43,13 @@ PUBLIC = {
         "measure", "plan", "predict", "watch", "whatif",
     ],
     "effkit.moe": [
-        "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link",
+        "Setting", "account", "balanced_placement", "best_degrees", "delays", "imbalance", "link",
         "measure", "predict", "prepare", "timeline", "whatif",
         "why_no_links", "worth_balancing",
     ],
     "effkit.decoder": [
-        "Setting", "account", "best_num_draft", "exit_at", "kv_cache_bytes", "measure", "positions", "predict",
-        "rebalance", "roofline", "speculate", "static_decoding", "whatif",
+        "Setting", "account", "exit_at", "kv_cache_bytes", "measure", "positions", "predict",
+        "rebalance", "roofline", "static_decoding", "whatif",
     ],
     "effkit.models": [
         "convolutional", "expert_parallel", "gpt", "recurrent", "speech", "text", "vision",
@@ -86,7 +86,7 @@ HOUSE = [
     {"arguments", "lazy", "progress_bar", "units"},
 ]
 LONGEST_FILE = 450  # lines
-MOST_LINES = 26_250  # of the whole library: 24,000 and 900 for the doors; the rest is owed, and to be cut
+MOST_LINES = 25_784  # of the whole library: 24,000 and 900 for the doors; the rest is owed, and to be cut
 FLOOR = {room: -depth for depth, rooms in enumerate(HOUSE) for room in rooms}
 # plot() has to reach the drawing functions; inside the function, so that nothing is loaded for it
 PERMITTED_WHEN_CALLED = {("account", "view"), ("captured", "view"), ("captured", "browsing")}

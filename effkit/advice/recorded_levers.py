@@ -99,7 +99,7 @@ def _bounds(study: Recorded, base: Account) -> Iterator[Lever]:
             f"{ranks.setting['slowest_rank']} has the longest step", waiting,
             "plan = padding.plan(lengths, 'bucket', batch_size=...)\n"
             "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(rank, world_size))\n"
-            "# experts: moe.balanced_placement(...); one slow machine: moe.find_slow(...)",
+            "# experts: moe.balanced_placement(...); one slow machine: moe.delays(...)",
             ("ranks see batches in another order",),
         )  # fmt: skip
     spare = mean_of(room(steps))

@@ -15,11 +15,10 @@ from effkit.decoder.prediction import predict, whatif
 from effkit.decoder.rebalancing import rebalance, static_decoding
 from effkit.decoder.recorded import account, positions
 from effkit.decoder.setting import Setting
-from effkit.decoder.speculating import best_num_draft, speculate
 
 __all__ = [
-    "Setting", "account", "best_num_draft", "exit_at", "kv_cache_bytes", "measure", "positions", "predict", "rebalance",
-    "roofline", "speculate", "static_decoding", "whatif",
+    "Setting", "account", "exit_at", "kv_cache_bytes", "measure", "positions", "predict", "rebalance",
+    "roofline", "static_decoding", "whatif",
 ]  # fmt: skip
 
 

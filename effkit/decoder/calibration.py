@@ -20,7 +20,7 @@ _FEW_STEPS, _SHARE_OF_STEPS = 8, 6  # steps of a probe, and the base's steps ove
 _DEEP = 12  # from so many layers on, the other depths are smaller ones
 _TOO_LARGE_BYTES = 2**31  # of weights: no deeper model is built then
 # Knobs whose effect no probe has shown
-_UNSEEN: Mapping[str, Any] = {"cache": "on", "num_beams": 1, "compiled": "off", "num_draft": 0, "weight_bits": 0}
+_UNSEEN: Mapping[str, Any] = {"cache": "on", "num_beams": 1, "compiled": "off", "weight_bits": 0}
 _SAME = ("width", "kv_heads", "dtype")
 
 

@@ -14,7 +14,6 @@ from effkit.arguments import checked_model, described
 from effkit.decoder import configurations
 from effkit.decoder.early_exit import exit_at
 from effkit.decoder.setting import Setting
-from effkit.decoder.speculating import speculate
 
 _NEVER = 10**9  # no vocabulary has it
 _DEFAULT_LENGTH = {"input_features": 400, "input_ids": 32}
@@ -70,8 +69,6 @@ def prepared(model: Any, inputs: Any, setting: Setting, built: dict[Any, Any] | 
     if setting.weight_bits and setting.weight_bits != 8 * torch.empty(0, dtype=_dtype(setting)).element_size():
         raise ValueError("weight_bits is a prediction from bytes alone; nothing here runs on weights of fewer bits")
     ready = _sized(model, setting, {} if built is None else built)
-    if setting.num_draft:
-        return _speculating(ready, setting)
     batch = make_inputs(ready, inputs, setting)
     how = generation_config(ready, setting)
 
@@ -109,26 +106,6 @@ def _built(model: Any, config: Any, setting: Setting) -> Any:
     device = next(model.parameters()).device
     with torch.random.fork_rng():
         return type(model)(config).to(device=device, dtype=_dtype(setting)).eval()
-
-
-def _speculating(model: Any, setting: Setting) -> Ready:
-    """Drafted by the same model with ``draft_frac`` of its layers; from a random prompt, which is part of the call."""
-    if setting.cache == "off" or setting.compiled == "on":
-        raise ValueError(
-            "speculative decoding runs here with a growing cache and uncompiled steps; "
-            f"given: cache={setting.cache!r}, compiled={setting.compiled!r}; take 'on' and 'off', or num_draft=0"
-        )
-    depth = max(1, round(setting.draft_frac * setting.decoder_layers))
-    draft = _built(model, configurations.changed(model.config, decoder_layers=depth), setting)
-
-    def call() -> Any:
-        with _exited(model, setting):
-            return speculate(
-                model, draft, num_steps=setting.num_steps, num_draft=setting.num_draft,
-                acceptance=setting.acceptance, input_length=setting.input_length,
-            )  # fmt: skip
-
-    return Ready(model, setting, call)
 
 
 def _dtype(setting: Setting) -> torch.dtype:

@@ -131,8 +131,8 @@ def _plain(setting: Setting) -> bool:
 
 
 def _watchable(setting: Setting) -> bool:
-    """A compiled step has no modules left, and speculation runs two models."""
-    return setting.compiled == "off" and not setting.num_draft
+    """A compiled step has no modules left."""
+    return setting.compiled == "off"
 
 
 def _run(
@@ -146,8 +146,7 @@ def _run(
     prompts = []
     for generation in ready:  # untimed: memory is laid out, code is loaded (or compiled)
         output, setting = generation.call(), generation.setting
-        # what speculation leaves is cropped, and not handed out: not visible
-        caches.append(None if setting.num_draft else in_cache(getattr(output, "past_key_values", None)))
+        caches.append(in_cache(getattr(output, "past_key_values", None)))
         length = output.sequences.shape[1] if hasattr(output, "sequences") else 0
         prompts.append(max(1, length - setting.num_steps))
         tell(progress, next(done), total)

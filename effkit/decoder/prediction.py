@@ -109,9 +109,6 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
     if not coded:
         knobs += [
             Slider("kv_heads", "Key-value heads [count]", 1, sizes.heads, 1, "Fewer than query heads share them"),
-            Slider("num_draft", "Drafted tokens [count]", 0, 8, 1, "Speculative decoding; 0: none"),
-            Slider("acceptance", "Accepted [tenths]", 0, 10, 1, "Share of drafted tokens", scale=0.1),
-            Slider("draft_frac", "Draft's step [tenths]", 0, 10, 1, "Time over the model's", scale=0.1),
         ]
 
     def run(progress: Progress, **setting: Any) -> Account:

@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from effkit.decoder.calibration import Calibration
-from effkit.decoder.costs import PREFILL, START, Costs, StepCost
+from effkit.decoder.costs import PREFILL, Costs, StepCost
 from effkit.decoder.memory import StepSize
-from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
+from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, SELF
 from effkit.decoder.setting import DTYPES, Setting
-from effkit.decoder.speculating import expected_tokens
 from effkit.least_squares import Floats
 
 
@@ -25,8 +24,6 @@ def rows_ns(calibration: Calibration, setting: Setting) -> dict[str, float]:
         cells = size.prompt_cells + np.arange(1, setting.num_steps)
         per_cell = calibration.memory.cache(setting).self_attention / (size.prompt_cells + setting.num_steps - 1)
         rows[BETWEEN] = rows.get(BETWEEN, 0.0) + float(2 * per_cell * cells.sum() / calibration.read_bytes_per_s * 1e9)
-    if setting.num_draft:
-        rows = _speculated(costs, setting, size, rows)
     return rows
 
 
@@ -92,22 +89,4 @@ def _without_cache(costs: Costs, setting: Setting, size: StepSize, rows: dict[st
             times[part] = times.get(part, 0.0) + float(costs.part_ns(part, setting, reads, setting.rows * cells))
     if CROSS_KV in rows:
         times[CROSS_KV] = rows[CROSS_KV] * setting.num_steps
-    return times
-
-
-def _speculated(costs: Costs, setting: Setting, size: StepSize, rows: dict[str, float]) -> dict[str, float]:
-    """Cycles of ``num_draft`` steps of a draft, and one step of the model over one token more than that."""
-    steps = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
-
-    def step_ns(num_rows: int) -> float:
-        reads = {SELF: size.prompt_cells + setting.num_steps / 2, CROSS: float(setting.input_length)}
-        return sum(float(costs.part_ns(part, setting, reads.get(part, 0.0), num_rows)) for part in steps)
-
-    num_cycles = setting.num_steps / expected_tokens(setting.num_draft, setting.acceptance)
-    plain_ns = sum(rows.get(part, 0.0) for part in steps) / setting.num_steps
-    times = {part: time_ns for part, time_ns in rows.items() if part in (ENCODER, CROSS_KV, PREFILL, START)}
-    if PREFILL in times:
-        times[PREFILL] *= 1 + setting.draft_frac  # the draft reads the prompt too
-    times["draft"] = num_cycles * setting.num_draft * setting.draft_frac * plain_ns
-    times["verify"] = num_cycles * plain_ns * step_ns(setting.rows * (setting.num_draft + 1)) / step_ns(setting.rows)
     return times

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from effkit.lab import changed, check, number, one_of, share, whole
+from effkit.lab import changed, check, one_of, whole
 
 SWITCH = ("off", "on")
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value
@@ -35,9 +35,6 @@ class Setting:
         Stop each step after so many decoder layers (0: none); weights stay in memory.
     compiled
         A static cache and a compiled step, or a CUDA graph: launches cost nothing.
-    num_draft, acceptance, draft_frac
-        Speculative decoding: tokens drafted per cycle (0: none), the share of them that the model accepts, and the time
-        of a draft's step over the model's.
     hold_parameters
         ``"on"``: as many encoder layers as keep the number of parameters.
     """
@@ -55,9 +52,6 @@ class Setting:
     num_beams: int = whole(1)
     exit_layer: int = whole(0, least=0)
     compiled: str = one_of("off", words=SWITCH)
-    num_draft: int = whole(0, least=0)
-    acceptance: float = share(0.8)
-    draft_frac: float = number(0.2)
     hold_parameters: str = one_of("off", words=SWITCH)
 
     def __post_init__(self) -> None:
@@ -66,10 +60,6 @@ class Setting:
             raise ValueError(
                 f"exit_layer={self.exit_layer} lies behind the last of {self.decoder_layers} decoder layers; take fewer"
             )
-        if self.num_draft and (self.encoder_layers or self.batch > 1):
-            raise ValueError("speculative decoding is for one sequence of a decoder-only model; take num_draft=0")
-        if self.num_draft and self.num_beams > 1:
-            raise ValueError("speculative decoding is greedy: take num_beams=1 or num_draft=0")
 
     def change(self, **changes: Any) -> Setting:
         """This setting with these changes; None leaves a knob as it is.

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from effkit.moe.prediction import best_degrees, predict, whatif
     from effkit.moe.rank_spans import timeline
     from effkit.moe.setting import Setting
-    from effkit.moe.slowness import find_slow
 
 __all__ = [
-    "Setting", "account", "balanced_placement", "best_degrees", "delays", "find_slow", "imbalance", "link", "measure",
+    "Setting", "account", "balanced_placement", "best_degrees", "delays", "imbalance", "link", "measure",
     "predict", "prepare", "timeline", "whatif", "why_no_links",
     "worth_balancing",
 ]  # fmt: skip
@@ -33,7 +32,6 @@ __getattr__ = lazily(__name__, {
     "accounting": ["UNSEEN", "account"], "balancing": ["worth_balancing"], "launching": ["why_no_links"],
     "links": ["delays", "link"], "live": ["measure", "prepare"], "loads": ["balanced_placement", "imbalance"],
     "prediction": ["best_degrees", "predict", "whatif"], "rank_spans": ["timeline"], "setting": ["Setting"],
-    "slowness": ["find_slow"],
 })  # fmt: skip
 
 

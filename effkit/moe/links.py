@@ -182,7 +182,7 @@ def delays(
     link_bytes_per_s: float = 100e6, size_bytes: int = DELAY_BYTES, timeout_s: float = 120.0,
     progress: Progress | None = None,
 ) -> Array:  # fmt: skip
-    """Times [ns] of one message from each rank to each other, live: what :func:`find_slow` looks at.
+    """Times [ns] of one message from each rank to each other, live: rows are senders, columns receivers.
 
     One pair talks at a time, over its own way through a link that all ranks share, each on a node of its own.
     ValueError when such ranks or such a link cannot be had here. RuntimeError when a rank fails or hangs.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from effkit.moe.slowness import Finding, find_slow
+from lessons.slow_ranks import Finding, find_slow
 
 KINDS = ("sender", "receiver", "rank", "link")
 TRIALS = 20

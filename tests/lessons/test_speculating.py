@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from effkit import models
-from effkit.decoder import speculating
-from effkit.decoder.speculating import best_num_draft, expected_tokens, speculate, speed_up
 from effkit.training import evaluating
+from lessons import speculating
+from lessons.speculating import best_num_draft, expected_tokens, speculate, speed_up
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
