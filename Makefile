@@ -6,7 +6,7 @@ WORKERS ?= 2
 # what is never imported need not be compiled
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab app test quick lint lowest notebooks bench ledger record clean help
+.PHONY: lab app test quick lint lowest notebooks site bench ledger record clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -23,7 +23,7 @@ help:  ## list the targets
 	@touch $@
 
 .venv/.test: .venv/.lab
-	$(INSTALL) -e '.[test,dev]'
+	$(INSTALL) -e '.[test,dev,docs]'
 	@touch $@
 
 .venv/.browser: .venv/.test
@@ -67,6 +67,10 @@ lowest:  ## the quick tests on the oldest versions that pyproject.toml promises,
 
 notebooks: .venv/.test  ## execute every notebook and write its canonical form
 	$(BIN)/python notebooks/canonical.py $(FRESH) notebooks/*.ipynb notebooks/app/*.ipynb
+
+site: .venv/.test  ## the documentation: guides, lessons as they are, a page per public name; opens without a network
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
+	@echo "open build/site/index.html"
 
 bench: .venv/.test .venv/.browser .venv/.peers  ## the timed bars, peers side by side
 	$(BIN)/python -m pytest tests/bench_*.py -s -p no:cacheprovider

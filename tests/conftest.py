@@ -28,7 +28,7 @@ SLOW = {
     "test_activations_memory_model", "test_activations_planning",
     "test_activations_whatif", "test_advice_door", "test_advice_probing", "test_app", "test_decoder_floors",
     "test_decoder_memory", "test_loading_damaged", "test_loading_ranks", "test_model_zoo", "test_model_zoo_levers",
-    "test_padding_peers", "test_padding_sampling",
+    "test_padding_peers", "test_padding_sampling", "test_site",
     "test_recorded_by_others", "test_recording", "test_snapshot_hostile", "test_unchanged_figures",
 }  # fmt: skip
 

@@ -62,7 +62,7 @@ def test_environment_yml_installs_the_same_as_make_lab():
     assert python == f"python{PROJECT['requires-python']}"
     assert pip == "pip"
     assert requirements == {"pip": ["-c constraints.txt", "-e ."]}
-    assert set(EXTRAS) == {"app", "fleet", "test", "dev"}
+    assert set(EXTRAS) == {"app", "fleet", "test", "dev", "docs"}
     assert set(EXTRAS["fleet"]) <= set(EXTRAS["test"])
 
 

@@ -65,6 +65,8 @@ def expert_parallel(
     barriers
         Let the ranks meet before each exchange: to measure waiting, not to train.
 
+    Examples
+    --------
     >>> layer = expert_parallel(hidden=8, ffn=16, num_experts=4)
     >>> layer(**layer.random_batch(10)).shape
     torch.Size([10, 8])
