@@ -21,6 +21,4 @@ __getattr__ = lazily(__name__, {
     "recording_ranks": ["record"], "studies": ["Study"], "study_entry": ["study"],
 })  # fmt: skip
 
-
-def __dir__() -> list[str]:
-    return __all__
+__dir__ = __all__.copy  # what a reader's Tab shows
