@@ -1,5 +1,6 @@
 """The pictures: drawn without pyplot's state, told apart without colour, equal to the byte."""
 
+import re
 from xml.etree import ElementTree
 
 import pandas as pd
@@ -128,6 +129,14 @@ def test_the_legend_names_what_is_drawn():
     before = comparison.svg(PREDICTED, None, label="x")
     comparison.svg(epoch({"real": 60, "waiting": 50}, 110, low=100, high=120), None, label="x")
     assert comparison.svg(PREDICTED, None, label="x") == before
+
+
+def test_a_dark_page_shows_through_and_what_is_black_takes_its_text_colour():
+    """A white patch with black text would stand in a dark notebook."""
+    drawn = view.Comparison(epoch()).svg(PREDICTED, None, label="x")
+    assert ElementTree.fromstring(drawn).get("fill") == "currentColor"
+    assert "stroke: currentColor" in drawn, "the band"
+    assert not re.search(r"(fill|stroke): #(ffffff|000000)", drawn)
 
 
 def test_the_picture_has_a_name_that_is_escaped():

@@ -70,7 +70,7 @@ def test_at_rest_it_shows_the_measured_account_itself():
     assert rest.setting == {"rows": 10, "ranks": 2, "order": "random"}
     assert rest.shown() == "Time: 100 ns, measured. Move a control to ask what if. Steps: 7 steps."
     assert '<p role="status" aria-live="polite"' in rest.screen.value
-    assert '<svg role="img" aria-label="Time: 100 ns, measured.' in rest.screen.value
+    assert '<svg role="img" fill="currentColor" aria-label="Time: 100 ns, measured.' in rest.screen.value
 
 
 def test_moving_a_control_changes_setting_result_and_screen():

@@ -80,15 +80,12 @@ def _picture(overview: Overview) -> Markup:
 
     figure = view.page(shown)[0].get_figure(root=True)
     assert figure is not None, "axes are on a figure"
-    for patch in (figure.patch, *(ax.patch for ax in figure.axes)):
-        patch.set_alpha(0)  # light or dark, the page shows through
     label = ". ".join(map(_in_words, shown))
     try:
         drawn = svg(figure, label=label)
     finally:
         pyplot.close(figure)
-    drawn = _NAMES.sub("", drawn).replace("xlink:href", "href")
-    return Markup(drawn.replace("stroke: #000000", "stroke: currentColor"))
+    return Markup(_NAMES.sub("", drawn).replace("xlink:href", "href"))
 
 
 def _in_words(account: Account) -> str:

@@ -71,14 +71,17 @@ def colours(items: Sequence[str]) -> dict[str, str]:
 
 
 def svg(figure: Figure, *, label: str) -> str:
-    """A figure as an accessible ``<svg>`` element."""
+    """A figure as an accessible ``<svg>``, through which a light or dark page shows; black becomes its text colour."""
     out = io.StringIO()
     with mpl.rc_context(_SVG):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     markup = out.getvalue()
     markup = markup[markup.index("<svg") :]
     markup = re.sub(r"<style.*?</style>", "", markup, flags=re.DOTALL)  # it would style the whole page
-    return markup.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)
+    markup = markup.replace("stroke: #000000", "stroke: currentColor")  # a black fill is written by saying none
+    return markup.replace(
+        "<svg", f'<svg role="img" fill="currentColor" aria-label="{html.escape(label, quote=True)}"', 1
+    )
 
 
 def png(figure: Figure) -> bytes:
