@@ -12,12 +12,24 @@ import pandas as pd
 from effkit import panes, snapshot, storage
 from effkit.account import Account
 from effkit.datasheets import datasheet_of
-from effkit.panes import aligning, breakdown, collectives, differences, families, matrix_products, tables, tensorboard
+from effkit.panes import (
+    aligning,
+    breakdown,
+    collectives,
+    differences,
+    families,
+    matrix_products,
+    perfetto,
+    tables,
+    tensorboard,
+)
 from effkit.panes.steps import marks
 from effkit.units import readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from effkit.receipt import Receipt
 
 
 class Memory(NamedTuple):
@@ -242,6 +254,23 @@ class Capture:
         of current profilers it shows operators that take no time on the device.
         """
         return tensorboard.write(Path(logdir), self.events)
+
+    def trace(self, path: str | Path, *, receipts: Sequence[Receipt] = ()) -> Path:
+        """Write a Chrome trace, for Perfetto (ui.perfetto.dev, which keeps it in the browser) or chrome://tracing.
+
+        ``load(path)`` gives the same events, row for row. Beside them stand arrows from launches to what they launched,
+        the bytes alive of each category, the exposed communication, and the sentence of each Receipt, at the end. The
+        file is gzipped where its name ends in ``.gz``. Of several ranks it is a folder with a file for each.
+        """
+        path, marks = Path(path), [receipt.sentence() for receipt in receipts]
+        ranks = dict(list(self.events.groupby("rank"))) or {0: self.events}
+        if len(ranks) > 1:
+            path.mkdir(parents=True, exist_ok=True)
+        timed = [(each["device"], each["rank"]) for each in self._recorded_memory() if each.get("clock") != "events"]
+        for rank, events in ranks.items():
+            held = [self._memory_of(device, rank).allocations for device, of in timed if of == rank]
+            perfetto.write(path / f"rank{rank}.json.gz" if len(ranks) > 1 else path, events, held, marks)
+        return path
 
     def plot(self, pane: str = "overview", ax: Axes | None = None, **options: Any) -> Axes:
         """Draw a pane: ``overview``, ``operators``, ``kernels``, ``communication``, ``rank_pairs``, ``memory`` or

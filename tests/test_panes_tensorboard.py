@@ -75,3 +75,11 @@ def test_a_file_for_each_rank_written_whole(today, tmp_path):
     folder = both.tensorboard(tmp_path / "run").path
     assert sorted(path.name for path in folder.iterdir()) == ["rank0.pt.trace.json", "rank1.pt.trace.json"]
     assert parsed(folder, 1).steps_costs[0].costs[TOTAL] == 100
+
+
+def test_ranges_that_the_plugin_leaves_out_are_said(tmp_path):
+    capture = capture_of(tmp_path, note("ProfilerStep#4", 0, 100), note("forward", 5, 60), op("aten::mm", 10, 40))
+    assert (
+        "1 ranges of record_function: trace() keeps them, for Perfetto"
+        in capture.tensorboard(tmp_path / "run").not_shown
+    )

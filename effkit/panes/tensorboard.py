@@ -63,7 +63,7 @@ def _translated(events: pd.DataFrame) -> tuple[list[str], list[str]]:
             place = threads.get(event["thread"], event["thread"])
             args: dict[str, Any] = {"External id": of}
             if frame is on_device:
-                args["device"] = _number(event["process"])
+                args["device"] = number(event["process"])
             if pd.notna(event["correlation"]):
                 args["correlation"] = int(event["correlation"])
             for name, key in (("shapes", "Input Dims"), ("dtypes", "Input type")):
@@ -72,13 +72,16 @@ def _translated(events: pd.DataFrame) -> tuple[list[str], list[str]]:
             if pd.notna(occupancy := event.get("occupancy_percent", pd.NA)):
                 args["est. achieved occupancy %"] = float(occupancy)
             lines.append(json.dumps({
-                "ph": "X", "cat": category, "name": event["name"], "pid": _number(event["process"]), "tid": place,
+                "ph": "X", "cat": category, "name": event["name"], "pid": number(event["process"]), "tid": place,
                 "ts": (event["start_ns"] - start) / 1000, "dur": event["dur_ns"] / 1000, "args": args,
             }))  # fmt: skip
     unknown = sorted(set(usual[calls["backend"].notna() & ~counted]))
     lost = [f"{name}: the plugin has no such collective; its kernels count as computation" for name in unknown]
+    if named := int((tree["category"].eq("user_annotation") & ~shown & calls["backend"].isna()).sum()):
+        lost.append(f"{named:,} ranges of record_function: trace() keeps them, for Perfetto")
     return lines, [*lost, "memory: look at memory_timeline() and memory()"]
 
 
-def _number(process: str) -> int | str:
+def number(process: str) -> int | str:
+    """A process or thread as profilers write it."""
     return int(process) if re.fullmatch(r"\d+", process) else process

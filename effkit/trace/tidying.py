@@ -35,7 +35,7 @@ class _Detail(NamedTuple):
     communicates: bool = False
 
 
-_DETAILS: Mapping[str, _Detail] = {
+DETAILS: Mapping[str, _Detail] = {
     "size_bytes": _Detail("bytes", int, DEVICE),
     "occupancy_percent": _Detail("est. achieved occupancy %", float, DEVICE),
     "shapes": _Detail("Input Dims", msgspec.Raw, _OPERATORS),
@@ -49,7 +49,7 @@ _DETAILS: Mapping[str, _Detail] = {
     "group_size": _Detail("Group size", int, communicates=True),
     "splits": _Detail("In split size", msgspec.Raw, communicates=True),
 }
-DETAIL_COLUMNS = tuple(_DETAILS)
+DETAIL_COLUMNS = tuple(DETAILS)
 _ALWAYS: Mapping[str, tuple[str, Any]] = {
     "stream": ("stream", int | str | None),
     "correlation": ("correlation", int | None),
@@ -98,7 +98,7 @@ def read(
            name  start_ns  dur_ns
     0  aten::mm      1500    2000
     """
-    if unknown := set(details) - set(_DETAILS):
+    if unknown := set(details) - set(DETAILS):
         raise ValueError(f"no such column: {', '.join(sorted(unknown))}; there are {', '.join(DETAIL_COLUMNS)}")
     decoder = Decoder(_event_type(details), _event_type(details, Decimal))
     frames = _Columns(details, stacks)
@@ -126,7 +126,7 @@ def _event_type(details: Sequence[str], time: type[float | Decimal] = float) -> 
     """The struct of an event with as few fields as will do: what is not a field is skipped without being decoded."""
     fields: list[Any] = [(name, kind, msgspec.field(name=key, default=None)) for name, (key, kind) in _ALWAYS.items()]
     for name in details:
-        detail = _DETAILS[name]
+        detail = DETAILS[name]
         # a detail of another type (“N/A” for a number) is no detail, and no reason to refuse a trace
         kind, absent = (msgspec.Raw, _NO_TEXT) if detail.kind is msgspec.Raw else (Any, None)
         fields.append((name, kind, msgspec.field(name=detail.key, default=absent)))
@@ -150,7 +150,7 @@ class _Columns:
         self._num_rows = 0
         self._strings = {name: Interned() for name in ("name", "category", "process", "thread")}
         self._numbers: dict[str, list[Any]] = {"start_ns": [], "dur_ns": [], "stream": [], "correlation": []}
-        self._details = {name: Sparse(_DETAILS[name].kind) for name in details}
+        self._details = {name: Sparse(DETAILS[name].kind) for name in details}
         totals: dict[str, list[Any]] = {"total_bytes": [], "reserved_bytes": []}
         self._memory: dict[str, list[Any]] = {"time_ns": [], "address": [], "size_bytes": [], **totals}
         self._places = {name: Interned() for name in ("device", "process", "thread")}  # of memory
@@ -198,7 +198,7 @@ class _Columns:
         }
         has_args = np.array([a is not None for a in args], dtype=bool)
         for name, column in self._details.items():
-            detail = _DETAILS[name]
+            detail = DETAILS[name]
             having = communicates if detail.communicates else of_category[detail.categories]
             rows = np.flatnonzero(having & has_args)
             values = [getattr(args[row], name) for row in rows.tolist()]
