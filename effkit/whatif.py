@@ -207,7 +207,8 @@ class WhatIf(Screen):
         self.controls[knob.name] = control
         mark = f"● measured at {rest}" if rest is not None else "not in use when measured"
         parts.append(widgets.HTML(f'<span style="opacity:0.8;white-space:nowrap">{html.escape(mark)}</span>'))
-        return widgets.HBox(parts).add_class("effkit-control").add_class(f"effkit-control-{knob.name}")
+        wraps = widgets.Layout(flex_flow="row wrap")  # on a narrow page the mark comes below, and is not cut off
+        return widgets.HBox(parts, layout=wraps).add_class("effkit-control").add_class(f"effkit-control-{knob.name}")
 
     def _predicted(self, setting: Mapping[str, Any]) -> Account:
         key = tuple(setting.values())

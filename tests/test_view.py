@@ -170,3 +170,9 @@ def test_rows_of_one_account_have_different_colours():
 def test_a_word_has_one_colour_everywhere():
     assert view.colour("padding", 0) == view.colour("padding", 5)
     assert len({view.colour(f"row {i}", i) for i in range(8)}) == 8
+
+
+def test_rows_that_add_up_to_more_than_the_total_end_inside_of_the_picture():
+    over = Account.of("Time", "ns", {"a": 300, "b": 80}, total=350, source="a clock")
+    ax = over.plot(Figure().add_subplot())
+    assert max(patch.get_x() + patch.get_width() for patch in ax.patches) < ax.get_xlim()[1]

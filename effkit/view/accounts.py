@@ -30,6 +30,7 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     if account.low is not None and account.high is not None:
         ax.errorbar(account.total, 0, xerr=[[account.total - account.low], [account.high - account.total]],
                     color="black", capsize=5, label="band")  # fmt: skip
+    ax.set_xlim(0, 1.05 * max(left, account.total, account.high or 0) or 1)  # rows may add up to more than the total
     ax.set_title(label(account.headline(), 120), loc="left", fontsize=10)
     ax.set_yticks([])
     unit_axis(ax.xaxis, account.unit)
