@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -148,7 +149,7 @@ def peak_memory(step: Callable[[], object], *, resident_bytes: int = 0, again: b
         step()
         synchronize()
         return counter.max_memory_allocated(), f"{counter.__name__}.max_memory_allocated"
-    memory = memory_events(step).memory if not again else _of_the_second(step)
+    memory = memory_after(step, step) if again else memory_events(step, operators=False).memory
     return resident_bytes + _peak(memory), "resident tensors + the profiler's Total Allocated"
 
 
@@ -161,23 +162,26 @@ def steady_peak(
     return peak_memory(step, resident_bytes=resident_bytes(), again=True) if replaced() else peak
 
 
-def _of_the_second(step: Callable[[], object]) -> pd.DataFrame:
-    from torch._C._profiler import _RecordFunctionFast
+def memory_after(first: Callable[[], object], then: Callable[[], object]) -> pd.DataFrame:
+    """Run both, and return the allocations and frees of the second. What the recording knows of the first's blocks it
+    knows when they are freed."""
+    from torch.profiler import record_function
 
     def both() -> None:
-        step()
-        with _RecordFunctionFast(_SECOND):
-            step()
+        first()
+        with record_function(_SECOND):
+            then()
 
-    recorded = memory_events(both)
+    recorded = memory_events(both, operators=False)
     begin = recorded.events.loc[recorded.events["name"] == _SECOND, "start_ns"].iloc[0]
     return recorded.memory[recorded.memory["time_ns"] >= begin]
 
 
-def memory_events(step: Callable[[], object]) -> trace.Trace:
-    """Run ``step()`` once and return every allocation and every free, with the host's events around them."""
+def memory_events(step: Callable[[], object], *, operators: bool = True) -> trace.Trace:
+    """Run ``step()`` once and return every allocation and every free, with the host's events around them, or without
+    ``operators`` its annotations alone, which costs less."""
     # what an earlier step left in cycles would die during this one, and pass for its own
-    with _alone("memory_events()"), gc_disabled(), _profiler(profile_memory=True) as profiler:
+    with _alone("memory_events()"), gc_disabled(), _profiler(operators=operators, profile_memory=True) as profiler:
         step()
         synchronize()
     return trace.read(_exported(profiler))
@@ -210,15 +214,23 @@ class _profiler(PutBack):
     It begins, goes on and ends without being interrupted: one that is left half-way ends the process later.
     """
 
-    def __init__(self, steps: int | None = None, **options: Any) -> None:
+    def __init__(self, steps: int | None = None, *, operators: bool = True, **options: Any) -> None:
         from torch.profiler import profile, schedule, supported_activities
 
+        self._operators = operators
         plan = None if steps is None else schedule(wait=0, warmup=1, active=steps, repeat=1)
         self._profile = profile(activities=supported_activities(), schedule=plan, **options)
         _own.append(self._profile)
 
     def begin(self) -> _profiler:
-        self._profile.start()
+        from torch._C._profiler import RecordScope
+        from torch.autograd import profiler
+
+        # torch's own class does not hand on which scopes are recorded: all of them, unless some are named
+        within: Any = {"scopes": set() if self._operators else {RecordScope.USER_SCOPE}}
+        enable = partial(vars(profiler)["_enable_profiler"], **within)
+        with mock.patch.object(profiler, "_enable_profiler", enable):
+            self._profile.start()
         return self
 
     def step(self) -> None:

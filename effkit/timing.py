@@ -51,13 +51,14 @@ def elapsed_ns(call: Callable[[], object]) -> int:
 
 
 def interleaved_ns(
-    calls: Mapping[Key, Callable[[], object]], repeats: int, pick: Callable[[list[int]], float] = statistics.median
-) -> dict[Key, int]:
+    calls: Mapping[Key, Callable[[], object]], repeats: int, pick: Callable[[list[int]], float] = statistics.median,
+    enough: Callable[[list[list[int]]], bool] = lambda _: False,
+) -> dict[Key, int]:  # fmt: skip
     """Time of each call [ns]: all run once, ``repeats`` times after a warm-up that is not counted.
 
     Each time in another order, so that none always finds the caches as the same other left them. ``pick`` makes one
-    time of a call's: their median, or ``min`` where other work on the machine is the only noise. ValueError when
-    repeats is below 1.
+    time of a call's: their median, or ``min`` where other work on the machine is the only noise. ``enough`` is told the
+    times of each call so far, after each turn, and ends it when true. ValueError when repeats is below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; given: {repeats}")
@@ -65,4 +66,6 @@ def interleaved_ns(
     for turn in range(repeats + 1):
         for key in random.Random(turn).sample(list(calls), len(calls)):
             times[key].append(elapsed_ns(calls[key]))
+        if turn and enough([taken[1:] for taken in times.values()]):
+            break
     return {key: round(pick(taken[1:])) for key, taken in times.items()}

@@ -1,4 +1,4 @@
-"""The bar on capturing: a light capture of a 60 ms step against the same step without the profiler (`make bench`)."""
+"""The bar on capturing: a light capture of a 50 ms step against the same step without it (`make bench`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import effkit as ek
 
-BAR = 0.10
+BAR = 0.04
 NUM_CAPTURES = 9
 
 
@@ -29,5 +29,5 @@ def test_a_light_capture_costs_little():
     overhead = statistics.median(p["overhead_frac"] for p in seen)
     plain_ms = statistics.median(p["step_ns"] for p in seen) / 1e6
     print(f"\n\na step of {plain_ms:.0f} ms, captured: {overhead:+.1%}; bar: {BAR:.0%}")
-    assert 30 < plain_ms < 90, "the bar is for a step of about 60 ms: change the model's size"
+    assert 30 < plain_ms < 90, "the bar is for a step of about 50 ms: change the model's size"
     assert overhead <= BAR

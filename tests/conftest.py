@@ -1,5 +1,6 @@
 """What several test files share: small recordings, made once."""
 
+import gc
 import json
 import signal
 from contextlib import suppress
@@ -51,6 +52,14 @@ def matmul_step():
 
     weight = torch.ones(16, 16, requires_grad=True)
     (weight @ torch.ones(16, 8)).relu().sum().backward()
+
+
+@pytest.fixture(scope="module")
+def small_heap():
+    """Each sweep of the collector goes through all that lives: what other tests left behind is put aside."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,6 @@ GRAPH_BYTES = 40 * 10 * 4  # what the graph of losing() keeps: the input of squa
 history_of_losses: list = []
 
 
-@pytest.fixture(scope="module")
-def small_heap():
-    """Each sweep of the collector goes through all that lives: what other tests left behind is put aside."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def stack():
     torch.manual_seed(0)
     return torch.nn.Linear(10, 10)

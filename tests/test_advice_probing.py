@@ -14,7 +14,7 @@ from effkit.advice import probing
 from effkit.advice.interventions import gradients_to_none, nothing_recomputed, without_intervening
 from effkit.advice.probing import PLAIN, Peaks, Saving, cut, parts, probes, rows_of, savings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_heap")
 PLAIN_NS = (400_000.0, 800_000.0)
 STEPS_NS = (1_000_000, 1_200_000, 1_400_000)
 
@@ -149,7 +149,7 @@ def world(monkeypatch, law, spread=0.0):
     """Times by ``law(name, number)``, the second fastest ``spread`` more; the calls are run, and noted."""
     seen = {"ran": [], "repeats": None}
 
-    def fake(calls, repeats, pick):
+    def fake(calls, repeats, pick, enough):
         seen["repeats"] = repeats
         found = {}
         for key, call in calls.items():
@@ -175,13 +175,24 @@ def test_savings_in_a_fake_world(monkeypatch):
     assert found["half"].saved_ns == (150_000, 250_000)
     assert found["slower"].saved_ns == (-1000, -1000)
     assert found["half"].noise_frac == pytest.approx(1.4826 / np.sqrt(2) * 0.04 * 1.5 / 1.04, rel=0.02)
-    assert found["half"].num_repeats == seen["repeats"]
+    assert found["half"].num_repeats == 3
     assert set(seen["ran"]) == {(name, i) for name in (PLAIN, "half", "slower") for i in (0, 1)}
     assert probing._FEWEST <= seen["repeats"] <= probing._MOST
     middle, half = found["half"].over([1_000_000])
     assert middle == pytest.approx(500_000)
-    noise = found["half"].noise_frac * np.sqrt(2 / seen["repeats"])
+    noise = found["half"].noise_frac * np.sqrt(2 / 3)
     assert half == pytest.approx(max(30_000, 2 * np.sqrt(np.pi / 2) * noise * 1_000_000))
+
+
+@pytest.mark.parametrize(("spread", "fewest", "most"), [(0.0, 4, 4), (0.3, 8, 24)])
+def test_it_stops_when_more_runs_do_not_narrow_the_band(monkeypatch, spread, fewest, most):
+    """At the least doubt at once; where the machine is noisy, when the root of their number grows slowly."""
+    draw = np.random.default_rng(0)
+    monkeypatch.setattr("effkit.timing.elapsed_ns", lambda call: round(1e6 * (1 + spread * draw.random())))
+    monkeypatch.setattr(probing, "elapsed_ns", lambda call: 1_000_000)
+    saving = savings(lambda _: None, torch.nn.Linear(1, 1), ["few", "more"], {"half": halving})["half"]
+    assert fewest <= saving.num_repeats <= most
+    assert bool(saving.over([1_000_000])[1] == pytest.approx(30_000)) is (spread == 0)
 
 
 def test_each_step_runs_inside_of_its_intervention(monkeypatch):

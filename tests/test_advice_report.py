@@ -43,6 +43,10 @@ class Planned(Study):
         return ranked(goal, [lever("batches of like length", 19_400_000, 5_000_000), lever("vain", 10, 50)], **more)
 
 
+def page(study, advice):
+    return reporting.page(study.what, study.overview(), study.receipts, advice)
+
+
 class Reader(html.parser.HTMLParser):
     """What is on a page: tags closed in turn, attributes, text."""
 
@@ -113,12 +117,12 @@ def test_a_receipt_outside_of_its_band_is_not_hidden(study):
     study._noted(ek.Receipt(lever.predicted, measured(60_000_000), setting={"lever": "far off"}))
     assert (
         "far off Time of one step 77.6 ms 72.6 ms to 82.6 ms 60.0 ms +29.3% ✗ no"
-        in Reader(reporting.page(study, study.advise())).words
+        in Reader(page(study, study.advise())).words
     )
 
 
 def test_nothing_comes_from_outside_and_nothing_runs(read, study):
-    text = reporting.page(study, study.advise())
+    text = page(study, study.advise())
     assert "script" not in read.tags
     assert not re.search(r"https?:|//|url\(\s*[^#\s]|@import", text)
     links = [value for name, value in read.attributes if name in ("href", "src", "srcset", "action", "xlink:href")]
@@ -141,18 +145,18 @@ def test_the_picture_says_what_it_shows(read):
 
 def test_it_suits_a_phone_and_the_dark(read, study):
     assert ("content", "width=device-width, initial-scale=1") in read.attributes
-    text = reporting.page(study, study.advise())
+    text = page(study, study.advise())
     assert "prefers-color-scheme: dark" in text
     assert "stroke: #000000" not in text, "lines that would be black on black"
 
 
 def test_the_same_study_is_the_same_page(study):
     advice = study.advise()
-    assert reporting.page(study, advice) == reporting.page(study, advice)
+    assert page(study, advice) == page(study, advice)
 
 
 def test_no_advice_and_no_receipt_are_said(study):
-    words = Reader(reporting.page(study, ranked("memory", [], price_per_hour=None))).words
+    words = Reader(page(study, ranked("memory", [], price_per_hour=None))).words
     assert "Nothing here is predicted to help." in words
     assert "No lever was measured" in words
 

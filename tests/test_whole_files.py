@@ -13,7 +13,7 @@ from made_traces import capture_of, op
 
 from effkit import device, whole_files
 from effkit.account import Account
-from effkit.advice import recording_ranks, reporting
+from effkit.advice import recording_ranks
 from effkit.advice.levers import ranked
 from effkit.advice.overviews import NO_CEILINGS, Overview
 from effkit.advice.studies import Study
@@ -50,7 +50,7 @@ def writers(tmp_path, monkeypatch):
     return {
         "capture": lambda folder: capture.save(folder / "seen.zip"),
         "tensorboard": capture.tensorboard,
-        "report": lambda folder: reporting.write(Seen("a step"), folder / "report.html", ranked("time", [])),
+        "report": lambda folder: Seen("a step").report(folder / "report.html", ranked("time", [])),
         "rank": lambda folder: recording_ranks.record(folder, print, num_steps=1),
     }
 

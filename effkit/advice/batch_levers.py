@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,14 +14,11 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from effkit import padding
 from effkit.account import Account
 from effkit.advice.examples import Examples, collated_to_longest, rebuilt, to_longest
-from effkit.advice.levers import Lever, banded
-from effkit.advice.loop_comparison import LEFT, in_turn, limit_bytes, relative
+from effkit.advice.levers import LEFT, Lever, banded, limit_bytes
 from effkit.advice.loop_timing import WARM_UP, wait_ns
+from effkit.advice.training_loop import TrainingLoop
 from effkit.padding import EPOCH_CELLS, EPOCH_TIME, PEAK, input_lengths, plan_at
 from effkit.units import readable
-
-if TYPE_CHECKING:
-    from effkit.advice.subjects import Training
 
 _BUCKETS = (2, 3, 4, 6, 8, 12)
 _GROWTHS = (2, 4, 8)
@@ -33,7 +30,7 @@ _LOADER_DOUBT_FRAC = 0.2  # handing batches from process to process, and what el
 _LEAST_DOUBT_FRAC = 0.02  # of a step
 
 
-def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
+def levers(study: TrainingLoop, budget_bytes: int | None) -> list[Lever]:
     """Levers on the batches, where these show lengths, and on the loader, where steps wait for it."""
     examples = study.examples
     if examples is None:
@@ -49,7 +46,7 @@ def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
     return [lever for lever in levers if lever is not None]
 
 
-def _padded_to_longest(study: Training, examples: Examples, epoch: Account) -> Lever | None:
+def _padded_to_longest(study: TrainingLoop, examples: Examples, epoch: Account) -> Lever | None:
     if examples.fixed_width is None:
         return None
     predicted = padding.predict(epoch, pad_to_multiple_of=1)
@@ -67,7 +64,7 @@ def _cut(loader: Any) -> Any:
     return rebuilt(loader, collate_fn=partial(collated_to_longest, loader.collate_fn))
 
 
-def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str | None) -> Lever | None:
+def _bucketed(study: TrainingLoop, examples: Examples, epoch: Account, grouping: str | None) -> Lever | None:
     share = _left(epoch)
     if not share:
         return None
@@ -95,7 +92,7 @@ def _bucketed(study: Training, examples: Examples, epoch: Account, grouping: str
 
 
 def _larger(
-    study: Training, examples: Examples, epoch: Account, grouping: str | None, budget_bytes: int | None
+    study: TrainingLoop, examples: Examples, epoch: Account, grouping: str | None, budget_bytes: int | None
 ) -> Lever | None:
     overhead = min(1.0, epoch.frame["value"]["step overhead"] / max(1, epoch.total))  # a row is modelled, not timed
     size = epoch.setting["batch_size"]
@@ -129,7 +126,7 @@ def _larger(
     )  # fmt: skip
 
 
-def _workers(study: Training, examples: Examples) -> Lever | None:
+def _workers(study: TrainingLoop, examples: Examples) -> Lever | None:
     # of the loop, which is run once and does not wait for a quiet moment
     step, load, cpu = study.loop_ns - study.waiting_ns, examples.loading_ns, examples.loading_cpu_ns
     scale = study.account.total / study.loop_ns
@@ -159,7 +156,7 @@ def _workers(study: Training, examples: Examples) -> Lever | None:
     )  # fmt: skip
 
 
-def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
+def _of_epoch(study: TrainingLoop, epoch: Account, predicted: Account) -> Account:
     """The padding lab's prediction of these examples, as time per step of the loop as it is."""
     scale = study.computing_ns / epoch.total
     assert predicted.high is not None
@@ -168,16 +165,16 @@ def _of_epoch(study: Training, epoch: Account, predicted: Account) -> Account:
     return banded(study.account, {LEFT: round(total)}, total, half, predicted.source, in_range=predicted.in_range)
 
 
-def _measured(study: Training, examples: Examples, epoch: Account, setting: Any) -> Account:
+def _measured(study: TrainingLoop, examples: Examples, epoch: Account, setting: Any) -> Account:
     """The batches of another plan and those that were delivered, in turn."""
     planned = [examples.batch(batch) for batch in plan_at(epoch, dict(setting)).batches]
     if setting.get("pad_to_multiple_of") == 1:
         planned = [to_longest(batch) for batch in planned]
     now, then = ([partial(study.step, batch) for batch in batches] for batches in (study.batches, planned))
-    return in_turn(study, now, then)
+    return study.in_turn(now, then)
 
 
-def _with_workers(study: Training, examples: Examples, num: int) -> Account:
+def _with_workers(study: TrainingLoop, examples: Examples, num: int) -> Account:
     """The loop over the same batches with other loaders, in turn."""
     loader, groups = examples.loader, [list(group) for group in examples.groups]
     warmed = [*(groups * WARM_UP)[:WARM_UP], *groups]
@@ -190,7 +187,7 @@ def _with_workers(study: Training, examples: Examples, num: int) -> Account:
             taken = wait_ns(study.step, other, len(groups))[1]
             fastest[workers] = min(taken, fastest.get(workers, taken))
     whole = study.account.total * fastest[num] / fastest[loader.num_workers]
-    return relative(study, 1.0, waiting_ns=max(0.0, whole - study.computing_ns))
+    return study.relative(1.0, waiting_ns=max(0.0, whole - study.computing_ns))
 
 
 def _left(predicted: Account) -> float:

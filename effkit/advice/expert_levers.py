@@ -6,27 +6,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from effkit import moe
 from effkit.account import Account
-from effkit.advice.experts import Experts
+from effkit.advice.experts import ROUNDS, Experts
 from effkit.advice.levers import Lever
+from effkit.advice.training_loop import TrainingLoop
 from effkit.lab import OF_A_MEDIAN, SPREAD, interval
-from effkit.moe import Setting
-
-if TYPE_CHECKING:
-    from effkit.advice.subjects import Training
 
 EXPERTS, OUTSIDE = "expert layers", "outside of the expert layers"
 _TRAINING = 3  # forward passes that a forward and a backward pass take
 _CHUNKS = (2, 4)
 _CAPACITY = 1.25
-_ROUNDS = 4  # of a layer's measurement
 _LEAST_NOISE = 0.03  # of two runs
 
 
-def levers(study: Training) -> list[Lever]:
+def levers(study: TrainingLoop) -> list[Lever]:
     """What evens out experts, and what hides their exchange; none where all experts are on one rank."""
     experts = study.experts
     if experts is None or study.num_ranks < 2:
@@ -69,25 +65,12 @@ def _predicted(layer: Account, changes: Mapping[str, Any]) -> Account:
     """The lab's prediction, with a band for the change. At the measured setting the prediction is the measurement: what
     the cost model is wrong by acts on the change, and only the noise of both runs on the whole."""
     predicted, calibration = moe.predict(layer, **changes), layer.calibration
-    noise = SPREAD * OF_A_MEDIAN * calibration.noise_frac / math.sqrt(_ROUNDS)
+    noise = SPREAD * OF_A_MEDIAN * calibration.noise_frac / math.sqrt(ROUNDS)
     half = calibration.band_frac * abs(layer.total - predicted.total) + max(_LEAST_NOISE, noise) * layer.total
     return replace(predicted, **interval(predicted.total, half))
 
 
-def measured_layer(experts: Experts, num_ranks: int, **more: Any) -> Account:
-    """One expert layer of this shape under this load, on ranks of its own."""
-    return moe.measure(setting_of(experts, num_ranks), num_ranks=num_ranks, num_rounds=_ROUNDS, **more)
-
-
-def setting_of(experts: Experts, num_ranks: int) -> Setting:
-    """The user's layer as the MoE lab knows layers: its popularity as the nearest Zipf law, each expert where it is."""
-    return Setting(
-        num_tokens=experts.num_tokens, hidden=experts.hidden, ffn=experts.ffn, num_experts=experts.num_experts,
-        top_k=experts.top_k, skew=experts.skew, placement=experts.placement(num_ranks),
-    )  # fmt: skip
-
-
-def _step(study: Training, experts: Experts, layer: Account) -> Account:
+def _step(study: TrainingLoop, experts: Experts, layer: Account) -> Account:
     """A step on several ranks: what this process takes outside of the expert layers, and these as the lab runs them."""
     inside = min(0.95 * study.computing_ns, _TRAINING * experts.forward_ns)
     outside = study.computing_ns - inside + study.waiting_ns

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from effkit import moe
+from effkit.account import Account
 from effkit.device import synchronize
 from effkit.models.moe import ExpertParallel
+from effkit.moe import Setting
 
 Array = np.ndarray[Any, np.dtype[Any]]
+ROUNDS = 4  # of a layer's measurement
 _SKEWS = np.arange(0.0, 4.001, 0.05)
 
 
@@ -111,6 +115,19 @@ def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Expert
     num, hidden, ffn = _sizes(layers[worst])
     tokens = round(loads.sum(axis=1).mean() / top_k)
     return Experts(len(layers), num, top_k, hidden, ffn, tokens, loads, spent[0] / len(steps))
+
+
+def measured_layer(experts: Experts, num_ranks: int, **more: Any) -> Account:
+    """One expert layer of this shape under this load, on ranks of its own."""
+    return moe.measure(setting_of(experts, num_ranks), num_ranks=num_ranks, num_rounds=ROUNDS, **more)
+
+
+def setting_of(experts: Experts, num_ranks: int) -> Setting:
+    """The user's layer as the MoE lab knows layers: its popularity as the nearest Zipf law, each expert where it is."""
+    return Setting(
+        num_tokens=experts.num_tokens, hidden=experts.hidden, ffn=experts.ffn, num_experts=experts.num_experts,
+        top_k=experts.top_k, skew=experts.skew, placement=experts.placement(num_ranks),
+    )  # fmt: skip
 
 
 def _gate(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -7,19 +7,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import CellType, FrameType, FunctionType
 from typing import Any
 
 import torch
-from torch._C._profiler import _RecordFunctionFast
 
 from effkit.advice.probing import Step
 from effkit.device import peak_counter, synchronize
-from effkit.recording import memory_events
+from effkit.recording import memory_after
 from effkit.training import drop_gradients, size_bytes, storage_keys
 
 _STEPS = 3
-_MARK = "effkit::counting begins"
 _LEAST_BYTES = 256  # of growth per step: counters and the like
 
 
@@ -62,24 +61,16 @@ def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Param
             step()
         gc.collect()
 
-    run(1)
     drop_gradients(parameters)
     if counter := peak_counter():
         run(1)
         before = counter.memory_allocated()
         run(_STEPS)
         synchronize()
-        return int(counter.memory_allocated() - before) // (_STEPS * period)
-
-    def several() -> None:
-        run(1)
-        with _RecordFunctionFast(_MARK):
-            pass
-        run(_STEPS)
-
-    read = memory_events(several)
-    begun = int(read.events.loc[read.events["name"] == _MARK, "start_ns"].iloc[0])
-    return int(read.memory.loc[read.memory["time_ns"] > begun, "size_bytes"].sum()) // (_STEPS * period)
+        grown = counter.memory_allocated() - before
+    else:
+        grown = memory_after(partial(run, 1), partial(run, _STEPS))["size_bytes"].sum()
+    return int(grown) // (_STEPS * period)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pandas as pd
 
 from effkit import markup
 from effkit.account import Account
-from effkit.device import provenance
+from effkit.device import Device, provenance
 from effkit.markup import Cell
 from effkit.progress_bar import working
 from effkit.receipt import Receipt
@@ -19,6 +19,8 @@ from effkit.records import Record, named
 from effkit.units import readable
 
 GOALS = ("time", "memory", "cost")
+LEFT = "what is left"
+_USABLE_FRAC = 0.9  # of a device's memory
 _HOUR_NS = 3.6e12
 
 
@@ -273,6 +275,11 @@ def ranked(goal: str, candidates: Sequence[Lever], **more: Any) -> Advice:
     helping = sorted((lever for lever in candidates if lever.helps), key=lambda lever: -lever.gain_frac)
     others = tuple(lever for lever in candidates if not lever.helps)
     return Advice(goal, tuple(helping), others, **more)
+
+
+def limit_bytes(budget_bytes: int | None) -> float:
+    """What the peak may take."""
+    return budget_bytes if budget_bytes is not None else _USABLE_FRAC * Device.here().memory_bytes
 
 
 def banded(base: Account, rows: dict[str, int], total: float, half_width: float, source: str, **more: Any) -> Account:

@@ -54,21 +54,23 @@ def wait_ns(step: Step, loader: Any, num_batches: int) -> tuple[float, float]:
 
 
 def rows(
-    step: Step, model: torch.nn.Module, batches: Sequence[Any], *, recomputes: bool, steps_ns: Sequence[int]
+    step: Step, model: torch.nn.Module, batches: Sequence[Any], *, recomputes: bool, steps_ns: Sequence[int], num: int
 ) -> Rows:
-    """By what operators do, per step; on the clock of the plain steps ``steps_ns``, for the machine's speed drifts."""
-    num, taken = len(batches), list[int]()
+    """By what operators do, per step: of ``num`` batches, from short to long ones, on the clock of all plain steps
+    ``steps_ns``, for the machine's speed drifts."""
+    num, taken = min(num, len(batches)), list[int]()
+    by_time = sorted(range(len(batches)), key=steps_ns.__getitem__)
+    chosen = [batches[by_time[(2 * i + 1) * len(batches) // (2 * num)]] for i in range(num)]
 
     def turn() -> None:
-        batch = batches[len(taken) % num]
-        taken.append(elapsed_ns(partial(step, batch)))
+        taken.append(elapsed_ns(partial(step, chosen[len(taken) % num])))
 
     with listening(model) if recomputes else nullcontext():
         # plain steps, one for the profiler to warm up, recorded steps, plain ones again
         recorded = capture(turn, warmup=0, steps=num)
     before, after = taken[:num], taken[2 * num + 1 :]  # the later ones begin at the second batch
     plain_ns = sum(map(min, before, [after[-1], *after[:-1]]))
-    scale = sum(steps_ns) / plain_ns / num
+    scale = sum(steps_ns) / len(steps_ns) / plain_ns
     events, on_device = recorded.events, recorded.events["category"].isin(DEVICE)
     # a graph's kernels have one launch, an operator may be several deep before it launches
     launched = events.loc[on_device, "correlation"].nunique() or (events["category"] == "cpu_op").sum()

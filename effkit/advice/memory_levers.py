@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from effkit import activations
 from effkit.account import Account
 from effkit.activations import TIME, Levers
 from effkit.advice import interventions, probing
 from effkit.advice.leaks import detached_after, growth_bytes
-from effkit.advice.levers import Advice, Lever, banded
-from effkit.advice.loop_comparison import limit_bytes
+from effkit.advice.levers import Advice, Lever, banded, limit_bytes
+from effkit.advice.training_loop import TrainingLoop
 from effkit.units import readable
-
-if TYPE_CHECKING:
-    from effkit.advice.subjects import Training
 
 _STEPS = 1000  # over which a leak is counted, unless their number is given
 _SHOWN = 6
 
 
-def advise(study: Training, budget_bytes: int | None, **more: Any) -> Advice:
+def advise(study: TrainingLoop, budget_bytes: int | None, **more: Any) -> Advice:
     """Waste first, by what it saves; then, where the peak exceeds the budget, the quickest way to get below it."""
     wasted = [lever for lever in (_leak(study, more["num_steps"] or _STEPS), _gradients(study)) if lever is not None]
     wasted.sort(key=lambda lever: -lever.gain_frac)
@@ -41,7 +38,7 @@ def advise(study: Training, budget_bytes: int | None, **more: Any) -> Advice:
                   tuple(lever for lever in found if not lever.helps), tuple(notes), **more)  # fmt: skip
 
 
-def _leak(study: Training, num_steps: int) -> Lever | None:
+def _leak(study: TrainingLoop, num_steps: int) -> Lever | None:
     kept = study.kept
     if not kept.num_tensors:
         return None
@@ -75,7 +72,7 @@ def _leak(study: Training, num_steps: int) -> Lever | None:
     )  # fmt: skip
 
 
-def _gradients(study: Training) -> Lever | None:
+def _gradients(study: TrainingLoop) -> Lever | None:
     if not study.heard.zeroed:
         return None
     tried = probing.probes([study.largest], [0])
@@ -98,7 +95,7 @@ def _gradients(study: Training) -> Lever | None:
     )  # fmt: skip
 
 
-def _fitting(study: Training, limit: float, notes: list[str]) -> list[Lever]:
+def _fitting(study: TrainingLoop, limit: float, notes: list[str]) -> list[Lever]:
     """Combinations of the activation lab's levers that fit, the quickest first."""
     try:
         base = study.lab_base
@@ -125,7 +122,7 @@ def _fitting(study: Training, limit: float, notes: list[str]) -> list[Lever]:
     return found[:_SHOWN]
 
 
-def _lab_lever(study: Training, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:
+def _lab_lever(study: TrainingLoop, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:
     levers = Levers(**changes)
     words = ", ".join(f"{name}={value}" for name, value in changes.items())
     before, after = (account.companion(TIME).total for account in (base, predicted))

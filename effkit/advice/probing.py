@@ -20,7 +20,8 @@ from effkit.timing import elapsed_ns, interleaved_ns
 from effkit.training import drop_gradients, residents, size_bytes, states_replaced
 
 Step = Callable[[Any], object]
-_FEWEST, _MOST, _BUDGET_NS = 8, 25, 2_500_000_000  # runs of each small step; of a middling batch, together
+_FEWEST, _MOST, _BUDGET_NS = 4, 25, 2_500_000_000  # runs of each small step; of a middling batch, together
+_TURNS, _NARROWER_FRAC = 3, 0.1  # a band that so many more runs narrow by less than this has stopped shrinking
 _APART = 1.2  # times of small steps
 _LEAST_DOUBT_FRAC = 0.03  # of all steps: repeats may agree by chance
 PLAIN = ""
@@ -54,8 +55,11 @@ class Saving:
             line = fixed * len(steps) + rate * steps.sum()
         middle = (proportional + line) / 2
         doubt = abs(proportional - line) / 2
-        trust = Trust(0.0, self.noise_frac, self.num_repeats / 2, _LEAST_DOUBT_FRAC)
-        return middle, doubt + trust.band_frac * steps.sum()
+        return middle, doubt + _band_frac(self.noise_frac, self.num_repeats) * steps.sum()
+
+
+def _band_frac(noise_frac: float, num_repeats: int) -> float:
+    return Trust(0.0, noise_frac, num_repeats / 2, _LEAST_DOUBT_FRAC).band_frac
 
 
 def rows_of(batch: Any) -> int | None:
@@ -92,21 +96,28 @@ def parts(batch: Any) -> list[Any]:
 def savings(
     step: Step, model: torch.nn.Module, tried: Sequence[Any], interventions: Mapping[str, Intervention]
 ) -> dict[str, Saving]:
-    """Run small steps with each intervention and without any, in turn; the fastest of each counts."""
+    """Run small steps with each intervention and without any, in turn, until that narrows the band no more; the fastest
+    of each counts."""
     everything = {PLAIN: without_intervening, **interventions}
     calls = {(name, i): intervention(model)(partial(step, batch))
              for name, intervention in everything.items() for i, batch in enumerate(tried)}  # fmt: skip
     runs: list[list[int]] = []
+    bands: list[float] = []
+
+    def settled(so_far: list[list[int]]) -> bool:
+        num = len(so_far[0])
+        bands.append(_band_frac(lab.noise(so_far), num))
+        at_least = num >= _FEWEST and bands[-1] <= _LEAST_DOUBT_FRAC
+        return at_least or (num >= _FEWEST + _TURNS and bands[-1] > (1 - _NARROWER_FRAC) * bands[-1 - _TURNS])
 
     def fastest(times: list[int]) -> float:
         runs.append(times)
         return min(times)
 
-    num_repeats = max(_FEWEST, min(_MOST, _BUDGET_NS // elapsed_ns(partial(step, tried[-1]))))
-    times = interleaved_ns(calls, num_repeats, fastest)
-    noise = lab.noise(runs)
+    most = max(_FEWEST, min(_MOST, _BUDGET_NS // elapsed_ns(partial(step, tried[-1]))))
+    times = interleaved_ns(calls, most, fastest, settled)
     plain = tuple(float(times[PLAIN, i]) for i in range(len(tried)))
-    return {name: Saving(plain, tuple(ns - times[name, i] for i, ns in enumerate(plain)), noise, num_repeats)
+    return {name: Saving(plain, tuple(ns - times[name, i] for i, ns in enumerate(plain)), lab.noise(runs), len(runs[0]))
             for name in interventions}  # fmt: skip
 
 

@@ -1,12 +1,11 @@
-"""write(): a study on one HTML page that needs nothing beside it: no script, no address, one file."""
+"""page(): a study on one HTML page that needs nothing beside it: no script, no address, one file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,35 +17,21 @@ from effkit.advice.overviews import Overview
 from effkit.device import provenance
 from effkit.receipt import Receipt
 from effkit.units import readable
-from effkit.whole_files import checked_place, write_text
-
-if TYPE_CHECKING:
-    from effkit.advice.subjects import Reported
 
 _GOALS = {"time": "less time", "memory": "less memory", "cost": "less money"}
 # What a drawing says of its maker and its dialect: inside of HTML nobody reads it, and it looks like addresses
 _NAMES = re.compile(r"<metadata>.*?</metadata>| xmlns(?::\w+)?=\"[^\"]*\"", re.DOTALL)
 
 
-def write(study: Reported, path: Path, advice: Advice) -> Path:
-    """Write the page, with the study's overview and receipts, to a file in a folder that exists; whole, or not at all.
-
-    FileNotFoundError or IsADirectoryError when the folder is absent, or the path is one.
-    """
-    checked_place(path, "report.html")  # before the page is made
-    return write_text(path, page(study, advice), "report.html")
-
-
-def page(study: Reported, advice: Advice) -> str:
+def page(what: str, overview: Overview, receipts: Sequence[Receipt], advice: Advice) -> str:
     """The page as text: ``report.html.jinja`` in this folder, every text in it escaped."""
     pages = Environment(loader=PackageLoader("effkit", "advice"), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     pages.filters |= {"readable": readable, "written": format, "width": _width}
     pages.tests["missing"] = pd.isna
     here = provenance()
-    overview = study.overview()
     return pages.get_template("report.html.jinja").render(
-        title=study.what[:1].upper() + study.what[1:],
+        title=what[:1].upper() + what[1:],
         style=Markup(resources.files("effkit.advice").joinpath("report.css").read_text(encoding="utf-8")),
         here=", ".join([f"{here['date']} on {here['device']}", *_versions(here)]),
         overview=overview,
@@ -55,8 +40,8 @@ def page(study: Reported, advice: Advice) -> str:
         goal=_GOALS.get(advice.goal, advice.goal),
         together=_together(advice),
         saved=_saved,
-        receipts=study.receipts,
-        where="; ".join(dict.fromkeys(_where(receipt) for receipt in study.receipts if receipt.provenance)),
+        receipts=receipts,
+        where="; ".join(dict.fromkeys(_where(receipt) for receipt in receipts if receipt.provenance)),
         zip=zip,
     )
 

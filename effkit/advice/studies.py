@@ -14,6 +14,7 @@ from effkit.arguments import checked_amount, checked_whole
 from effkit.progress_bar import working
 from effkit.receipt import Receipt
 from effkit.records import Record
+from effkit.whole_files import checked_place, write_text
 
 
 class Study(Record):
@@ -96,7 +97,10 @@ class Study(Record):
         """
         from effkit.advice import reporting
 
-        return reporting.write(self, Path(path), self.advise() if advice is None else advice)
+        where = Path(path)
+        checked_place(where, "report.html")  # before the page is made
+        advice = self.advise() if advice is None else advice
+        return write_text(where, reporting.page(self.what, self.overview(), self.receipts, advice), "report.html")
 
     def save(self, path: str | Path) -> Path:
         """Write what this study says into a JSON file, which :meth:`open` reads: overview, the advice that was asked

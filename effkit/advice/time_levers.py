@@ -6,20 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from effkit.account import Account
 from effkit.advice import batch_levers, expert_levers, families, interventions, probing
 from effkit.advice.interventions import Intervention
-from effkit.advice.levers import Lever, banded
-from effkit.advice.loop_comparison import LEFT, in_turn, limit_bytes
+from effkit.advice.levers import LEFT, Lever, banded, limit_bytes
+from effkit.advice.training_loop import TrainingLoop
 from effkit.device import Device
 from effkit.units import readable
-
-if TYPE_CHECKING:
-    from effkit.advice.subjects import Training
 
 _MANY_NUMBERS = 32  # asked for in a step, on a CPU, where nothing is waited for
 _WORTH_CASTING_FRAC = 0.15  # of the time in products
@@ -40,12 +37,12 @@ class _Idea:
     use: Callable[[], Any] | None = None
 
 
-def levers(study: Training, budget_bytes: int | None) -> list[Lever]:
+def levers(study: TrainingLoop, budget_bytes: int | None) -> list[Lever]:
     """All levers that the study has a reason to try, whether they save time or not."""
     return batch_levers.levers(study, budget_bytes) + _interventions(study, budget_bytes) + expert_levers.levers(study)
 
 
-def _ideas(study: Training) -> list[_Idea]:
+def _ideas(study: TrainingLoop) -> list[_Idea]:
     heard, model = study.heard, study.model
     ideas = []
     on_gpu = next(model.parameters()).is_cuda
@@ -84,14 +81,14 @@ def _ideas(study: Training) -> list[_Idea]:
     return ideas
 
 
-def _casting_may_pay(study: Training) -> bool:
+def _casting_may_pay(study: TrainingLoop) -> bool:
     rates = Device.here().rate_flops_per_s
     single = next(study.model.parameters()).dtype == torch.float32
     share = families.share_of_products(study.rows_ns)
     return single and share >= _WORTH_CASTING_FRAC and rates["bfloat16"] >= _FASTER * rates["float32"]
 
 
-def _interventions(study: Training, budget_bytes: int | None) -> list[Lever]:
+def _interventions(study: TrainingLoop, budget_bytes: int | None) -> list[Lever]:
     ideas = _ideas(study)
     if not ideas:
         return []
@@ -109,7 +106,7 @@ def _interventions(study: Training, budget_bytes: int | None) -> list[Lever]:
 
 
 def _lever(
-    study: Training, idea: _Idea, saving: probing.Saving, tried: list[Any], budget_bytes: int | None
+    study: TrainingLoop, idea: _Idea, saving: probing.Saving, tried: list[Any], budget_bytes: int | None
 ) -> Lever | None:
     saved, doubt = (amount / len(study.steps_ns) for amount in saving.over(study.steps_ns))
     effects = list(idea.side_effects)
@@ -126,15 +123,16 @@ def _lever(
             effects.append("tried on two thirds of a batch: a whole one may run other kernels")
             doubt *= 1 + math.log2(3 / 2)  # by so many doublings a whole batch lies beyond what was tried
     predicted = banded(base, {LEFT: round(base.total - saved)}, base.total - saved, doubt,
-                       f"steps of {len(tried)} batches with it and without it, in turn", in_range=seen)  # fmt: skip
+                       f"steps of {len(tried)} batches with it and without it, in turn, {saving.num_repeats} times",
+                       in_range=seen)  # fmt: skip
     return Lever(
         idea.kind, idea.name, idea.found, base, predicted, idea.code, tuple(effects),
         run=lambda: measured_beside(study, idea.intervention), use=idea.use, keep=study._noted,
     )  # fmt: skip
 
 
-def measured_beside(study: Training, intervention: Intervention) -> Account:
+def measured_beside(study: TrainingLoop, intervention: Intervention) -> Account:
     """Every batch with the intervention and without it, in turn."""
     now, then = ([way(study.model)(partial(study.step, batch)) for batch in study.batches]
                  for way in (interventions.without_intervening, intervention))  # fmt: skip
-    return in_turn(study, now, then)
+    return study.in_turn(now, then)

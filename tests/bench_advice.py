@@ -1,0 +1,61 @@
+"""The timed bars of advice: seconds from ``study()`` to its page, on the planted loops, and to advice on memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import planted
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import effkit as ek
+
+MEDIAN_S, WORST_S, MEMORY_S = 6.0, 12.0, 6.0
+PLANTED = [make for make in (*planted.TRAINING, *planted.GENERATING, planted.hot_expert) if make is not planted.clean]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads that wait for each other on a shared machine are timed at their worst."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ek.Device.here()  # measured once on a machine, and kept
+    yield
+    torch.set_num_threads(before)
+
+
+def took(call):
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def test_a_study_comes_to_its_page_in_seconds():
+    seconds = {}
+    print("\n\nstudy() and overview(), of loops with one thing wrong:")
+    for make in PLANTED:
+        torch.manual_seed(0)
+        given = make().study
+        _, seconds[make.__name__], cpu = took(lambda given=given: ek.study(**given).overview())
+        print(f"  {make.__name__:22} {seconds[make.__name__]:5.1f} s, {cpu:5.1f} s of a processor", flush=True)
+    median, worst = statistics.median(seconds.values()), max(seconds.values())
+    print(f"median {median:.1f} s, bar: {MEDIAN_S:.0f} s; worst {worst:.1f} s, bar: {WORST_S:.0f} s")
+    assert median <= MEDIAN_S
+    assert worst <= WORST_S
+
+
+def test_advice_on_the_memory_of_a_small_llama_comes_in_seconds():
+    config = LlamaConfig(vocab_size=1000, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=4, use_cache=False)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).train()
+    study = ek.study(**planted.training(model, planted.loader(planted.EVEN)))
+    study.overview()
+    # a budget below the peak: combinations of levers are looked for
+    advice, seconds, cpu = took(lambda: study.advise("memory", budget_bytes=round(0.8 * study.memory.total)))
+    print(f"\n\nadvice on memory: {seconds:.1f} s, {cpu:.1f} s of a processor; bar: {MEMORY_S:.0f} s")
+    print(advice)
+    assert advice
+    assert seconds <= MEMORY_S
