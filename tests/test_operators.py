@@ -123,7 +123,7 @@ KERNELS = {
 NO_SECOND_LISTS = {
     "activations/checkpointing.py": "whose outputs to keep, in torch's own operators: a choice",
     "activations/gpu_assumptions.py": "which precision CUDA's autocast computes in: torch's own lists",
-    "advice/model_summary.py": "classes of modules",
+    "advice/overviews.py": "classes of modules",
     "panes/matrix_products.py": "where operators that multiply two matrices are given the first",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from effkit import padding
 from effkit.account import Account
-from effkit.advice.examples import Examples, collated_to_longest, rebuilt, to_longest
+from effkit.advice.examples import WARM_UP, Examples, collated_to_longest, rebuilt, to_longest, wait_ns
 from effkit.advice.levers import LEFT, Lever, banded, limit_bytes
-from effkit.advice.loop_timing import WARM_UP, wait_ns
 from effkit.advice.training_loop import TrainingLoop
-from effkit.padding import EPOCH_CELLS, EPOCH_TIME, PEAK, input_lengths, plan_at
+from effkit.padding import EPOCH_CELLS, PEAK, input_lengths, plan_at
 from effkit.units import readable
 
 _BUCKETS = (2, 3, 4, 6, 8, 12)
@@ -51,13 +51,21 @@ def _padded_to_longest(study: TrainingLoop, examples: Examples, epoch: Account) 
         return None
     predicted = padding.predict(epoch, pad_to_multiple_of=1)
     found = f"{examples.fixed_width} ({_left(epoch):.0%} of the cells are padding, and {_left(predicted):.0%} would be)"
-    return Lever(
-        "padding", "pad to the longest row", found, study.account, _of_epoch(study, epoch, predicted),
+    return _lever(
+        study, examples, epoch, predicted, "padding", "pad to the longest row", found,
         "tokenize without padding='max_length', and let the collate function pad: padding='longest'",
-        ("batches have different widths: compiled models compile anew, or dynamically",),
-        group="batches", run=lambda: _measured(study, examples, epoch, predicted.setting), keep=study._noted,
-        use=lambda: _cut(examples.loader),
+        ["batches have different widths: compiled models compile anew, or dynamically"], lambda: _cut(examples.loader),
     )  # fmt: skip
+
+
+def _lever(
+    study: TrainingLoop, examples: Examples, epoch: Account, predicted: Account, kind: str, name: str, found: str,
+    code: str, effects: list[str], use: Callable[[], Any],
+) -> Lever:  # fmt: skip
+    """Other batches of the same examples: those that the padding lab ``predicted`` from ``epoch``."""
+    return Lever(kind, name, found, study.account, _of_epoch(study, epoch, predicted), code, tuple(effects),
+                 group="batches", use=use, keep=study._noted,
+                 run=lambda: _measured(study, examples, epoch, predicted.setting))  # fmt: skip
 
 
 def _cut(loader: Any) -> Any:
@@ -83,12 +91,9 @@ def _bucketed(study: TrainingLoop, examples: Examples, epoch: Account, grouping:
     num = best.setting["num_buckets"]
     code = (f"plan = padding.plan(padding.lengths(...), 'bucket', batch_size={size}, num_buckets={num})\n"
             "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(), collate_fn=...)")  # fmt: skip
-    return Lever(
-        "padding", "batches of like length", found, study.account, _of_epoch(study, epoch, best), code, tuple(effects),
-        group="batches", run=lambda: _measured(study, examples, epoch, best.setting), keep=study._noted,
-        use=lambda: _loader(_cut(examples.loader) if cut else examples.loader, strategy="bucket", batch_size=size,
-                            num_buckets=num),
-    )  # fmt: skip
+    return _lever(study, examples, epoch, best, "padding", "batches of like length", found, code, effects,
+                  lambda: _loader(_cut(examples.loader) if cut else examples.loader, strategy="bucket",
+                                  batch_size=size, num_buckets=num))  # fmt: skip
 
 
 def _larger(
@@ -117,12 +122,11 @@ def _larger(
     grown = _peak(best) - _peak(epoch)
     if grown > 0:
         effects.append(f"the peak rises by {readable(grown, 'bytes')}, predicted")
-    return Lever(
-        "batch size", f"batches of {largest}",
-        f"{overhead:.0%} of a step of {size} examples does not grow with them", study.account,
-        _of_epoch(study, calibrated, best), f"loader = DataLoader(dataset, batch_size={largest}, ...)", tuple(effects),
-        group="batches", run=lambda: _measured(study, examples, calibrated, best.setting), keep=study._noted,
-        use=lambda: rebuilt(examples.loader, batch_sampler=None, batch_size=largest, sampler=examples.loader.sampler),
+    return _lever(
+        study, examples, calibrated, best, "batch size", f"batches of {largest}",
+        f"{overhead:.0%} of a step of {size} examples does not grow with them",
+        f"loader = DataLoader(dataset, batch_size={largest}, ...)", effects,
+        lambda: rebuilt(examples.loader, batch_sampler=None, batch_size=largest, sampler=examples.loader.sampler),
     )  # fmt: skip
 
 
@@ -195,7 +199,6 @@ def _left(predicted: Account) -> float:
 
 
 def _peak(epoch: Account) -> int:
-    assert epoch.title == EPOCH_TIME
     return epoch.companion(PEAK).total
 
 

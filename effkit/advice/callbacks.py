@@ -6,7 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib import import_module
 from typing import Any
 from unittest import mock
@@ -60,11 +60,12 @@ def trainer_callback(
             self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
             train_dataloader: Any = None, **_: Any,
         ) -> None:  # fmt: skip
-            cast = torch.bfloat16 if getattr(args, "bf16", False) else None
-            cast = torch.float16 if cast is None and getattr(args, "fp16", False) else cast
+            casts = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            cast = next((dtype for name, dtype in casts.items() if getattr(args, name, False)), None)
+            kind = next(model.parameters()).device.type
 
             def loss_of(batch: Any) -> torch.Tensor:
-                with _autocast(model, cast):
+                with nullcontext() if cast is None else torch.autocast(kind, cast):
                     return own_loss(forward(model, batch))
 
             self.study = _studied(model, train_dataloader, optimizer, loss_of, options)
@@ -85,15 +86,9 @@ def lightning_callback(
         callback.study.advise()
 
     A step is the module's ``training_step`` in the trainer's precision, backward, and its optimizer's step; what the
-    module logs meanwhile is not kept. Clipping, accumulation and other hooks are left out.
-
-    Its options are those of :func:`effkit.study`. ImportError with neither package.
-
-    Returns
-    -------
-    Callback
-        Of ``lightning.pytorch`` or ``pytorch_lightning``, whichever is in use. ``.study`` is the Study once training
-        has begun; where it could not be made ``.study`` stays None, and a warning says why.
+    module logs meanwhile is not kept. Clipping, accumulation and other hooks are left out. Otherwise as
+    :func:`trainer_callback`, of ``lightning.pytorch`` or ``pytorch_lightning``, whichever is in use; ImportError with
+    neither.
     """
     options = checked_options(**locals())
     base: Any = _lightning().Callback
@@ -104,7 +99,8 @@ def lightning_callback(
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             def loss_of(batch: Any) -> torch.Tensor:
                 with ExitStack() as stack:
-                    stack.enter_context(_precision(trainer))
+                    if (precision := getattr(trainer, "precision_plugin", None)) is not None:
+                        stack.enter_context(precision.train_step_context())
                     for name in _LOGS:
                         stack.enter_context(mock.patch.object(pl_module, name, _nothing, create=True))
                     output = pl_module.training_step(batch, 0)
@@ -175,17 +171,6 @@ def _moved(batch: Any, model: torch.nn.Module) -> Any:
     # transformers' BatchEncoding and its like are mappings that torch does not look into
     plain = dict(batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else batch
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), plain)
-
-
-def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    if dtype is None:
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, dtype)
-
-
-def _precision(trainer: Any) -> AbstractContextManager[Any]:
-    plugin = getattr(trainer, "precision_plugin", None)
-    return nullcontext() if plugin is None else plugin.train_step_context()
 
 
 def _nothing(*_: Any, **__: Any) -> None:

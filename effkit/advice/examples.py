@@ -14,10 +14,13 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
+from effkit.advice.probing import Step
+from effkit.device import synchronize
 from effkit.padding import Plan, Watch, real_rows, watch
 from effkit.restoring import remembered
 
 DELIVERED = "as delivered"
+WARM_UP = 4  # batches, of a loader with processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,31 @@ def drawn(loader: DataLoader[Any], num_batches: int) -> Examples:
     except ValueError as error:
         why = str(error)
     return Examples(loader, items, tuple(map(tuple, groups)), watched, why, *loading)
+
+
+def wait_ns(step: Step, loader: Any, num_batches: int) -> tuple[float, float]:
+    """Run over a loader: what a step waits for it, and the whole loop per step [ns].
+
+    The first batches are not counted where processes prepare them: these have to start, and memory that was shared when
+    they did is copied page by page.
+    """
+    aside = WARM_UP if getattr(loader, "num_workers", 0) else 0
+    waits: list[int] = []
+    iterator = iter(loader)
+    begun = now = time.perf_counter_ns()
+    for number in range(num_batches + aside):
+        now = time.perf_counter_ns()
+        if number == aside:
+            begun = now
+        batch = next(iterator, None)
+        if batch is None:
+            break
+        if number >= aside:
+            waits.append(time.perf_counter_ns() - now)
+        step(batch)
+        synchronize()
+    whole = time.perf_counter_ns() - begun
+    return sum(waits) / max(1, len(waits)), whole / max(1, len(waits))
 
 
 def to_longest(batch: Any) -> Any:

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from effkit import moe
-from effkit.account import Account
 from effkit.device import synchronize
 from effkit.models.moe import ExpertParallel
 from effkit.moe import Setting
@@ -58,6 +56,11 @@ class Experts:
         """
         order = np.argsort(-self.popularity, kind="stable")
         return tuple(int(expert * num_ranks // self.num_experts) for expert in order)
+
+    def setting(self, num_ranks: int) -> Setting:
+        """A layer as the MoE lab knows layers: its popularity as the nearest Zipf law, each expert where it is."""
+        return Setting(num_tokens=self.num_tokens, hidden=self.hidden, ffn=self.ffn, num_experts=self.num_experts,
+                       top_k=self.top_k, skew=self.skew, placement=self.placement(num_ranks))  # fmt: skip
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -115,19 +118,6 @@ def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Expert
     num, hidden, ffn = _sizes(layers[worst])
     tokens = round(loads.sum(axis=1).mean() / top_k)
     return Experts(len(layers), num, top_k, hidden, ffn, tokens, loads, spent[0] / len(steps))
-
-
-def measured_layer(experts: Experts, num_ranks: int, **more: Any) -> Account:
-    """One expert layer of this shape under this load, on ranks of its own."""
-    return moe.measure(setting_of(experts, num_ranks), num_ranks=num_ranks, num_rounds=ROUNDS, **more)
-
-
-def setting_of(experts: Experts, num_ranks: int) -> Setting:
-    """The user's layer as the MoE lab knows layers: its popularity as the nearest Zipf law, each expert where it is."""
-    return Setting(
-        num_tokens=experts.num_tokens, hidden=experts.hidden, ffn=experts.ffn, num_experts=experts.num_experts,
-        top_k=experts.top_k, skew=experts.skew, placement=experts.placement(num_ranks),
-    )  # fmt: skip
 
 
 def _gate(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -14,8 +14,7 @@ import pandas as pd
 from effkit import decoder
 from effkit.account import Account
 from effkit.advice.levers import Advice, Lever, ranked
-from effkit.advice.model_summary import described
-from effkit.advice.overviews import Overview
+from effkit.advice.overviews import Overview, beside, described
 from effkit.advice.studies import Study
 from effkit.decoder import CACHE, WEIGHTS
 from effkit.device import synchronize
@@ -28,6 +27,7 @@ _FEWEST_STEPS = 8
 _GROWTHS = (2, 4, 8)
 _SHALLOW = 4  # decoder layers that a rebalanced model keeps (Canary, arXiv 2503.05931, section 3)
 _APART_FRAC = 0.1
+_REPEATS, _SLOW_NS = 5, 200_000_000  # timed calls, unless their number is given; two fewer where one takes longer
 
 
 @dataclass
@@ -49,13 +49,14 @@ class GenerationStudy(Study):
     rest on: the base where it is greedy and cached, else such a one.
     """
 
-    def __init__(self, generate: Any, model: Any, inputs: Any = None, *, repeats: int = 5) -> None:
+    def __init__(self, generate: Any, model: Any, inputs: Any = None, *, repeats: int | None = None) -> None:
         super().__init__(f"{type(model).__name__}, a generation")
-        self.model, self.repeats = model, repeats
+        self.model = model
         self._again = partial(called, generate, model, inputs)
         self.unseen = ["what the tokens say: times do not tell whether a lever changes the text"]
         self.call = observed(generate, model, inputs)
         self.inputs = self.call.inputs or inputs
+        self.repeats = repeats = repeats or (_REPEATS if self.call.wall_ns < _SLOW_NS else _REPEATS - 2)
         sizes: dict[str, Any] = {"num_steps": self.call.num_steps, "batch": self.call.batch}
         plain = self.call.cache == "on" and self.call.num_beams == 1
         if plain:
@@ -86,14 +87,11 @@ class GenerationStudy(Study):
     def _ceilings(self) -> pd.DataFrame:
         """How far a step is from its floor, part by part."""
         floors = decoder.roofline(self.known)
-        frame = pd.DataFrame({
-            "reached": floors["floor_ns"], "ceiling": floors["time_ns"], "reached_frac": floors["reached_frac"],
-            "ceiling_text": [f"{readable(round(time_ns), 'ns')}, bound by {binds}"
-                             for time_ns, binds in zip(floors["time_ns"], floors["binds"], strict=True)],
-            "definition": "the largest of: launches x their overhead, bytes over the rate of reading, FLOPs over the "
-                          "matrix rate; over the time of the part in one step",
-        })  # fmt: skip
-        return frame.rename_axis("of")
+        definition = ("the largest of: launches x their overhead, bytes over the rate of reading, FLOPs over the "
+                      "matrix rate; over the time of the part in one step")  # fmt: skip
+        return beside({str(part): (row["floor_ns"], row["time_ns"],
+                                   f"{readable(round(row['time_ns']), 'ns')}, bound by {row['binds']}", definition)
+                       for part, row in floors.iterrows()})  # fmt: skip
 
     def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
         if goal == "memory":

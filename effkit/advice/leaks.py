@@ -104,23 +104,15 @@ def _with_graph() -> list[torch.Tensor]:
     return [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.grad_fn is not None]
 
 
-def _holder(tensor: torch.Tensor, left: list[torch.Tensor]) -> str | None:
-    """The name of what holds it in Python; None where only a graph does."""
-    for holder in gc.get_referrers(tensor):
+def _holder(one: Any, left: list[torch.Tensor], nested: bool = True) -> str | None:
+    """The name of what holds it in Python, or what holds the container that it is in; None where only a graph does."""
+    for holder in gc.get_referrers(one):
         if holder is left or isinstance(holder, FrameType):
             continue
-        if name := _name_in(holder, tensor):
+        if name := _name_in(holder, one):
             return name
-        if isinstance(holder, list | tuple | deque | dict):
-            return _name_of(holder) or f"a {type(holder).__name__}"
-    return None
-
-
-def _name_of(container: Any) -> str | None:
-    """The name under which a module, an object or a function knows a container."""
-    for outer in gc.get_referrers(container):
-        if not isinstance(outer, FrameType) and (name := _name_in(outer, container)):
-            return name
+        if nested and isinstance(holder, list | tuple | deque | dict):
+            return _holder(holder, left, nested=False) or f"a {type(holder).__name__}"
     return None
 
 
@@ -133,10 +125,7 @@ def _name_in(holder: Any, wanted: Any) -> str | None:
     names = holder if isinstance(holder, dict) else None if graph else getattr(holder, "__dict__", None)
     if not isinstance(names, dict):
         return None
-    for name, value in list(names.items()):
-        if value is wanted:
-            return str(name)
-    return None
+    return next((str(name) for name, value in list(names.items()) if value is wanted), None)
 
 
 def _variable(cell: CellType) -> str | None:

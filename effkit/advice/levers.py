@@ -180,17 +180,15 @@ class Advice(Record, Sequence[Lever]):
         still saves [fraction of the base] when all above it are in force, so that these sum to the whole; ``but``, side
         effects. With a number of steps, and with a price, also ``gpu_hours`` and ``money`` saved over the run, alone.
         """
-        rows = []
+        cells = [(lever.name, lever.kind, lever.gain_frac, *lever.gain_band, more, "; ".join(lever.side_effects))
+                 for lever, more in zip(self.levers, self._increments(), strict=True)]  # fmt: skip
         columns = ["lever", "kind", "gain_frac", "least_frac", "most_frac", "after_those_above", "but"]
-        for lever, more in zip(self.levers, self._increments(), strict=True):
-            cells = lever.name, lever.kind, lever.gain_frac, *lever.gain_band, more, "; ".join(lever.side_effects)
-            row: dict[str, Any] = dict(zip(columns, cells, strict=True))
-            if self.num_steps and lever.base.unit == "ns":
-                row["gpu_hours"] = lever.gain_frac * self._hours(lever.base)
-                if self.price_per_hour is not None:
-                    row["money"] = row["gpu_hours"] * self.price_per_hour
-            rows.append(row)
-        return pd.DataFrame(rows, columns=None if rows else columns).set_index("lever")
+        frame = pd.DataFrame(cells, columns=columns).set_index("lever")
+        if self._timed:
+            frame["gpu_hours"] = [lever.gain_frac * self._hours(lever.base) for lever in self.levers]
+            if self.price_per_hour is not None:
+                frame["money"] = frame["gpu_hours"] * self.price_per_hour
+        return frame
 
     @property
     def together(self) -> float:
@@ -226,6 +224,11 @@ class Advice(Record, Sequence[Lever]):
         for lever in self.levers:
             yield from lever._scalars()
 
+    @property
+    def _timed(self) -> bool:
+        """Whether hours of a whole run can be said: its steps are known, and levers save time."""
+        return bool(self.num_steps and self.levers and self.levers[0].base.unit == "ns")
+
     def _hours(self, base: Account) -> float:
         return base.total * (self.num_steps or 0) / _HOUR_NS * self.num_devices
 
@@ -246,7 +249,7 @@ class Advice(Record, Sequence[Lever]):
             return "\n  ".join([f"Advice for {self.goal}: nothing here is predicted to help", *self.notes])
         lines = [f"Advice for {self.goal}: together {self.saves} less"]
         lines += [f"{number}. {text}" for number, text in enumerate(map(repr, self.levers), 1)]
-        if self.num_steps and self.levers[0].base.unit == "ns":
+        if self._timed:
             hours = self.together * self._hours(self.levers[0].base)
             spent = f"{hours:,.1f} GPU-hours over {self.num_steps:,} steps"
             if self.price_per_hour is not None:

@@ -17,6 +17,7 @@ from effkit.records import Record, named
 from effkit.units import readable
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
 
 MFU_DEFINITION = (
@@ -28,6 +29,13 @@ MFU_DEFINITION = (
 RECORDED_MFU_DEFINITION = (
     "2 per multiply-add of every recorded matrix product / (time of the steps x the datasheet's dense rate, of float32 "
     "TF32's). Convolutions and attention in one kernel are not counted, what is computed again is"
+)
+
+_KINDS = (
+    ("attention", ("attention", "attn")),
+    ("mixture of experts", ("expertparallel", "sparsemoeblock", "moe")),
+    ("recurrent", ("lstm", "gru", "rnn", "mamba", "recurrent")),
+    ("convolution", ("conv1d", "conv2d", "conv3d")),
 )
 
 
@@ -95,12 +103,9 @@ class Overview(Record):
             yield f"ceilings/{named(name)}_frac", float(frac)
 
     def __repr__(self) -> str:
-        lines = [*self.found, *map(repr, self.accounts)]
-        lines += [
-            f"{name}: {row['reached_frac']:.1%} of {row['ceiling_text']}" for name, row in self.ceilings.iterrows()
-        ]
-        lines += [f"not visible: {sentence}" for sentence in self.unseen]
-        return "\n".join(lines)
+        near = (f"{name}: {row['reached_frac']:.1%} of {row['ceiling_text']}" for name, row in self.ceilings.iterrows())
+        unseen = (f"not visible: {sentence}" for sentence in self.unseen)
+        return "\n".join([*self.found, *map(repr, self.accounts), *near, *unseen])
 
     def _repr_html_(self) -> str:
         found = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.found)
@@ -135,6 +140,11 @@ def ceilings(device: Device, *, step_ns: float, forward_flops: int, half: bool, 
     if peak_bytes is not None and device.memory_bytes:
         capacity = readable(device.memory_bytes, "bytes")
         rows["memory"] = peak_bytes, device.memory_bytes, capacity, "peak over capacity"
+    return beside(rows)
+
+
+def beside(rows: Mapping[str, tuple[float, float, str, str]]) -> pd.DataFrame:
+    """What was reached of each ceiling: rows of reached, ceiling, the ceiling in words, the definition."""
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["reached", "ceiling", "ceiling_text", "definition"])
     frame.insert(2, "reached_frac", frame["reached"] / frame["ceiling"])
     return frame.rename_axis("of")
@@ -151,8 +161,7 @@ def recorded_ceilings(products: pd.DataFrame, steps_ns: int) -> pd.DataFrame:
         return NO_CEILINGS
     reached, rate = flops.sum() / steps_ns * 1e9, flops.sum() / (flops / known["rate_flops_per_s"]).sum()
     text = f"{rate / 1e12:,.0f} TFLOP/s that the datasheet names for these dtypes"
-    rows = {"model FLOPs utilisation": [reached, rate, reached / rate, text, RECORDED_MFU_DEFINITION]}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=NO_CEILINGS.columns).rename_axis("of")
+    return beside({"model FLOPs utilisation": (reached, rate, text, RECORDED_MFU_DEFINITION)})
 
 
 def changes(before: Sequence[Account], after: Sequence[Account]) -> pd.DataFrame:
@@ -163,3 +172,34 @@ def changes(before: Sequence[Account], after: Sequence[Account]) -> pd.DataFrame
     if not tables:
         raise ValueError("these two studies have no account in common: compare studies of one kind of run")
     return pd.concat(tables, names=["account", "item"]).rename(columns={"value": "before", "other": "after"})
+
+
+def described(model: torch.nn.Module) -> str:
+    """The model's class and its parts, in words."""
+    return f"{type(model).__name__}: " + ", ".join(f"{num} {what}" for what, num in parts_of(model).items())
+
+
+def parts_of(model: torch.nn.Module) -> dict[str, int]:
+    """What there is, and how often: the outermost modules whose class name says so.
+
+    >>> import torch
+    >>> parts_of(torch.nn.Sequential(torch.nn.LSTM(2, 2), torch.nn.MultiheadAttention(2, 1)))
+    {'attention': 1, 'recurrent': 1}
+    """
+    counts: dict[str, int] = {}
+    for kind, words in _KINDS:
+        inside: list[str] = []
+        for path, module in model.named_modules():
+            name = type(module).__name__.lower()
+            if any(path.startswith(outer + ".") for outer in inside) or module is model:
+                continue
+            # transformers' GPT-2 calls its linear layers Conv1D
+            if any(word in name for word in words) and type(module).__module__ != "transformers.pytorch_utils":
+                inside.append(path)
+        if inside:
+            counts[kind] = len(inside)
+    config: Any = getattr(model, "config", None)
+    for name in ("encoder_layers", "decoder_layers"):
+        if isinstance(num := getattr(config, name, None), int) and getattr(config, "is_encoder_decoder", False):
+            counts[name.replace("_", " ")] = num
+    return counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -30,10 +30,12 @@ def page(what: str, overview: Overview, receipts: Sequence[Receipt], advice: Adv
     pages.filters |= {"readable": readable, "written": format, "width": _width}
     pages.tests["missing"] = pd.isna
     here = provenance()
+    threads = f"{here.get('num_threads', 0)} thread{'s' * (here.get('num_threads', 0) > 1)}"
+    versions = [threads, f"torch {here['torch']}"] if "torch" in here else []
     return pages.get_template("report.html.jinja").render(
         title=what[:1].upper() + what[1:],
         style=Markup(resources.files("effkit.advice").joinpath("report.css").read_text(encoding="utf-8")),
-        here=", ".join([f"{here['date']} on {here['device']}", *_versions(here)]),
+        here=", ".join([f"{here['date']} on {here['device']}", *versions]),
         overview=overview,
         picture=_picture(overview),
         advice=advice,
@@ -44,13 +46,6 @@ def page(what: str, overview: Overview, receipts: Sequence[Receipt], advice: Adv
         where="; ".join(dict.fromkeys(_where(receipt) for receipt in receipts if receipt.provenance)),
         zip=zip,
     )
-
-
-def _versions(here: Mapping[str, Any]) -> list[str]:
-    """Threads and torch, where it is there."""
-    if "torch" not in here:
-        return []
-    return [f"{here['num_threads']} thread{'s' * (here['num_threads'] > 1)}", f"torch {here['torch']}"]
 
 
 def _picture(overview: Overview) -> Markup:
@@ -94,10 +89,7 @@ def _together(advice: Advice) -> str:
 
 def _saved(row: pd.Series[Any]) -> list[str]:
     """Over the whole run, a line each."""
-    if pd.isna(row["gpu_hours"]):
-        return ["–"]
-    money = row.get("money")
-    return [f"{row['gpu_hours']:,.1f} GPU-hours", *([] if money is None or pd.isna(money) else [f"{money:,.2f}"])]
+    return [f"{row['gpu_hours']:,.1f} GPU-hours", *([f"{row['money']:,.2f}"] if "money" in row else [])]
 
 
 def _where(receipt: Receipt) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,8 +32,10 @@ class _Idea:
     code: str
     intervention: Intervention
     side_effects: tuple[str, ...] = ()
-    raises_memory: bool = False
-    use: Callable[[], Any] | None = None
+
+    @property
+    def raises_memory(self) -> bool:
+        return self.intervention is interventions.nothing_recomputed
 
 
 def levers(study: TrainingLoop, budget_bytes: int | None) -> list[Lever]:
@@ -59,14 +60,12 @@ def _ideas(study: TrainingLoop) -> list[_Idea]:
         ideas.append(_Idea(
             "gradients", "let go of gradients", "zero_grad(set_to_none=False) writes zeros, and backward adds to them",
             "optimizer.zero_grad(set_to_none=True)", interventions.gradients_to_none,
-            use=partial(interventions.gradients_to_none, model),
         ))  # fmt: skip
     if heard.num_recomputed:
         ideas.append(_Idea(
             "recomputation", "keep activations", f"{heard.num_recomputed} modules are computed again in backward",
             "model.gradient_checkpointing_disable()   # or call the block, not checkpoint(block)",
-            interventions.nothing_recomputed, raises_memory=True,
-            use=partial(interventions.nothing_recomputed, model),
+            interventions.nothing_recomputed,
         ))  # fmt: skip
     if not heard.autocast and _casting_may_pay(study):
         rates = Device.here().rate_flops_per_s
@@ -76,7 +75,6 @@ def _ideas(study: TrainingLoop) -> list[_Idea]:
             f"multiplies {rates['bfloat16'] / rates['float32']:.1f} times as fast in bfloat16",
             f"with torch.autocast('{next(model.parameters()).device.type}', torch.bfloat16): ...  # around the forward",
             interventions.in_bfloat16, ("values are rounded to 8 bits: watch the loss",),
-            use=partial(interventions.in_bfloat16, model),
         ))  # fmt: skip
     return ideas
 
@@ -122,17 +120,18 @@ def _lever(
         if not seen:
             effects.append("tried on two thirds of a batch: a whole one may run other kernels")
             doubt *= 1 + math.log2(3 / 2)  # by so many doublings a whole batch lies beyond what was tried
+
+    def run() -> Account:
+        """Every batch with the intervention and without it, in turn."""
+        now, then = ([way(study.model)(partial(study.step, batch)) for batch in study.batches]
+                     for way in (interventions.without_intervening, idea.intervention))  # fmt: skip
+        return study.in_turn(now, then)
+
     predicted = banded(base, {LEFT: round(base.total - saved)}, base.total - saved, doubt,
                        f"steps of {len(tried)} batches with it and without it, in turn, {saving.num_repeats} times",
                        in_range=seen)  # fmt: skip
     return Lever(
         idea.kind, idea.name, idea.found, base, predicted, idea.code, tuple(effects),
-        run=lambda: measured_beside(study, idea.intervention), use=idea.use, keep=study._noted,
+        run=run, use=None if idea.intervention is interventions.numbers_not_waited_for else  # measures, cannot train
+        partial(idea.intervention, study.model), keep=study._noted,
     )  # fmt: skip
-
-
-def measured_beside(study: TrainingLoop, intervention: Intervention) -> Account:
-    """Every batch with the intervention and without it, in turn."""
-    now, then = ([way(study.model)(partial(study.step, batch)) for batch in study.batches]
-                 for way in (interventions.without_intervening, intervention))  # fmt: skip
-    return study.in_turn(now, then)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -11,23 +11,24 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from effkit import activations, padding
+from effkit import activations, moe, padding
 from effkit.account import Account
 from effkit.activations import BACKWARD, FORWARD, OPTIMIZER, PEAK, Observation, observe
-from effkit.advice import experts, families, loop_timing
-from effkit.advice.examples import Examples, drawn, why_not_drawn
-from effkit.advice.experts import Experts
+from effkit.advice import experts, families
+from effkit.advice.examples import Examples, drawn, wait_ns, why_not_drawn
+from effkit.advice.experts import ROUNDS, Experts
 from effkit.advice.leaks import Kept, kept
 from effkit.advice.levers import LEFT
-from effkit.advice.model_summary import described
-from effkit.advice.overviews import Overview, ceilings
+from effkit.advice.overviews import Overview, ceilings, described
 from effkit.advice.probing import Peaks, Step
 from effkit.advice.step_hooks import listening
 from effkit.advice.studies import Study
 from effkit.device import Device
 from effkit.padding import EPOCH_CELLS
+from effkit.recording import capture
 from effkit.restoring import unchanged
 from effkit.timing import elapsed_ns, interleaved_ns
+from effkit.trace.names import DEVICE
 from effkit.training import Loss
 from effkit.units import readable
 
@@ -79,11 +80,10 @@ class TrainingLoop(Study):
             lengths_seen = self.examples is not None and self.examples.watched is not None
             self.epoch = self.measured_plan(None) if lengths_seen else None
             self.steps_ns = self._times()
-            self.waiting_ns, self.loop_ns = self._wait()
-            self.rows_ns, self.num_operators = loop_timing.rows(
-                self.step, model, self.batches, recomputes=self.heard.num_recomputed > 0, steps_ns=self.steps_ns,
-                num=self.repeats,
-            )  # fmt: skip
+            self.waiting_ns, self.loop_ns = (
+                (0.0, self.computing_ns) if loader is None else wait_ns(self.step, loader, len(self.batches))
+            )
+            self.rows_ns, self.num_operators = self._rows()
         self.rhythm = (1, 1) if each_time or not self.optimizers else self._rhythm()
 
     @contextmanager
@@ -126,17 +126,18 @@ class TrainingLoop(Study):
         return self.examples.batches
 
     def _say_what_is_unseen(self) -> None:
-        say = self.unseen.append
-        if self.examples is not None and self.examples.watched is None:
-            say(self.examples.why_unseen)
-        if any(hasattr(module, "_orig_mod") for module in self.model.modules()):
-            say("what is inside compiled modules: their operators are fused, and have no modules left")
-        if "backward" not in self.heard.phases:
-            say("the backward pass: no loss.backward() was heard, so that all of a step counts as forward")
-        if self.heard.forwards == 0:
-            say("the model's own forward: the step does not call it, so that levers on it may do nothing")
-        if self.num_ranks < 2 and experts.layers_of(self.model):
-            say("what uneven experts cost: on one rank they cost nothing; give num_ranks=")
+        told = {
+            "what is inside compiled modules: their operators are fused, and have no modules left":
+                any(hasattr(module, "_orig_mod") for module in self.model.modules()),
+            "the backward pass: no loss.backward() was heard, so that all of a step counts as forward":
+                "backward" not in self.heard.phases,
+            "the model's own forward: the step does not call it, so that levers on it may do nothing":
+                self.heard.forwards == 0,
+            "what uneven experts cost: on one rank they cost nothing; give num_ranks=":
+                self.num_ranks < 2 and bool(experts.layers_of(self.model)),
+        }  # fmt: skip
+        unseen = [] if self.examples is None or self.examples.watched is not None else [self.examples.why_unseen]
+        self.unseen += [*unseen, *(sentence for sentence, is_so in told.items() if is_so)]
 
     def measured_plan(self, also: padding.Plan | None) -> Account:
         """The batches as they were delivered, by the padding lab; with larger ones in the calibration, if given."""
@@ -153,10 +154,26 @@ class TrainingLoop(Study):
         calls = {number: partial(self.step, batch) for number, batch in enumerate(self.batches)}
         return list(interleaved_ns(calls, self.repeats, min).values())
 
-    def _wait(self) -> tuple[float, float]:
-        if self.loader is None:
-            return 0.0, self.computing_ns
-        return loop_timing.wait_ns(self.step, self.loader, len(self.batches))
+    def _rows(self) -> tuple[dict[str, float], int]:
+        """Where a step's time goes, by what operators do [ns], and how many it runs, on a device how often it launches:
+        of a few batches, from short to long ones, on the clock of all plain steps, for the machine's speed drifts."""
+        many, num, taken = len(self.batches), min(self.repeats, len(self.batches)), list[int]()
+        by_time = sorted(range(many), key=self.steps_ns.__getitem__)
+        chosen = [self.batches[by_time[(2 * i + 1) * many // (2 * num)]] for i in range(num)]
+
+        def turn() -> None:
+            taken.append(elapsed_ns(partial(self.step, chosen[len(taken) % num])))
+
+        with listening(self.model) if self.heard.num_recomputed else nullcontext():
+            # plain steps, one for the profiler to warm up, recorded steps, plain ones again
+            seen = capture(turn, warmup=0, steps=num)
+        before, after = taken[:num], taken[2 * num + 1 :]  # the later ones begin at the second batch
+        plain_ns = sum(map(min, before, [after[-1], *after[:-1]]))
+        on_device = seen.events["category"].isin(DEVICE)
+        # a graph's kernels have one launch, an operator may be several deep before it launches
+        launched = seen.events.loc[on_device, "correlation"].nunique() or (seen.events["category"] == "cpu_op").sum()
+        rows = families.rows_ns(seen, plain_ns)
+        return {name: value * self.computing_ns / plain_ns for name, value in rows.items()}, int(launched) // num
 
     @cached_property
     def account(self) -> Account:
@@ -261,7 +278,8 @@ class TrainingLoop(Study):
     def expert_layer(self) -> Account:
         """One of them, by the MoE lab, on ``num_ranks`` ranks."""
         assert self.experts is not None
-        return experts.measured_layer(self.experts, self.num_ranks, link_bytes_per_s=self.link_bytes_per_s)
+        return moe.measure(self.experts.setting(self.num_ranks), num_ranks=self.num_ranks, num_rounds=ROUNDS,
+                           link_bytes_per_s=self.link_bytes_per_s)  # fmt: skip
 
     def _look(self) -> Overview:
         device = Device.here()
