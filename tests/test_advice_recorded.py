@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -399,29 +398,30 @@ RANK = """
 import sys, time, torch, torch.distributed as dist
 from effkit.advice import record
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=sys.argv[3], rank=rank, world_size=2)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(16, 16))
 def step(batch):
     time.sleep(0.1 * rank)
     model(batch).sum().backward()
-record(sys.argv[1], step, [torch.ones(4, 16)] * (2 + rank), num_steps=2)
+record(sys.argv[2], step, [torch.ones(4, 16)] * (2 + rank), num_steps=2)
 dist.destroy_process_group()
 """
 
 
 def test_two_ranks_record_each_its_own(tmp_path):
+    """The ranks alone: a launcher would only start them, after seconds of its own."""
     script, folder = tmp_path / "ranks.py", tmp_path / "traces"
     script.write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder]
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    ranks = [subprocess.Popen([sys.executable, script, str(rank), folder, f"file://{tmp_path}/store"],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]  # fmt: skip
     try:
-        said, _ = launcher.communicate(timeout=100)
+        said = [rank.communicate(timeout=100)[0].decode() for rank in ranks]
     finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
-    assert launcher.returncode == 0, said.decode()
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
     assert sorted(path.name for path in folder.iterdir()) == [f"rank{rank}.pt.trace.json.gz" for rank in (0, 1)]
     study = ek.study(trace=folder)
     assert study.overview().found[-1].startswith("2 ranks, 2 steps each")

@@ -42,11 +42,13 @@ def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = (), 
         for _ in range(_STEPS):
             step(batch)
         left = tensors_left()
-        named = [(tensor, name) for tensor in left if (name := _holder(tensor, left))]
-        held = [tensor for tensor, _ in named] or left  # the others are held by the graphs of these
+        names = _holders(left) if left else {}
+        held = [tensor for tensor in left if id(tensor) in names] or left  # the others are held by the graphs of these
         distinct = {tuple(storage_keys(tensor)): tensor for tensor in held}
         own = size_bytes(distinct.values()) // _STEPS
-        return Kept(growth, -(-len(held) // _STEPS), own, tuple(dict.fromkeys(name for _, name in named)))
+        return Kept(
+            growth, -(-len(held) // _STEPS), own, tuple(dict.fromkeys(names[id(tensor)] for tensor in held if names))
+        )
 
 
 def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Parameter] = (), period: int = 1) -> int:
@@ -104,28 +106,34 @@ def _with_graph() -> list[torch.Tensor]:
     return [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.grad_fn is not None]
 
 
-def _holder(one: Any, left: list[torch.Tensor], nested: bool = True) -> str | None:
-    """The name of what holds it in Python, or what holds the container that it is in; None where only a graph does."""
-    for holder in gc.get_referrers(one):
-        if holder is left or isinstance(holder, FrameType):
-            continue
-        if name := _name_in(holder, one):
-            return name
-        if nested and isinstance(holder, list | tuple | deque | dict):
-            return _holder(holder, left, nested=False) or f"a {type(holder).__name__}"
-    return None
+def _holders(wanted: list[Any], nested: bool = True) -> dict[int, str]:
+    """By id, the name of what holds each of these in Python, or the container that it is in; a graph has no name.
+
+    All at once: to ask who refers to something is to go through all that lives.
+    """
+    ids, names, containers = {id(one) for one in wanted}, dict[int, str](), list[Any]()
+    for holder in gc.get_referrers(*wanted):
+        if holder is not wanted and not isinstance(holder, FrameType):
+            names = _names_in(holder, ids) | names
+            if nested and isinstance(holder, list | tuple | deque):
+                containers.append(holder)
+    outer = _holders(containers, nested=False) if containers else {}
+    for container in containers:
+        name = outer.get(id(container), f"a {type(container).__name__}")
+        names = {id(one): name for one in container if id(one) in ids} | names
+    return names
 
 
-def _name_in(holder: Any, wanted: Any) -> str | None:
-    """The key, the attribute or the variable by which something holds what is wanted."""
+def _names_in(holder: Any, ids: set[int]) -> dict[int, str]:
+    """The key, the attribute or the variable by which something holds what has these ids."""
     if isinstance(holder, CellType):
-        return _variable(holder)
+        name = _variable(holder)
+        return {} if name is None else {id(holder.cell_contents): name}
     # an object refers to its attributes itself, not by way of a dictionary; contexts of autograd are no holders
     graph = isinstance(holder, torch.autograd.graph.Node | torch.Tensor | type)
     names = holder if isinstance(holder, dict) else None if graph else getattr(holder, "__dict__", None)
-    if not isinstance(names, dict):
-        return None
-    return next((str(name) for name, value in list(names.items()) if value is wanted), None)
+    held = list(names.items()) if isinstance(names, dict) else []
+    return {id(value): str(name) for name, value in held if id(value) in ids}
 
 
 def _variable(cell: CellType) -> str | None:
