@@ -63,9 +63,17 @@ def _lever(
     code: str, effects: list[str], use: Callable[[], Any],
 ) -> Lever:  # fmt: skip
     """Other batches of the same examples: those that the padding lab ``predicted`` from ``epoch``."""
+
+    def run() -> Account:
+        setting = dict(predicted.setting)
+        planned = [examples.batch(batch) for batch in plan_at(epoch, setting).batches]
+        if setting.get("pad_to_multiple_of") == 1:
+            planned = [to_longest(batch) for batch in planned]
+        now, then = ([partial(study.step, batch) for batch in batches] for batches in (study.batches, planned))
+        return study.in_turn(now, then)
+
     return Lever(kind, name, found, study.account, _of_epoch(study, epoch, predicted), code, tuple(effects),
-                 group="batches", use=use, keep=study._noted,
-                 run=lambda: _measured(study, examples, epoch, predicted.setting))  # fmt: skip
+                 group="batches", use=use, keep=study._noted, run=run)  # fmt: skip
 
 
 def _cut(loader: Any) -> Any:
@@ -167,15 +175,6 @@ def _of_epoch(study: TrainingLoop, epoch: Account, predicted: Account) -> Accoun
     total = scale * predicted.total + study.waiting_ns
     half = scale * (predicted.high - predicted.total) + _LEAST_DOUBT_FRAC * study.computing_ns
     return banded(study.account, {LEFT: round(total)}, total, half, predicted.source, in_range=predicted.in_range)
-
-
-def _measured(study: TrainingLoop, examples: Examples, epoch: Account, setting: Any) -> Account:
-    """The batches of another plan and those that were delivered, in turn."""
-    planned = [examples.batch(batch) for batch in plan_at(epoch, dict(setting)).batches]
-    if setting.get("pad_to_multiple_of") == 1:
-        planned = [to_longest(batch) for batch in planned]
-    now, then = ([partial(study.step, batch) for batch in batches] for batches in (study.batches, planned))
-    return study.in_turn(now, then)
 
 
 def _with_workers(study: TrainingLoop, examples: Examples, num: int) -> Account:

@@ -48,8 +48,7 @@ class Examples:
         """As the padding lab asks for it: where every batch has one width, others than those delivered are cut, since
         what a step costs at other widths is to be found."""
         numbers = np.concatenate(list(rows)).tolist()
-        starts = np.cumsum([0, *self.sizes])
-        whole = numbers in ([*range(a, b)] for a, b in pairwise(starts.tolist()))
+        whole = numbers in map(list, self._delivered)
         batch = self.batch(numbers)
         return batch if whole or self.fixed_width is None else to_longest(batch)
 
@@ -61,8 +60,11 @@ class Examples:
     @property
     def batches(self) -> list[Any]:
         """The batches as they were delivered."""
-        starts = np.cumsum([0, *self.sizes])
-        return [self.batch(range(a, b)) for a, b in pairwise(starts)]
+        return [self.batch(rows) for rows in self._delivered]
+
+    @property
+    def _delivered(self) -> list[range]:
+        return [range(a, b) for a, b in pairwise(np.cumsum([0, *self.sizes]).tolist())]
 
     @property
     def plan(self) -> Plan:

@@ -90,14 +90,12 @@ def new_graphs() -> Iterator[Callable[[], list[torch.Tensor]]]:
 def detached_after(step: Step) -> Step:
     """The step, after which every tensor that it leaves behind is cut from its graph."""
 
-    def run(batch: Any) -> object:
+    def run(batch: Any) -> None:
         with new_graphs() as found:
-            result = step(batch)
-            del result
+            step(batch)
             for tensor in found():
                 with suppress(RuntimeError):  # a view cannot be detached in place
                     tensor.detach_()
-        return None
 
     return run
 
@@ -138,9 +136,9 @@ def _names_in(holder: Any, ids: set[int]) -> dict[int, str]:
 
 def _variable(cell: CellType) -> str | None:
     """The name of the variable that a function keeps in this cell."""
-    for closure in gc.get_referrers(cell):
-        if isinstance(closure, tuple):
-            for function in gc.get_referrers(closure):
-                if isinstance(function, FunctionType) and function.__closure__ is closure:
-                    return function.__code__.co_freevars[[id(one) for one in closure].index(id(cell))]
-    return None
+    closures = [one for one in gc.get_referrers(cell) if isinstance(one, tuple)]
+    functions = [one for one in gc.get_referrers(*closures) if isinstance(one, FunctionType)]
+    variables = (
+        pair for one in functions for pair in zip(one.__code__.co_freevars, one.__closure__ or (), strict=True)
+    )
+    return next((name for name, held in variables if held is cell), None)
