@@ -38,7 +38,7 @@ class Planned(Study):
             total = TIME.total - saved
             predicted = banded(TIME, {"left": total}, total, half, "a probe")
             return Lever("padding", name, f"found {EVIL}", TIME, predicted, f"loader = DataLoader('{EVIL}')",
-                         (f"but {EVIL}",), keep=self._noted, run=lambda: measured(80_000_000))  # fmt: skip
+                         (f"but {EVIL}",), keep=self.receipts.append, run=lambda: measured(80_000_000))  # fmt: skip
 
         return ranked(goal, [lever("batches of like length", 19_400_000, 5_000_000), lever("vain", 10, 50)], **more)
 
@@ -114,7 +114,7 @@ def test_receipts_have_their_signed_error(read, study):
 
 def test_a_receipt_outside_of_its_band_is_not_hidden(study):
     lever = study.advise()[0]
-    study._noted(ek.Receipt(lever.predicted, measured(60_000_000), setting={"lever": "far off"}))
+    study.receipts.append(ek.Receipt(lever.predicted, measured(60_000_000), setting={"lever": "far off"}))
     assert (
         "far off Time of one step 77.6 ms 72.6 ms to 82.6 ms 60.0 ms +29.3% ✗ no"
         in Reader(page(study, study.advise())).words

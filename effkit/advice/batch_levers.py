@@ -73,7 +73,7 @@ def _lever(
         return study.in_turn(now, then)
 
     return Lever(kind, name, found, study.account, _of_epoch(study, epoch, predicted), code, tuple(effects),
-                 group="batches", use=use, keep=study._noted, run=run)  # fmt: skip
+                 group="batches", use=use, keep=study.receipts.append, run=run)  # fmt: skip
 
 
 def _cut(loader: Any) -> Any:
@@ -93,7 +93,7 @@ def _bucketed(study: TrainingLoop, examples: Examples, epoch: Account, grouping:
     if _groups(examples.loader) and grouping is not None:
         found = f"{grouping}; in buckets {_left(best):.0%} would be"
     effects = ["batches hold examples of like length"] + ["they are padded to their longest row"] * bool(cut)
-    before, after = _peak(epoch), _peak(best)
+    before, after = epoch.companion(PEAK).total, best.companion(PEAK).total
     if after > 1.01 * before:
         effects.append(f"the peak rises by {after / before - 1:.0%}")
     num = best.setting["num_buckets"]
@@ -114,9 +114,9 @@ def _larger(
         return None
     grouped = _groups(examples.loader) and grouping is None
     strategy: dict[str, Any] = {"strategy": "bucket", "num_buckets": 4} if grouped else {"strategy": "random"}
-    limit = limit_bytes(budget_bytes) - study.memory.total
+    limit = limit_bytes(budget_bytes) - study.memory.total + epoch.companion(PEAK).total
     guesses = {larger: padding.predict(epoch, batch_size=larger, **strategy) for larger in sizes}
-    fitting = [larger for larger, guess in guesses.items() if _peak(guess) - _peak(epoch) <= limit]
+    fitting = [larger for larger, guess in guesses.items() if guess.companion(PEAK).total <= limit]
     hoped = min((guesses[larger].total for larger in fitting), default=epoch.total)
     if hoped > (1 - _WORTH_TRYING_FRAC) * epoch.total:
         return None
@@ -127,7 +127,7 @@ def _larger(
                key=lambda predicted: predicted.total)  # fmt: skip
     largest = best.setting["batch_size"]
     effects = [f"{largest // size} times fewer optimizer steps: the learning rate has to follow"]
-    grown = _peak(best) - _peak(epoch)
+    grown = best.companion(PEAK).total - epoch.companion(PEAK).total
     if grown > 0:
         effects.append(f"the peak rises by {readable(grown, 'bytes')}, predicted")
     return _lever(
@@ -163,7 +163,7 @@ def _workers(study: TrainingLoop, examples: Examples) -> Lever | None:
         f"{readable(load, 'ns')}",
         base, account, f"loader = DataLoader(dataset, num_workers={num}, persistent_workers=True, ...)",
         (f"{num} more processes, each with its copy of what the dataset holds",),
-        run=lambda: _with_workers(study, examples, num), keep=study._noted,
+        run=lambda: _with_workers(study, examples, num), keep=study.receipts.append,
         use=lambda: rebuilt(examples.loader, num_workers=num),
     )  # fmt: skip
 
@@ -195,10 +195,6 @@ def _with_workers(study: TrainingLoop, examples: Examples, num: int) -> Account:
 
 def _left(predicted: Account) -> float:
     return float(predicted.companion(EPOCH_CELLS).share["padding"])
-
-
-def _peak(epoch: Account) -> int:
-    return epoch.companion(PEAK).total
 
 
 def _groups(loader: Any) -> bool:

@@ -126,22 +126,17 @@ def wait_ns(step: Step, loader: Any, num_batches: int) -> tuple[float, float]:
     they did is copied page by page.
     """
     aside = WARM_UP if getattr(loader, "num_workers", 0) else 0
-    waits: list[int] = []
-    iterator = iter(loader)
-    begun = now = time.perf_counter_ns()
-    for number in range(num_batches + aside):
-        now = time.perf_counter_ns()
-        if number == aside:
-            begun = now
-        batch = next(iterator, None)
-        if batch is None:
+    iterator, taken = iter(loader), list[tuple[int, int]]()
+    for _ in range(num_batches + aside):
+        begun = time.perf_counter_ns()
+        if (batch := next(iterator, None)) is None:
             break
-        if number >= aside:
-            waits.append(time.perf_counter_ns() - now)
+        waited = time.perf_counter_ns() - begun
         step(batch)
         synchronize()
-    whole = time.perf_counter_ns() - begun
-    return sum(waits) / max(1, len(waits)), whole / max(1, len(waits))
+        taken.append((waited, time.perf_counter_ns() - begun))
+    waits, whole = np.reshape(taken[aside:], (-1, 2)).sum(axis=0) / max(1, len(taken) - aside)
+    return float(waits), float(whole)
 
 
 def to_longest(batch: Any) -> Any:

@@ -56,7 +56,8 @@ def levers(study: TrainingLoop) -> list[Lever]:
 
     return [
         Lever(kind, name, seen, base, _step(study, experts, _predicted(layer, changes)), code, effects,
-              group="experts" if kind == "hot expert" else kind, use=use, keep=study._noted, run=partial(run, changes))
+              group="experts" if kind == "hot expert" else kind, use=use, run=partial(run, changes),
+              keep=study.receipts.append)
         for kind, name, seen, changes, code, effects, use in ideas
     ]  # fmt: skip
 

@@ -37,8 +37,7 @@ class Experts:
     @property
     def popularity(self) -> Array:
         """Share of each expert, over all steps; they sum to 1."""
-        total: Array = self.loads.sum(axis=0) / self.loads.sum()
-        return total
+        return np.asarray(self.loads.sum(axis=0) / self.loads.sum())
 
     @property
     def skew(self) -> float:

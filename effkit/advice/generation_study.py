@@ -56,16 +56,14 @@ class GenerationStudy(Study):
         self.unseen = ["what the tokens say: times do not tell whether a lever changes the text"]
         self.call = observed(generate, model, inputs)
         self.inputs = self.call.inputs or inputs
-        self.repeats = repeats = repeats or (_REPEATS if self.call.wall_ns < _SLOW_NS else _REPEATS - 2)
+        self.repeats = repeats or (_REPEATS if self.call.wall_ns < _SLOW_NS else _REPEATS - 2)
         sizes: dict[str, Any] = {"num_steps": self.call.num_steps, "batch": self.call.batch}
-        plain = self.call.cache == "on" and self.call.num_beams == 1
-        if plain:
-            self.base = self.known = decoder.measure(model, self.inputs, repeats=repeats, **sizes)
+        measured = partial(decoder.measure, model, self.inputs, repeats=self.repeats)
+        if self.call.cache == "on" and self.call.num_beams == 1:
+            self.base = self.known = measured(**sizes)
         else:  # costs are fitted to greedy steps with a cache, half as many; and the call is told relative to these
-            few = sizes | {"num_steps": max(_FEWEST_STEPS, self.call.num_steps // 2)}
-            self.known = decoder.measure(model, self.inputs, repeats=repeats, **few)
-            self.base = decoder.measure(model, self.inputs, base=self.known, repeats=repeats, cache=self.call.cache,
-                                        num_beams=self.call.num_beams, **sizes)  # fmt: skip
+            self.known = measured(**sizes | {"num_steps": max(_FEWEST_STEPS, self.call.num_steps // 2)})
+            self.base = measured(base=self.known, cache=self.call.cache, num_beams=self.call.num_beams, **sizes)
         if abs(self.call.wall_ns / self.base.total - 1) > _APART_FRAC:
             once, in_lab = readable(self.call.wall_ns, "ns"), readable(self.base.total, "ns")
             self.unseen.append(f"what else your call does: it took {once} once, and {in_lab} as the lab runs it "
@@ -160,7 +158,7 @@ class GenerationStudy(Study):
             half = self.known.calibration.band_frac * predicted.total
             predicted = replace(predicted, low=round(predicted.total - half), high=round(predicted.total + half))
         return Lever(kind, name, found, _scaled(self.base, 1.0), predicted, code, effects, group=kind, run=run, use=use,
-                     keep=self._noted)  # fmt: skip
+                     keep=self.receipts.append)  # fmt: skip
 
 
 def called(generate: Any, model: Any, inputs: Any, **forced: Any) -> None:
@@ -170,10 +168,9 @@ def called(generate: Any, model: Any, inputs: Any, **forced: Any) -> None:
         evaluating(model),
         mock.patch.object(model, "generate", lambda *args, **kwargs: native(*args, **(kwargs | forced))),
     ):
-        if isinstance(generate, Mapping):
-            model.generate(**(inputs or {}), **generate)
-        elif id(getattr(generate, "__self__", None)) == id(model):
-            model.generate(**(inputs or {}))
+        own = id(getattr(generate, "__self__", None)) == id(model)
+        if own or isinstance(generate, Mapping):
+            model.generate(**(inputs or {}), **({} if own else generate))
         elif callable(generate):
             _ = generate(inputs) if inputs is not None else generate()
         else:

@@ -175,18 +175,13 @@ def changes(before: Sequence[Account], after: Sequence[Account]) -> pd.DataFrame
 
 
 def described(model: torch.nn.Module) -> str:
-    """The model's class and its parts, in words."""
-    return f"{type(model).__name__}: " + ", ".join(f"{num} {what}" for what, num in parts_of(model).items())
-
-
-def parts_of(model: torch.nn.Module) -> dict[str, int]:
-    """What there is, and how often: the outermost modules whose class name says so.
+    """The model's class and its parts, in words: the outermost modules whose class name says what they are.
 
     >>> import torch
-    >>> parts_of(torch.nn.Sequential(torch.nn.LSTM(2, 2), torch.nn.MultiheadAttention(2, 1)))
-    {'attention': 1, 'recurrent': 1}
+    >>> described(torch.nn.Sequential(torch.nn.LSTM(2, 2), torch.nn.MultiheadAttention(2, 1)))
+    'Sequential: 1 attention, 1 recurrent'
     """
-    counts: dict[str, int] = {}
+    parts: list[str] = []
     for kind, words in _KINDS:
         inside: list[str] = []
         for path, module in model.named_modules():
@@ -196,10 +191,9 @@ def parts_of(model: torch.nn.Module) -> dict[str, int]:
             # transformers' GPT-2 calls its linear layers Conv1D
             if any(word in name for word in words) and type(module).__module__ != "transformers.pytorch_utils":
                 inside.append(path)
-        if inside:
-            counts[kind] = len(inside)
+        parts += [f"{len(inside)} {kind}"] * bool(inside)
     config: Any = getattr(model, "config", None)
     for name in ("encoder_layers", "decoder_layers"):
         if isinstance(num := getattr(config, name, None), int) and getattr(config, "is_encoder_decoder", False):
-            counts[name.replace("_", " ")] = num
-    return counts
+            parts.append(f"{num} {name.replace('_', ' ')}")
+    return f"{type(model).__name__}: {', '.join(parts)}"

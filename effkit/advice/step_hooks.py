@@ -115,14 +115,11 @@ def _noting(name: str, asked: Counter[str]) -> Callable[[Any], Any]:
     native = getattr(torch.Tensor, name)
 
     def noting(self: torch.Tensor) -> Any:
-        code = sys._getframe(1)
-        if own_code(code.f_code.co_filename):
-            asked[_place(code.f_code.co_filename, code.f_code.co_name, code.f_lineno)] += 1
+        frame = sys._getframe(1)
+        if own_code(filename := frame.f_code.co_filename):
+            cell = "ipykernel" in filename or filename.startswith("<")
+            file = "" if cell else f"{Path(filename).name}, "
+            asked[f"{file}{frame.f_code.co_name}(), line {frame.f_lineno}"] += 1
         return native(self)
 
     return noting
-
-
-def _place(filename: str, function: str, line: int) -> str:
-    file = "" if "ipykernel" in filename or filename.startswith("<") else f"{Path(filename).name}, "
-    return f"{file}{function}(), line {line}"

@@ -145,9 +145,6 @@ class Study(Record):
     def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
         raise NotImplementedError
 
-    def _noted(self, receipt: Receipt) -> None:
-        self.receipts.append(receipt)
-
     def __repr__(self) -> str:
         return f"Study of {self.what}: overview(), advise(), compare(other), report(path), save(path)"
 

@@ -82,7 +82,9 @@ def study(
     checked_step(step, loader)
     assert step is not None
     assert not isinstance(step, str)
-    if _one_of_several_ranks():
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(
             "this is one of several ranks, which have to take the same steps, and a study takes as many as it needs: "
             "let each rank call effkit.advice.record(folder, step, loader), then study(trace=folder)"
@@ -101,10 +103,3 @@ def checked_options(**options: Any) -> dict[str, Any]:
         checked_amount("link_bytes_per_s", given["link_bytes_per_s"])
     checked_function("loss", given.get("loss"), LOSS)
     return given
-
-
-def _one_of_several_ranks() -> bool:
-    import torch
-
-    group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return group and torch.distributed.get_world_size() > 1

@@ -62,10 +62,8 @@ class _Idea:
 
 
 def _ideas(study: TrainingLoop) -> list[_Idea]:
-    heard, model = study.heard, study.model
-    ideas = []
-    on_gpu = next(model.parameters()).is_cuda
-    if heard.num_asked >= (1 if on_gpu else _MANY_NUMBERS):
+    heard, weight, ideas = study.heard, next(study.model.parameters()), list[_Idea]()
+    if heard.num_asked >= (1 if weight.is_cuda else _MANY_NUMBERS):
         place, times = heard.asked.most_common(1)[0]
         ideas.append(_Idea(
             "synchronisation", "ask for fewer numbers",
@@ -85,23 +83,17 @@ def _ideas(study: TrainingLoop) -> list[_Idea]:
             "model.gradient_checkpointing_disable()   # or call the block, not checkpoint(block)",
             interventions.nothing_recomputed,
         ))  # fmt: skip
-    if not heard.autocast and _casting_may_pay(study):
-        rates = Device.here().rate_flops_per_s
+    rates, share = Device.here().rate_flops_per_s, families.share_of_products(study.rows_ns)
+    faster = rates["bfloat16"] / rates["float32"]
+    single = weight.dtype == torch.float32 and not heard.autocast
+    if single and share >= _WORTH_CASTING_FRAC and faster >= _FASTER:
         ideas.append(_Idea(
             "precision", "bfloat16 products",
-            f"products take {families.share_of_products(study.rows_ns):.0%} of the step, in float32; this device "
-            f"multiplies {rates['bfloat16'] / rates['float32']:.1f} times as fast in bfloat16",
-            f"with torch.autocast('{next(model.parameters()).device.type}', torch.bfloat16): ...  # around the forward",
+            f"products take {share:.0%} of the step, in float32; this device multiplies {faster:.1f} times as fast in "
+            "bfloat16", f"with torch.autocast('{weight.device.type}', torch.bfloat16): ...  # around the forward",
             interventions.in_bfloat16, ("values are rounded to 8 bits: watch the loss",),
         ))  # fmt: skip
     return ideas
-
-
-def _casting_may_pay(study: TrainingLoop) -> bool:
-    rates = Device.here().rate_flops_per_s
-    single = next(study.model.parameters()).dtype == torch.float32
-    share = families.share_of_products(study.rows_ns)
-    return single and share >= _WORTH_CASTING_FRAC and rates["bfloat16"] >= _FASTER * rates["float32"]
 
 
 def _interventions(study: TrainingLoop, budget_bytes: int | None) -> list[Lever]:
@@ -133,8 +125,7 @@ def _lever(
         if peak + margin > limit_bytes(budget_bytes):
             return None
         effects.append(f"the peak rises to {readable(peak, 'bytes')}, predicted")
-        seen = not parts
-        if not seen:
+        if not (seen := not parts):
             effects.append("tried on two thirds of a batch: a whole one may run other kernels")
             doubt *= 1 + math.log2(3 / 2)  # by so many doublings a whole batch lies beyond what was tried
 
@@ -150,16 +141,14 @@ def _lever(
     return Lever(
         idea.kind, idea.name, idea.found, base, predicted, idea.code, tuple(effects),
         run=run, use=None if idea.intervention is interventions.numbers_not_waited_for else  # measures, cannot train
-        partial(idea.intervention, study.model), keep=study._noted,
+        partial(idea.intervention, study.model), keep=study.receipts.append,
     )  # fmt: skip
 
 
 def _on_memory(study: TrainingLoop, budget_bytes: int | None, **more: Any) -> Advice:
     """Waste first, by what it saves; then, where the peak exceeds the budget, the quickest way to get below it."""
-    wasted = [
-        lever for lever in (_leak(study, more["num_steps"] or _LEAK_STEPS), _gradients(study)) if lever is not None
-    ]
-    wasted.sort(key=lambda lever: -lever.gain_frac)
+    looked = _leak(study, more["num_steps"] or _LEAK_STEPS), _gradients(study)
+    wasted = sorted((lever for lever in looked if lever is not None), key=lambda lever: -lever.gain_frac)
     notes: list[str] = []
     limit = limit_bytes(budget_bytes)
     fitting: list[Lever] = []
@@ -206,7 +195,7 @@ def _leak(study: TrainingLoop, num_steps: int) -> Lever | None:
         f"every step leaves {readable(kept.growth_bytes, 'bytes')} behind: {kept.num_tensors} tensors{held} hold the "
         "graph that made them",
         base, predicted, "total = total + loss.detach()   # or loss.item()", run=run, use=lambda: detached,
-        keep=study._noted,
+        keep=study.receipts.append,
     )  # fmt: skip
 
 
@@ -229,7 +218,8 @@ def _gradients(study: TrainingLoop) -> Lever | None:
     return Lever(
         "gradients", "let go of gradients", "gradients are zeroed, and stay in memory through the next forward pass",
         base, banded(base, {"peak": peak}, peak, margin, "the peaks of two parts of a batch"),
-        "optimizer.zero_grad(set_to_none=True)", run=run, use=lambda: intervention(study.model), keep=study._noted,
+        "optimizer.zero_grad(set_to_none=True)", run=run, use=partial(intervention, study.model),
+        keep=study.receipts.append,
     )  # fmt: skip
 
 
@@ -273,7 +263,7 @@ def _lab_lever(study: TrainingLoop, base: Account, predicted: Account, changes: 
     return Lever(
         "activation memory", words, f"the peak is {readable(base.total, 'bytes')}, of which "
         f"{base.share.get('saved activation', 0.0):.0%} are saved activations", base, predicted, _code(changes),
-        tuple(effects), group="peak", keep=study._noted, use=lambda: levers.applied(study.model),
+        tuple(effects), group="peak", keep=study.receipts.append, use=lambda: levers.applied(study.model),
         run=lambda: activations.measure(study.model, study.largest, base=base, **changes),
     )  # fmt: skip
 
