@@ -163,8 +163,8 @@ def steady_peak(
 
 
 def memory_after(first: Callable[[], object], then: Callable[[], object]) -> pd.DataFrame:
-    """Run both, and return the allocations and frees of the second. What the recording knows of the first's blocks it
-    knows when they are freed."""
+    """Run both, and return the allocations and frees of the second: the end of a block of the first, too, which a
+    recording that began later would not see."""
     from torch.profiler import record_function
 
     def both() -> None:
