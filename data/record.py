@@ -46,7 +46,7 @@ from torch.profiler import record_function
 import effkit as ek
 from effkit import moe
 from effkit.device import provenance
-from effkit.moe.launching import launch
+from effkit.moe.launching import Ranks
 from effkit.moe.netns import end_with_parent
 
 # voice and words per minute of each speaker; sentences go round
@@ -118,8 +118,8 @@ def record_step(name: str) -> None:
 def record_moe() -> None:
     """Two ranks of an expert-parallel layer, on a slow link where that can be made."""
     link = 0.0 if moe.why_no_links() else 50e6
-    with tempfile.TemporaryDirectory() as folder:
-        launch([moe.Setting(num_tokens=512)], 2, num_rounds=1, num_steps=2, link_bytes_per_s=link, profile=folder)
+    with tempfile.TemporaryDirectory() as folder, Ranks(2, link_bytes_per_s=link) as ranks_up:
+        ranks_up.run([moe.Setting(num_tokens=512)], num_rounds=1, num_steps=2, profile=folder)
         ranks = ek.load(folder)
         on = f"a link of {link / 1e6:g} MB/s" if link else "loopback"
         made = provenance() | {"what": f"two ranks of an expert-parallel layer, forward and backward, {on}"}

@@ -86,11 +86,12 @@ def test_held_out_sizes(num_ranks, rate, ranks_per_node):
 
 def test_nobody_is_left_after_twenty_runs_of_which_five_are_killed():
     """Fifteen runs come to their end; five are killed with the process that started them, each at another moment."""
-    settings = "[Setting(num_tokens=64)], 2, num_rounds=400, num_steps=2, link_bytes_per_s=50e6"
-    code = f"from effkit.moe.launching import launch\nfrom effkit.moe.setting import Setting\nlaunch({settings})"
+    run = "Ranks(2, link_bytes_per_s=50e6).run([Setting(num_tokens=64)], num_rounds=400, num_steps=2)"
+    code = f"from effkit.moe.launching import Ranks\nfrom effkit.moe.setting import Setting\n{run}"
     for number in range(20):
         if number % 4:
-            launching.launch([Setting(num_tokens=64)], 2, num_rounds=1, num_steps=2, link_bytes_per_s=50e6)
+            with launching.Ranks(2, link_bytes_per_s=50e6) as ranks:
+                ranks.run([Setting(num_tokens=64)], num_rounds=1, num_steps=2)
             continue
         starter = subprocess.Popen([sys.executable, "-c", code])
         time.sleep(1.5 + 0.4 * number)
@@ -106,4 +107,4 @@ def test_nobody_is_left_after_twenty_runs_of_which_five_are_killed():
 def _ranks():
     """Command lines of ranks and of their launchers on this machine."""
     lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    return [line for line in lines if "effkit.moe.rank" in line or "torch.distributed.run" in line]
+    return [line for line in lines if "effkit.moe.rank" in line or "netns.py" in line]

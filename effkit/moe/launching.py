@@ -1,19 +1,19 @@
-"""Start ranks on this machine with torch's elastic launcher, and never leave one behind."""
+"""Start ranks on this machine, let them run what is asked, and never leave one behind."""
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from effkit.moe.setting import Setting
 
 Slow = Mapping[str, Any]
 MOST_RANKS = 8
-_PORT = 29411  # in namespaces of their own, every run has all ports to itself
 _POLL_S = 0.05
 _GOODBYE_S = 5.0
 _ERROR = re.compile(r"^(?:\[\w+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)$", re.MULTILINE)
@@ -36,16 +35,10 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
-def launch(
-    settings: Sequence[Setting], num_ranks: int, *, num_rounds: int = 3, num_steps: int = 4, barriers: bool = False,
-    link_bytes_per_s: float = 0.0, ranks_per_node: int = 0, slow: Slow | Sequence[Slow | None] | None = None,
-    links: int = 0, delays: int = 0, delay_bytes: int = 2**16, profile: str | Path | None = None, backend: str = "auto",
-    timeout_s: float = 120.0, progress: Progress | None = None,
-) -> Run:  # fmt: skip
-    """Run these settings in turn, ``num_rounds`` times ``num_steps`` steps of each, on ranks of their own.
+class Ranks:
+    """Ranks on this machine, which start with the first run and stay up for the next.
 
-    ValueError for a number of ranks that cannot be or cannot share the experts, or a link that this system does not let
-    us make. RuntimeError when a rank ends or hangs: its own error, and where the log is.
+    They end when this is closed, when a run fails, and with this process, however it ends.
 
     Parameters
     ----------
@@ -57,39 +50,94 @@ def launch(
         node ``receiver`` is sent, or with both what one sends the other, or with ``rank`` all that a node does. Nodes
         are numbered; each is one rank, unless ``ranks_per_node`` says otherwise. Several of these, or None, are made
         one after another, and ``delays`` measured under each.
-    barriers
-        Let ranks meet before every exchange.
-    links, delays
-        Also time all-to-alls of several sizes; single messages of ``delay_bytes`` between all pairs; so many times.
-    profile
-        A folder for the traces of one more round of the first setting, a file per rank.
-    timeout_s
-        After this, the run is ended.
-    progress
-        ``progress(done, total)``; may raise, which ends the run.
     """
-    check(num_ranks, link_bytes_per_s, ranks_per_node, backend)
-    per_node = ranks_per_node or (1 if link_bytes_per_s or slow else num_ranks)
-    for setting in settings:
-        routing.owners(setting, num_ranks)
-    detours = [slow] if isinstance(slow, Mapping) else list(slow or ())
-    _check_detours(detours, num_ranks // per_node)
-    jobs = [{"setting": setting.plain(), "barriers": barriers} for setting in settings]
-    run = {"jobs": jobs, "num_rounds": num_rounds, "num_steps": num_steps, "links": int(links), "delays": delays,
-           "delay_bytes": delay_bytes, "slow": [dict(entry) if entry else None for entry in detours],
-           "profile": profile is not None, "backend": backend, "timeout_s": timeout_s,
-           "num_threads": max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1,
-           "nodes_here": num_ranks // per_node, "ranks_per_node": per_node,
-           "link_bytes_per_s": link_bytes_per_s}  # fmt: skip
-    with _own_folder() as folder:
-        (folder / "run.json").write_text(json.dumps(run))
-        _watch(_command(folder, num_ranks, run), folder, num_ranks, timeout_s, progress, (num_rounds + 1) * len(jobs))
-        recorded = read(folder)
-        if profile is not None:
-            Path(profile).mkdir(parents=True, exist_ok=True)
-            for trace in folder.glob("trace*.json"):
-                shutil.move(trace, Path(profile) / trace.name)
-        return recorded
+
+    def __init__(
+        self, num_ranks: int, *, link_bytes_per_s: float = 0.0, ranks_per_node: int = 0,
+        slow: Slow | Sequence[Slow | None] | None = None, backend: str = "auto",
+    ) -> None:  # fmt: skip
+        self.num_ranks, self._backend = num_ranks, backend
+        self._link, self._per_node, self._slow = link_bytes_per_s, ranks_per_node, slow
+        self._up, self._num_runs = ExitStack(), 0
+
+    def run(
+        self, settings: Sequence[Setting], *, num_rounds: int = 3, num_steps: int = 4, barriers: bool = False,
+        check: bool = False, links: int = 0, delays: int = 0, delay_bytes: int = 2**16,
+        profile: str | Path | None = None, timeout_s: float = 120.0, progress: Progress | None = None,
+    ) -> Run:  # fmt: skip
+        """Run these settings in turn, ``num_rounds`` times ``num_steps`` steps of each.
+
+        ValueError for a number of ranks that cannot be or cannot share the experts, or a link that this system does not
+        let us make. RuntimeError when a rank ends or hangs: its own error, and where the log is.
+
+        Parameters
+        ----------
+        barriers
+            Let ranks meet before every exchange.
+        check
+            Also keep what was computed.
+        links, delays
+            Also time all-to-alls of several sizes; single messages of ``delay_bytes`` between all pairs; so many times.
+        profile
+            A folder for the traces of one more round of the first setting, a file per rank.
+        timeout_s
+            After this, the run is ended.
+        progress
+            ``progress(done, total)``; may raise, which ends the run.
+        """
+        on = self._checked()
+        for setting in settings:
+            routing.owners(setting, self.num_ranks)
+        jobs = [{"setting": setting.plain(), "barriers": barriers} for setting in settings]
+        run = {**on, "jobs": jobs, "num_rounds": num_rounds, "num_steps": num_steps, "check": check,
+               "links": int(links), "delays": delays, "delay_bytes": delay_bytes, "profile": profile is not None,
+               "timeout_s": timeout_s}  # fmt: skip
+        try:
+            if not self._num_runs:
+                atexit.register(self.close)
+                self._folder = self._up.enter_context(_own_folder())
+                self._process = self._up.enter_context(_started(self._folder, self.num_ranks, on))
+            folder = self._folder / str(self._num_runs)
+            folder.mkdir()
+            (folder / "run.json").write_text(json.dumps(run))
+            self._num_runs += 1
+            _watch(self._process, folder, self.num_ranks, timeout_s, progress, (num_rounds + 1) * len(jobs))
+            recorded = read(folder)
+            if profile is not None:
+                Path(profile).mkdir(parents=True, exist_ok=True)
+                for trace in folder.glob("trace*.json"):
+                    shutil.move(trace, Path(profile) / trace.name)
+            return recorded
+        except BaseException:
+            self._end(*sys.exc_info())
+            raise
+
+    def _checked(self) -> dict[str, Any]:
+        """What the ranks are to know of each other."""
+        num_ranks, per_node, slow = self.num_ranks, self._per_node, self._slow
+        check(num_ranks, self._link, per_node, self._backend)
+        per_node = per_node or (1 if self._link or slow else num_ranks)
+        detours = [slow] if isinstance(slow, Mapping) else list(slow or ())
+        _check_detours(detours, num_ranks // per_node)
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        return {"slow": [dict(entry) if entry else None for entry in detours], "backend": self._backend,
+                "num_threads": max(1, num_cores // num_ranks), "nodes_here": num_ranks // per_node,
+                "ranks_per_node": per_node, "link_bytes_per_s": self._link}  # fmt: skip
+
+    def close(self) -> None:
+        """End the ranks; another run starts others."""
+        self._end(None, None, None)
+
+    def _end(self, *error: Any) -> None:
+        atexit.unregister(self.close)
+        self._num_runs = 0
+        self._up.__exit__(*error)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @contextmanager
@@ -137,7 +185,7 @@ def check(num_ranks: int, link_bytes_per_s: float, ranks_per_node: int, backend:
 @functools.cache
 def why_no_links() -> str:
     """Why this system does not let us limit a link's rate; empty where it does."""
-    for tool in ("unshare", "ip", "tc"):
+    for tool in ("unshare", "nsenter", "ip", "tc"):
         if shutil.which(tool) is None:
             return f"the program {tool} is not installed"
     trial = ("ip link add port0 type veth peer name port1 && ip link add bridge0 type bridge && ip link set port0 up "
@@ -168,98 +216,62 @@ def _check_detours(detours: Sequence[Slow | None], num_nodes: int) -> None:
         raise ValueError(f"no slow link can be made here: {why}. Leave slow out")
 
 
-def _command(folder: Path, num_ranks: int, run: Mapping[str, Any]) -> list[str]:
-    """A process that ends with this one, and that all others end with (:func:`netns.end_with_parent`)."""
-    per_node = run["ranks_per_node"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(per_node)]
-    rank = [netns.__file__, json.dumps({"folder": str(folder), "parent": "{pid}"})]
-    plan: dict[str, Any] = {"parent": os.getpid()}
-    if not run["link_bytes_per_s"] and not run["slow"]:
-        plan["command"] = [*start, "--standalone", *rank]
-        return [sys.executable, netns.__file__, json.dumps(plan)]
-    num_nodes = num_ranks // per_node
-    start += ["--nnodes", str(num_nodes), "--node-rank", "{node}", "--master-addr", "{master}"]
-    plan |= {"command": [*start, "--master-port", str(_PORT), *rank], "num_nodes": num_nodes, "folder": str(folder),
-             "bytes_per_s": run["link_bytes_per_s"], "slow": run["slow"]}  # fmt: skip
-    return [*_unshare(), sys.executable, netns.__file__, json.dumps(plan)]
+@contextmanager
+def _started(folder: Path, num_ranks: int, on: Mapping[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """The process that starts the ranks, and ends them when its standard input closes: with this process, at the
+    latest."""
+    plan = {"folder": str(folder), "num_ranks": num_ranks, "per_node": on["ranks_per_node"],
+            "num_nodes": on["nodes_here"], "bytes_per_s": on["link_bytes_per_s"], "slow": on["slow"]}  # fmt: skip
+    apart = _unshare() if plan["bytes_per_s"] or plan["slow"] else ()
+    path = os.pathsep.join(filter(None, [str(Path(netns.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, "TMPDIR": str(folder)}
+    with (folder / "log.txt").open("wb") as log:
+        # a session of its own: an interrupt from the terminal reaches us alone, and we end the ranks
+        process = subprocess.Popen([*apart, sys.executable, netns.__file__, json.dumps(plan)], bufsize=0,
+                                   stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                                   start_new_session=True)  # fmt: skip
+    assert process.stdin is not None
+    try:
+        yield process
+    finally:
+        with suppress(OSError):
+            process.stdin.close()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GOODBYE_S)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _watch(
-    command: list[str], folder: Path, num_ranks: int, timeout_s: float, progress: Progress | None, total: int
-) -> None:
-    """Run it to its end, or end it, and whatever it started. Ranks that have written all they saw are done, whether
-    they then end well, badly, or not at all: the launcher waits for them at a barrier of its own, up to five
-    minutes."""
-    path = os.pathsep.join(filter(None, [str(Path(netns.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    # the launcher leaves folders of its own behind: they go with ours
-    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, "TMPDIR": str(folder)}
-    log, limit, done_by = folder / "log.txt", time.monotonic() + timeout_s, 0.0
-    with log.open("wb") as out:
-        # a session of its own: an interrupt from the terminal reaches us alone, and we end the ranks
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   env=environment, start_new_session=True)  # fmt: skip
-        try:
-            while process.poll() is None and (not done_by or time.monotonic() < done_by):
-                if not done_by and _num_written(folder) == num_ranks:
-                    done_by = time.monotonic() + _GOODBYE_S
-                if not done_by and time.monotonic() > limit:
-                    raise RuntimeError(f"the ranks were not done after {timeout_s:g} s and were ended; the log is "
-                                       f"{log}")  # fmt: skip
-                done = folder / "progress"
-                tell(progress, done.stat().st_size if done.exists() else 0, total)
-                time.sleep(_POLL_S)
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            _end_all(folder)
-    if _num_written(folder) < num_ranks:
-        raise RuntimeError(f"{_why(folder, log)}; the log is {log}")
-
-
-def _num_written(folder: Path) -> int:
-    return len(list(folder.glob("rank*.json")))
-
-
-def _end_all(folder: Path) -> None:
-    """Wait until no process of this run is left; where the system lists them, after a moment end them ourselves."""
-    patience = time.monotonic() + _GOODBYE_S / 2
-    while left := _left(folder):
-        if time.monotonic() > patience:
-            for process_id in left:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(process_id, signal.SIGKILL)
-            if time.monotonic() > patience + _GOODBYE_S:
-                return
+    process: subprocess.Popen[bytes], folder: Path, num_ranks: int, timeout_s: float, progress: Progress | None,
+    total: int,
+) -> None:  # fmt: skip
+    """Have the ranks run what stands in the folder, until all have written what they saw."""
+    log, limit, done = folder.parent / "log.txt", time.monotonic() + timeout_s, folder / "progress"
+    with suppress(OSError):  # it has ended; the log says why
+        process.stdin.write(f"{folder.name}\n".encode())  # type: ignore[union-attr]
+    while len(list(folder.glob("rank*.json"))) < num_ranks:
+        if process.poll() is not None:
+            raise RuntimeError(f"{_why(folder.parent, log)}; the log is {log}")
+        if time.monotonic() > limit:
+            raise RuntimeError(f"the ranks were not done after {timeout_s:g} s and were ended; the log is {log}")
+        tell(progress, done.stat().st_size if done.exists() else 0, total)
         time.sleep(_POLL_S)
-
-
-def _left(folder: Path) -> list[int]:
-    """Processes of this run: the folder's name is its alone, and stands in the command line of each."""
-    process_ids = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = path.read_bytes()
-            ours = b"effkit.moe.rank" in words or os.fsencode(netns.__file__) in words
-            if ours and os.fsencode(folder.name) in words and int(path.parent.name) != os.getpid():
-                process_ids.append(int(path.parent.name))
-    return process_ids
 
 
 def _why(folder: Path, log: Path) -> str:
     """Which rank ended the run, in its own words: one that was killed left none, one that hangs neither."""
-    text = log.read_text(errors="replace")
-    for rank, number in re.findall(r"rank\s*: (\d+) \(.*?\n\s*exitcode\s*: -(\d+)", text):
-        if int(number) not in (signal.SIGTERM, signal.SIGABRT):  # those end a rank because another one failed
-            return f"rank {rank} was ended by signal {number} ({signal.Signals(int(number)).name})"
     errors = []
     for path in folder.glob("rank*.error"):
         with suppress(ValueError):
-            said = json.loads(path.read_text())
-            errors.append((said["time"], path.stem.removeprefix("rank"), said["error"]))
+            why = json.loads(path.read_text())
+            errors.append((why["time"], path.stem.removeprefix("rank"), why["said"]))
     if errors:
-        _, rank, error = min(errors)
-        return f"rank {rank} ended the run with {error}"
+        _, rank, words = min(errors)
+        return f"rank {rank} {words}"
+    text = log.read_text(errors="replace")
     # one that did not come as far as that: what it said, before its launcher's lines about it
     said = _ERROR.findall(text) or text.strip().splitlines()[-1:] or ["no word"]
     return f"the ranks could not be started: {said[0]}"

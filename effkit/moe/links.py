@@ -12,7 +12,7 @@ import pandas as pd
 
 from effkit.lab import Hull, Progress, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
-from effkit.moe.launching import Slow, launch
+from effkit.moe.launching import Ranks, Slow
 from effkit.moe.recorded import Array
 from effkit.progress_bar import working
 from effkit.units import readable
@@ -138,14 +138,15 @@ def link(
     num_ranks
         2 to 8, processes on this machine.
     link_bytes_per_s, ranks_per_node
-        A slower network, made for real: see :func:`effkit.moe.launching.launch`. 0: this machine's loopback.
+        A slower network, made for real: see :func:`effkit.moe.launching.Ranks`. 0: this machine's loopback.
     num_repeats
         All sizes in turn, this many times.
     """
     if num_repeats < 1:
         raise ValueError(f"num_repeats is at least 1; given: {num_repeats}")
-    run = launch([], num_ranks, links=num_repeats, link_bytes_per_s=link_bytes_per_s, ranks_per_node=ranks_per_node,
-                 backend=backend, timeout_s=timeout_s, progress=progress)  # fmt: skip
+    on = {"link_bytes_per_s": link_bytes_per_s, "ranks_per_node": ranks_per_node, "backend": backend}
+    with Ranks(num_ranks, **on) as ranks:
+        run = ranks.run([], links=num_repeats, timeout_s=timeout_s, progress=progress)
     return fit(run.links, num_ranks, int(run.facts["ranks_per_node"]), link_bytes_per_s)
 
 
@@ -215,8 +216,9 @@ def delays(
             raise ValueError(f"{name} is at least {least}; given: {value}")
     if slow is not None and not slow:
         raise ValueError("slow is None, one dictionary or several; given: an empty one")
-    run = launch([], num_ranks, delays=num_rounds * quickest_of, delay_bytes=size_bytes, slow=slow,
-                 link_bytes_per_s=link_bytes_per_s, timeout_s=timeout_s, progress=progress)  # fmt: skip
+    with Ranks(num_ranks, slow=slow, link_bytes_per_s=link_bytes_per_s) as ranks:
+        run = ranks.run([], delays=num_rounds * quickest_of, delay_bytes=size_bytes, timeout_s=timeout_s,
+                        progress=progress)  # fmt: skip
     delays_ns = run.delays.reshape(-1, num_rounds, quickest_of, num_ranks, num_ranks).min(axis=2)
     return delays_ns[0] if slow is None or isinstance(slow, Mapping) else delays_ns
 

@@ -15,7 +15,7 @@ from effkit.arguments import checked_whole, described
 from effkit.lab import Progress, calibration_of
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
-from effkit.moe.launching import launch
+from effkit.moe.launching import Ranks
 from effkit.moe.recorded import Array, Run, Step, read
 from effkit.moe.setting import Setting
 from effkit.progress_bar import working
@@ -55,7 +55,7 @@ def measure(
     levers
         Of ``"lsh", "bfloat16", "float8"``: also time these, so that :func:`predict` knows what they cost.
     link_bytes_per_s, ranks_per_node
-        A slower network, made for real: see :func:`effkit.moe.launching.launch`.
+        A slower network, made for real: see :func:`effkit.moe.launching.Ranks`.
     barriers
         Let the ranks meet before every exchange: waiting is then what the barrier took, another way to tell it.
     profile
@@ -65,20 +65,29 @@ def measure(
     if not isinstance(setting, Setting | None):
         raise TypeError(f"setting is a moe.Setting, of a layer that is made here; given: {described(setting)}")
     setting = (setting or (calibration.setting if calibration else Setting())).change(**changes)
-    num_rounds, num_steps = checked_whole("num_rounds", num_rounds, 1), checked_whole("num_steps", num_steps, 1)
-    if calibration is not None:
-        num_ranks, ranks_per_node = calibration.num_ranks, calibration.ranks_per_node
-        link_bytes_per_s, num_steps = calibration.link_bytes_per_s, calibration.num_steps
-        jobs = [calibration.setting, setting]
-    else:
-        jobs = [setting] if barriers else probes(setting, num_ranks, levers)
-    run = launch(
-        jobs, num_ranks, num_rounds=num_rounds, num_steps=num_steps, barriers=barriers,
-        link_bytes_per_s=link_bytes_per_s or 0.0, ranks_per_node=ranks_per_node or 0, profile=profile, backend=backend,
-        timeout_s=timeout_s, progress=progress,
-    )  # fmt: skip
-    if base is None or calibration is None:
-        return accounted(run, 0, None if barriers else calibrate(run))
+    how = {"num_rounds": checked_whole("num_rounds", num_rounds, 1), "profile": profile, "timeout_s": timeout_s,
+           "progress": progress}  # fmt: skip
+    num_steps = checked_whole("num_steps", num_steps, 1)
+    if base is not None and calibration is not None:
+        with ranks_of(calibration, backend) as ranks:
+            return beside(ranks, base, setting, barriers=barriers, **how)
+    jobs = [setting] if barriers else probes(setting, num_ranks, levers)
+    with Ranks(num_ranks, link_bytes_per_s=link_bytes_per_s or 0.0, ranks_per_node=ranks_per_node or 0,
+               backend=backend) as ranks:  # fmt: skip
+        run = ranks.run(jobs, num_steps=num_steps, barriers=barriers, **how)
+    return accounted(run, 0, None if barriers else calibrate(run))
+
+
+def ranks_of(calibration: Calibration, backend: str = "auto") -> Ranks:
+    """Ranks like those that were calibrated on."""
+    return Ranks(calibration.num_ranks, link_bytes_per_s=calibration.link_bytes_per_s,
+                 ranks_per_node=calibration.ranks_per_node, backend=backend)  # fmt: skip
+
+
+def beside(ranks: Ranks, base: Account, setting: Setting, *, barriers: bool = False, **how: Any) -> Account:
+    """The setting, run in turn with that of the base, and told relative to it."""
+    calibration = calibration_of(base, Calibration, "moe")
+    run = ranks.run([calibration.setting, setting], num_steps=calibration.num_steps, barriers=barriers, **how)
     scale = base.total / total_ns(run.of_job(0))
     return accounted(run, 1, None if barriers else calibration.moved(run, 1, scale), scale)
 

@@ -12,7 +12,16 @@ from effkit.arguments import checked_number, checked_whole
 from effkit.lab import Progress, banded, calibration_of, interval
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, total_ns
-from effkit.moe.live import TIME, bytes_account, communication_account, copies_account, full_setting, measure, scaled
+from effkit.moe.live import (
+    TIME,
+    beside,
+    bytes_account,
+    communication_account,
+    copies_account,
+    full_setting,
+    ranks_of,
+    scaled,
+)
 from effkit.moe.recorded import Step
 from effkit.moe.setting import COMPRESSIONS, MESSAGE_DTYPES, PLACEMENTS, Setting
 from effkit.moe.simulating import simulate
@@ -145,6 +154,10 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
 
     def run(progress: Progress, **setting: Any) -> Account:
         changes = {name: value for name, value in setting.items() if name not in _OF_THE_RANKS}
-        return measure(base=base, num_rounds=num_rounds, timeout_s=timeout_s, progress=progress, **changes)
+        return beside(ranks, base, at.change(**changes), num_rounds=num_rounds, timeout_s=timeout_s,
+                      progress=progress)  # fmt: skip
 
-    return WhatIf(base, predict, knobs, run)
+    ranks = ranks_of(calibration)  # they stay up from one press of the button to the next
+    panel = WhatIf(base, predict, knobs, run)
+    panel.observe(lambda _: ranks.close(), "comm")  # as it is closed
+    return panel

@@ -1,7 +1,8 @@
-"""What each rank of a run does. ``python -m torch.distributed.run … -m effkit.moe.rank FOLDER`` starts the ranks.
+"""What each rank of a run does. ``python -m effkit.moe.rank FOLDER stay`` is one of those that stay up.
 
-``FOLDER/run.json`` says what to run (:mod:`effkit.moe.launching` writes it), ``FOLDER/rank<r>.json`` what rank r saw.
-On a cluster: the same command under torchrun on every node, with a folder that all can reach.
+Each line on its standard input names a folder in ``FOLDER``: ``run.json`` says what to run there
+(:mod:`effkit.moe.launching` writes it), ``rank<r>.json`` what rank r saw. On a cluster, without ``stay``: ``torchrun …
+-m effkit.moe.rank FOLDER`` on every node, with a folder that all can reach, which is run itself, once.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from effkit.device import provenance, synchronize
 from effkit.moe import routing
 from effkit.moe.layers import layer_of
-from effkit.moe.netns import ask_for, end_with_parent
+from effkit.moe.netns import ask_for
 from effkit.moe.setting import Setting
 from effkit.recording import trace_of
 from effkit.whole_files import replacing
@@ -196,26 +196,35 @@ def _local(name: str, default: int) -> int:
     return int(os.environ.get(f"LOCAL_{name}", default))
 
 
-@record
 def main() -> None:
-    end_with_parent()
-    folder = Path(sys.argv[1])
+    folder, stays = Path(sys.argv[1]), len(sys.argv) > 2
     try:
-        _run(folder)
+        for line in sys.stdin if stays else [""]:
+            _run(folder, folder / line.strip(), stays)
     except Exception as error:  # what ended this rank, where whoever started it looks
-        why = {"time": time.time(), "error": f"{type(error).__name__}: {error}"}
+        why = {"time": time.time(), "said": f"ended the run with {type(error).__name__}: {error}"}
         (folder / f"rank{os.environ.get('RANK', '0')}.error").write_text(json.dumps(why))
         raise
 
 
-def _run(folder: Path) -> None:
-    run = json.loads((folder / "run.json").read_text())
+def _meet(run: dict[str, Any], folder: Path, stays: bool) -> tuple[str, torch.device]:
+    """The backend and this rank's device; from here on the ranks know each other."""
     _pin(int(run.get("nodes_here", 1)))
     torch.set_num_threads(int(run.get("num_threads", 1)))
     backend, device = chosen(run.get("backend", "auto"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(run.get("timeout_s", 60))))
+    if not dist.is_initialized():
+        world = int(os.environ["WORLD_SIZE"])
+        how = {"store": dist.FileStore(str(folder / "met"), world), "rank": int(os.environ["RANK"]),
+               "world_size": world} if stays else {}  # fmt: skip
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(run.get("timeout_s", 60))), **how)
+    return backend, device
+
+
+def _run(root: Path, folder: Path, stays: bool) -> None:
+    run = json.loads((folder / "run.json").read_text())
+    backend, device = _meet(run, root, stays)
     rank = dist.get_rank()
     travels_on = device if backend == "nccl" else torch.device("cpu")
     recorded: dict[str, Any] = {
@@ -226,16 +235,16 @@ def _run(folder: Path) -> None:
     if run.get("links"):
         recorded["links"] = probe_links(int(run["links"]), travels_on)
     if run.get("delays"):
-        recorded["delays"] = probe_delays(run, folder, travels_on)
+        recorded["delays"] = probe_delays(run, root, travels_on)
     num_steps = int(run["num_steps"])
     jobs = [Job(job, num_steps, device, travels_on, recorded["clock"][0][1]) for job in run["jobs"]]
     for round_ in range(-1, int(run["num_rounds"]) if jobs else -1):
         for number, job in enumerate(jobs):
             for step in range(num_steps):
-                measured = job.run(step, check=round_ < 0)
+                measured = job.run(step, check=round_ < 0 and run.get("check", False))
                 if round_ >= 0:
                     recorded["steps"].append({"job": number, "round": round_, **measured})
-                else:  # the first round warms up
+                elif "check" in measured:  # the first round warms up
                     recorded["checks"].append({"job": number, "step": step, **measured["check"]})
             if rank == 0:
                 with (folder / "progress").open("a") as progress:
@@ -247,10 +256,11 @@ def _run(folder: Path) -> None:
         (folder / f"trace{rank}.json").write_bytes(trace)
     with replacing(folder / f"rank{rank}.json") as part:
         part.write_text(json.dumps(recorded))
-    dist.barrier()
     for job in jobs:
         job.layer.exchange.close()
-    dist.destroy_process_group()
+    if not stays:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _pin(nodes_here: int) -> None:
