@@ -144,8 +144,7 @@ def link(
     """
     if num_repeats < 1:
         raise ValueError(f"num_repeats is at least 1; given: {num_repeats}")
-    on = {"link_bytes_per_s": link_bytes_per_s, "ranks_per_node": ranks_per_node, "backend": backend}
-    with Ranks(num_ranks, **on) as ranks:
+    with Ranks(num_ranks, link_bytes_per_s=link_bytes_per_s, ranks_per_node=ranks_per_node, backend=backend) as ranks:
         run = ranks.run([], links=num_repeats, timeout_s=timeout_s, progress=progress)
     return fit(run.links, num_ranks, int(run.facts["ranks_per_node"]), link_bytes_per_s)
 

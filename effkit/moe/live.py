@@ -65,7 +65,7 @@ def measure(
     if not isinstance(setting, Setting | None):
         raise TypeError(f"setting is a moe.Setting, of a layer that is made here; given: {described(setting)}")
     setting = (setting or (calibration.setting if calibration else Setting())).change(**changes)
-    how = {"num_rounds": checked_whole("num_rounds", num_rounds, 1), "profile": profile, "timeout_s": timeout_s,
+    how: dict[str, Any] = {"num_rounds": checked_whole("num_rounds", num_rounds, 1), "profile": profile, "timeout_s": timeout_s,
            "progress": progress}  # fmt: skip
     num_steps = checked_whole("num_steps", num_steps, 1)
     if base is not None and calibration is not None:

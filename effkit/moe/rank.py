@@ -215,9 +215,10 @@ def _meet(run: dict[str, Any], folder: Path, stays: bool) -> tuple[str, torch.de
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        world = int(os.environ["WORLD_SIZE"])
-        how = {"store": dist.FileStore(str(folder / "met"), world), "rank": int(os.environ["RANK"]),
-               "world_size": world} if stays else {}  # fmt: skip
+        how: dict[str, Any] = {}  # as torchrun says, in the environment
+        if stays:
+            how = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+            how["store"] = dist.FileStore(str(folder / "met"), how["world_size"])  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(run.get("timeout_s", 60))), **how)
     return backend, device
 
