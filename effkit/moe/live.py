@@ -65,9 +65,8 @@ def measure(
     if not isinstance(setting, Setting | None):
         raise TypeError(f"setting is a moe.Setting, of a layer that is made here; given: {described(setting)}")
     setting = (setting or (calibration.setting if calibration else Setting())).change(**changes)
-    how: dict[str, Any] = {"num_rounds": checked_whole("num_rounds", num_rounds, 1), "profile": profile, "timeout_s": timeout_s,
-           "progress": progress}  # fmt: skip
-    num_steps = checked_whole("num_steps", num_steps, 1)
+    num_rounds, num_steps = checked_whole("num_rounds", num_rounds, 1), checked_whole("num_steps", num_steps, 1)
+    how: dict[str, Any] = {"num_rounds": num_rounds, "profile": profile, "timeout_s": timeout_s, "progress": progress}
     if base is not None and calibration is not None:
         with ranks_of(calibration, backend) as ranks:
             return beside(ranks, base, setting, barriers=barriers, **how)
