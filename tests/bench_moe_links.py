@@ -107,4 +107,4 @@ def test_nobody_is_left_after_twenty_runs_of_which_five_are_killed():
 def _ranks():
     """Command lines of ranks and of their launchers on this machine."""
     lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    return [line for line in lines if "effkit.moe.rank" in line or "netns.py" in line]
+    return [line for line in lines if "effkit.moe.forking" in line]

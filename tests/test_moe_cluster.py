@@ -27,7 +27,7 @@ def calibration(**changes):
         (False, "during", "experts"): 2 * experts,
     }
     values = {
-        "setting": SETTING, "settings": [SETTING], "num_ranks": 2, "ranks_per_node": 2, "anchors": (1.0, 1.0),
+        "setting": SETTING, "settings": [SETTING], "num_ranks": 2, "ranks_per_node": 2, "anchors": {1: 1.0, 2: 1.0},
         "costs": Costs(phases, np.array([2_000.0, 0.0, 0.5, 0.0])), "error_frac": 0.05, "noise_frac": 0.0,
         "num_steps": 1, "walls_ns": (), "lever_anchors": {},
     }  # fmt: skip
@@ -141,7 +141,7 @@ def test_an_imbalance_is_waited_for(sixteen):
 
 
 def test_what_is_measured_is_anchored_and_links_are_not(sixteen):
-    twice = scale(base(anchors=(2.0, 2.0)), 16, intra=INTRA, inter=INTER)
+    twice = scale(base(anchors={1: 2.0, 2: 2.0}), 16, intra=INTRA, inter=INTER)
     ratio = twice.frame["value"] / sixteen.frame["value"]
     assert ratio["experts"] == ratio["gate"] == 2
     assert ratio["dispatch moving"] == 1

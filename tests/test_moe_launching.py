@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from effkit import models
-from effkit.moe import launching, netns, routing
+from effkit.moe import launching, routing
 from effkit.moe import rank as rank_module
 from effkit.moe.launching import Ranks
 from effkit.moe.recorded import read
@@ -65,15 +65,19 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
+def router_of(folder: Path) -> psutil.Process | None:
+    """The process that forks the ranks, and has their command line."""
+    found = {process.pid: process for process in processes_of(folder) if "effkit.moe.forking" in process.cmdline()}
+    return next((process for process in found.values() if process.ppid() not in found), None)
+
+
 def ranks_of(folder: Path) -> dict[int, psutil.Process]:
-    found = {}
-    for process in processes_of(folder):
-        try:
-            if "effkit.moe.rank" in process.cmdline():
-                found[int(process.environ()["RANK"])] = process
-        except (psutil.Error, KeyError):
-            pass
-    return found
+    try:
+        router = router_of(folder)
+        ranks = sorted(router.children(), key=lambda process: process.pid) if router else []
+        return dict(enumerate(rank for rank in ranks if "effkit.moe.forking" in rank.cmdline()))
+    except psutil.Error:
+        return {}
 
 
 def nobody_is_left(folder: Path, patience_s: float = 5.0) -> bool:
@@ -184,18 +188,19 @@ def test_a_rank_that_hangs_ends_within_the_limit(folder):
         if done and 0 in (ranks := ranks_of(folder)):
             ranks[0].suspend()
 
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match="the ranks were not done after 12 s and were ended; the log is "):
-        launch([BASE], 2, num_rounds=5000, num_steps=2, timeout_s=12, progress=stop)
-    assert time.monotonic() - start < 20
+    with Ranks(2) as ranks:
+        ranks.run([BASE], num_rounds=1, num_steps=1)
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="the ranks were not done after 4 s and were ended; the log is "):
+            ranks.run([BASE], num_rounds=5000, num_steps=2, timeout_s=4, progress=stop)
+    assert time.monotonic() - start < 12
     assert nobody_is_left(folder)
 
 
 def test_ranks_that_are_done_need_no_goodbye(folder):
     def stop_the_router(done, total):
-        for process in processes_of(folder) if done else ():
-            if netns.__file__ in process.cmdline():
-                process.suspend()
+        if done and (router := router_of(folder)):
+            router.suspend()
 
     seen = launch([BASE], 2, num_rounds=1, num_steps=1, progress=stop_the_router, timeout_s=60)
     assert len(seen.steps) == 1
@@ -204,18 +209,17 @@ def test_ranks_that_are_done_need_no_goodbye(folder):
 
 
 @pytest.mark.parametrize("kind", ["plain", LINKS])
-def test_ranks_stay_up_for_the_next_run_and_end_with_their_owner(folder, kind):
+def test_one_start_is_enough_for_several_runs(folder, kind):
     with Ranks(2, link_bytes_per_s=1e8 if kind == "links" else 0.0) as ranks:
         first = ranks.run([BASE], num_rounds=1, num_steps=1)
-        up = {rank: process.pid for rank, process in ranks_of(folder).items()}
+        router = router_of(folder)
         again = ranks.run([SETTINGS["pieces"], BASE], num_rounds=2, num_steps=1)
-        assert {rank: process.pid for rank, process in ranks_of(folder).items()} == up
-        assert sorted(up) == [0, 1]
+        assert router_of(folder) == router
         assert (first.kept[0, 0] == again.kept[1, 0]).all()
         assert [step.job for step in again.steps] == [0, 1, 0, 1]
         with pytest.raises(ValueError, match="cannot be shared equally by 2 ranks"):
             ranks.run([BASE.change(num_experts=3)])
-        assert sorted(ranks_of(folder)) == [0, 1], "what is refused before anything runs ends nothing"
+        assert router_of(folder) == router, "what is refused before anything runs ends nothing"
     assert nobody_is_left(folder)
     assert not list(folder.iterdir())
 

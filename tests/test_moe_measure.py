@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import effkit as ek
@@ -85,6 +86,16 @@ def test_the_button_runs_ranks_and_shows_the_receipt(base):
     receipt = panel.measure()
     assert receipt.frame.loc["Bytes between ranks in one step", "error"] == 0
     assert "Receipt: predicted" in panel.shown()
+    assert len(routers()) == 1, "it stays up for the next press"
+    panel.measure()
+    assert len(routers()) == 1
+    panel.close()
+    assert not routers()
+
+
+def routers():
+    """Processes of this one that fork ranks."""
+    return [child for child in psutil.Process().children() if "effkit.moe.forking" in child.cmdline()]
 
 
 def test_a_run_that_was_prepared_is_started_elsewhere_and_read(tmp_path):

@@ -1,6 +1,7 @@
 """predict(), whatif(), best_degrees(), worth_balancing(), in a world whose costs are known: nothing is run."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,6 +102,70 @@ def test_the_noise_of_a_step_is_less_than_that_of_one_round(base):
     """Of nine repeats a third."""
     known = replace(base.calibration, error_frac=0.0, noise_frac=0.12, walls_ns=[[1] * 3], num_steps=3)
     assert known.band_frac == pytest.approx(2 * (np.pi / 2) ** 0.5 * 0.12 / 3)
+
+
+def slowed(run, factor):
+    """The run, had every step taken ``factor(setting, round)`` times as long."""
+
+    def longer(step):
+        def times(rank):
+            calls = [call._replace(start_ns=by(call.start_ns), end_ns=by(call.end_ns)) for call in rank.calls]
+            phases = [(name, by(begin), by(end)) for name, begin, end in rank.phases]
+            return type(rank)(by(rank.begin_ns), by(rank.turn_ns), by(rank.end_ns), phases, calls)
+
+        by = partial(np.multiply, factor(run.settings[step.job], step.round))
+        return step._replace(ranks=[times(rank) for rank in step.ranks])
+
+    return replace(run, steps=[longer(step) for step in run.steps])
+
+
+def calibrated(factor):
+    run = slowed(run_of(probes(BASE, 2, ())), factor)
+    return accounted(run, 0, calibrate(run))
+
+
+def test_what_pieces_take_beyond_the_model_is_told_by_their_number():
+    """The phases' own fit cannot take both: twice as many pieces are not twice as much of anything."""
+    beyond = {1: 1.0, 2: 1.02, 4: 1.3}
+    base = calibrated(lambda setting, _: np.mean([beyond[degree] for degree in setting.degrees]))
+    for degree in (2, 4):
+        found = beyond[degree] * truth(BASE.change(num_chunks=degree)).total
+        assert moe.predict(base, num_chunks=degree).total == pytest.approx(found, rel=0.04)
+    anchors = base.calibration.anchors
+    assert sorted(anchors) == [1, 2, 4]
+    assert anchors[2] < anchors[4]
+    between = base.calibration.anchor(BASE.change(num_chunks=3))
+    assert anchors[2] < between < anchors[4], "on the line between, and not beyond the last"
+    assert base.calibration.anchor(BASE.change(num_chunks=8)) == anchors[4]
+
+
+def test_what_differs_from_launch_to_launch_is_in_the_band_of_what_runs_in_pieces():
+    """Ten percent slower in the second of two: a third may be as far from the mean of those two."""
+
+    def factor(setting, launch):
+        return 1.1 if launch and max(setting.degrees) > 1 else 1.0
+
+    base = calibrated(factor)
+    known = base.calibration
+    assert known.noise_frac == 0
+    assert known.launch_noise_frac == pytest.approx(1.4826 / 2**0.5 * 0.1 / 1.05 * 1.5**0.5, rel=0.01)
+    plain, pieces = (half_width(moe.predict(base, **change)) for change in ({"num_tokens": 300}, {"num_chunks": 3}))
+    assert plain == pytest.approx(2 * known.error_frac, rel=1e-3)
+    assert pieces == pytest.approx(2 * np.hypot(known.error_frac, known.launch_noise_frac), rel=1e-3)
+    moved = known.moved(run_of([BASE, BASE.change(num_chunks=2)]), 1, 1.0)
+    assert half_width(moe.predict(replace(base, calibration=moved), num_tokens=300)) > plain, "its base is in pieces"
+
+
+def test_a_machine_whose_speed_drifts_makes_no_noise():
+    known = calibrated(lambda _, launch: 1.0 + 0.2 * launch).calibration
+    assert known.noise_frac == pytest.approx(0, abs=1e-6)
+    assert known.launch_noise_frac == pytest.approx(0, abs=1e-6)
+
+
+def test_another_round_is_run_where_it_makes_the_band_clearly_narrower(base):
+    known = replace(base.calibration, walls_ns=[[1] * 2], num_steps=3)
+    assert not replace(known, error_frac=0.03, noise_frac=0.01).shrinks
+    assert replace(known, error_frac=0.01, noise_frac=0.05).shrinks
 
 
 def test_combinations_that_no_run_had_are_another_regime(base):

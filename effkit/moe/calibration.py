@@ -21,7 +21,9 @@ _LEVERS: Mapping[str, Mapping[str, Any]] = {
     "bfloat16": {"message_dtype": "bfloat16"},
     "float8": {"message_dtype": "float8"},
 }
-_NUM_AROUND = 6  # settings that the costs of plain steps are fitted on; those of levers follow
+_CLEARLY = 0.95  # of the band, or less: what another round must make of it to be worth its time
+_EXACTLY = 1e6  # weight beside those of other runs
+_NUM_AROUND = 7  # settings that the costs of plain steps are fitted on; those of levers follow
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +43,18 @@ class Calibration:
     owner
         The rank that holds each expert, [num_experts]; -1 for every rank.
     anchors
-        Measured over modelled time: of the measured setting, and of those of the other kind, whose exchanges overlap or
-        do not; in the order not overlapped, overlapped.
+        Number of pieces -> measured over modelled time. That of the measured setting is its own; the others', of all
+        settings around it.
     lever_anchors
         The same of each lever's run, over that of the settings without it.
     error_frac
         Root mean square error of the time of a setting that was left out of the fit: inside the range. One that lay
         outside the others' sizes was off by more than that, as much as the band is wider there.
     noise_frac
-        How far steps of the same setting and routing lay apart, from round to round.
+        How far steps of the same setting and routing lay apart, from round to round, relative to the measured setting.
+    launch_noise_frac
+        How far the time of runs in pieces, relative to the measured setting beside them, lies from one launch of ranks
+        to the next: of another launch, against the mean of those that were calibrated on.
     step
         One step of the measured setting, rank by rank: of its first routing, the one of median time.
     walls_ns
@@ -65,9 +70,10 @@ class Calibration:
     settings: Sequence[Setting]
     loads: Array
     owner: Array
-    anchors: tuple[float, float]
+    anchors: Mapping[int, float]
     error_frac: float
     noise_frac: float
+    launch_noise_frac: float
     step: Step
     walls_ns: Sequence[Sequence[int]] = ()
     lever_anchors: Mapping[str, float] = field(default_factory=dict)
@@ -83,6 +89,12 @@ class Calibration:
         """Half-width of the band on a step's time, inside the range."""
         return self.trust.band_frac
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether one more round would make the band clearly narrower."""
+        more = replace(self.trust, num_repeats=self.trust.num_repeats + self.num_steps)
+        return more.band_frac < _CLEARLY * self.band_frac
+
     def anchor(self, setting: Setting) -> float:
         """What a modelled time is multiplied by: the mean over the directions, of which each overlaps or does not, and
         what is known of the setting's levers."""
@@ -97,21 +109,23 @@ class Calibration:
         ran = {one: _sizes(one, self.num_ranks) | here for one in self.settings}
         own = [sizes for one, sizes in ran.items() if _levers(one) == _levers(setting)]
         sizes = _sizes(setting, int(on["num_ranks"])) | dict(on)
-        doublings = Hull.of(own or ran.values()).doublings(sizes)
-        return self.trust.beyond(doublings, seen), seen and Hull.of(ran.values()).covers(sizes)
+        doublings, trust = Hull.of(own or ran.values()).doublings(sizes), self.trust
+        if _overlaps(setting) or _overlaps(self.setting):  # no repeat within a launch averages out what differs in it
+            trust = replace(trust, error_frac=math.hypot(self.error_frac, self.launch_noise_frac))
+        return trust.beyond(doublings, seen), seen and Hull.of(ran.values()).covers(sizes)
 
     def moved(self, run: Run, job: int, scale: float) -> Calibration:
         """The same costs, at rest at another setting that was run: its times, times ``scale``, are the truth there."""
-        setting, steps = run.settings[job], run.of_job(job)
+        setting, steps, walls = run.settings[job], run.of_job(job), _walls_ns(run)
         numbers = sorted({step.number for step in steps})
         modelled = [simulate(setting, n, self.num_ranks, self.ranks_per_node, self.costs) for n in numbers]
         known = self.anchor(setting) / _anchor(self.anchors, setting)  # of its levers
-        anchors = [scale * total_ns(steps) / total_ns(modelled) / known if kind == _overlaps(setting) else anchor
-                   for kind, anchor in enumerate(self.anchors)]  # fmt: skip
+        beyond = scale * total_ns(steps) / total_ns(modelled) / known / _anchor(self.anchors, setting)
+        own = {degree: beyond * _of_degree(self.anchors, degree) for degree in setting.degrees}
         return replace(
-            self, setting=setting, anchors=(anchors[0], anchors[1]),
+            self, setting=setting, anchors={**self.anchors, **own},
             loads=np.stack([run.kept[job, n] for n in numbers]), owner=routing.owners(setting, self.num_ranks),
-            noise_frac=noise(walls := _walls_ns(run)), walls_ns=walls,
+            noise_frac=noise(times for _, times in _beside_first(walls)), walls_ns=list(walls.values()),
             step=_typical([step for step in steps if step.number == numbers[0]]),
         )  # fmt: skip
 
@@ -124,7 +138,7 @@ class Calibration:
 
 
 def probes(setting: Setting, num_ranks: int, levers: Sequence[str]) -> list[Setting]:
-    """The settings that costs are fitted on: this one, five others around it, one per lever (ValueError if unknown)."""
+    """The settings that costs are fitted on: this one, six others around it, one per lever (ValueError if unknown)."""
     if unknown := set(levers) - set(_LEVERS):
         raise ValueError(f"levers are {', '.join(_LEVERS)}; given: {', '.join(sorted(unknown))}")
     half = max(1, setting.num_tokens // 2)
@@ -135,6 +149,7 @@ def probes(setting: Setting, num_ranks: int, levers: Sequence[str]) -> list[Sett
         setting.change(num_tokens=2 * setting.num_tokens, skew=0.0),
         setting.change(**narrow, num_tokens=setting.num_tokens + half, num_chunks=2, num_chunks_backward=4),
         setting.change(num_chunks=4, num_chunks_backward=0),
+        setting.change(num_chunks=2, num_chunks_backward=0),
         _other_experts(setting, num_ranks),
     ]
     return [*around, *(setting.change(**{"pad": False, **_LEVERS[lever]}) for lever in levers
@@ -163,15 +178,9 @@ def calibrate(run: Run) -> Calibration:
     def modelled(job: int, fitted: costs.Costs) -> float:
         return total_ns([simulate(run.settings[job], n, num_ranks, per_node, fitted) for n in numbers])
 
-    def anchors(fitted: costs.Costs, left_out: int | None) -> tuple[float, float]:
-        ratios: tuple[list[float], list[float]] = ([], [])
-        for job in range(num_around):
-            if job != left_out:
-                ratios[_overlaps(run.settings[job])].append(measured[job] / modelled(job, fitted))
-        own = _overlaps(run.settings[0])  # the measured setting stands for its kind alone: there, all is exact
-        first, second = (float(np.mean(of_kind[:1] if kind == own else of_kind)) if of_kind else 1.0
-                         for kind, of_kind in enumerate(ratios))  # fmt: skip
-        return first, second
+    def anchors(fitted: costs.Costs, left_out: int | None) -> dict[int, float]:
+        return _anchors([(run.settings[job], measured[job] / modelled(job, fitted))
+                         for job in range(num_around) if job != left_out])  # fmt: skip
 
     errors, sizes = [], [_sizes(setting, num_ranks) for setting in run.settings[:num_around]]
     for job in range(1, num_around):
@@ -184,11 +193,16 @@ def calibrate(run: Run) -> Calibration:
     for job in range(num_around, len(run.settings)):
         (lever,) = (name for name in _LEVERS if _uses(run.settings[job], name) and not _uses(base, name))
         of_levers[lever] = measured[job] / modelled(job, whole) / _anchor(known, run.settings[job])
+    walls = _walls_ns(run)
+    totals = {(job, 0): np.mean([walls[job, n] for n in numbers], axis=0) for job in range(num_around)}
+    cut = {job for job, setting in enumerate(run.settings) if _overlaps(base) or _overlaps(setting)}
+    whole_ones = [times for job, times in _beside_first(walls) if job not in cut]
+    in_pieces = [times for job, times in _beside_first(totals) if job in cut]
     return Calibration(
         base, num_ranks, per_node, float(run.facts["link_bytes_per_s"]), len(numbers), whole, run.settings,
-        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), known,
-        rms(errors), noise(walls := _walls_ns(run)),
-        _typical([step for step in run.of_job(0) if step.number == numbers[0]]), walls, of_levers,
+        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), known, rms(errors),
+        noise(whole_ones or in_pieces), math.sqrt(1 + 1 / len(totals[0, 0])) * noise(in_pieces),
+        _typical([step for step in run.of_job(0) if step.number == numbers[0]]), list(walls.values()), of_levers,
     )  # fmt: skip
 
 
@@ -200,8 +214,24 @@ def _overlaps(setting: Setting) -> bool:
     return max(setting.degrees) > 1
 
 
-def _anchor(anchors: tuple[float, float], setting: Setting) -> float:
-    return float(np.mean([anchors[degree > 1] for degree in setting.degrees]))
+def _anchors(ratios: Sequence[tuple[Setting, float]]) -> dict[int, float]:
+    """Measured over modelled time by number of pieces, from that of settings; the first one's is met exactly."""
+    degrees = sorted({degree for setting, _ in ratios for degree in setting.degrees})
+    design = np.array([[setting.degrees.count(degree) / 2 for degree in degrees] for setting, _ in ratios])
+    weight = np.array([_EXACTLY, *(1.0 for _ in ratios[1:])])
+    found = np.linalg.lstsq(design * weight[:, None], np.array([ratio for _, ratio in ratios]) * weight, rcond=None)[0]
+    return dict(zip(degrees, found.tolist(), strict=True))
+
+
+def _anchor(anchors: Mapping[int, float], setting: Setting) -> float:
+    return float(np.mean([_of_degree(anchors, degree) for degree in setting.degrees]))
+
+
+def _of_degree(anchors: Mapping[int, float], degree: int) -> float:
+    """Between two numbers of pieces on the line in their logarithms; whole exchanges and those in pieces apart. Where
+    no run was of its kind, what the model says."""
+    known = sorted(one for one in anchors if (one > 1) == (degree > 1))
+    return float(np.interp(math.log(degree), np.log(known), [anchors[one] for one in known])) if known else 1.0
 
 
 def total_ns(steps: Sequence[Step]) -> float:
@@ -213,12 +243,18 @@ def _typical(steps: Sequence[Step]) -> Step:
     return sorted(steps, key=breakdown.wall_ns)[len(steps) // 2]
 
 
-def _walls_ns(run: Run) -> list[list[int]]:
+def _walls_ns(run: Run) -> dict[tuple[int, int], list[int]]:
     """Times of the steps of each setting and routing, in the order they were run."""
     by_step: dict[tuple[int, int], list[int]] = defaultdict(list)
     for step in sorted(run.steps, key=lambda step: step.round):
         by_step[step.job, step.number].append(breakdown.wall_ns(step))
-    return list(by_step.values())
+    return by_step
+
+
+def _beside_first(times: Mapping[tuple[int, int], Any]) -> list[tuple[int, Any]]:
+    """Times by setting and routing, relative to those of the first setting in the same rounds: a machine whose speed
+    drifts slows both down."""
+    return [(job, np.divide(own, times[0, number])) for (job, number), own in times.items() if job]
 
 
 def _levers(setting: Setting) -> tuple[Any, ...]:

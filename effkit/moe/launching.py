@@ -19,7 +19,7 @@ from typing import Any
 
 from effkit.arguments import checked_number, checked_whole
 from effkit.lab import Progress, tell
-from effkit.moe import netns, routing
+from effkit.moe import routing
 from effkit.moe.recorded import Run, read
 from effkit.moe.setting import Setting
 
@@ -64,6 +64,7 @@ class Ranks:
         self, settings: Sequence[Setting], *, num_rounds: int = 3, num_steps: int = 4, barriers: bool = False,
         check: bool = False, links: int = 0, delays: int = 0, delay_bytes: int = 2**16,
         profile: str | Path | None = None, timeout_s: float = 120.0, progress: Progress | None = None,
+        of_runs: tuple[int, int] = (0, 1),
     ) -> Run:  # fmt: skip
         """Run these settings in turn, ``num_rounds`` times ``num_steps`` steps of each.
 
@@ -84,6 +85,8 @@ class Ranks:
             After this, the run is ended.
         progress
             ``progress(done, total)``; may raise, which ends the run.
+        of_runs
+            How many runs came before, and how many there are in all: ``progress`` tells of all of them.
         """
         on = self._checked()
         for setting in settings:
@@ -101,7 +104,8 @@ class Ranks:
             folder.mkdir()
             (folder / "run.json").write_text(json.dumps(run))
             self._num_runs += 1
-            _watch(self._process, folder, self.num_ranks, timeout_s, progress, (num_rounds + 1) * len(jobs))
+            before, total = (number * (num_rounds + 1) * len(jobs) for number in of_runs)
+            _watch(self._process, folder, self.num_ranks, timeout_s, progress, before, total)
             recorded = read(folder)
             if profile is not None:
                 Path(profile).mkdir(parents=True, exist_ok=True)
@@ -223,11 +227,11 @@ def _started(folder: Path, num_ranks: int, on: Mapping[str, Any]) -> Iterator[su
     plan = {"folder": str(folder), "num_ranks": num_ranks, "per_node": on["ranks_per_node"],
             "num_nodes": on["nodes_here"], "bytes_per_s": on["link_bytes_per_s"], "slow": on["slow"]}  # fmt: skip
     apart = _unshare() if plan["bytes_per_s"] or plan["slow"] else ()
-    path = os.pathsep.join(filter(None, [str(Path(netns.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, "TMPDIR": str(folder)}
     with (folder / "log.txt").open("wb") as log:
         # a session of its own: an interrupt from the terminal reaches us alone, and we end the ranks
-        process = subprocess.Popen([*apart, sys.executable, netns.__file__, json.dumps(plan)], bufsize=0,
+        process = subprocess.Popen([*apart, sys.executable, "-m", "effkit.moe.forking", json.dumps(plan)], bufsize=0,
                                    stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
                                    start_new_session=True)  # fmt: skip
     assert process.stdin is not None
@@ -246,7 +250,7 @@ def _started(folder: Path, num_ranks: int, on: Mapping[str, Any]) -> Iterator[su
 
 def _watch(
     process: subprocess.Popen[bytes], folder: Path, num_ranks: int, timeout_s: float, progress: Progress | None,
-    total: int,
+    before: int, total: int,
 ) -> None:  # fmt: skip
     """Have the ranks run what stands in the folder, until all have written what they saw."""
     log, limit, done = folder.parent / "log.txt", time.monotonic() + timeout_s, folder / "progress"
@@ -254,10 +258,10 @@ def _watch(
         process.stdin.write(f"{folder.name}\n".encode())  # type: ignore[union-attr]
     while len(list(folder.glob("rank*.json"))) < num_ranks:
         if process.poll() is not None:
-            raise RuntimeError(f"{_why(folder.parent, log)}; the log is {log}")
+            raise RuntimeError(f"{_why(folder, log)}; the log is {log}")
         if time.monotonic() > limit:
             raise RuntimeError(f"the ranks were not done after {timeout_s:g} s and were ended; the log is {log}")
-        tell(progress, done.stat().st_size if done.exists() else 0, total)
+        tell(progress, before + (done.stat().st_size if done.exists() else 0), total)
         time.sleep(_POLL_S)
 
 

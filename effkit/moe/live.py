@@ -16,7 +16,7 @@ from effkit.lab import Progress, calibration_of
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
 from effkit.moe.launching import Ranks
-from effkit.moe.recorded import Array, Run, Step, read
+from effkit.moe.recorded import Array, Run, Step, joined, read
 from effkit.moe.setting import Setting
 from effkit.progress_bar import working
 
@@ -70,11 +70,20 @@ def measure(
     if base is not None and calibration is not None:
         with ranks_of(calibration, backend) as ranks:
             return beside(ranks, base, setting, barriers=barriers, **how)
-    jobs = [setting] if barriers else probes(setting, num_ranks, levers)
-    with Ranks(num_ranks, link_bytes_per_s=link_bytes_per_s or 0.0, ranks_per_node=ranks_per_node or 0,
-               backend=backend) as ranks:  # fmt: skip
-        run = ranks.run(jobs, num_steps=num_steps, barriers=barriers, **how)
-    return accounted(run, 0, None if barriers else calibrate(run))
+    on: dict[str, Any] = {"link_bytes_per_s": link_bytes_per_s or 0.0, "ranks_per_node": ranks_per_node or 0,
+                          "backend": backend}  # fmt: skip
+    if barriers:
+        with Ranks(num_ranks, **on) as ranks:
+            return accounted(ranks.run([setting], num_steps=num_steps, barriers=True, **how), 0, None)
+    jobs, runs = probes(setting, num_ranks, levers), list[Run]()
+    with Ranks(num_ranks, **on) as ranks:
+        while True:  # every round on ranks of its own: what differs from launch to launch is part of the noise
+            runs.append(ranks.run(jobs, num_steps=num_steps, of_runs=(len(runs), num_rounds),
+                                  **how | {"num_rounds": 1, "profile": None if runs else profile}))  # fmt: skip
+            if len(runs) >= min(2, num_rounds):
+                calibration = calibrate(run := joined(runs))
+                if len(runs) == num_rounds or not calibration.shrinks:
+                    return accounted(run, 0, calibration)
 
 
 def ranks_of(calibration: Calibration, backend: str = "auto") -> Ranks:
@@ -125,13 +134,15 @@ def accounted(run: Run, job: int, calibration: Calibration | None, scale: float 
     numbers = sorted({step.number for step in steps})
     link = run.facts["link_bytes_per_s"]
     where = f"{run.num_ranks} ranks on {run.facts['where']}, {run.facts['backend']}"
+    more = f", {len({step.round for step in steps})} rounds"
+    more += "; relative to the base measured in turn" if scale != 1.0 else ""
     if link:
         where += f", a link of {link / 1e6:g} MB/s"
     if run.facts["where"] == "cuda" and run.facts["backend"] == "gloo":
         where += ", exchanged through the host"
     return Account.of(
         TIME, "ns", scaled(breakdown.typical(steps, breakdown.rows_ns), scale), total=round(scale * total_ns(steps)),
-        source=f"the slowest of {where}" + ("; relative to the base measured in turn" if scale != 1.0 else ""),
+        source=f"the slowest of {where}{more}",
         setting=full_setting(setting, run.num_ranks, run.facts["ranks_per_node"], link), calibration=calibration,
         companions=(
             communication_account(steps, scale),

@@ -1,8 +1,7 @@
-"""What each rank of a run does. ``python -m effkit.moe.rank FOLDER stay`` is one of those that stay up.
+"""What each rank of a run does: ``run.json`` in a folder says what, ``rank<r>.json`` what rank r saw.
 
-Each line on its standard input names a folder in ``FOLDER``: ``run.json`` says what to run there
-(:mod:`effkit.moe.launching` writes it), ``rank<r>.json`` what rank r saw. On a cluster, without ``stay``: ``torchrun …
--m effkit.moe.rank FOLDER`` on every node, with a folder that all can reach, which is run itself, once.
+:mod:`effkit.moe.forking` forks ranks on this machine. On a cluster: ``torchrun … -m effkit.moe.rank FOLDER`` on every
+node, with a folder that all can reach.
 """
 
 from __future__ import annotations
@@ -162,7 +161,7 @@ def probe_delays(run: dict[str, Any], folder: Path, device: torch.device) -> lis
     for window in range(max(1, len(run.get("slow", ())))):
         dist.barrier()
         if window and rank == 0:
-            ask_for(folder, window, float(run["timeout_s"]))
+            ask_for(folder.parent, window, float(run["timeout_s"]))
         for around in range(-1, rounds):  # the first one warms up
             for sender, receiver in pairs:
                 dist.barrier()
@@ -196,36 +195,28 @@ def _local(name: str, default: int) -> int:
     return int(os.environ.get(f"LOCAL_{name}", default))
 
 
-def main() -> None:
-    folder, stays = Path(sys.argv[1]), len(sys.argv) > 2
+def main(folder: Path, met: Path | None = None) -> None:
+    """Run what stands in the folder; ``met`` is the file by which the ranks find each other, unless torchrun does."""
     try:
-        for line in sys.stdin if stays else [""]:
-            _run(folder, folder / line.strip(), stays)
+        _run(folder, met)
     except Exception as error:  # what ended this rank, where whoever started it looks
         why = {"time": time.time(), "said": f"ended the run with {type(error).__name__}: {error}"}
         (folder / f"rank{os.environ.get('RANK', '0')}.error").write_text(json.dumps(why))
         raise
 
 
-def _meet(run: dict[str, Any], folder: Path, stays: bool) -> tuple[str, torch.device]:
-    """The backend and this rank's device; from here on the ranks know each other."""
+def _run(folder: Path, met: Path | None) -> None:
+    run = json.loads((folder / "run.json").read_text())
     _pin(int(run.get("nodes_here", 1)))
     torch.set_num_threads(int(run.get("num_threads", 1)))
     backend, device = chosen(run.get("backend", "auto"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        how: dict[str, Any] = {}  # as torchrun says, in the environment
-        if stays:
-            how = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-            how["store"] = dist.FileStore(str(folder / "met"), how["world_size"])  # type: ignore[attr-defined]
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(run.get("timeout_s", 60))), **how)
-    return backend, device
-
-
-def _run(root: Path, folder: Path, stays: bool) -> None:
-    run = json.loads((folder / "run.json").read_text())
-    backend, device = _meet(run, root, stays)
+    how: dict[str, Any] = {}  # as torchrun says, in the environment
+    if met is not None:
+        how = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        how["store"] = dist.FileStore(str(met), how["world_size"])  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(run.get("timeout_s", 60))), **how)
     rank = dist.get_rank()
     travels_on = device if backend == "nccl" else torch.device("cpu")
     recorded: dict[str, Any] = {
@@ -236,16 +227,16 @@ def _run(root: Path, folder: Path, stays: bool) -> None:
     if run.get("links"):
         recorded["links"] = probe_links(int(run["links"]), travels_on)
     if run.get("delays"):
-        recorded["delays"] = probe_delays(run, root, travels_on)
-    num_steps = int(run["num_steps"])
+        recorded["delays"] = probe_delays(run, folder, travels_on)
+    num_steps, checks = int(run["num_steps"]), bool(run.get("check"))
     jobs = [Job(job, num_steps, device, travels_on, recorded["clock"][0][1]) for job in run["jobs"]]
     for round_ in range(-1, int(run["num_rounds"]) if jobs else -1):
         for number, job in enumerate(jobs):
-            for step in range(num_steps):
-                measured = job.run(step, check=round_ < 0 and run.get("check", False))
+            for step in range(num_steps if round_ >= 0 or checks else 1):
+                measured = job.run(step, check=round_ < 0 and checks)
                 if round_ >= 0:
                     recorded["steps"].append({"job": number, "round": round_, **measured})
-                elif "check" in measured:  # the first round warms up
+                elif checks:  # the first round warms up
                     recorded["checks"].append({"job": number, "step": step, **measured["check"]})
             if rank == 0:
                 with (folder / "progress").open("a") as progress:
@@ -257,11 +248,10 @@ def _run(root: Path, folder: Path, stays: bool) -> None:
         (folder / f"trace{rank}.json").write_bytes(trace)
     with replacing(folder / f"rank{rank}.json") as part:
         part.write_text(json.dumps(recorded))
+    dist.barrier()
     for job in jobs:
         job.layer.exchange.close()
-    if not stays:
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _pin(nodes_here: int) -> None:
@@ -284,4 +274,4 @@ def _machine() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

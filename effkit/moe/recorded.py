@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +89,12 @@ class Run:
     def of_job(self, job: int) -> list[Step]:
         """The timed steps of one setting."""
         return [step for step in self.steps if step.job == job]
+
+
+def joined(runs: Sequence[Run]) -> Run:
+    """Runs of the same settings, each of one round, as rounds of one."""
+    steps = [step._replace(round=number) for number, run in enumerate(runs) for step in run.steps]
+    return replace(runs[0], steps=steps)
 
 
 def read(folder: str | Path) -> Run:

@@ -44,14 +44,21 @@ class Traffic:
 
     def held(self, rank: int) -> Array:
         """Rows that each expert on ``rank`` works on, from each rank: shape [num_ranks, experts held]."""
-        experts = np.flatnonzero((self.owner == rank) | (self.owner < 0))
-        held = self.rows[:, experts].copy()
-        held[np.ix_(np.arange(len(held)) != rank, self.owner[experts] < 0)] = 0
-        return held
+        return self._held[rank]
+
+    @functools.cached_property
+    def _held(self) -> list[Array]:
+        by_rank = []
+        for rank in range(len(self.rows)):
+            experts = np.flatnonzero((self.owner == rank) | (self.owner < 0))
+            held = self.rows[:, experts].copy()
+            held[np.ix_(np.arange(len(held)) != rank, self.owner[experts] < 0)] = 0
+            by_rank.append(held)
+        return by_rank
 
     def beside(self, rank: int) -> float:
         """Rows that other ranks work on while ``rank`` does: of each as many as both have."""
-        rows = [float(self.held(other).sum()) for other in range(len(self.rows))]
+        rows = [float(held.sum()) for held in self._held]
         return sum(min(of_other, rows[rank]) for of_other in rows) - rows[rank]
 
 
@@ -134,6 +141,7 @@ def tokens(setting: Setting, rank: int, step: int) -> Array:
     return x
 
 
+@functools.lru_cache(maxsize=512)
 def traffic(setting: Setting, num_ranks: int, step: int) -> Traffic:
     """What one step sends, to the row; ValueError when the ranks cannot share the experts."""
     # what does not change the traffic is left out of the key
