@@ -17,6 +17,7 @@ from effkit.lab import Hull, Trust, noise, rms
 
 _ROWS = (1, 2, 8, 32)  # one row and several are different kernels; what lies between bends with the processor
 _FEW_STEPS, _SHARE_OF_STEPS = 8, 6  # steps of a probe, and the base's steps over them
+_CLEARLY = 0.95  # of the band, or less: what another repeat must make of it to be worth its time
 _DEEP = 12  # from so many layers on, the other depths are smaller ones
 _TOO_LARGE_BYTES = 2**31  # of weights: no deeper model is built then
 # Knobs whose effect no probe has shown
@@ -87,9 +88,8 @@ class Calibration(Observed):
 
     @property
     def trust(self) -> Trust:
-        """How far a prediction is off. A measurement is told relative to the base: three figures are as noisy, its own,
-        that of the base beside it, and that of the base in the fit."""
-        return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns) / 3)
+        """How far a prediction is off."""
+        return _trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns))
 
     @property
     def band_frac(self) -> float:
@@ -132,22 +132,38 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """Fit the costs; the first run is the base."""
 
-    def on_a_node(setting: Setting) -> bool:
-        return setting.depth in nodes.depths and setting.rows in nodes.rows
-
-    def ratio(run: Run, costs: Costs) -> float:
-        return run.total_ns / sum(costs.rows(run.setting, run.step.prompt_cells).values())
-
-    costs, errors = fit(runs, nodes), []
-    for place, run in enumerate(runs):
-        if not on_a_node(run.setting):
-            without = fit([*runs[:place], *runs[place + 1 :]], nodes)
-            errors.append(ratio(runs[0], without) / ratio(run, without) - 1)
+    costs, error_frac = fit(runs, nodes), held_out_error_frac(runs, nodes)
     return Calibration(
-        runs[0], tuple(runs), costs, memory, seconds_per_cell, anchor=ratio(runs[0], costs), error_frac=rms(errors),
+        runs[0], tuple(runs), costs, memory, seconds_per_cell, anchor=_ratio(runs[0], costs), error_frac=error_frac,
         noise_frac=noise(run.plain_ns for run in runs), launches=launches, apart=apart,
         read_bytes_per_s=read_bytes_per_s, products=products,
     )  # fmt: skip
+
+
+def held_out_error_frac(runs: Sequence[Run], nodes: Lattice) -> float:
+    """Root mean square error of the runs between the nodes, each left out of the fit in turn."""
+    errors = []
+    for place, run in enumerate(runs):
+        if run.setting.depth not in nodes.depths or run.setting.rows not in nodes.rows:
+            without = fit([*runs[:place], *runs[place + 1 :]], nodes)
+            errors.append(_ratio(runs[0], without) / _ratio(run, without) - 1)
+    return rms(errors)
+
+
+def _ratio(run: Run, costs: Costs) -> float:
+    return run.total_ns / sum(costs.rows(run.setting, run.step.prompt_cells).values())
+
+
+def shrinks(runs: Sequence[Run], nodes: Lattice) -> bool:
+    """Whether one more repeat of all runs would make the band clearly narrower."""
+    now = _trust(held_out_error_frac(runs, nodes), noise(run.plain_ns for run in runs), len(runs[0].plain_ns))
+    return replace(now, num_repeats=now.num_repeats + 1 / 3).band_frac < _CLEARLY * now.band_frac
+
+
+def _trust(error_frac: float, noise_frac: float, num_repeats: int) -> Trust:
+    # a measurement is told relative to the base: three figures are as noisy, its own, that of the base beside it, and
+    # that of the base in the fit
+    return Trust(error_frac, noise_frac, num_repeats / 3)
 
 
 def overhead_frac(runs: Sequence[Run]) -> float:

@@ -13,8 +13,8 @@ import torch
 from effkit.account import Account
 from effkit.arguments import checked_whole
 from effkit.decoder import accounting, configurations
-from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes
-from effkit.decoder.costs import Run
+from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes, shrinks
+from effkit.decoder.costs import Lattice, Run
 from effkit.decoder.floors import reading_rate
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
@@ -29,6 +29,7 @@ from effkit.progress_bar import working
 from effkit.timing import elapsed_ns
 from effkit.training import evaluating
 
+_ENOUGH = 3  # repeats: one that is disturbed is the slowest, and does not count
 _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
 
 
@@ -65,7 +66,8 @@ def measure(
         Without a base: also run short generations around this one, which :func:`predict` rests on. Not where the
         base itself is compiled, drafted, without a cache, or a beam search.
     repeats
-        Generations of each setting, with and without clocks; the fastest of either counts.
+        Generations of each setting, with and without clocks; the fastest of either counts. With the short runs around
+        it, three are enough where more would not make the band clearly narrower.
     changes
         Of :class:`Setting`: ``decoder_layers=4``, ``dtype="bfloat16"``. Other sizes are built with random weights.
 
@@ -98,7 +100,8 @@ def _measured(
     built: dict[Any, Any] = {}  # one model for all settings of its sizes
     ready = [prepared(model, inputs, setting, built) for setting in settings]
     with evaluating(*(generation.model for generation in ready)):
-        runs, caches, memory = _run(ready, model.config, repeats, progress)
+        nodes = lattice(model, setting) if len(ready) > 1 else None
+        runs, caches, memory = _run(ready, model.config, repeats, progress, nodes)
         calibration = None
         if len(runs) > 1:
             halfway = setting.change(num_steps=-(-setting.num_steps // 2))  # its last step is a usual one
@@ -136,12 +139,12 @@ def _watchable(setting: Setting) -> bool:
 
 
 def _run(
-    ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None
+    ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None, nodes: Lattice | None = None
 ) -> tuple[list[Run], list[CacheBytes | None], Memory]:
-    """Every setting ``repeats`` times, in turn, with clocks inside and without; the cache that each leaves; and the
-    memory of such models. ``config`` is that of the model that was given."""
-    turns = [number for _ in range(repeats) for number in range(len(ready))]
-    done, total = itertools.count(1), len(ready) + len(turns)
+    """Every setting ``repeats`` times, in turn, with clocks inside and without; fewer times where ``nodes`` are fitted
+    and more would not narrow the band. The cache that each leaves; and the memory of such models. ``config`` is that of
+    the model that was given."""
+    done, total = itertools.count(1), len(ready) * (1 + repeats)
     caches: list[CacheBytes | None] = []
     prompts = []
     for generation in ready:  # untimed: memory is laid out, code is loaded (or compiled)
@@ -153,17 +156,18 @@ def _run(
     memory = _memory(ready[0], config, caches[0], prompts[0])
     watched: list[list[Watched]] = [[] for _ in ready]
     plain: list[list[int]] = [[] for _ in ready]
-    for number in turns:
-        generation, first = ready[number], len(plain[number]) % 2  # which of the two comes first takes turns
-        for inside in (first, 1 - first):
-            if not inside:
-                plain[number].append(elapsed_ns(generation.call))
-            elif _watchable(generation.setting):
-                watched[number].append(watch(generation.model, generation.call))
-        tell(progress, next(done), total)
-    settings = [generation.setting for generation in ready]
-    runs = [Run(setting, tuple(parts), tuple(times), memory.step_size(setting))
-            for setting, parts, times in zip(settings, watched, plain, strict=True)]  # fmt: skip
+    for repeat in range(repeats):
+        for number, generation in enumerate(ready):
+            for inside in (repeat % 2, 1 - repeat % 2):  # which of the two comes first takes turns
+                if not inside:
+                    plain[number].append(elapsed_ns(generation.call))
+                elif _watchable(generation.setting):
+                    watched[number].append(watch(generation.model, generation.call))
+            tell(progress, next(done), total)
+        runs = [Run(generation.setting, tuple(parts), tuple(times), memory.step_size(generation.setting))
+                for generation, parts, times in zip(ready, watched, plain, strict=True)]  # fmt: skip
+        if nodes and _ENOUGH <= repeat + 1 < repeats and not shrinks(runs, nodes):
+            break
     return runs, caches, memory
 
 

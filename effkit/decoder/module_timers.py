@@ -105,28 +105,29 @@ def _by_part(parts: Sequence[Part], marks: Sequence[tuple[int, Any, Any]], clock
     """The marks as times; the first pair of them encloses the generation and belongs to no part."""
     numbers, begins, ends = zip(*marks, strict=True)
     begin, end = (clock.ns([begins[0], *moments])[1:] for moments in (begins, ends))
-    names, layers = zip(("", -1), *((parts[number].name, parts[number].layer) for number in numbers[1:]), strict=True)
-    frame = pd.DataFrame({"begin": begin, "end": end, "part": names, "layer": layers})
-    tops = frame[frame["part"] == _STEP].sort_values("begin")
-    if tops.empty:
+    wall_ns, begin, end, of_part = int(end[0] - begin[0]), begin[1:], end[1:], np.array(numbers[1:], dtype=int)
+    names = np.array([part.name for part in parts])[of_part]
+    layers = np.array([part.layer for part in parts])[of_part]
+    top_begin, top_end = np.sort(begin[names == _STEP]), np.sort(end[names == _STEP])
+    if not len(top_begin):
         raise ValueError("the generation never ran the model: is it the model that generate() belongs to?")
-    frame["step"] = np.searchsorted(tops["begin"], frame["begin"], side="right") - 1
-    wall_ns = int(end[0] - begin[0])
-    of_encoder = frame[frame["part"].isin((ENCODER, module_roles.ENCODER_LAYER))]
-    spent_ns = {part: int((rows["end"] - rows["begin"]).sum()) for part, rows in of_encoder.groupby("part")}
-    inside = frame[(frame["step"] >= 0) & ~frame["part"].isin((ENCODER, module_roles.ENCODER_LAYER, _STEP, ""))]
-    # several modules of one part in one layer: from the first's begin to the last's end
-    spans = inside[inside["part"] != CROSS_KV].groupby(["step", "layer", "part"], sort=False).agg(
-        begin=("begin", "min"), end=("end", "max")
-    )  # fmt: skip
-    sums = (spans["end"] - spans["begin"]).groupby(["step", "part"]).sum().unstack("part", fill_value=0)
-    keys = inside[inside["part"] == CROSS_KV]
-    sums[CROSS_KV] = (keys["end"] - keys["begin"]).groupby(keys["step"]).sum()
-    steps = sums.reindex(columns=[*OF_LAYER, module_roles.LAYER, OUTPUT], fill_value=0).fillna(0).astype("int64")
-    top_ns, layer_ns = (tops["end"] - tops["begin"]).to_numpy(), steps.pop(module_roles.LAYER)
+    step = np.searchsorted(top_begin, begin, side="right") - 1
+    encoder_ns, layers_ns = (int((end - begin)[names == part].sum()) for part in (ENCODER, module_roles.ENCODER_LAYER))
+    sums = {}
+    for part in (*OF_LAYER, module_roles.LAYER, OUTPUT):
+        own = np.flatnonzero((names == part) & (step >= 0))
+        # several modules of one part in one layer: from the first's begin to the last's end
+        stretch = own if part == CROSS_KV else step[own] * (layers.max(initial=0) + 2) + layers[own]
+        _, first, stretch = np.unique(stretch, return_index=True, return_inverse=True)
+        begun, ended = begin[own][first], end[own][first]
+        np.minimum.at(begun, stretch, begin[own])
+        np.maximum.at(ended, stretch, end[own])
+        sums[part] = np.zeros(len(top_begin), dtype=np.int64)
+        np.add.at(sums[part], step[own][first], ended - begun)
+    steps = pd.DataFrame(sums).rename_axis("step")
+    top_ns, layer_ns = top_end - top_begin, steps.pop(module_roles.LAYER)
     steps[CROSS] -= steps[CROSS_KV]
     steps[NORMS] = layer_ns - steps[[SELF, CROSS_KV, CROSS, FFN]].sum(axis=1)
     steps[EMBEDDING] = top_ns - layer_ns - steps[OUTPUT]
-    steps[BETWEEN] = np.append(0, tops["begin"].to_numpy()[1:] - tops["end"].to_numpy()[:-1])
-    encoder_ns, layers_ns = (spent_ns.get(part, 0) for part in (ENCODER, module_roles.ENCODER_LAYER))
+    steps[BETWEEN] = np.append(0, top_begin[1:] - top_end[:-1])
     return Watched(steps[list(OF_STEP)], encoder_ns, layers_ns, wall_ns)
