@@ -167,10 +167,8 @@ def test_what_a_weight_costs():
     cpu = torch.device("cpu")
     cost = product_cost(64, 256, 2**20, (1, 2, 16), torch.float32, cpu)
     assert all(0 < time_ns < 1000 for time_ns in cost.times_ns)
-    assert cost.ns(9) == pytest.approx((cost.times_ns[1] + cost.times_ns[2]) / 2), "on the line between"
-    assert cost.ns(99) == cost.times_ns[-1]
     small, large = (product_cost(width, 4 * width, 2**20, (1,), torch.float32, cpu) for width in (16, 256))
-    assert small.ns(1) > 2 * large.ns(1), "of small matrices the launch is most of it"
+    assert small.times_ns[0] > 2 * large.times_ns[0], "of small matrices the launch is most of it"
 
 
 class Slow(torch.nn.Module):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
 from effkit.timing import elapsed_ns
@@ -19,14 +18,10 @@ _MOST_SECONDS = 1.0  # of turns, where threads that others keep busy wait for ea
 
 @dataclass(frozen=True)
 class ProductCost:
-    """Time per weight [ns] of a product with so many rows, at the numbers that were run and on the lines between."""
+    """Time per weight [ns] of a product with so many rows, at the numbers that were run."""
 
     rows: tuple[int, ...]
     times_ns: tuple[float, ...]
-
-    def ns(self, rows: int) -> float:
-        """At a number of rows between those that were run, or at the nearest."""
-        return float(np.interp(rows, self.rows, self.times_ns))
 
 
 def product_cost(

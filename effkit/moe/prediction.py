@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Any
 from effkit.account import Account
 from effkit.arguments import checked_number, checked_whole
 from effkit.lab import Progress, banded, calibration_of, interval
-from effkit.moe import breakdown, routing
+from effkit.moe import breakdown, live, routing
 from effkit.moe.calibration import Calibration, total_ns
-from effkit.moe.live import (
-    TIME,
-    beside,
-    bytes_account,
-    communication_account,
-    copies_account,
-    full_setting,
-    ranks_of,
-    scaled,
-)
 from effkit.moe.recorded import Step
 from effkit.moe.setting import COMPRESSIONS, MESSAGE_DTYPES, PLACEMENTS, Setting
 from effkit.moe.simulating import simulate
@@ -64,7 +54,7 @@ def predict(base: Account, **setting: Any) -> Account:
     link = float(checked_number("link_bytes_per_s", on.get("link_bytes_per_s", calibration.link_bytes_per_s)))
     if link and per_node == num_ranks and "ranks_per_node" not in on:
         per_node = 1  # a link between nodes: each rank is one, unless they are said to share
-    full = full_setting(wanted, num_ranks, per_node, link)
+    full = live.full_setting(wanted, num_ranks, per_node, link)
     if full == dict(base.setting):
         return base
     calibration.knows(wanted)
@@ -76,17 +66,17 @@ def predict(base: Account, **setting: Any) -> Account:
     band_frac, in_range = calibration.band_at(wanted, on)
     traffic = [routing.traffic(wanted, num_ranks, n) for n in range(calibration.num_steps)]
     kept, dropped = zip(*((step.kept, step.dropped) for step in traffic), strict=True)
-    copies = copies_account(wanted, num_ranks, kept, dropped, basis="derived")
-    rows = scaled(breakdown.typical(steps, breakdown.rows_ns), anchor)
+    copies = live.copies_account(wanted, num_ranks, kept, dropped, basis="derived")
+    rows = live.scaled(breakdown.typical(steps, breakdown.rows_ns), anchor)
     basis = {name: "derived" if same_link or "moving" not in name else "assumed" for name in rows}
     return Account.of(
-        TIME, "ns", rows, total=total, basis=basis,
+        live.TIME, "ns", rows, total=total, basis=basis,
         source=f"the costs of {len(calibration.settings)} measured settings",
         **interval(total, band_frac * total), in_range=in_range,
         setting=full, calibration=calibration,
         companions=(
-            banded(communication_account(steps, anchor, basis="derived"), band_frac),
-            banded(bytes_account(steps, "the routing", basis="derived"), 0.0),
+            banded(live.communication_account(steps, anchor, basis="derived"), band_frac),
+            banded(live.bytes_account(steps, "the routing", basis="derived"), 0.0),
             banded(copies, 0.0),
         ),
     )  # fmt: skip
@@ -154,10 +144,10 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
 
     def run(progress: Progress, **setting: Any) -> Account:
         changes = {name: value for name, value in setting.items() if name not in _OF_THE_RANKS}
-        return beside(ranks, base, at.change(**changes), num_rounds=num_rounds, timeout_s=timeout_s,
+        return live.beside(ranks, base, at.change(**changes), num_rounds=num_rounds, timeout_s=timeout_s,
                       progress=progress)  # fmt: skip
 
-    ranks = ranks_of(calibration)  # they stay up from one press of the button to the next
+    ranks = live.ranks_of(calibration)  # they stay up from one press of the button to the next
     panel = WhatIf(base, predict, knobs, run)
     panel.observe(lambda _: ranks.close(), "comm")  # as it is closed
     return panel
