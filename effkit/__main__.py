@@ -70,10 +70,7 @@ def _report(options: argparse.Namespace) -> int:
         _say(f"{study.report(options.output, advice)} is written: open it in a browser")
         return 0
     text = study.to_json() if options.json else study.to_markdown() if options.md else f"{study.overview()}\n\n{advice}"
-    if options.output is None:
-        _say(text)
-    else:
-        _say(f"{write_text(options.output, text, 'report.md')} is written")
+    _say(f"{write_text(options.output, text, 'report.md')} is written" if options.output else text)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -32,12 +32,8 @@ if TYPE_CHECKING:
     from effkit.receipt import Receipt
 
 
-class Memory(NamedTuple):
-    """What was recorded of one device's memory on one rank."""
-
-    facts: Mapping[str, Any]
-    allocations: pd.DataFrame
-    segments: pd.DataFrame | None
+# What was recorded of one device's memory on one rank: facts, allocations and segments
+Memory = tuple[Mapping[str, Any], pd.DataFrame, pd.DataFrame | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,11 +306,10 @@ class Capture:
 
     def _memory_of(self, device: str | None, rank: int | None) -> Memory:
         chosen = self._chosen_memory(device, rank)
-        frames = (
-            frame if frame is None else frame[(frame["rank"] == chosen["rank"]) & (frame["device"] == chosen["device"])]
-            for frame in (self.allocations, self.segments)
-        )
-        return Memory(chosen, *frames)
+        rank, device = chosen["rank"], chosen["device"]
+        frames = [frame if frame is None else frame[(frame["rank"] == rank) & (frame["device"] == device)]
+                  for frame in (self.allocations, self.segments)]  # fmt: skip
+        return chosen, frames[0], frames[1]
 
     def _notes(self) -> list[str]:
         notes = list(self.provenance.get("notes", ()))

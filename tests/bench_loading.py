@@ -7,6 +7,7 @@ memory snapshot of a million events. Each contender is a process of its own, tak
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import pickle
 import statistics
@@ -24,12 +25,18 @@ import pandas as pd
 import psutil
 import pytest
 from peers import HERE, PYTHON, RECORDED, why_not
+from test_loading import trace_of
 
 GIB, MIB = 2**30, 2**20
-BARS = 0.25, 0.6, 0.2  # of HTA's CPU time, of its peak memory, of torch-tb-profiler's CPU time
-RANKS_MEMORY_BAR = SNAPSHOT_MEMORY_BAR = 2 * GIB
-SNAPSHOT_CPU_BAR_S = 20
-NUM_COPIES, NUM_REPEATS = 12, 3
+# Of HTA's CPU time, of its peak memory, of torch-tb-profiler's CPU time. The first are what we aim at, and are printed;
+# beyond the second a bench fails.
+BARS, LIMITS = (0.09, 0.2, 0.13), (0.25, 0.6, 0.2)
+RANK_CPU_BAR_S, RANKS_MEMORY_BAR, RANKS_MEMORY_LIMIT = 0.7, GIB, 2 * GIB
+SMALL_RANK_CPU_BAR_S, SMALL_RANK_CPU_LIMIT_S = 0.005, 0.2
+SNAPSHOT_CPU_BAR_S, SNAPSHOT_CPU_LIMIT_S = 5, 20
+SNAPSHOT_MEMORY_BAR, SNAPSHOT_MEMORY_LIMIT = 700 * MIB, 2 * GIB
+IMPORT_CPU_BAR_S, REPORT_CPU_BAR_S, REPORT_CPU_LIMIT_S = 0.4, 2.5, 20
+NUM_COPIES, NUM_REPEATS, NUM_SMALL_RANKS = 12, 3, 500
 NUM_RANKS, RANK_BYTES = 64, 35 * 10**6
 NUM_SNAPSHOT_EVENTS = 1_000_000
 
@@ -101,6 +108,14 @@ def held_together(*processes: psutil.Process) -> int:
 
 def row(name: str, seen: Cost) -> None:
     print(f"  {name:<44}{seen.cpu_s:>9.1f} s{seen.peak_bytes / MIB:>11,.0f} MiB{seen.wall_s:>9.1f} s")
+
+
+def medians(*command: object) -> Cost:
+    return Cost(*map(statistics.median, zip(*(cost(*command) for _ in range(NUM_REPEATS)), strict=True)))
+
+
+def bar(words: str, figure: float, most: float) -> None:
+    print(f"  {words}: {figure:.4g}, bar {most:.4g}: {'held' if figure <= most else 'missed'}")
 
 
 def head(title: str) -> None:
@@ -245,8 +260,10 @@ def test_a_large_trace(large_trace):
     for name, seen in zip(contenders, (ours, hta, tb), strict=True):
         row(name, seen)
     ratios = ours.cpu_s / hta.cpu_s, ours.peak_bytes / hta.peak_bytes, ours.cpu_s / tb.cpu_s
-    print("  CPU {:.3f}x HTA's, memory {:.3f}x; CPU {:.3f}x torch-tb-profiler's; bars".format(*ratios), *BARS)
-    assert all(ratio <= bar for ratio, bar in zip(ratios, BARS, strict=True))
+    words = "CPU of HTA's", "memory of HTA's", "CPU of torch-tb-profiler's"
+    for each, ratio, most in zip(words, ratios, BARS, strict=True):
+        bar(each, ratio, most)
+    assert all(ratio <= limit for ratio, limit in zip(ratios, LIMITS, strict=True))
 
 
 def test_64_ranks(ranks, tmp_path):
@@ -261,12 +278,45 @@ def test_64_ranks(ranks, tmp_path):
     pd.testing.assert_frame_equal(communication, theirs[1])
     assert overview.index.get_level_values("rank").nunique() == NUM_RANKS
     assert len(communication) == 2  # all-to-all and all-reduce
-    assert alone.peak_bytes <= RANKS_MEMORY_BAR
+    bar("CPU a rank [s]", alone.cpu_s / NUM_RANKS, RANK_CPU_BAR_S)
+    bar("memory [bytes]", alone.peak_bytes, RANKS_MEMORY_BAR)
+    assert alone.peak_bytes <= RANKS_MEMORY_LIMIT
+
+
+def test_many_small_ranks(tmp_path):
+    """What each of ten thousand takes, of fewer: their time is in proportion."""
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    recorded = json.dumps(trace_of(0))
+    for rank in range(NUM_SMALL_RANKS):
+        (ranks / f"rank{rank}.json").write_text(recorded.replace('"rank": 0', f'"rank": {rank}'))
+    nothing = medians(sys.executable, "-c", "import effkit as ek; ek.load")
+    seen = cost(sys.executable, "-c", RANKS, ranks, tmp_path / "seen")
+    head(f"{NUM_SMALL_RANKS} ranks of {len(recorded) / 1000:.1f} kB")
+    row("load, overview, communication", seen)
+    bar("CPU a rank [s]", each := (seen.cpu_s - nothing.cpu_s) / NUM_SMALL_RANKS, SMALL_RANK_CPU_BAR_S)
+    assert each <= SMALL_RANK_CPU_LIMIT_S
+
+
+def test_the_import_and_a_report(tmp_path):
+    recorded = trace(next((RECORDED / "traces" / "h100").glob("google_owlv2*")))
+    recorded["traceEvents"] = recorded["traceEvents"][: 10**7 * len(recorded["traceEvents"]) // 33_000_000]
+    write_repeated(tmp_path / "10_mb.json", recorded, [0])
+    head(f"the shell, a trace of {(tmp_path / '10_mb.json').stat().st_size / 10**6:.0f} MB, medians of {NUM_REPEATS}")
+    imported = medians(sys.executable, "-c", "import effkit")
+    row("import effkit", imported)
+    bar("CPU [s]", imported.cpu_s, IMPORT_CPU_BAR_S)
+    report = medians(sys.executable, "-m", "effkit", "report", tmp_path / "10_mb.json")
+    row("python -m effkit report", report)
+    bar("CPU [s]", report.cpu_s, REPORT_CPU_BAR_S)
+    assert report.cpu_s <= REPORT_CPU_LIMIT_S
 
 
 def test_a_large_snapshot(snapshot, tmp_path):
     seen = cost(sys.executable, "-c", SNAPSHOT, snapshot, tmp_path / "timeline.png")
     head(f"a snapshot of {NUM_SNAPSHOT_EVENTS:,} events, {snapshot.stat().st_size / 10**6:.0f} MB")
     row("load, memory, memory_timeline, drawn", seen)
-    assert seen.cpu_s <= SNAPSHOT_CPU_BAR_S
-    assert seen.peak_bytes <= SNAPSHOT_MEMORY_BAR
+    bar("CPU [s]", seen.cpu_s, SNAPSHOT_CPU_BAR_S)
+    bar("memory [bytes]", seen.peak_bytes, SNAPSHOT_MEMORY_BAR)
+    assert seen.cpu_s <= SNAPSHOT_CPU_LIMIT_S
+    assert seen.peak_bytes <= SNAPSHOT_MEMORY_LIMIT

@@ -6,12 +6,14 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 import effkit as ek
+from effkit import progress_bar
 from effkit.loading import fleet
 
 PANES = "overview", "operators", "kernels", "collectives", "communication", "rank_pairs", "clocks"
@@ -295,11 +297,14 @@ print(memory.memory().total)
 def test_a_long_load_shows_its_progress_and_a_short_one_does_not(kineto, tmp_path, monkeypatch, capsys):
     path = tmp_path / "long.json"
     path.write_bytes(kineto)
+    monkeypatch.setattr(progress_bar, "tqdm", partial(progress_bar.tqdm, file=sys.stderr))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     ek.load(path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("effkit.loading.files.SLOW_S", 0)
+    monkeypatch.setattr(progress_bar, "SLOW_S", -1.0)
     ek.load(path)
-    assert "long.json" in capsys.readouterr().err
+    assert f" of {path.stat().st_size:,}, 0 s (Ctrl-C stops it)" in (said := capsys.readouterr().err)
+    assert "Reading long.json, 65,536" in said
 
 
 def test_a_folder_of_folders_is_not_searched_but_they_are_named(tmp_path):

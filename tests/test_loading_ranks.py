@@ -81,7 +81,7 @@ def test_here_in_processes_and_on_a_cluster_are_the_same(folder, client, monkeyp
 
 def test_many_small_files_are_read_in_processes_too(tmp_path, monkeypatch):
     used = []
-    monkeypatch.setattr(fleet, "Parallel", lambda n_jobs, **_: used.append(n_jobs) or list)
+    monkeypatch.setattr("joblib.Parallel", lambda n_jobs, **_: used.append(n_jobs) or list)
     monkeypatch.setattr(fleet.os, "cpu_count", lambda: 2)
     for rank in range(40):
         write(tmp_path / f"rank{rank}.json", {"traceEvents": []})

@@ -331,7 +331,7 @@ def test_compressed_or_not_is_seen_from_the_content(kineto, tmp_path):
     for name, content in {"a.json": gzip.compress(kineto), "b.gz": kineto}.items():
         (tmp_path / name).write_bytes(content)
         with (tmp_path / name).open("rb") as file:
-            stream = trace.unpacked(file)
+            stream = trace.Unpacked(file)
             same(trace.read(stream), trace.read(kineto))
 
 

@@ -63,20 +63,16 @@ def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     files = [file for each in paths for file in (_inside(each) if each.is_dir() else [each])]
     absent = next((file for file in files if not file.is_file()), None)
     if absent or not files:
-        empty = [] if files or not isinstance(path, str | Path) else paths
+        inner = next(iter(paths[0].glob("*/")), None) if paths and not files else None
         raise FileNotFoundError(
             f"no capture at {absent or path}: give the path of a file that Capture.save() wrote, of a profiler trace, "
-            f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)}){_look_inside(empty)}"
+            f"of a memory snapshot, or of a folder that holds such files ({', '.join(_SUFFIXES)})"
+            + (f", for instance of {inner}" if inner else "")
         )
     times = Counter(file.resolve() for file in files)
     if twice := [file for file in files if times[file.resolve()] > 1]:
         raise ValueError(f"{twice[0]} is listed twice: give the file of each rank once")
     return files
-
-
-def _look_inside(folders: list[Path]) -> str:
-    inner = [path for folder in folders for path in folder.iterdir() if path.is_dir()]
-    return f", for instance of {inner[0]}" if inner else ""
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -10,11 +10,10 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from pandas.api.types import is_integer_dtype
-from tqdm.auto import tqdm
 
 from effkit import snapshot, storage, trace
 from effkit.captured import Capture
-from effkit.progress_bar import SLOW_S
+from effkit.progress_bar import quiet, working
 from effkit.trace import nesting
 
 _LARGEST_SNAPSHOT = 4 * 2**30
@@ -107,7 +106,7 @@ def _snapshot(path: Path, rank: int) -> Capture:
     if path.stat().st_size > _LARGEST_SNAPSHOT:
         raise ValueError(f"{path} is larger than {_LARGEST_SNAPSHOT:,} bytes: record fewer events (max_entries=)")
     try:
-        recorded = snapshot.read(path.read_bytes(), rank=rank)
+        recorded = snapshot.read(path, rank=rank)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     devices = [{"rank": rank, "device": device, **facts} for device, facts in recorded.facts["devices"].items()]
@@ -116,12 +115,10 @@ def _snapshot(path: Path, rank: int) -> Capture:
 
 
 def _trace(path: Path, rank: int | None, options: Options) -> Capture:
-    # a rank of many is counted, not watched
-    size_bytes, many = path.stat().st_size, rank is not None
-    bar = {"delay": SLOW_S, "leave": False, "disable": many, "total": size_bytes, "desc": path.name}
+    watched = working(f"Reading {path.name}") if rank is None else quiet()  # a rank of many is counted, not watched
     try:
-        with path.open("rb") as file, tqdm.wrapattr(file, "read", **bar) as watched:
-            read = trace.read(trace.unpacked(watched), rank=rank, details=options.columns, stacks=options.stacks)
+        with path.open("rb") as file, watched:
+            read = trace.read(trace.Unpacked(file), rank=rank, details=options.columns, stacks=options.stacks)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     seen: dict[str, Any] = {"what": path.name, **described(read.metadata)}

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-from joblib import Parallel, delayed
-from tqdm.auto import tqdm
 
 from effkit import trace
 from effkit.captured import Capture, Memory
 from effkit.loading.files import Options, described, kind_of, load_file
 from effkit.panes import OF_RANK, breakdown
-from effkit.progress_bar import SLOW_S
+from effkit.progress_bar import advance, working
 
 Item = TypeVar("Item")
 _ALONE_BYTES = 2**25  # below this many bytes on disk starting processes costs more than it saves
@@ -87,7 +85,7 @@ class Fleet(Capture):
 
     @cached_property
     def _whole(self) -> list[Capture]:
-        return [load_file(path, rank, self._options) for path, rank in _shown(self._files, len(self._files))]
+        return _counted((load_file(path, rank, self._options) for path, rank in self._files), len(self._files))
 
     def _together(self, name: str) -> pd.DataFrame | None:
         frames = [frame for capture in self._whole if (frame := getattr(capture, name)) is not None]
@@ -116,12 +114,14 @@ class Fleet(Capture):
     def _digests(self, step: str | None = None) -> list[Digest]:
         if step not in self._cache:
             digests = self._map(partial(digest, options=self._options, step=step))
-            self._cache[step] = list(_shown(digests, len(self._files)))
+            self._cache[step] = _counted(digests, len(self._files))
         return self._cache[step]
 
     def _map(self, function: Callable[[Path, int], Digest]) -> Iterable[Digest]:
         """The function of each file, in order: here, in processes of this machine, or where the client has workers."""
         paths, ranks = zip(*self._files, strict=True)
+        from joblib import Parallel, delayed  # only where there are many
+
         if self._client is not None:
             return (future.result() for future in self._client.map(function, paths, ranks, pure=False))
         small = sum(max(_LEAST_BYTES, path.stat().st_size) for path in paths) < _ALONE_BYTES
@@ -153,8 +153,14 @@ class Fleet(Capture):
         return "\n  ".join([first, f"on {p.get('device', 'an unnamed device')}", *self._notes()])
 
 
-def _shown(items: Iterable[Item], total: int) -> Iterable[Item]:
-    return tqdm(items, total=total, unit="rank", delay=SLOW_S, leave=False)
+def _counted(items: Iterable[Item], total: int) -> list[Item]:
+    """All of them; says how many there are as yet."""
+    read = []
+    with working("Reading ranks"):
+        for item in items:
+            read.append(item)
+            advance(len(read), total)
+    return read
 
 
 def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:
@@ -168,7 +174,8 @@ def _ranks(paths: Sequence[Path]) -> tuple[list[int], str, dict[str, Any]]:
         common["notes"] = ["the files are of different jobs, of unlike numbers of ranks: do not read them as one"]
     grouped = (_places(paths), "the parallel groups in the files' names")
     for ranks, how in ((recorded, "the traces' own metadata"), (named, "the files' names"), grouped):
-        if (numbers := _distinct(ranks)) is not None:
+        numbers = [int(rank) for rank in ranks if isinstance(rank, int) and rank >= 0]
+        if len(set(numbers)) == len(ranks):
             return numbers, how, common
     told = [rank for rank in recorded if rank is not None]
     twice = ", for several say that they are one rank" if len(set(told)) < len(told) else ""
@@ -199,9 +206,3 @@ def _head(path: Path) -> Mapping[str, Any]:
         return trace.head(path) if kind_of(path) == "trace" else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a profiler trace: {error}") from error
-
-
-def _distinct(ranks: Sequence[Any]) -> list[int] | None:
-    """The ranks, if each is one, and they all differ."""
-    numbers = [int(rank) for rank in ranks if isinstance(rank, int) and rank >= 0]
-    return numbers if len(set(numbers)) == len(ranks) else None

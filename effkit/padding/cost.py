@@ -72,10 +72,6 @@ class CostModel:
         hull = Hull(dict.fromkeys(names, 0.0), dict(zip(names, self.largest, strict=True)))
         return hull.doublings({name: float(np.max(size)) for name, size in zip(names, sizes, strict=True)})
 
-    def covers(self, rows: Any, input_length: Any, output_length: Any = 0) -> bool:
-        """Whether these batches stay within what was measured."""
-        return self.doublings(rows, input_length, output_length) == 0
-
 
 def by_chance(num_free: int) -> float:
     """What to multiply an error with where a fit had only so many more points than coefficients, which can agree by

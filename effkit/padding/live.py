@@ -15,9 +15,9 @@ from effkit.arguments import checked_function, checked_same_model, checked_train
 from effkit.lab import Progress, calibration_of
 from effkit.padding.buckets import Ints
 from effkit.padding.calibration import Calibration
-from effkit.padding.cost import CostModel, fit_cost
+from effkit.padding.cost import fit_cost
 from effkit.padding.epoch_accounts import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
-from effkit.padding.memory import MemoryModel, fit_memory
+from effkit.padding.memory import fit_memory
 from effkit.padding.plans import Plan
 from effkit.padding.probing import Probe, choose
 from effkit.padding.real_cells import input_lengths
@@ -110,7 +110,11 @@ def measure(
         times = _timed(make, train, probes, plan.lengths, repeats, tell)
     durations = [min(repeated) for repeated in times]
     steps = pd.DataFrame(of_batches).assign(dur_ns=durations, peak_bytes=peaks, times_ns=times)
-    cost, memory = (calibration.cost, calibration.memory) if calibration else _fitted(steps, plan)
+    if calibration:
+        cost, memory = calibration.cost, calibration.memory
+    else:  # time and peak memory of a step as functions of its shape
+        cost = fit_cost(steps, attention="padded" if plan.row_starts is None else "block_mask")
+        memory = fit_memory(steps.rename(columns={"num_rows": "batch_size"}))
     whole = steps[steps["whole"]]
     modelled = cost.step_ns(whole["num_rows"], whole["input_length"], whole.get("output_length", 0))
     anchor = float(whole["dur_ns"].sum() / modelled.sum())
@@ -165,12 +169,6 @@ def _timed(
                 batch = make(probe.rows, lengths)
                 times[i].append(elapsed_ns(partial(train, batch)))
     return times
-
-
-def _fitted(steps: pd.DataFrame, plan: Plan) -> tuple[CostModel, MemoryModel]:
-    """Time and peak memory of a step as functions of its shape."""
-    attention = "padded" if plan.row_starts is None else "block_mask"
-    return fit_cost(steps, attention=attention), fit_memory(steps.rename(columns={"num_rows": "batch_size"}))
 
 
 def _source(num_run: int, num_batches: int, repeats: int, noise_frac: float, world_size: int) -> str:

@@ -60,11 +60,6 @@ class MemoryModel:
             )
         return np.broadcast_to(sizes, len(edges))
 
-    def in_range(self, input_length: Any, output_length: Any = 0) -> bool:
-        """Whether the probes enclosed these shapes (longer extrapolates; shorter than the shortest probe does not)."""
-        (_, longest), (_, most) = self.shapes
-        return bool(np.max(input_length) <= longest and np.max(output_length) <= most)
-
 
 def left_out_error(design: Floats) -> float:
     """Root mean square of the errors at rows that the fit did not see, as one inside the range would have them.

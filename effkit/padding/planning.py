@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from effkit.arguments import checked_amount, checked_whole
 from effkit.padding import buckets
 from effkit.padding.buckets import Ints
 from effkit.padding.packing import best_fit_decreasing
-from effkit.padding.plans import Plan, padded
+from effkit.padding.plans import Plan, padded, taken
 
 if TYPE_CHECKING:
     from effkit.padding.memory import MemoryModel
@@ -94,7 +95,7 @@ def plan(
     if memory is not None and "memory" in used:
         fitting = memory.largest_batches(table.assign(input_length=padded(table["input_length"], kept)))
         sizes = fitting if batch_size is None else np.minimum(fitting, batch_size)
-    starts, of_bucket = _cut(padded(inputs[order], kept), group, sizes, max_input_cells, quadratic, put_back)
+    starts, of_bucket = _cut(inputs, order, group, sizes, max_input_cells, kept)
     return Plan(lengths, strategy, kept, order, None, starts, of_bucket, table, planner=plan)
 
 
@@ -188,51 +189,54 @@ def _bucketed(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -
 
 
 def _cut(
-    sizes: Ints, group: Ints, batch_size: Any, max_input_cells: int | None, quadratic: float | None, put_back: bool
+    inputs: Ints, order: Ints, group: Ints, batch_size: Any, max_input_cells: int | None, limits: Mapping[str, Any]
 ) -> tuple[Ints, Ints]:
     """Cut each group of consecutive examples into batches; returns batch starts and the group of each batch."""
-    ends = np.append(group[1:], len(sizes))
+    ends = np.append(group[1:], len(order))
     if batch_size is not None and not np.isscalar(batch_size) and len(batch_size) != len(group):
         raise ValueError(f"{len(group)} buckets and {len(batch_size)} batch sizes: give one size per bucket")
-    caps = np.broadcast_to(np.asarray(len(sizes) if batch_size is None else batch_size, dtype="int64"), len(group))
+    caps = np.broadcast_to(np.asarray(len(order) if batch_size is None else batch_size, dtype="int64"), len(group))
     if max_input_cells is None:
         counts = -(-(ends - group) // caps)
         of_group = np.repeat(np.arange(len(group)), counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return group[of_group] + within * caps[of_group], of_group
-    effective = sizes + sizes.astype("float64") ** 2 / quadratic if quadratic else sizes
-    fill = _filled if put_back else _overfilled
+    most, put_back, quadratic = max_input_cells, limits["put_back"], limits.get("quadratic")
+
+    @cache
+    def fitting(size: int) -> int:
+        """How many rows so long make a full batch: as many as fit; as Lhotse has it, at least that many."""
+        effective = size + float(size) * size / quadratic if quadratic else size
+        if put_back:
+            return int(most / effective)
+        rows = max(1, int(most // effective))
+        return rows + ((rows + 1) * effective <= most)  # as doubles have it
+
+    sizes = padded(taken(inputs, order), limits)
     starts = [
-        first + np.array(fill(effective[first:last].tolist(), max_input_cells, cap), dtype="int64")
+        first + np.array(_starts(sizes[first:last].tolist(), fitting, cap, put_back), dtype="int64")
         for first, last, cap in zip(group.tolist(), ends.tolist(), caps.tolist(), strict=True)
     ]
     return np.concatenate(starts), np.repeat(np.arange(len(group)), [len(part) for part in starts])
 
 
-def _filled(sizes: list[float], limit: float, cap: int) -> list[int]:
-    """Starts of batches that end before ``(rows + 1) · longest`` would pass the limit."""
-    starts: list[int] = []
-    rows, longest, full = cap, 0.0, 0.0
-    for i, size in enumerate(sizes):
-        if size > longest:
-            longest, full = size, limit / size
-        rows += 1
-        if rows > full or rows > cap:
-            starts.append(i)
-            rows, longest, full = 1, size, limit / size
-    return starts
+def _starts(sizes: list[int], fitting: Callable[[int], int], cap: int, put_back: bool) -> list[int]:
+    """Starts of batches of at most ``cap`` rows, and no more than are ``fitting`` where the longest is so long.
 
-
-def _overfilled(sizes: list[float], limit: float, cap: int) -> list[int]:
-    """As Lhotse's ``close_to_exceeding``: a batch ends when one more *like its longest so far* would not fit."""
+    The row that would overshoot opens the next batch where it is ``put_back``; else it is the last of its own, as with
+    Lhotse's ``close_to_exceeding``.
+    """
     starts: list[int] = []
-    rows, longest, ended = 0, 0.0, True
+    begin = end = longest = 0
     for i, size in enumerate(sizes):
-        if ended:
+        if i < end and size <= longest:
+            continue
+        rows = fitting(size)
+        rows = cap if rows > cap else rows  # min() takes three times as long
+        if i >= end or (put_back and i >= begin + rows):
             starts.append(i)
-            rows, longest = 0, 0.0
-        rows, longest = rows + 1, max(longest, size)
-        ended = (rows + 1) * longest > limit or rows >= cap
+            begin = i
+        longest, end = size, begin + rows
     return starts
 
 

@@ -27,7 +27,14 @@ CELLS = ("input", "output", "input_squared", "flops")
 def padded(longest: Any, limits: Mapping[str, Any]) -> Any:
     """This length [cells], or the next multiple that ``limits`` ask for."""
     multiple = limits.get("pad_to_multiple_of") or 1
-    return -(-longest // multiple) * multiple
+    return longest if multiple == 1 else -(-longest // multiple) * multiple
+
+
+def taken(numbers: Any, order: Ints) -> Any:
+    """``numbers[order]``, through as few bytes as hold them: a third of the time for a million in any order."""
+    if numbers.dtype.kind not in "iu" or numbers.min() < 0:
+        return numbers[order]
+    return numbers.astype(np.min_scalar_type(numbers.max()))[order].astype(numbers.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,33 +122,25 @@ class Plan:
         starts = self.batch_starts if self.row_starts is None else self.row_starts[self.batch_starts]
         return np.append(starts, len(self.order))
 
-    def _column(self, name: str) -> Ints:
-        """One column of ``frame``, computed when first asked for: a million examples cost 2 ms a column."""
-        cache: dict[str, Ints] = self.__dict__.setdefault("_columns", {})
-        if name not in cache:
-            cache[name] = self._reduced(name)
-        return cache[name]
-
     def padded(self, longest: Any) -> Any:
         """The width [cells] of rows, the longest of which is so long."""
         return padded(longest, self.limits)
 
+    def _ordered(self, name: str) -> Ints:
+        return taken(self.lengths[name].to_numpy(), self.order)
+
     def _row_lengths(self, name: str) -> Ints:
-        rows = self.lengths[name].to_numpy()[self.order]
+        rows = self._ordered(name)
         return rows if self.row_starts is None else np.add.reduceat(rows, self.row_starts)
 
-    def _reduced(self, name: str) -> Ints:
-        lengths = {column: self.lengths[column].to_numpy() for column in self.lengths}
+    def _column(self, name: str) -> Ints:
+        """One column of ``frame``."""
         if name.endswith("_length"):
             longest = np.maximum.reduceat(self._row_lengths(name), self.batch_starts)
             return self.padded(longest) if name == "input_length" else longest
-        real = {
-            "input_real": lambda: lengths["input_length"],
-            "output_real": lambda: lengths["output_length"],
-            "input_squared_real": lambda: lengths["input_length"] ** 2,
-            "cross_real": lambda: lengths["input_length"] * lengths["output_length"],
-        }[name]()
-        return np.add.reduceat(real[self.order], self._examples[:-1])
+        factors = {"input_squared_real": ("input_length",) * 2, "cross_real": ("input_length", "output_length")}
+        real, *others = (self._ordered(each) for each in factors.get(name, [name.replace("real", "length")]))
+        return np.add.reduceat(real * others[0] if others else real, self._examples[:-1])
 
     def account(self, cells: str = "input", **model: int) -> Account:
         """The cells of one epoch: rows ``real`` and ``padding``, total from the shapes of the batches.

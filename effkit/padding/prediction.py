@@ -152,12 +152,15 @@ def whatif(
         "batch_size": ("Batch size [examples]", "Rows per batch, in every bucket"),
         "max_input_cells": ("Largest batch [cells]", "Padded input cells per batch"),
     }
+    # packing only where it was measured; and what was measured, if it is none of the usual ones
+    own = rest["strategy"]
+    choices = [own] * (own not in STRATEGIES) + [name for name in STRATEGIES if name != "pack" or own == "pack"]
     knobs: list[Slider | Choice] = [
         *(Slider(name, label, 1, 4 * rest[name], 1, tooltip)
           for name, (label, tooltip) in limits.items() if isinstance(rest.get(name), int)),
         Slider("memory_bytes", "Memory budget [MiB]", 0, 2 * peak_mib, max(1, peak_mib // 50),
                "What a step may take; decides the batch sizes, unless 0", rest=0, scale=_MIB),
-        Choice("strategy", "Strategy", _choices(rest["strategy"]), "How examples are assigned to batches"),
+        Choice("strategy", "Strategy", choices, "How examples are assigned to batches"),
         Slider("num_buckets", "Input buckets [count]", 1, 40, 1, "Buckets by input length", rest=8),
         Slider("num_output_buckets", "Output buckets [count]", 1, 8, 1, "By output length, within each", rest=2),
         Slider("max_length", "Longest input [cells]", shortest, longest, max(1, (longest - shortest) // 50),
@@ -177,9 +180,3 @@ def whatif(
         return replace(measured, setting=full)
 
     return WhatIf(base, predict, knobs, run if model is not None else None)
-
-
-def _choices(rest: str) -> list[str]:
-    """Strategies to choose from: packing only where it was measured; and what was measured, if it is none of them."""
-    usual = [name for name in STRATEGIES if name != "pack" or name == rest]
-    return usual if rest in usual else [rest, *usual]

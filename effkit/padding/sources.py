@@ -62,6 +62,8 @@ class _Entry(msgspec.Struct):
             ends = [track.offset + track.cut.duration for track in self.tracks if track.cut.duration is not None]
             self.duration = max(ends, default=None)
             self.supervisions = [spoken for track in self.tracks for spoken in track.cut.supervisions or []]
+        if self.text is None and (said := [s.text for s in self.supervisions or [] if s.text is not None]):
+            self.text = " ".join(said)  # it stands in either of two places
 
 
 def lengths(
@@ -177,17 +179,10 @@ def _manifest(path: Path, input: str | None, output: _Output) -> tuple[pd.DataFr
 
 def _columns(entries: list[_Entry]) -> pd.DataFrame:
     """The fields that any entry has."""
-    fields = [field for field in _Entry.__struct_fields__ if field not in ("text", "supervisions", "tracks")]
+    fields = [field for field in _Entry.__struct_fields__ if field not in ("supervisions", "tracks")]
     columns: dict[str, list[Any]] = {field: [getattr(entry, field) for entry in entries] for field in fields}
-    # a text stands in either of two places
-    columns["text"] = [entry.text if entry.text is not None else _spoken(entry) for entry in entries]
     present = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     return pd.DataFrame(present, index=range(len(entries)))
-
-
-def _spoken(entry: _Entry) -> str | None:
-    parts = [s.text for s in entry.supervisions or [] if s.text is not None]
-    return " ".join(parts) if parts else None
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -265,8 +260,8 @@ def _cells(column: pd.Series[Any], name: str, tokenize: Any, rate: float) -> tup
             sizes = [np.count_nonzero(np.asarray(t) != IGNORED_LABEL) if _is_list(t) else np.nan for t in column]
             return np.array(sizes, dtype="float64"), "tokens"
         if pd.to_numeric(present, errors="coerce").notna().mean() < 0.5:  # mostly words: text, not damaged numbers
-            count = _counter(tokenize)
-            counted = np.array([count(t) if isinstance(t, str) else np.nan for t in column])
+            told = [(tokenize(t) if tokenize else t) if isinstance(t, str) else np.nan for t in column]
+            counted = np.array([t if isinstance(t, (int, float)) else len(t) for t in told], dtype="float64")
             return counted, "tokens" if tokenize else "characters"
     values = pd.to_numeric(column, errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
     seconds = name == "duration" or name.endswith("_s")
@@ -279,11 +274,3 @@ def _is_list(value: Any) -> bool:
 
 def _are_lists(column: pd.Series[Any]) -> bool:
     return bool(column.dropna().head(1).map(_is_list).any())
-
-
-def _counter(tokenize: Any) -> Callable[[str], float]:
-    def count(text: str) -> float:
-        tokens = tokenize(text) if tokenize else text
-        return float(tokens) if isinstance(tokens, (int, float)) else float(len(tokens))
-
-    return count

@@ -8,10 +8,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.operators import COMMUNICATES
 from effkit.panes.steps import WHOLE, steps
 from effkit.trace import impossible, intervals, nesting
-from effkit.trace.names import COLLECTIVE, COPIES, DATALOADER, DEVICE, DEVICE_BACKENDS, GIVES_WORK, LAUNCHES, WAITS
+from effkit.trace.names import (
+    COLLECTIVE,
+    COPIES,
+    DATALOADER,
+    DEVICE,
+    DEVICE_BACKENDS,
+    GIVES_WORK,
+    LAUNCHES,
+    WAITS,
+    by_name,
+    communicates,
+)  # fmt: skip
 
 # In this order: a moment belongs to the first of them that it shows. They sum to dur_ns.
 PARTS = (
@@ -25,8 +35,7 @@ NO_DEVICE = "no device activity was recorded: its columns are absent"
 
 def communication(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Events that move data between ranks: kernels on the device, and calls of libraries that work on the host."""
-    names = pd.Series({name: bool(COMMUNICATES.search(name)) for name in events["name"].unique()}, dtype=bool)
-    candidates = events[events["name"].map(names).to_numpy(dtype=bool)]
+    candidates = events[by_name(events["name"], communicates)]
     kernels = candidates[candidates["category"] == "kernel"]
     calls = candidates[candidates["category"] == "user_annotation"]
     backends = calls["name"].str.extract(COLLECTIVE)["backend"]
@@ -36,7 +45,7 @@ def communication(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 def computing(events: pd.DataFrame) -> pd.DataFrame:
     """Operators of the host that compute: not those that move data, nor those that wait around such a one."""
     tree = nesting.host(events)
-    moves = tree["name"].str.contains(COMMUNICATES).to_numpy("int64")
+    moves = by_name(tree["name"], communicates).astype("int64")
     return tree[(tree["category"] == "cpu_op") & (nesting.with_inner(nesting.parents(tree), moves) == 0)]
 
 

@@ -12,7 +12,7 @@ from effkit import operators
 from effkit.operators import ATTENTION, COMMUNICATION, OTHER, PRODUCTS, UNTOLD, family_of_kernel, family_of_operator
 from effkit.panes.tables import each_operator
 from effkit.trace import nesting
-from effkit.trace.names import COPIES
+from effkit.trace.names import COPIES, by_name
 
 NOT_VISIBLE = "not visible"
 # Kernels of many uses: the operator that launched one says more. Of products so does an operator that is made of them.
@@ -25,7 +25,7 @@ def of_host(each: pd.DataFrame) -> Any:
 
     Attention that is not one kernel is batched products, a softmax and another product inside of such an operator.
     """
-    own = _by_name(each["name"], family_of_operator)
+    own = by_name(each["name"], family_of_operator)
     attends = (own == ATTENTION) & (each["category"] == "cpu_op").to_numpy()
     around = nesting.nearest(each["parent"].to_numpy(), attends) >= 0
     return np.where(around, ATTENTION, own)
@@ -40,17 +40,13 @@ def of_device(launched: pd.DataFrame, families: Any) -> Any:
     """
     owner = launched["owner"].to_numpy()
     of_operator = np.append(families, NOT_VISIBLE)[owner]
-    own = _by_name(launched["name"], family_of_kernel)
+    own = by_name(launched["name"], family_of_kernel)
     tells = ~np.isin(of_operator, (*UNTOLD, COMMUNICATION, NOT_VISIBLE))
     attends = (of_operator == ATTENTION) & (own == operators.SOFTMAX)
     part = attends | np.isin(of_operator, _MADE_OF_PRODUCTS) & (own == PRODUCTS)
     general = np.isin(own, _GENERAL) & (of_operator != PRODUCTS) | (own == OTHER)
     unknown = np.isin(own, UNTOLD) & (owner < 0)
     return np.where(tells & (part | general), of_operator, np.where(unknown, NOT_VISIBLE, own))
-
-
-def _by_name(names: pd.Series[str], family: Any) -> Any:
-    return names.map({name: family(name) for name in names.unique()}).to_numpy(dtype=object)
 
 
 def families_of(events: pd.DataFrame) -> pd.DataFrame:

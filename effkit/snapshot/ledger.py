@@ -17,6 +17,7 @@ _KINDS = {
     "segment_free": RETURN, "segment_unmap": RETURN, "oom": OOM,
 }  # fmt: skip
 _LATEST_US = 2**62 // 1000
+_NEAR = 2**12  # events that are still in the processor's cache when they are read again
 _MOST_BYTES = 2**42  # no device has 4 TiB, and a million of these still add up within 64 bits
 
 
@@ -52,15 +53,23 @@ class Ledger:
 
     def _read(self, trace: list[dict[str, Any]], stacks: Stacks) -> None:
         """The events."""
-        self.kinds = np.array([_KINDS.get(event["action"], 0) for event in trace], dtype="int8")
-        self.sizes = _integers([event.get("size", 0) for event in trace])
+        kinds, sizes, addresses, times_us, numbers = ([] for _ in range(5))
+        for begin in range(0, len(trace), _NEAR):
+            near = trace[begin : begin + _NEAR]
+            kinds += [_KINDS.get(event["action"], 0) for event in near]
+            sizes += [event.get("size", 0) for event in near]
+            # an event of no memory left tells what was free on the device instead of an address
+            addresses += [event.get("addr", event.get("device_free")) for event in near]
+            times_us += [event.get("time_us", 0) for event in near]
+            numbers += [stacks.number(event.get("frames")) for event in near]
+        self.kinds = np.array(kinds, dtype="int8")
+        self.sizes = _integers(sizes)
         _bounded(self.sizes[(self.kinds > 0) & (self.kinds < OOM)], _MOST_BYTES)
-        # an event of no memory left tells what was free on the device instead of an address
-        self.addresses = _integers([event.get("addr", event.get("device_free")) for event in trace])
-        times_us = _bounded(_integers([event.get("time_us", 0) for event in trace]), _LATEST_US)
-        self.times_are_recorded = bool(times_us.any())  # torch before 2.1 writes none: then events are counted
-        self.times = distinct(times_us * 1000)
-        self.stacks = np.array([stacks.number(event.get("frames") or []) for event in trace], dtype="int64")
+        self.addresses = _integers(addresses)
+        times = _bounded(_integers(times_us), _LATEST_US)
+        self.times_are_recorded = bool(times.any())  # torch before 2.1 writes none: then events are counted
+        self.times = distinct(times * 1000)
+        self.stacks = np.array(numbers, dtype="int64")
         self.parts = np.array([*stacks.parts, NOTHING], dtype="int64")[self.stacks]
 
     def _levels(self, grows: int, shrinks: int, final: int) -> Any:
@@ -109,7 +118,7 @@ def _blocks(segment: dict[str, Any], stacks: Stacks) -> Iterator[_Block]:
             block["size"],
             block.get("requested_size", past.get("real_size", block["size"])),
             block["state"],
-            stacks.number(block.get("frames") or past.get("frames") or []),
+            stacks.number(block.get("frames") or past.get("frames")),
         )
         address += block.size
         requested += block.requested * (block.state != "inactive")

@@ -33,6 +33,8 @@ def timeline(
     for device, rows in allocations.groupby("device", sort=True):
         times, levels = _levels(rows)
         stretch = ((times - times[0]) / max(times[-1] - times[0], 1) * (num_points - 1)).astype("int64")
+        # the last moment has a stretch of its own, also where doubles round
+        stretch[:-1] = np.minimum(stretch[:-1], max(0, num_points - 2))
         fullest = np.lexsort((-levels, stretch))  # within each stretch, the first of the fullest moments comes first
         kept = fullest[np.unique(stretch[fullest], return_index=True)[1]] if len(times) > 1 else fullest[:0]
         edges = np.append(times[np.searchsorted(stretch, stretch[kept])], np.iinfo("int64").max)

@@ -11,6 +11,7 @@ which the trace has both ends exactly (the allocator's ``requested_bytes``); the
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,14 +40,14 @@ class Snapshot(NamedTuple):
     facts: dict[str, Any]
 
 
-def read(content: bytes, *, rank: int = 0) -> Snapshot:
-    """Replay the file that ``torch.cuda.memory._dump_snapshot()`` wrote.
+def read(source: bytes | Path, *, rank: int = 0) -> Snapshot:
+    """Replay the file, or the content of one, that ``torch.cuda.memory._dump_snapshot()`` wrote.
 
     Times are ns since 1970, by the allocator's clock; events of one microsecond are set 1 ns apart, so that they
     keep their order. Where torch recorded no times (before 2.1) they count the events instead. ValueError when the
     content is no snapshot, or its trace does not lead to its final state byte for byte.
     """
-    decoded = unpickle(content)
+    decoded = unpickle(source)
     stacks = Stacks()
     try:
         ledgers, steps = _ledgers(decoded if isinstance(decoded, dict) else {"segments": decoded}, stacks)

@@ -36,22 +36,28 @@ class Stacks:
         self.texts: list[str] = []
         self.roles: list[int] = []  # what an allocation made here is for
         self.parts: list[int] = []  # the part of the step that was running
+        self._latest: tuple[Any, int] = None, -1
         self._by_identity: dict[tuple[int, ...], int] = {}
         self._by_frames: dict[tuple[int, ...], int] = {}
         self._frames: list[tuple[Any, ...]] = [()]  # three texts and what it tells; number 0 is nobody's
         self._frame_by_identity: dict[int, int] = {}
         self._frame_by_text: dict[tuple[str, str, int], int] = {}
 
-    def number(self, frames: list[dict[str, Any]]) -> int:
+    def number(self, frames: list[dict[str, Any]] | None) -> int:
         """The number of a stack, -1 for an empty one."""
+        if not frames:
+            return -1
+        if frames is self._latest[0]:  # a free is asked for and completed by one stack
+            return self._latest[1]
         same = tuple(map(id, frames))
         number = self._by_identity.get(same)
         if number is None:
             frame_number = self._frame_by_identity.get
             key = tuple([frame_number(id(frame)) or self._frame(frame) for frame in frames])
             if key not in self._by_frames:
-                self._by_frames[key] = self._add(key) if key else -1
+                self._by_frames[key] = self._add(key)
             number = self._by_identity[same] = self._by_frames[key]
+        self._latest = frames, number
         return number
 
     def _frame(self, frame: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from io import BytesIO
+from pathlib import Path
 from pickle import Unpickler
 from typing import Any, NoReturn
 
@@ -41,7 +42,7 @@ class _Plain(Unpickler):
         raise ValueError("it refers to objects outside the file, and a snapshot does not")
 
 
-def unpickle(content: bytes) -> Any:
+def unpickle(source: bytes | Path) -> Any:
     r"""The plain data in a pickle of protocol 2 to 5; takes memory in proportion to the file.
 
     ValueError when the pickle is damaged, or asks for anything but plain data.
@@ -50,9 +51,10 @@ def unpickle(content: bytes) -> Any:
     {}
     """
     try:
-        _check(content)
-        with gc_disabled():  # it would look through millions of fresh objects over and over; none is garbage yet
-            return _Plain(BytesIO(content)).load()
+        _check(source.read_bytes() if isinstance(source, Path) else source)  # and let go of it
+        # the collector would look through millions of fresh objects over and over; none is garbage yet
+        with source.open("rb") if isinstance(source, Path) else BytesIO(source) as file, gc_disabled():
+            return _Plain(file).load()
     except Exception as error:  # the unpickler raises almost anything on damaged bytes
         raise ValueError(f"not a memory snapshot: {str(error) or type(error).__name__}; {_ADVICE}") from error
 

@@ -4,7 +4,7 @@ Times are integer nanoseconds, since 1970 where the trace says from when it coun
 ``category`` keeps Kineto's words; those of torch before 1.13 (``Operator``, ``Kernel``, …) become today's.
 """
 
-from effkit.trace.decoding import head, unpacked
+from effkit.trace.decoding import Unpacked, head
 from effkit.trace.tidying import DETAIL_COLUMNS, EVENT_COLUMNS, MEMORY_COLUMNS, Trace, read
 
-__all__ = ["DETAIL_COLUMNS", "EVENT_COLUMNS", "MEMORY_COLUMNS", "Trace", "head", "read", "unpacked"]
+__all__ = ["DETAIL_COLUMNS", "EVENT_COLUMNS", "MEMORY_COLUMNS", "Trace", "Unpacked", "head", "read"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from decimal import Decimal
+from itertools import compress, islice
 from typing import Any
 
 import msgspec
@@ -14,12 +15,12 @@ import pandas as pd
 from effkit.trace.decoding import decoded
 
 _ANYTHING = msgspec.json.Decoder()
-_ACCEPTED: Mapping[Any, Callable[[Any], bool]] = {  # what of a kind can be kept; anything else is absent
+_ACCEPTED: Mapping[Any, Callable[[Any], bool]] = {  # what of a kind can be kept; anything else is absent, as is null
     int: lambda value: type(value) is int and -(2**63) < value < 2**63,
     float: lambda value: type(value) in (int, float),
     str: lambda value: type(value) is str and value != "",
-    msgspec.Raw: lambda value: value not in (b"", b"null"),
 }
+_NOTHING = {b"", b"null"}
 _LATEST_US = 2**63 / 1000
 _BEYOND = "a time beyond the range of 64-bit nanoseconds"
 
@@ -38,55 +39,59 @@ class Interned:
     def __init__(self) -> None:
         self.values = _Codes()
         self._codes: list[Any] = []
+        self._told: dict[Any, list[bool]] = {}
 
     def add(self, values: Sequence[Hashable]) -> Any:
         """Append values, and return their codes."""
         self._codes.append(np.fromiter(map(self.values.__getitem__, values), "int32", len(values)))
         return self._codes[-1]
 
-    def holds(self, codes: Any, wanted: Callable[..., bool]) -> Any:
-        """For each code, whether its value is wanted."""
-        return np.array([wanted(value) for value in self.values], dtype=bool)[codes]
+    def holds(self, codes: Any, wanted: Callable[[Any], bool]) -> Any:
+        """For each code, whether its value is wanted; of each value that is asked once."""
+        told = self._told.setdefault(wanted, [])
+        told += map(wanted, islice(self.values, len(told), None))
+        return np.array(told, dtype=bool)[codes]
 
-    def column(self, order: Any, spelled: Callable[[Any], str] = str) -> Any:
-        """The strings, in that order of rows."""
-        codes = np.concatenate(self._codes)[order] if self._codes else np.array([], "int32")
-        return pd.array([spelled(value) for value in self.values], dtype="str").take(codes)
+    def column(self, order: Any, spelled: Callable[[Any], Any] = str, kind: str = "str") -> Any:
+        """The values as spelled, in that order of rows; absent for a row of -1."""
+        codes = np.concatenate([*self._codes, np.array([-1], "int32")])[order]
+        return pd.array([spelled(value) for value in self.values], dtype=kind).take(codes, allow_fill=True)
 
 
 class Sparse:
-    """A column of values that few events have: their rows and the values."""
+    """A column of values that few events have: their rows and the values, each of these kept once."""
 
     def __init__(self, kind: Any) -> None:
         self._kind = kind
-        self._rows: list[int] = []
-        self._values: list[Any] = []
+        self._rows: list[Any] = []
+        self._values = Interned()
 
-    def add(self, rows: Any, values: Iterable[Any]) -> None:
-        accepted = _ACCEPTED[self._kind]
-        for row, value in zip(rows.tolist(), values, strict=True):
-            if accepted(value):
-                self._rows.append(row)
-                self._values.append(value)
+    def add(self, rows: Any, values: Sequence[Any]) -> None:
+        if accepts := _ACCEPTED.get(self._kind):
+            accepted = [accepts(value) for value in values]
+            rows, values = rows[np.array(accepted, bool)], list(compress(values, accepted))
+        self._rows.append(rows)
+        self._values.add(values)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._values.values.keys() - _NOTHING)
 
     def column(self, order: Any) -> Any:
         """All rows in that order; absent where nothing was added."""
         place = np.full(len(order), -1, "int64")
-        place[self._rows] = np.arange(len(self._rows))
-        if self._kind in (int, float):
-            values = pd.array(self._values, dtype="Int64" if self._kind is int else "Float64")
-            return values.take(place[order], allow_fill=True)
-        table = _Codes()
-        codes = np.array([*map(table.__getitem__, self._values), -1], "int64")
-        spelled = [_compact(value) if isinstance(value, bytes) else value for value in table]
-        return pd.array(spelled, dtype="str").take(codes[place[order]], allow_fill=True)
+        rows = np.concatenate(self._rows)
+        place[rows] = np.arange(len(rows))
+        types = {int: "Int64", float: "Float64"}
+        return self._values.column(place[order], _compact, types.get(self._kind, "str"))
 
 
-def _compact(text: bytes) -> str:
-    value = decoded(_ANYTHING, text)
+def _compact(value: Any) -> Any:
+    """JSON text without spaces; another value as it is."""
+    if not isinstance(value, bytes):
+        return value
+    if value in _NOTHING:
+        return None
+    value = decoded(_ANYTHING, value)
     if isinstance(value, str):
         try:
             value = decoded(_ANYTHING, value.encode())  # some profilers write a list as a text
@@ -96,13 +101,15 @@ def _compact(text: bytes) -> str:
 
 
 def nanoseconds(microseconds: Sequence[float | Decimal]) -> Any:
-    """Whole nanoseconds, of doubles or, where these were too coarse, of decimals."""
-    times = np.array(microseconds, "float64")
-    whole = np.floor(times)
+    """Whole nanoseconds, of doubles or, where these were too coarse, of whole numbers and decimals."""
+    times = np.array(microseconds)
+    whole = np.floor(times.astype("float64"))
     if not (np.abs(whole) < _LATEST_US).all():
         raise ValueError(_BEYOND)
-    if microseconds and isinstance(microseconds[0], Decimal):
+    if times.dtype == object:
         return np.array([round(time * 1000) for time in microseconds], "int64")
+    if times.dtype == "int64":
+        return times * 1000
     return whole.astype("int64") * 1000 + np.rint((times - whole) * 1e3).astype("int64")
 
 

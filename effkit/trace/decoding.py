@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import os
 import re
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, Protocol
 
 import msgspec
 
-Event = TypeVar("Event")
+from effkit.progress_bar import advance
 
-_PIECE = 2**24
+_PIECE = 2**20
 _FEW = 64
 _EXACT_US = 2**43  # up to here a double holds microseconds with three decimals; those since 1970 are beyond
 _LARGEST_HEAD = 2**26  # metadata before the events: real ones stay below a few hundred kB
@@ -43,6 +45,10 @@ _END_OF_NAME, _END_OF_FILE = re.compile(rb'",\s*"pid": '), re.compile(rb'"\s*\}\
 _QUOTATION_MARK = re.compile(rb'(?<!\\)"')
 
 
+class Stream(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 class Metadata(msgspec.Struct, gc=False):
     """What a trace says of itself, beside its events; None where it says nothing."""
 
@@ -55,23 +61,21 @@ class Metadata(msgspec.Struct, gc=False):
         return {field: value for field in Metadata.__struct_fields__ if (value := getattr(self, field)) is not None}
 
 
-class Decoder(Generic[Event]):
+_METADATA = msgspec.json.Decoder(Metadata)
+
+
+class Decoder:
     """Decodes one trace into lists of ``event`` structs; ``metadata`` is complete when all pieces have been taken.
 
     From the first time ``ts`` on that a double is too coarse for, they are ``exact`` structs, where these are given.
     """
 
-    def __init__(self, event: type[Event], exact: type[Event] | None = None) -> None:
+    def __init__(self, event: Any, exact: Any = None) -> None:
         self.metadata: dict[str, Any] = {}
         self._exact = exact
-        self._use(event)
+        self._events, self._whole = _decoders(event)
 
-    def _use(self, event: type[Event]) -> None:
-        self._events: msgspec.json.Decoder[list[Event]] = msgspec.json.Decoder(list[event])  # type: ignore[valid-type]
-        whole = msgspec.defstruct("_Whole", [("traceEvents", list[event])], bases=(Metadata,), gc=False, kw_only=True)  # type: ignore[valid-type]
-        self._whole = msgspec.json.Decoder(whole)
-
-    def pieces(self, stream: IO[bytes]) -> Iterator[list[Event]]:
+    def pieces(self, stream: Stream) -> Iterator[list[Any]]:
         """Lists of events, in the order of the file; msgspec.DecodeError or ValueError where it is no trace."""
         head, buffer = _opened(stream)
         self.metadata |= _metadata(head)
@@ -82,19 +86,19 @@ class Decoder(Generic[Event]):
             events = self._piece(buffer, cut[0] + 1) if cut else None
             if cut and events is not None:
                 yield events
-                del buffer[: cut[1]]
+                buffer = buffer[cut[1] :]
                 wanted = _PIECE
             # the cut was inside an event, or behind the last one: more of the stream will tell
             elif (wanted := len(buffer)) > _LONGEST_EVENT:
                 raise ValueError(f"it holds an event or an error within {wanted:,} bytes")
         if not head:
-            yield self._list(b"[" + bytes(buffer))
+            yield self._list(b"[" + buffer)
             return
-        rest = decoded(self._whole, text := b'{"traceEvents":[' + bytes(buffer))
+        rest = decoded(self._whole, text := b'{"traceEvents":[' + buffer)
         self.metadata |= rest.said()
         yield decoded(self._whole, text).traceEvents if self._too_coarse(rest.traceEvents) else rest.traceEvents
 
-    def _list(self, text: bytes) -> list[Event]:
+    def _list(self, text: bytes) -> list[Any]:
         events = decoded(self._events, text)
         return decoded(self._events, text) if self._too_coarse(events) else events
 
@@ -103,11 +107,11 @@ class Decoder(Generic[Event]):
         # all times of a trace are of one clock: its first events tell
         if self._exact is None or not any(event.ts > _EXACT_US for event in events[:_FEW]):
             return False
-        self._use(self._exact)
+        self._events, self._whole = _decoders(self._exact)
         self._exact = None
         return True
 
-    def _piece(self, buffer: bytearray, end: int) -> list[Event] | None:
+    def _piece(self, buffer: bytes, end: int) -> list[Any] | None:
         with memoryview(buffer) as view:
             text = b"".join((b"[", view[:end], b"]"))
         try:
@@ -118,35 +122,37 @@ class Decoder(Generic[Event]):
             return None
 
 
-def _opened(stream: IO[bytes]) -> tuple[bytes, bytearray]:
+@cache
+def _decoders(event: Any) -> tuple[Any, Any]:
+    """Of a list of such events, and of a trace that holds one."""
+    whole = msgspec.defstruct("_Whole", [("traceEvents", list[event])], bases=(Metadata,), gc=False, kw_only=True)
+    return msgspec.json.Decoder(list[event]), msgspec.json.Decoder(whole)
+
+
+def _opened(stream: Stream) -> tuple[bytes, bytes]:
     """Everything up to the bracket that opens the events, and the beginning of what follows."""
-    buffer = bytearray()
+    buffer = b""
     while len(buffer) <= _LARGEST_HEAD and (block := stream.read(_PIECE if buffer else 2**16)):
         buffer += block.removeprefix(codecs.BOM_UTF8) if not buffer else block
         if opening := _ARRAY.search(buffer):
-            return bytes(buffer[: opening.end()]), buffer[opening.end() :]
+            return buffer[: opening.end()], buffer[opening.end() :]
         if re.match(rb"\s*\[\s*\{", buffer):  # Chrome's other form, that torch's older profiler writes
             return b"", buffer[buffer.index(b"[") + 1 :]
     raise ValueError("no traceEvents in it")
 
 
 def _metadata(head: bytes) -> dict[str, Any]:
-    return decoded(msgspec.json.Decoder(Metadata), head + b"]}").said() if head else {}
+    return decoded(_METADATA, head + b"]}").said() if head else {}
 
 
-def unpacked(file: IO[bytes]) -> IO[bytes]:
-    """The plain text of a trace file, compressed or not."""
-    compressed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    return _Unpacked(file) if compressed else file  # type: ignore[return-value]
-
-
-class _Unpacked:
-    """A gzip file that refuses to grow beyond what an honest one grows to."""
+class Unpacked:
+    """The plain text of a trace file, compressed or not; refuses to grow beyond what an honest one grows to."""
 
     def __init__(self, packed: IO[bytes]) -> None:
-        self._packed = packed
-        self._file = gzip.GzipFile(fileobj=packed)
+        compressed = packed.read(2) == b"\x1f\x8b"
+        packed.seek(0)
+        self._packed, self._size = packed, os.fstat(packed.fileno()).st_size
+        self._file = gzip.GzipFile(fileobj=packed) if compressed else packed
         self._taken = 0
 
     def read(self, size: int) -> bytes:
@@ -155,6 +161,7 @@ class _Unpacked:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"its compression is damaged ({error})") from error
         self._taken += len(block)
+        advance(self._packed.tell(), self._size)
         if self._taken > _SMALL_UNPACKED + _DENSEST * self._packed.tell():
             raise ValueError(f"it unpacks to more than {_DENSEST} times its size")
         return block
@@ -163,10 +170,10 @@ class _Unpacked:
 def head(path: Path) -> Mapping[str, Any]:
     """The metadata before the events, without reading these; empty where there is none."""
     with path.open("rb") as file:
-        return _metadata(_opened(unpacked(file))[0])
+        return _metadata(_opened(Unpacked(file))[0])
 
 
-def _last_between(buffer: bytearray) -> tuple[int, int] | None:
+def _last_between(buffer: bytes) -> tuple[int, int] | None:
     """Where the last event that is surely whole ends, and where the next begins."""
     reach = 2**12
     while True:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effkit.operators import COMMUNICATES
 
 # Categories that older profilers (torch before 1.13) wrote, or that other backends (MTIA, Gaudi) do, and today's usual
 # ones for the same
@@ -47,6 +53,17 @@ _KERNEL_COLLECTIVES = {
     "reducescatter": "reduce_scatter", "broadcast": "broadcast", "sendrecv": "send_recv", "alltoall": "all_to_all",
     "reduce": "reduce",
 }  # fmt: skip
+
+
+def by_name(names: pd.Series[str], told: Callable[[str], Any]) -> Any:
+    """What is told of each name, asked once of each distinct one."""
+    codes, distinct = pd.factorize(names)
+    answers = np.array([told(name) for name in distinct])
+    return answers[codes] if len(answers) else np.zeros(len(names), bool)
+
+
+def communicates(name: str) -> bool:
+    return bool(COMMUNICATES.search(name))
 
 
 def plain_collective(name: str) -> str:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import ScaledTranslation
 
 from effkit.account import Account
 from effkit.view import accounts as usual
-from effkit.view.style import NAMED, OKABE_ITO, by_item
+from effkit.view.style import NAMED, colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ _ITEMS = {
     "#D55E00": ("all-to-all moving",),
     "#F0A3C8": ("step not begun or over",),
 }  # fmt: skip
-_COLOURS = NAMED | by_item(_ITEMS)
+_COLOURS = NAMED | {item: shade for shade, items in _ITEMS.items() for item in items}
 
 
 def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
@@ -66,7 +67,8 @@ def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Seq
 def _places(shown: Sequence[Account]) -> Sequence[Axes]:
     from matplotlib import pyplot  # only to make the figure that a notebook shows
 
-    height = sum(_BAR_INCHES + _AROUND_INCHES + _LINE_INCHES * _num_lines(account) for account in shown)
+    lines = sum(math.ceil((len(a.frame) + bool(a.residual) + a.predicted) / _columns(a)) for a in shown)  # of legends
+    height = len(shown) * (_BAR_INCHES + _AROUND_INCHES) + _LINE_INCHES * lines
     layout = ConstrainedLayoutEngine(h_pad=0.09, hspace=0.04)
     _, places = pyplot.subplots(len(shown), 1, figsize=(_WIDTH_INCHES, height), layout=layout, squeeze=False)
     return list(places[:, 0])
@@ -78,24 +80,19 @@ def _columns(account: Account) -> int:
     return max(1, min(_COLUMNS, int(_WIDTH_INCHES / (_LETTER_INCHES * longest + _BESIDE_INCHES))))
 
 
-def _num_lines(account: Account) -> int:
-    """Of its legend."""
-    return math.ceil((len(account.frame) + bool(account.residual) + account.predicted) / _columns(account))
-
-
 def _drawn(account: Account, ax: Axes) -> None:
     """The usual picture of an account, with rows told apart and the legend at a fixed distance. The usual legend hangs
     a share of the axes' height below them: under one another, where the height is found by making room for legends,
     they would lie on each other."""
     usual.account(account, ax)
-    items = [str(item) for item in account.frame.index]
+    faces = colours(list(map(str, account.frame.index)), _COLOURS)
     for position, (item, share) in enumerate(account.share.items()):
-        bar = ax.containers[position][0]
-        face = _face(str(item), items)
+        bar, face = ax.containers[position][0], faces[str(item)]
         bar.set(facecolor=face, edgecolor="white", linewidth=0.6)
+        light = np.dot((0.299, 0.587, 0.114), to_rgb(face)) >= 0.55
         if share >= _ROOM_FRAC:
             ax.annotate(f"{share:.0%}", (bar.get_x() + bar.get_width() / 2, 0), ha="center", va="center", fontsize=9,
-                        color="#FFFFFF" if _dark(face) else "#111111")  # fmt: skip
+                        color="#111111" if light else "#FFFFFF")  # fmt: skip
     ax.set_ylim(-0.31, 0.31)
     ax.set_xlim(left=min(0, ax.get_xlim()[0]))
     ax.set_title(ax.get_title(loc="left"), loc="left", fontsize=10, fontweight="bold")
@@ -106,18 +103,3 @@ def _drawn(account: Account, ax: Axes) -> None:
     ax.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0,
               ncols=_columns(account), frameon=False, fontsize=8.5, handlelength=1.2, handleheight=0.9,
               columnspacing=1.4, labelspacing=0.35)  # fmt: skip
-
-
-def _face(item: str, items: Sequence[str]) -> str:
-    """The word's own colour; else one of the palette that no other row has."""
-    if item in _COLOURS:
-        return _COLOURS[item]
-    taken = {_COLOURS[other] for other in items if other in _COLOURS}
-    free = [shade for shade in OKABE_ITO if shade not in taken] or list(OKABE_ITO)
-    nameless = [other for other in items if other not in _COLOURS]
-    return free[nameless.index(item) % len(free)]
-
-
-def _dark(face: str) -> bool:
-    red, green, blue = to_rgb(face)
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.55

@@ -48,12 +48,7 @@ _ITEMS = {  # by colour: which items have it; those of one account have differen
 }  # fmt: skip
 
 
-def by_item(items_of: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Item -> its colour, of what says for each colour which items have it."""
-    return {item: colour for colour, items in items_of.items() for item in items}
-
-
-NAMED = by_item(_ITEMS)
+NAMED = {item: shade for shade, items in _ITEMS.items() for item in items}
 # text stays text (a browser draws it, a test reads it) and equal pictures are equal bytes
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "effkit"}
 
@@ -63,11 +58,11 @@ def colour(item: str, position: int) -> str:
     return NAMED.get(item, OKABE_ITO[position % len(OKABE_ITO)])
 
 
-def colours(items: Sequence[str]) -> dict[str, str]:
+def colours(items: Sequence[str], named: Mapping[str, str] = NAMED) -> dict[str, str]:
     """A colour for each row of one picture: the word's own, else the next of the palette that no other row has."""
-    own = {NAMED.get(item) for item in items}
+    own = {named.get(item) for item in items}
     free = itertools.cycle([shade for shade in OKABE_ITO if shade not in own] or OKABE_ITO)
-    return {item: NAMED.get(item) or next(free) for item in items}
+    return {item: named.get(item) or next(free) for item in items}
 
 
 def svg(figure: Figure, *, label: str) -> str:
@@ -84,13 +79,6 @@ def svg(figure: Figure, *, label: str) -> str:
     )
 
 
-def png(figure: Figure) -> bytes:
-    """A figure for places without a browser."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    return out.getvalue()
-
-
 class Picture(Generic[*Shown]):
     """A figure that is drawn again and again: a subclass has ``_draw``, which takes what is to be shown."""
 
@@ -103,7 +91,9 @@ class Picture(Generic[*Shown]):
 
     def png(self, *shown: *Shown) -> bytes:
         """For places without a browser."""
-        return png(self._draw(*shown))
+        out = io.BytesIO()
+        self._draw(*shown).savefig(out, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+        return out.getvalue()
 
 
 def label(name: Any, most: int = 44) -> str:
