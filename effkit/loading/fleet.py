@@ -15,7 +15,7 @@ import pandas as pd
 from effkit import trace
 from effkit.captured import Capture, Memory
 from effkit.loading.files import Options, described, kind_of, load_file
-from effkit.panes import OF_RANK, breakdown
+from effkit.panes import OF_RANK, breakdown, tables
 from effkit.progress_bar import advance, working
 
 Item = TypeVar("Item")
@@ -33,8 +33,9 @@ def digest(path: Path, rank: int, options: Options, step: str | None = None) -> 
     """Read one rank's file and reduce it."""
     capture = load_file(path, rank, options)
     events = breakdown.of_steps(capture.events, *options.in_steps) if options.in_steps else capture.events
-    marked = {"overview": [step]}  # no other pane asks for steps
-    parts = {name: of_rank(events, *marked.get(name, [])) for name, of_rank in OF_RANK.items()}
+    each = tables.each_operator(events)  # which two panes begin with
+    given: dict[str, list[Any]] = {"overview": [step], "operators": [each], "families": [each]}
+    parts = {name: of_rank(events, *given.get(name, [])) for name, of_rank in OF_RANK.items()}
     return parts | {"memory": capture.provenance.get("memory", ())}
 
 

@@ -41,11 +41,11 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     tree = nesting.host(events)
     parent = nesting.parents(tree)
     kernels, _ = communication(events)
-    calls = tree["name"].str.extract(COLLECTIVE)
-    is_call = (calls["backend"].notna() & (tree["category"] == "user_annotation")).to_numpy()
+    calls = tree["name"][tree["category"] == "user_annotation"].str.extract(COLLECTIVE).dropna(subset="backend")
+    is_call = tree.index.isin(calls.index)
     owner = nesting.owners(tree, nesting.nearest(parent, is_call), kernels)
     notes = _annotations(tree, parent)
-    rows = _recorded(tree, parent, calls[is_call], _spans(kernels, owner), notes)
+    rows = _recorded(tree, parent, calls, _spans(kernels, owner), notes)
     rows += _foreign(tree, kernels[owner < 0], notes)
     whole = dict.fromkeys(("start_ns", "end_ns", "num_ranks", "size_bytes"), "Int64")
     frame = pd.DataFrame(rows, columns=_ROW).astype(whole)
@@ -158,10 +158,10 @@ def _plausible(count: int | None, most: int) -> int | None:
 
 def _annotations(tree: pd.DataFrame, parent: Any) -> Notes:
     """Tells of a row (-1: none) the annotations around it, innermost first, without the step's mark and c10d's own."""
-    names = tree["name"].str
-    noted = (tree["category"] == "user_annotation") & ~names.startswith(STEP) & ~names.match(COLLECTIVE)
-    inner = np.append(nesting.nearest(parent, noted.to_numpy(bool)), -1)
-    outer, short = inner[np.append(parent, -1)], names.slice(stop=_ANNOTATION_CHARS).tolist()
+    names = tree["name"][tree["category"] == "user_annotation"]
+    noted = names[~(names.str.startswith(STEP) | names.str.match(COLLECTIVE)).astype(bool)]
+    inner = np.append(nesting.nearest(parent, tree.index.isin(noted.index)), -1)
+    outer, short = inner[np.append(parent, -1)], noted.str.slice(stop=_ANNOTATION_CHARS).to_dict()
 
     def around(row: int) -> str:
         said: list[str] = []

@@ -49,9 +49,9 @@ def of_device(launched: pd.DataFrame, families: Any) -> Any:
     return np.where(tells & (part | general), of_operator, np.where(unknown, NOT_VISIBLE, own))
 
 
-def families_of(events: pd.DataFrame) -> pd.DataFrame:
-    """One row per family of one rank."""
-    each, launched = each_operator(events)
+def families_of(events: pd.DataFrame, shared: tuple[pd.DataFrame, pd.DataFrame] | None = None) -> pd.DataFrame:
+    """One row per family of one rank; ``shared`` as in :func:`effkit.panes.tables.operators_of`."""
+    each, launched = shared or each_operator(events)
     counted = (each["category"] == "cpu_op") & ~each["folded"]
     of_each = of_host(each)
     copies = launched["category"].isin(COPIES)

@@ -48,10 +48,10 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return each, launched
 
 
-def operators_of(events: pd.DataFrame) -> pd.DataFrame:
+def operators_of(events: pd.DataFrame, shared: tuple[pd.DataFrame, pd.DataFrame] | None = None) -> pd.DataFrame:
     """One row per operator, input shapes and dtypes of one rank. Device time goes to the operator that launched it;
-    ``launching`` are the calls that did."""
-    each, launched = each_operator(events)
+    ``launching`` are the calls that did. ``shared`` is what :func:`each_operator` gave, where that was asked."""
+    each, launched = shared or each_operator(events)
     lost = int(launched["dur_ns"][launched["owner"] < 0].sum())
     counted = each[(each["category"] == "cpu_op") & ~each["folded"]]
     absent = pd.Series(pd.NA, counted.index, dtype="str")
