@@ -264,7 +264,7 @@ class Capture:
             path.mkdir(parents=True, exist_ok=True)
         timed = [(each["device"], each["rank"]) for each in self._recorded_memory() if each.get("clock") != "events"]
         for rank, events in ranks.items():
-            held = [self._memory_of(device, rank).allocations for device, of in timed if of == rank]
+            held = [self._memory_of(device, rank)[1] for device, of in timed if of == rank]
             perfetto.write(path / f"rank{rank}.json.gz" if len(ranks) > 1 else path, events, held, marks)
         return path
 
