@@ -2,6 +2,9 @@
 
     python data/record.py lengths     data/spoken_docs.csv (needs espeak-ng)
     python data/record.py captures    data/captures/*.zip, small reference captures of live steps and of two ranks
+    python data/record.py minilabs    data/minilabs.csv, the figures of five seeds of each mini-lab of notebooks 06,
+                                      06a to 06d, and the stored figures of data/claims.csv that are made from them; one
+                                      lab alone: minilabs Conda
     python data/record.py ledger      predictions beside measurements, without what is held back from whoever designs a
                                       model, and nothing written; one lab alone: ledger activations; the machine as
                                       another one: --condition "one core", or every. With --all, held back or not:
@@ -38,6 +41,7 @@ import ledger_decoder
 import ledger_moe
 import ledger_padding
 import ledger_recorded
+import recorded_minilabs
 import torch
 from ledger_padding import spoken
 from ledger_rows import CONDITIONS, CUT_OFF, DATA, HELD_BACK, USUAL, device_name, keep_rows, run_under
@@ -212,8 +216,14 @@ def parts_of(what: str, lab: str | None, conditions: Sequence[str]) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lengths", "captures", "ledger", "all", "rows", "capture", "keep"])
-    parser.add_argument("lab", nargs="?", choices=[*LABS, *CAPTURES], help="with ledger: this lab's rows alone")
+    parser.add_argument("what", choices=["lengths", "captures", "minilabs", "ledger", "all", "rows", "capture",
+                                         "keep"])  # fmt: skip
+    parser.add_argument(
+        "lab",
+        nargs="?",
+        choices=[*LABS, *CAPTURES, *recorded_minilabs.LABS],
+        help="with ledger or minilabs: this lab's rows alone",
+    )
     parser.add_argument("--condition", choices=[*CONDITIONS, "every"], default=USUAL, help="with ledger")
     parser.add_argument("--all", action="store_true", help="with ledger: also what is held back, and write the rows")
     parser.add_argument("--minutes", type=float, help="of all parts together: what takes longer is cut off")
@@ -222,6 +232,8 @@ def main() -> None:
         end_with_parent()
         run = {"rows": LABS, "capture": CAPTURES, "keep": {name: partial(keep_rows, name) for name in LABS}}
         sys.exit(run[given.what][given.lab]() or None)
+    if given.what == "minilabs":
+        sys.exit(recorded_minilabs.record([given.lab] if given.lab else [*recorded_minilabs.LABS]))
     if given.lab and given.what != "ledger":
         parser.error(f"a lab goes with ledger; given: {given.what} {given.lab}")
     everything = given.all or given.what == "all"

@@ -29,15 +29,18 @@ class Finding:
     @property
     def agrees(self) -> bool:
         """Whether this run is where stored runs lie: within the rounding of the stored figure if nothing varies."""
-        low, high = self.claim.stored_low, self.claim.stored_high
-        if not self.claim.varies:
-            return math.isclose(self.value, self.claim.stored, rel_tol=_ROUNDING)
-        return low <= self.value <= high
+        row = self.claim
+        if not row.varies:
+            return math.isclose(self.value, row.stored, rel_tol=_ROUNDING)
+        if row.stored_seeds > 0:
+            return row.run_low <= self.value <= row.run_high
+        return row.stored_low <= self.value <= row.stored_high
 
     def __repr__(self) -> str:
         row = self.claim
         here = f"{_VARIES if row.varies else ''}{figure(self.value, row.unit)}"
         where = "where stored runs lie" if row.varies else "as stored"
+        where = "inside the interval of one more seed" if row.stored_seeds > 0 else where
         return (
             f"{row.paper} (arXiv {row.arxiv}): {row.figure}\n"
             f"  paper: {row.theirs_in_words} ({row.their_setting})\n"

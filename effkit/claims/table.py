@@ -58,6 +58,7 @@ class Claim:
         given, and words where their number is of another kind: then there is no gap. And what it was shown on.
     stored, stored_low, stored_high
         What an earlier run of the cell computed; what earlier runs lay between, where another run gives another figure.
+        Of stored seeds: their mean (of ratios the geometric one), and its 95% interval.
     stored_on, stored_machine
         Date and machine of that run, where they are known.
     no_effect
@@ -66,6 +67,8 @@ class Claim:
         What ours was shown on: the reason for most gaps.
     notebook, section
         Where the cell stands: a file in ``notebooks/`` and a heading.
+    stored_seeds, run_low, run_high
+        How many seeds are stored (``data/minilabs.csv``), and the 95% interval of one more; NaN where none are.
     """
 
     paper: str
@@ -88,6 +91,9 @@ class Claim:
     our_setting: str
     notebook: str
     section: str
+    stored_seeds: float = math.nan
+    run_low: float = math.nan
+    run_high: float = math.nan
 
     @property
     def varies(self) -> bool:
@@ -113,8 +119,14 @@ class Claim:
     @property
     def stored_in_words(self) -> str:
         """The stored figure, what earlier runs lay between, and when and where."""
-        value, low, high = (figure(value, self.unit) for value in (self.stored, self.stored_low, self.stored_high))
+        numbers = (self.stored, self.stored_low, self.stored_high, self.run_low, self.run_high)
+        value, low, high, run_low, run_high = (figure(value, self.unit) for value in numbers)
         between = f", earlier runs between {low} and {high}" if self.varies else ""
+        if self.stored_seeds > 0:
+            between = (
+                f", the mean of {self.stored_seeds:.0f} seeds, in 95% between {low} and {high}; "
+                f"one more seed between {run_low} and {run_high}"
+            )
         return f"{value}{between} ({self.stored_on or 'date not known'}, {self.stored_machine or 'machine not known'})"
 
     @property

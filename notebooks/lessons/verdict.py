@@ -29,7 +29,7 @@ def verdict(what: str, value: float, unit: str = "", *, above: float | None = No
     if above is None and below is None:
         raise ValueError(f"verdict on {what!r} has no limit: give above or below")
     said = [
-        f"{'' if holds else 'NOT '}{word} {_figure(limit, unit)}"
+        f"{'' if holds else 'NOT '}{word} {shown(limit, unit)}"
         for word, limit, holds in (
             ("above", above, above is None or value > above),
             ("below", below, below is None or value < below),
@@ -37,10 +37,11 @@ def verdict(what: str, value: float, unit: str = "", *, above: float | None = No
         if limit is not None
     ]
     ends = "" if unit == "frac" or has_own_steps(unit) or not unit else f" {unit}"
-    return f"{what}: ≈{_figure(value, unit)}{ends}, {', '.join(said)}"
+    return f"{what}: ≈{shown(value, unit)}{ends}, {', '.join(said)}"
 
 
-def _figure(value: float, unit: str) -> str:
+def shown(value: float, unit: str) -> str:
+    """A figure in three digits, or in the steps of its unit."""
     if unit == "frac":
         return f"{100 * value:.3g}%"
     return readable(value, unit) if has_own_steps(unit) else f"{value:.3g}"
