@@ -2,9 +2,9 @@
 
     python data/record.py lengths     data/spoken_docs.csv (needs espeak-ng)
     python data/record.py captures    data/captures/*.zip, small reference captures of live steps and of two ranks
-    python data/record.py minilabs    data/minilabs.csv, the figures of five seeds of each mini-lab of notebooks 06,
-                                      06a to 06d, and the stored figures of data/claims.csv that are made from them; one
-                                      lab alone: minilabs Conda
+    python data/record.py minilabs    data/minilabs.csv, the figures of eight seeds of each mini-lab of notebooks 06 and
+                                      06a to 06d, and the stored figures of data/claims.csv that are made from them:
+                                      what is missing, or with --all anew; one lab alone, anew: minilabs Conda
     python data/record.py ledger      predictions beside measurements, without what is held back from whoever designs a
                                       model, and nothing written; one lab alone: ledger activations; the machine as
                                       another one: --condition "one core", or every. With --all, held back or not:
@@ -225,7 +225,11 @@ def main() -> None:
         help="with ledger or minilabs: this lab's rows alone",
     )
     parser.add_argument("--condition", choices=[*CONDITIONS, "every"], default=USUAL, help="with ledger")
-    parser.add_argument("--all", action="store_true", help="with ledger: also what is held back, and write the rows")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="with ledger: also what is held back, and write the rows; with minilabs: anew",
+    )
     parser.add_argument("--minutes", type=float, help="of all parts together: what takes longer is cut off")
     given = parser.parse_args()
     if given.what in ("rows", "capture", "keep"):  # what the others start, under a condition
@@ -233,7 +237,8 @@ def main() -> None:
         run = {"rows": LABS, "capture": CAPTURES, "keep": {name: partial(keep_rows, name) for name in LABS}}
         sys.exit(run[given.what][given.lab]() or None)
     if given.what == "minilabs":
-        sys.exit(recorded_minilabs.record([given.lab] if given.lab else [*recorded_minilabs.LABS]))
+        names = [given.lab] if given.lab else [*recorded_minilabs.LABS]
+        sys.exit(recorded_minilabs.record(names, again=given.lab is not None or given.all))
     if given.lab and given.what != "ledger":
         parser.error(f"a lab goes with ledger; given: {given.what} {given.lab}")
     everything = given.all or given.what == "all"

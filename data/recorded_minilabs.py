@@ -1,4 +1,4 @@
-"""Five seeds of each mini-lab: ``data/minilabs.csv``, and the figures of ``data/claims.csv`` that are made from them.
+"""Eight seeds of each mini-lab: ``data/minilabs.csv``, and the figures of ``data/claims.csv`` that are made from them.
 
 Figures depend on the seed alone, on one machine with one Python; nothing here is a time.
 """
@@ -30,25 +30,26 @@ LABS = {lab.name: lab for lab in (*STEPS, *GENERATORS, *TOKENS, *PRECISION)}
 RATIOS = "times"  # the unit of rows whose mean is geometric
 
 
-def record(names: Sequence[str]) -> None:
-    """Run the labs, each over all seeds; rows of other labs stay as they are."""
+def record(names: Sequence[str], *, again: bool = True) -> None:
+    """Run the labs, each over all seeds or, not again, over those that are missing; other rows stay as they are."""
     torch.set_num_threads(1)
     date, machine = datetime.now(UTC).date().isoformat(), f"{provenance()['device']}, one thread"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=DATA, capture_output=True, text=True, check=True
     ).stdout.strip()
     for name in names:
-        lab, start = LABS[name], time.process_time()
+        lab, start, order = LABS[name], time.process_time(), list(LABS)
+        old = _read(STORED)[1:] if STORED.exists() else []
+        old = [row for row in old if row[0] != name or not again]
+        seeds = [seed for seed in SEEDS if [name, str(seed)] not in [[row[0], row[2]] for row in old]]
         new = [
-            [name, arm, seed, f"{one.figure:.6g}", lab.unit, one.steps, date, machine, commit]
-            for seed in SEEDS
+            [name, arm, str(seed), f"{one.figure:.6g}", lab.unit, one.steps, date, machine, commit]
+            for seed in seeds
             for arm, one in lab.arms(lab.run(seed)).items()
         ]
-        old = _read(STORED)[1:] if STORED.exists() else []
-        order = list(LABS)
-        every = sorted([*(row for row in old if row[0] != name), *new], key=lambda row: order.index(row[0]))
+        every = sorted([*old, *new], key=lambda row: (order.index(row[0]), int(row[2])))
         _write(STORED, [list(COLUMNS), *every])
-        print(f"{name}: {(time.process_time() - start) / len(SEEDS):.1f} CPU s a seed", flush=True)
+        print(f"{name}: {len(seeds)} seeds, {time.process_time() - start:.1f} CPU s", flush=True)
     stored_rows.cache_clear()
     write_claims()
 
@@ -67,15 +68,15 @@ def figures_of(lab: MiniLab[object], paper: str) -> dict[str, str]:
 def write_claims() -> None:
     """Put the stored seeds' figures into the rows that rest on a mini-lab."""
     head, *table = _read(CLAIMS)
-    head += [name for name in ("stored_seeds", "run_low", "run_high") if name not in head]
     by_paper = {paper: lab for lab in LABS.values() for paper in lab.claims}
     made = []
     for cells in table:
-        row = dict(zip(head, [*cells, *[""] * (len(head) - len(cells))], strict=True))
+        row = dict(zip(head, cells, strict=True))
         if row["paper"] in by_paper:
             row |= figures_of(by_paper[row["paper"]], row["paper"])
         made.append(list(row.values()))
     _write(CLAIMS, [head, *made])
+    rows.cache_clear()
 
 
 def _read(path: Path) -> list[list[str]]:

@@ -30,7 +30,6 @@ from lab_browser import (
 from lab_processes import left_by_a_killed_test, started_by, still_there
 
 NOTEBOOKS = REPO / "notebooks"
-FIRST = NOTEBOOKS / "00_start_here.ipynb"
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 
 pytestmark = [
@@ -40,22 +39,27 @@ pytestmark = [
 ]
 
 
-def cut(name: str, last: str, folder: Path) -> str:
+def cut(name: str, last: str, folder: Path, **replaced: str) -> str:
     """The notebook up to the first cell that has ``last``, with the lessons, in this folder; what it is called there.
 
-    The whole notebooks are run elsewhere.
+    ``replaced``: calls without arguments, by name, and the arguments that they get: a smaller model. The whole
+    notebooks are run elsewhere.
     """
     shutil.copytree(NOTEBOOKS / "lessons", folder / "lessons", ignore=shutil.ignore_patterns("__pycache__"))
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     place = next(place for place, cell in enumerate(notebook.cells) if last in cell.source)
     notebook.cells = notebook.cells[: place + 1]
+    for call, arguments in replaced.items():
+        found = [cell for cell in notebook.cells if f"{call}()" in cell.source]
+        assert len(found) == 1, f"{call}() is in {len(found)} cells of {name}, not in one"
+        found[0].source = found[0].source.replace(f"{call}()", f"{call}({arguments})")
     nbformat.write(notebook, folder / name)
     return name
 
 
 def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt(tmp_path):
     name = "01_padding"
-    notebook = cut(f"{name}.ipynb", ".whatif(", tmp_path)
+    notebook = cut(f"{name}.ipynb", ".whatif(", tmp_path, speech="encoder_layers=1, decoder_layers=1, hidden=32")
     SCREENSHOTS.mkdir(exist_ok=True)
     before, blocked = started_by(os.getpid()), []
     with jupyterlab(tmp_path) as lab, notebook_page(lab, notebook, blocked) as page:
@@ -86,10 +90,11 @@ def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt(tmp_path):
     assert still_there(family) == []
 
 
-def test_a_reader_of_the_first_notebook_picks_a_moment_of_the_memory():
+def test_a_reader_of_the_first_notebook_picks_a_moment_of_the_memory(tmp_path):
     SCREENSHOTS.mkdir(exist_ok=True)
     blocked: list[str] = []
-    with jupyterlab(FIRST.parent) as lab, notebook_page(lab, FIRST.name, blocked) as page:
+    notebook = cut("00_start_here.ipynb", 'controls["moment"].value = 0', tmp_path)
+    with jupyterlab(tmp_path) as lab, notebook_page(lab, notebook, blocked) as page:
         run_all_cells(page, timeout_s=300)
         browser = page.locator(".effkit-memory").first
         sentence = browser.locator("[role=status]")

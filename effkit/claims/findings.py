@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from effkit.claims.table import Claim, figure, rows
 
 _ROUNDING = 5e-3  # of a figure that is computed and not measured: what three digits leave open
-_VARIES = "≈"  # before a figure that another run would give otherwise
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,14 @@ class Finding:
     def agrees(self) -> bool:
         """Whether this run is where stored runs lie: within the rounding of the stored figure if nothing varies."""
         row = self.claim
-        if not row.varies:
-            return math.isclose(self.value, row.stored, rel_tol=_ROUNDING)
-        if row.stored_seeds > 0:
-            return row.run_low <= self.value <= row.run_high
-        return row.stored_low <= self.value <= row.stored_high
+        low, high = (row.run_low, row.run_high) if row.stored_seeds > 0 else (row.stored_low, row.stored_high)
+        return low <= self.value <= high if row.varies else math.isclose(self.value, row.stored, rel_tol=_ROUNDING)
 
     def __repr__(self) -> str:
         row = self.claim
-        here = f"{_VARIES if row.varies else ''}{figure(self.value, row.unit)}"
-        where = "where stored runs lie" if row.varies else "as stored"
-        where = "inside the interval of one more seed" if row.stored_seeds > 0 else where
+        here = f"{'≈' if row.varies else ''}{figure(self.value, row.unit)}"
+        runs = "inside the interval of one more seed" if row.stored_seeds > 0 else "where stored runs lie"
+        where = runs if row.varies else "as stored"
         return (
             f"{row.paper} (arXiv {row.arxiv}): {row.figure}\n"
             f"  paper: {row.theirs_in_words} ({row.their_setting})\n"
@@ -62,9 +58,8 @@ def check(paper: str, value: float) -> Finding:
     value
         What was found, in the unit of the row: a ratio, a fraction of 1, a correlation.
     """
-    table = rows()
-    if paper not in table:
-        raise KeyError(f"{paper!r} is no paper of the table; expected one of {', '.join(table)}")
+    if paper not in rows():
+        raise KeyError(f"{paper!r} is no paper of the table; expected one of {', '.join(rows())}")
     if not math.isfinite(value):
         raise ValueError(f"the figure for {paper} is {value}, expected a finite number: the cell before went wrong")
-    return Finding(table[paper], float(value))
+    return Finding(rows()[paper], float(value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import urllib.parse
@@ -18,10 +17,9 @@ import pandas as pd
 HOMES = Path(__file__).parents[1] / "material", Path(__file__).parents[2]
 PATHS = tuple(home / "data" / "claims.csv" for home in HOMES)
 UNITS = {"times": "{:.3g} times", "frac": "{:.3g}%", "U": "{:.4g} U", "correlation": "{:.2f}"}  # as a person reads it
-_COLUMNS = (
-    "paper", "arxiv", "claim", "resource", "theme", "how", "verdict", "figure", "theirs", "stored", "gap",
-    "their_setting", "our_setting", "link",
-)  # fmt: skip
+_COLUMNS = ["paper", "arxiv", "claim", "resource", "theme", "how", "verdict", "figure", "theirs", "stored", "gap",
+            "their_setting", "our_setting", "link"]  # fmt: skip
+_OF_SEEDS = ", the mean of {seeds:.0f} seeds, in 95% between {} and {}; one more seed, in 99%, between {} and {}"
 _FIGURE = re.compile(r"(?:(over|under|up to|about) )?([\d.]+)(?: to ([\d.]+))?")
 
 
@@ -68,7 +66,7 @@ class Claim:
     notebook, section
         Where the cell stands: a file in ``notebooks/`` and a heading.
     stored_seeds, run_low, run_high
-        How many seeds are stored (``data/minilabs.csv``), and the 95% interval of one more; NaN where none are.
+        How many seeds are stored (``data/minilabs.csv``), and the 99% interval of one more; NaN where none are.
     """
 
     paper: str
@@ -91,9 +89,9 @@ class Claim:
     our_setting: str
     notebook: str
     section: str
-    stored_seeds: float = math.nan
-    run_low: float = math.nan
-    run_high: float = math.nan
+    stored_seeds: float
+    run_low: float
+    run_high: float
 
     @property
     def varies(self) -> bool:
@@ -103,8 +101,7 @@ class Claim:
     @property
     def published(self) -> tuple[float, float, float] | None:
         """Lowest, middle and highest figure that their words leave open; None where there is no number."""
-        match = _FIGURE.fullmatch(self.theirs)
-        if match is None:
+        if (match := _FIGURE.fullmatch(self.theirs)) is None:
             return None
         words, first, second = match.groups()
         low, high = float(first), float(second or first)
@@ -120,25 +117,19 @@ class Claim:
     def stored_in_words(self) -> str:
         """The stored figure, what earlier runs lay between, and when and where."""
         numbers = (self.stored, self.stored_low, self.stored_high, self.run_low, self.run_high)
-        value, low, high, run_low, run_high = (figure(value, self.unit) for value in numbers)
-        between = f", earlier runs between {low} and {high}" if self.varies else ""
-        if self.stored_seeds > 0:
-            between = (
-                f", the mean of {self.stored_seeds:.0f} seeds, in 95% between {low} and {high}; "
-                f"one more seed between {run_low} and {run_high}"
-            )
+        value, *ends = (figure(number, self.unit) for number in numbers)
+        words = _OF_SEEDS if self.stored_seeds > 0 else ", earlier runs between {} and {}" if self.varies else ""
+        between = words.format(*ends, seeds=self.stored_seeds)
         return f"{value}{between} ({self.stored_on or 'date not known'}, {self.stored_machine or 'machine not known'})"
 
     @property
     def theirs_in_words(self) -> str:
         """Their figure with its unit, or that there is none."""
-        match = _FIGURE.fullmatch(self.theirs)
-        if match is None:
+        if not _FIGURE.fullmatch(self.theirs):
             return self.theirs or "no number"
-        words, first, second = match.groups()
+        form, end, unit = UNITS[self.unit].partition("}")
         scale = 100 if self.unit == "frac" else 1
-        begin = f"{float(first) * scale:.3g} to" if second else ""
-        return " ".join(filter(None, (words, begin, figure(float(second or first), self.unit))))
+        return re.sub(r"[\d.]+", lambda found: (form + end).format(float(found[0]) * scale), self.theirs) + unit
 
     @property
     def link(self) -> str:
@@ -155,11 +146,10 @@ def rows() -> Mapping[str, Claim]:
             f"the table of claims is not beside effkit (expected {' or '.join(map(str, PATHS))}): "
             "install effkit with pip, or from a checkout with pip install -e ."
         )
-    numbers = {column.name for column in fields(Claim) if column.type == "float"}
-    with path.open(newline="", encoding="utf-8") as file:
-        cells: list[dict[str, Any]] = list(csv.DictReader(file))
-    table = [Claim(**row | {name: float(row[name] or "nan") for name in numbers}) for row in cells]
-    return {row.paper: row for row in table}
+    types: dict[str, Any] = {column.name: column.type for column in fields(Claim)}
+    empty = {name: [""] for name, kind in types.items() if kind == "float"}
+    table = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)[list(types)]
+    return {row.paper: row for row in map(Claim, *(table[name].tolist() for name in types))}
 
 
 def claims(
@@ -185,7 +175,7 @@ def claims(
     """
     cells = [vars(row) | {"stored": figure(row.stored, row.unit), "theirs": row.theirs_in_words, "gap": row.gap,
                           "link": row.link} for row in rows().values()]  # fmt: skip
-    frame = whole = pd.DataFrame(cells)[list(_COLUMNS)].set_index("paper").astype({"gap": "Float64"})
+    frame = whole = pd.DataFrame(cells)[_COLUMNS].set_index("paper").astype({"gap": "Float64"})
     for name, wanted in (("theme", theme), ("resource", resource), ("how", how), ("verdict", verdict)):
         if wanted is not None:
             if wanted not in words(whole[name]):

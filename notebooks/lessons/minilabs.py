@@ -20,9 +20,12 @@ from lessons.verdict import shown
 
 PATHS = tuple(home / "data" / "minilabs.csv" for home in HOMES)
 COLUMNS = ("lab", "arm", "seed", "figure", "unit", "steps", "date", "machine", "commit")
-SEEDS = (0, 1, 2, 3, 4)  # that are stored
-LIVE = 5  # the seed that cells run: none of them, so that it tests them
-_T = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 95%, two-sided, by degrees of freedom: Student's t
+SEEDS = tuple(range(8))  # that are stored
+LIVE = 8  # the seed that cells run: none of them, so that it tests them
+# Student's t, two-sided, by degrees of freedom: 95% for the mean; 99% for one more seed, since twenty rows are held
+# against theirs, of which one would lie outside 95%.
+_T95 = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+_T99 = {4: 4.604, 5: 4.032, 6: 3.707, 7: 3.499}
 
 Result = TypeVar("Result")
 
@@ -35,7 +38,7 @@ class Arm(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """Several seeds in five numbers: their mean, its 95% interval, and the 95% interval of one more seed.
+    """Several seeds in five numbers: their mean, its 95% interval, and the 99% interval of one more seed.
 
     Of ratios it is the geometric mean, and the intervals are as many times below as above it.
     """
@@ -50,11 +53,13 @@ class Interval(NamedTuple):
     def of(cls, values: Iterable[float], *, ratios: bool) -> Interval:
         """By Student's t. ValueError for fewer than 5 seeds or more than 8."""
         numbers = np.array(list(values), float)
-        if len(numbers) - 1 not in _T:
-            raise ValueError(f"{len(numbers)} seeds, expected {min(_T) + 1} to {max(_T) + 1}")
+        freedom = len(numbers) - 1
+        if freedom not in _T95:
+            raise ValueError(f"{len(numbers)} seeds, expected {min(_T95) + 1} to {max(_T95) + 1}")
         numbers = np.log(numbers) if ratios else numbers
-        mean, half = numbers.mean(), _T[len(numbers) - 1] * numbers.std(ddof=1) / math.sqrt(len(numbers))
-        one = half * math.sqrt(len(numbers) + 1)
+        mean, deviation = numbers.mean(), numbers.std(ddof=1)
+        half = _T95[freedom] * deviation / math.sqrt(len(numbers))
+        one = _T99[freedom] * deviation * math.sqrt(1 + 1 / len(numbers))
         ends = np.array([mean, mean - half, mean + half, mean - one, mean + one])
         return cls(*(np.exp(ends) if ratios else ends).tolist())
 
@@ -117,9 +122,9 @@ class MiniLab(Generic[Result]):
 
     @property
     def stored_where(self) -> str:
-        """Date, machine and commit of the stored runs."""
+        """Date and machine of the stored runs."""
         first = stored_rows().query("lab == @self.name").iloc[0]
-        return f"{first['date']}, {first['machine']}, commit {first['commit']}"
+        return f"{first['date']}, {first['machine']}"
 
 
 def ratio(more: str, less: str) -> Callable[[Any], Any]:

@@ -44,4 +44,6 @@ def shown(value: float, unit: str) -> str:
     """A figure in three digits, or in the steps of its unit."""
     if unit == "frac":
         return f"{100 * value:.3g}%"
-    return readable(value, unit) if has_own_steps(unit) else f"{value:.3g}"
+    if has_own_steps(unit):
+        return readable(value, unit)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

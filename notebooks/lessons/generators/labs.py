@@ -65,7 +65,10 @@ EDIFF = MiniLab(
     _by_interval, {"eDiff-I": ratio("all times, shared", "all times, experts")},
 )  # fmt: skip
 
-WORLDS: Mapping[str, tuple[Callable[[], flow_networks.World], float]] = {"sets": (flow_networks.sets, 0.1), "grid": (flow_networks.hypergrid, 0.25)}
+WORLDS: Mapping[str, tuple[Callable[[], flow_networks.World], float]] = {
+    "sets": (flow_networks.sets, 0.1),
+    "grid": (flow_networks.hypergrid, 0.25),
+}
 RATES = {("sets", False): 1e-2, ("sets", True): 2e-2, ("grid", False): 2e-2, ("grid", True): 2e-2}
 
 

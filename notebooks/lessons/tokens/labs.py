@@ -80,7 +80,7 @@ class Choice(NamedTuple):
     chosen: Mapping[str, Any]
 
 
-TARGET_TEXTS = ("prose", "comments")
+TARGET_TEXTS, PROXY_STEPS = ("prose", "comments"), 60
 
 
 @cache
@@ -89,7 +89,7 @@ def choice() -> Choice:
     text, held_out = library_text.halves()
     documents = selecting.pool(text)
     scores = selecting.scores(documents["text"])
-    proxies = selecting.proxies(documents, scores, [held_out[kind] for kind in TARGET_TEXTS])
+    proxies = selecting.proxies(documents, scores, [held_out[kind] for kind in TARGET_TEXTS], num_steps=PROXY_STEPS)
     chosen = {
         "uniform": documents.index,
         "equal weights": selecting.selected(scores, [1, 1, 1, 1]),
