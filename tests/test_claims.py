@@ -171,7 +171,7 @@ def test_one_seed_is_held_against_the_interval_of_one_seed():
     assert repr(Finding(row, 3.1)).splitlines()[2:] == [
         "  this run: ≈3.1 times (a toy)",
         "  stored: 2 times, the mean of 5 seeds, in 95% between 1.5 times and 2.5 times; "
-        "one more seed, in 99%, between 1 times and 3 times (2026-01-02, a machine)",
+        "one more seed, in 95%, between 1 times and 3 times (2026-01-02, a machine)",
         "  how: ran; verdict: closes; this run is NOT inside the interval of one more seed",
     ]
 

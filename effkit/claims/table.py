@@ -19,7 +19,7 @@ PATHS = tuple(home / "data" / "claims.csv" for home in HOMES)
 UNITS = {"times": "{:.3g} times", "frac": "{:.3g}%", "U": "{:.4g} U", "correlation": "{:.2f}"}  # as a person reads it
 _COLUMNS = ["paper", "arxiv", "claim", "resource", "theme", "how", "verdict", "figure", "theirs", "stored", "gap",
             "their_setting", "our_setting", "link"]  # fmt: skip
-_OF_SEEDS = ", the mean of {seeds:.0f} seeds, in 95% between {} and {}; one more seed, in 99%, between {} and {}"
+_OF_SEEDS = ", the mean of {seeds:.0f} seeds, in 95% between {} and {}; one more seed, in 95%, between {} and {}"
 _FIGURE = re.compile(r"(?:(over|under|up to|about) )?([\d.]+)(?: to ([\d.]+))?")
 
 
@@ -66,7 +66,7 @@ class Claim:
     notebook, section
         Where the cell stands: a file in ``notebooks/`` and a heading.
     stored_seeds, run_low, run_high
-        How many seeds are stored (``data/minilabs.csv``), and the 99% interval of one more; NaN where none are.
+        How many seeds are stored (``data/minilabs.csv``), and the 95% interval of one more; NaN where none are.
     """
 
     paper: str

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_intervals_are_students():
     found = Interval.of([1, 2, 3, 4, 5], ratios=False)
-    half, one = 2.776 * math.sqrt(2.5 / 5), 4.604 * math.sqrt(2.5 + 2.5 / 5)
+    half, one = 2.776 * math.sqrt(2.5 / 5), 2.776 * math.sqrt(2.5 + 2.5 / 5)
     assert found[:3] == pytest.approx((3, 3 - half, 3 + half))
     assert found[3:] == pytest.approx((3 - one, 3 + one))
 
