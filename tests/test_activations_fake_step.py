@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode
 
-from effkit.activations.fake_step import _Valued
+from effkit.activations.fake_tensors import Valued
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +47,7 @@ def strides(module, inputs):
 def test_a_fake_lies_in_memory_as_a_real_tensor_does(name):
     """What comes next copies, or shows a view, depending on it."""
     build, make = LAID_OUT[name]
-    inputs, mode = make(), _Valued()
+    inputs, mode = make(), Valued()
     with FakeCopyMode(mode):
         fake = copy.deepcopy(build())
     given = mode.valued(inputs).requires_grad_()

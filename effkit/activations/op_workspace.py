@@ -126,6 +126,8 @@ class Workspace:
 
     def applied(self, timeline: Timeline) -> Timeline:
         """A replayed timeline with what the replay did not see."""
+        if not self.sizes and not self.hidden:
+            return timeline
         inside = [self.inside[s] if s in self.inside else min(self.hidden.get(s.kind, (0, 0))[0], _NUMBERS_BYTES)
                   for s in timeline.signatures]  # fmt: skip
         births = timeline.allocations["birth"].to_numpy()

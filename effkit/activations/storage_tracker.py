@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,14 +16,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from effkit.activations import op_costs, saved_tensor_hooks
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
-from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
+from effkit.activations.timeline import CATEGORIES, Ints, Segment, Signature, Timeline
 from effkit.training import storage_keys, storages
 
 OUTSIDE = ""  # of any module
+DEVICE = torch.ops.prim.device.default
+_KEPT = "saved activation", "offloaded activation"
+_OTHERS = (*_KEPT, "buffer", "gradient")  # of which there is no doubt
 _TELLING = (int, str, torch.dtype, torch.memory_format)  # arguments whose values decide what an operator allocates
 
 
@@ -45,6 +51,38 @@ class Call(NamedTuple):
     sizes: tuple[int, ...]
 
 
+class _Op(NamedTuple):
+    """An operator that was followed; ``aside``: one that packs or unpacks what is kept for backward."""
+
+    signature: Signature
+    work: tuple[int, ...]
+    aside: bool
+    took_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class _Storage:
+    """What operator ``birth`` made, as its result number ``place``, and was let go of before ``death`` (0: not yet);
+    ``saver`` are the module and the operator that it is kept for, or that made it."""
+
+    size_bytes: int
+    birth: int
+    place: int
+    category: str
+    saver: tuple[str, int]
+    address: int = 0
+    death: int = 0
+
+
+class Stretch(NamedTuple):
+    """Operators that followed each other from the ``first`` on, and what they ``made``; the places of results in it."""
+
+    first: int
+    ops: list[_Op]
+    made: list[_Storage]
+    results: list[int]
+
+
 class Follower(TorchDispatchMode):
     """Sees every operator below autograd, on real tensors or on fake ones, and learns of each storage's death.
 
@@ -59,22 +97,13 @@ class Follower(TorchDispatchMode):
         super().__init__()
         self._mark = mark or nullcontext
         self._has_addresses = mark is not None  # fake storages have none
-        self._ops: list[str] = []
-        self._allocation_of: dict[int, int] = {}  # storage -> its allocation, -1 for a resident
+        self._ops: list[_Op] = []
+        self._made: list[_Storage] = []
+        self._living: dict[int, _Storage | None] = {}  # by storage; None for a resident
         self._refs: list[Any] = []
-        self._sizes: list[int] = []
-        self._born: list[tuple[int, str, bool]] = []  # operator, module, while a forward was computed again
-        self._deaths: dict[int, int] = {}
-        self._saved: dict[int, tuple[str, int]] = {}  # allocation -> module and operator that saved it
-        self._on_host: set[int] = set()
-        self._addresses: list[int] = []
-        self._gradients: set[int] = set()
-        self._new_buffers: set[int] = set()  # in the place of others
         self._segments: list[Segment] = []
-        self._work: list[tuple[int, ...]] = []
-        self._signatures: list[Signature] = []
+        self._known: dict[Any, tuple[Signature, tuple[int, ...]]] = {}  # of calls on such looks, and their work
         self.calls: dict[Signature, Call] = {}  # of a replay
-        self._aside: list[bool] = []
         self._parameters: list[torch.nn.Parameter] = []
         self._modules: list[str] = []
         self._resident_bytes: dict[str, int] = {}
@@ -90,10 +119,10 @@ class Follower(TorchDispatchMode):
         key, num_bytes = storage._cdata, storage.nbytes()
 
         def dead(_: Any) -> None:
-            self._allocation_of.pop(key, None)
+            self._living.pop(key, None)
             self._let_go.append((category, len(self._ops), num_bytes))
 
-        self._allocation_of[key] = -1
+        self._living[key] = None
         self._refs.append(weakref.ref(storage, dead))
         self._resident_bytes[category] += num_bytes
         self._residents.append((category, num_bytes))
@@ -110,67 +139,66 @@ class Follower(TorchDispatchMode):
             stack.enter_context(saved_tensor_hooks.watch(self._keep))
             stack.enter_context(self)
             yield
-        self._new_buffers = self._allocations(model.buffers())
+        for one in self._of(model.buffers()):  # in the place of others
+            one.category = "buffer"
 
     def enter(self, phase: str) -> None:
         """A phase of the step begins."""
         self._modules.clear()
         if phase == OPTIMIZER:
-            self._gradients = self._allocations(p.grad for p in self._parameters if p.grad is not None)
+            for one in self._of(p.grad for p in self._parameters if p.grad is not None):
+                one.category = "gradient"
         # cutting off the first micro-batch belongs to it
         self._segments.append(Segment(phase, len(self._ops) if self._segments else 0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # fake tensors ask for it
-            return func(*args, **(kwargs or {}))
+        if func is DEVICE:  # fake tensors ask for it
+            return args[0].device
         if (taken := taken_as_it_is(func, args)) is not None:
             return taken
-        number = len(self._ops)
-        leaves, spec = tree_flatten((args, kwargs or {}))
+        number, kwargs = len(self._ops), kwargs or {}
+        leaves, looks = call_of(func, args, kwargs)
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         # a sparse tensor that is written into has other parts afterwards
         parts = {key for one in given if one.layout != torch.strided for key in storage_keys(one)}
         with self._mark(number):
-            out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self._ops.append(func._schema.name.removeprefix("aten::"))
-        others = [func._overloadname, *(leaf if isinstance(leaf, _TELLING) else type(leaf).__name__ for leaf in leaves)]
-        half = bool(given) and given[0].dtype in op_costs.HALF
-        looks = tuple((tuple(t.shape), _stride(t), str(t.dtype)) for t in given)
-        self._signatures.append(Signature(self._ops[-1], looks, str(others), half))
-        first = len(self._sizes)
-        inputs = parts.union(*(storage_keys(one) for one in given if one.layout == torch.strided))
-        for storage, tensor in ((storage, one) for one in made for storage in storages(one)):
-            if storage._cdata not in self._allocation_of and storage._cdata not in inputs:
-                self._birth(storage, tensor.device, number)
-        if not self._has_addresses and self._signatures[-1] not in self.calls:
+            begun = time.perf_counter_ns()
+            out = func(*args, **kwargs)
+            took_ns = time.perf_counter_ns() - begun
+        made = [leaf for leaf in (out if isinstance(out, tuple | list) else (out,)) if isinstance(leaf, torch.Tensor)]
+        if (known := self._known.get(looks)) is None:
+            known = _signature(func, leaves, given), op_costs.work(func, args, kwargs, out, given, made)
+            if not parts and torch.Tag.dynamic_output_shape not in func.tags:
+                self._known[looks] = known
+        first = len(self._made)
+        for tensor, storage in ((one, storage) for one in made for storage in storages(one)):
+            key = storage._cdata  # what is its inputs' is somebody else's
+            if key not in self._living and key not in parts and not _among(key, given):
+                self._birth(storage, tensor.device, number, len(self._made) - first)
+        self._ops.append(_Op(*known, saved_tensor_hooks.at_work(), took_ns))
+        if not self._has_addresses and known[0] not in self.calls:
             # of a storage only its type: who holds it keeps it alive
             plain = [torch.UntypedStorage if isinstance(leaf, torch.UntypedStorage) else leaf for leaf in leaves]
             alike = [self._like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in plain]
-            sizes = tuple(self._sizes[first:])
-            self.calls[self._signatures[-1]] = Call(func, alike, spec, torch.is_grad_enabled(), sizes)
-        self._aside.append(saved_tensor_hooks.at_work())
-        self._work.append(op_costs.work(func, args, kwargs, out, given, made))
+            sizes = tuple(one.size_bytes for one in self._made[first:])
+            self.calls[known[0]] = Call(func, alike, tree_flatten((args, kwargs))[1], torch.is_grad_enabled(), sizes)
         return out
 
     def _like(self, tensor: torch.Tensor) -> Like:
-        made, maker = min(self._allocations([tensor]), default=-1), None
-        if made >= 0:
-            op, first = self._born[made][0], made
-            while first and self._born[first - 1][0] == op:
-                first -= 1
-            maker = self._signatures[op], made - first
+        own = [self._living.get(key) for key in storage_keys(tensor)]
+        maker = (self._ops[own[0].birth].signature, own[0].place) if own and own[0] else None
         return Like(tuple(tensor.shape), _stride(tensor), tensor.dtype, tensor.device, maker)
 
-    def _allocations(self, tensors: Iterable[torch.Tensor]) -> set[int]:
-        """Those of these tensors; -1 for what was there before."""
-        return {self._allocation_of.get(key, -1) for tensor in tensors for key in storage_keys(tensor)}
+    def _of(self, tensors: Iterable[torch.Tensor]) -> list[_Storage]:
+        """What operators made of these tensors."""
+        living = (self._living.get(key) for tensor in tensors for key in storage_keys(tensor))
+        return [one for one in living if one is not None]
 
     @property
     def _latest(self) -> int:
         """The model's operator that has just run."""
         backwards = range(len(self._ops) - 1, -1, -1)
-        return next((i for i in backwards if self._work[i][op_costs.MOVED] and not self._aside[i]), 0)
+        return next((i for i in backwards if self._ops[i].work[op_costs.MOVED] and not self._ops[i].aside), 0)
 
     def _leave(self) -> None:
         if self._modules:
@@ -180,21 +208,27 @@ class Follower(TorchDispatchMode):
     def _where(self) -> str:
         return self._modules[-1] if self._modules else OUTSIDE
 
-    def _birth(self, storage: torch.UntypedStorage, device: torch.device, number: int) -> None:
-        """Note a storage that an operator made: its inputs' are somebody else's."""
-        allocation = len(self._sizes)
+    @property
+    def _category(self) -> str:
+        """Of what is made now, unless it turns out to be for something else."""
         again = bool(self._modules) and self._segments[-1].phase == BACKWARD
+        return "recomputed activation" if again else "workspace"
+
+    def _birth(self, storage: torch.UntypedStorage, device: torch.device, number: int, place: int) -> None:
         # what waits in host memory does not count on a GPU
-        self._sizes.append(storage.nbytes() if device.type == self._device_type else 0)
-        self._addresses.append(storage.data_ptr() if self._has_addresses else 0)
-        self._born.append((number, self._where, again))
+        size = storage.nbytes() if device.type == self._device_type else 0
+        address = storage.data_ptr() if self._has_addresses else 0
+        self._made.append(_Storage(size, number, place, self._category, (self._where, number), address))
+        self._lives(storage, self._made[-1])
+
+    def _lives(self, storage: torch.UntypedStorage, one: _Storage) -> None:
         key = storage._cdata
 
         def dead(_: Any) -> None:
-            self._allocation_of.pop(key, None)
-            self._deaths[allocation] = len(self._ops)
+            self._living.pop(key, None)
+            one.death = len(self._ops)
 
-        self._allocation_of[key] = allocation
+        self._living[key] = one
         self._refs.append(weakref.ref(storage, dead))
 
     def _keep(self, original: torch.Tensor, kept: Any) -> None:
@@ -202,59 +236,105 @@ class Follower(TorchDispatchMode):
         if self._segments[-1].phase != FORWARD:
             return
         # an output is handed to the hooks detached, an input as it is
-        comes_next = original.grad_fn is not None
-        away = self._allocations(saved_tensor_hooks.tensors_away(kept))
-        for allocation in sorted(self._allocations(saved_tensor_hooks.tensors_in(kept)) - {-1}):
-            self._saved.setdefault(allocation, (self._where, len(self._ops) if comes_next else self._latest))
-        self._on_host |= away - {-1}
+        saver = self._where, len(self._ops) if original.grad_fn is not None else self._latest
+        for one in self._of(saved_tensor_hooks.tensors_in(kept)):
+            if one.category not in _KEPT:
+                one.category, one.saver = _KEPT[0], saver
+        for one in self._of(saved_tensor_hooks.tensors_away(kept)):
+            one.category = _KEPT[1]
+
+    @property
+    def here(self) -> tuple[int, int]:
+        """How many operators there were so far, and how many storages they made."""
+        return len(self._ops), len(self._made)
+
+    def stretch(self, since: tuple[int, int], results: Iterable[torch.Tensor]) -> Stretch | None:
+        """What was followed since then, if these are all that is left of it, each with a storage of its own."""
+        made, kept = self._made[since[1] :], self._of(results)
+        left = [one for one in made if not one.death]
+        if len(left) != len(kept) or any(one not in kept for one in left):
+            return None
+        return Stretch(since[0], self._ops[since[0] :], list(map(copy, made)), [made.index(one) for one in kept])
+
+    def repeat(self, stretch: Stretch, results: Iterable[torch.Tensor]) -> None:
+        """The same once more, which makes these."""
+        by, first, where, category = len(self._ops) - stretch.first, len(self._made), self._where, self._category
+        self._ops += stretch.ops
+        self._made += [_Storage(one.size_bytes, one.birth + by, one.place, category, (where, one.birth + by), 0,
+                                one.death and one.death + by) for one in stretch.made]  # fmt: skip
+        for tensor, i in zip(results, stretch.results, strict=True):
+            self._lives(tensor.untyped_storage(), self._made[first + i])
 
     @property
     def addresses(self) -> Any:
         """Where each allocation was, if the tensors were real."""
-        return np.array(self._addresses, dtype="int64")
+        return np.array([one.address for one in self._made], dtype="int64")
+
+    @property
+    def durations_ns(self) -> Ints:
+        """How long each operator took."""
+        return np.array([op.took_ns for op in self._ops], dtype="int64")
 
     def timeline(self) -> Timeline:
         """What was followed. Storages that are still alive die after the last operator."""
-        num_ops = len(self._ops)
-        savers = [self._saved.get(i, (module, op)) for i, (op, module, _) in enumerate(self._born)]
+        signatures, rows, aside, _ = zip(*self._ops, strict=True)
+        ops, work = tuple(one.name for one in signatures), np.array(rows, dtype="int64")
         # an operator of the model's that does more than show a tensor in another shape
-        working = np.flatnonzero((np.array(self._work)[:, op_costs.MOVED] > 0) & ~np.array(self._aside))
-        made_for, last = np.array([op for _, op in savers], dtype="int64"), len(working) - 1
+        working = np.flatnonzero((work[:, op_costs.MOVED] > 0) & ~np.array(aside))
+        made_for = np.searchsorted(working, np.array([one.saver[1] for one in self._made], dtype="int64"))
         frame = pd.DataFrame({
-            "size_bytes": np.array(self._sizes, dtype="int64"),
-            "birth": np.array([op for op, *_ in self._born], dtype="int64"),
-            "death": np.array([self._deaths.get(i, num_ops) for i in range(len(self._born))], dtype="int64"),
-            "module": [module for module, _ in savers],
-            "operator": [self._ops[op] for op in working[np.searchsorted(working, made_for).clip(max=last)]],
+            "size_bytes": np.array([one.size_bytes for one in self._made], dtype="int64"),
+            "birth": np.array([one.birth for one in self._made], dtype="int64"),
+            "death": np.array([one.death or len(ops) for one in self._made], dtype="int64"),
+            "module": [one.saver[0] for one in self._made],
+            "operator": [ops[op] for op in working[made_for.clip(max=len(working) - 1)]],
         })  # fmt: skip
         category = pd.Categorical(self._categories(frame), categories=CATEGORIES)
         return Timeline(
-            tuple(self._ops), frame.assign(category=category), self._resident_bytes, tuple(self._segments),
-            np.array(self._work, dtype="int64").reshape(num_ops, -1), tuple(self._signatures),
-            np.array(self._aside, dtype=bool), np.zeros(num_ops, dtype="int64"), tuple(self._let_go),
-            tuple(self._residents),
+            ops, frame.assign(category=category), self._resident_bytes, tuple(self._segments), work, signatures,
+            np.array(aside, dtype=bool), np.zeros(len(ops), dtype="int64"), tuple(self._let_go), tuple(self._residents),
         )  # fmt: skip
 
     def _categories(self, frame: pd.DataFrame) -> list[str]:
         """What backward finds there though forward made it was kept for it, whether or not the hooks were told."""
-        backwards = np.array([segment.first for segment in self._segments if segment.phase == BACKWARD])
+        phases, firsts = map(np.array, zip(*self._segments, strict=True))
         birth, death = frame["birth"].to_numpy(), frame["death"].to_numpy()
-        crossed = np.searchsorted(backwards, birth, "right")  # the next backward
-        starts = np.append(backwards, len(self._ops) + 1)[crossed]
-        phase = np.searchsorted([segment.first for segment in self._segments], birth, "right") - 1
-        in_forward = np.array([segment.phase == FORWARD for segment in self._segments])
-        kept = in_forward[phase] & (death > starts)
-        # what an optimizer makes and keeps is its state
-        state = np.array([segment.phase == OPTIMIZER for segment in self._segments])[phase] & (death == len(self._ops))
-        return [
-            "optimizer state" if state[i]
-            else "buffer" if i in self._new_buffers
-            else "gradient" if i in self._gradients
-            else "offloaded activation" if i in self._on_host
-            else "saved activation" if i in self._saved or kept[i]
-            else "recomputed activation" if again else "workspace"
-            for i, (_, _, again) in enumerate(self._born)
-        ]  # fmt: skip
+        backwards = firsts[phases == BACKWARD]
+        starts = np.append(backwards, len(self._ops) + 1)[np.searchsorted(backwards, birth, "right")]  # of the next one
+        phase = phases[np.searchsorted(firsts, birth, "right") - 1]
+        kept = (phase == FORWARD) & (death > starts)
+        state = (phase == OPTIMIZER) & (death == len(self._ops))  # what an optimizer makes and keeps
+        return ["optimizer state" if state[i] else _KEPT[0] if kept[i] and one.category not in _OTHERS else one.category
+                for i, one in enumerate(self._made)]  # fmt: skip
+
+
+def call_of(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """An operator's arguments in one row, and what tells this call from calls on tensors of other looks."""
+    leaves: list[Any] = []
+    looks: list[Any] = [func, *kwargs]
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, list | tuple):
+            looks.append(len(argument))
+            leaves += argument
+        else:
+            leaves.append(argument)
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            looks += leaf.shape, _stride(leaf), leaf.dtype
+        else:  # who holds a storage keeps it alive
+            looks += type(leaf), None if isinstance(leaf, torch.UntypedStorage) else leaf
+    return leaves, tuple(looks)
+
+
+def _signature(func: Any, leaves: list[Any], given: list[torch.Tensor]) -> Signature:
+    others = [func._overloadname, *(leaf if isinstance(leaf, _TELLING) else type(leaf).__name__ for leaf in leaves)]
+    looks = tuple((tuple(t.shape), _stride(t), str(t.dtype)) for t in given)
+    half = bool(given) and given[0].dtype in op_costs.HALF
+    return Signature(func._schema.name.removeprefix("aten::"), looks, str(others), half)
+
+
+def _among(key: int, given: list[torch.Tensor]) -> bool:
+    return any(one.layout == torch.strided and one.untyped_storage()._cdata == key for one in given)
 
 
 def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -266,7 +346,13 @@ def taken_as_it_is(func: Any, args: Any) -> torch.Tensor | None:
     if func is not torch.ops.aten.clone.default or not args[0].is_sparse:
         return None
     caller = sys._getframe(1)
-    while caller.f_code.co_name in ("__torch_dispatch__", "_fn", "inner"):  # ours, and torch's around them
+    while caller.f_code.co_name in (
+        "__torch_dispatch__",
+        "_faked",
+        "_replaced",
+        "_fn",
+        "inner",
+    ):  # ours, and torch's around them
         caller = caller.f_back  # type: ignore[assignment]
     if caller.f_code.co_name != "_engine_run_backward":
         return None
