@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,8 +19,9 @@ from effkit.activations.levers import Levers, Size
 from effkit.activations.memory_model import Surface
 from effkit.activations.op_workspace import Workspace
 from effkit.activations.real_step import Observation, observe
+from effkit.activations.storage_tracker import Follower
 from effkit.activations.time_model import Clock
-from effkit.activations.timeline import Timeline, rows_at
+from effkit.activations.timeline import Ints, Timeline, rows_at
 from effkit.arguments import shapes
 from effkit.restoring import random_numbers_kept, unchanged
 from effkit.training import Loss, MakeOptimizer, own_loss, residents, still
@@ -242,13 +243,27 @@ class Forecaster:
         """How many times as much a batch of this size holds as that of the base."""
         return (size.num_cells or 1) * size.num_rows / ((self.size.num_cells or 1) * self.size.num_rows)
 
-    def observe(self, model: torch.nn.Module, batch: Any, levers: Levers) -> Observation:
-        """A real step, followed."""
+    def observe(
+        self, model: torch.nn.Module, batch: Any, levers: Levers, update: torch.optim.Optimizer | None = None
+    ) -> Observation:
+        """A real step, followed and recorded; ``update`` is the optimizer that these levers ask for."""
         with unchanged(model):
-            update = still(model.parameters(), levers.optimizer(self.make_optimizer))
+            update = update or still(model.parameters(), levers.optimizer(self.make_optimizer))
             step = partial(stepping.run, model, batch, self.loss, update, levers)
             step()  # the optimizer's state exists from here on
             return observe(step, model, lambda: residents(model, update, batch))
+
+    def follow(
+        self, model: torch.nn.Module, batch: Any, levers: Levers, update: torch.optim.Optimizer
+    ) -> tuple[Timeline, Ints]:
+        """A real step, operator by operator, and how long each took [ns]: not what it allocates inside itself."""
+        step = partial(stepping.run, model, batch, self.loss, update, levers)
+        if not update.state:
+            step()
+        follower = Follower(residents(model, update, batch), nullcontext)
+        with follower.following(model):
+            step(follower.enter)
+        return follower.timeline(), follower.durations_ns
 
 
 def _thirds(low: int, high: int) -> list[int]:

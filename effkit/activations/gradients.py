@@ -16,7 +16,7 @@ from effkit.restoring import unchanged
 from effkit.training import Loss, forward, own_loss
 
 ALL = "all"
-_Gradients = dict[str, Tensor]
+Gradients = dict[str, Tensor]
 
 
 @working("Comparing gradients")
@@ -58,9 +58,9 @@ def gradient_error(
             f"gradient_error() compares gradients, and no parameter of {type(model).__name__} requires one: call "
             "requires_grad_() on those that are trained"
         )
-    exact = _gradients(model, batch, to_loss, nullcontext())
-    figures = _compare(exact, _gradients(model, batch, to_loss, levers()))
-    noise = [_compare(exact, _gradients(model, other, to_loss, nullcontext())) for other in batches or []]
+    exact = gradients(model, batch, to_loss, nullcontext())
+    figures = compared(exact, gradients(model, batch, to_loss, levers()))
+    noise = [compared(exact, gradients(model, other, to_loss, nullcontext())) for other in batches or []]
     mean = sum(noise) / len(noise) if noise else figures * float("nan")
     table = figures.join(mean.add_prefix("noise_"))
     sizes = [gradient.numel() for gradient in exact.values()]
@@ -68,7 +68,7 @@ def gradient_error(
     return table.rename_axis("parameter").reset_index()
 
 
-def _gradients(model: nn.Module, batch: Any, to_loss: Loss, levers: AbstractContextManager[Any]) -> _Gradients:
+def gradients(model: nn.Module, batch: Any, to_loss: Loss, levers: AbstractContextManager[Any]) -> Gradients:
     """Gradients by name, with the model's own left alone."""
     advance()
     with unchanged(model), torch.enable_grad():
@@ -79,7 +79,7 @@ def _gradients(model: nn.Module, batch: Any, to_loss: Loss, levers: AbstractCont
                 for name, parameter in model.named_parameters() if parameter.grad is not None}  # fmt: skip
 
 
-def _compare(exact: _Gradients, other: _Gradients) -> pd.DataFrame:
+def compared(exact: Gradients, other: Gradients) -> pd.DataFrame:
     """``relative_error`` and ``cosine`` by parameter, and of all as one vector."""
     rows = {}
     for name, gradient in exact.items():

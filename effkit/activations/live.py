@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from effkit.activations.low_bit import STATES
 from effkit.activations.real_step import Observation
 from effkit.activations.storage_tracker import OUTSIDE
 from effkit.activations.time_model import Clock, Run
-from effkit.activations.timeline import PEAK, Timeline
+from effkit.activations.timeline import PEAK, Ints, Timeline
 from effkit.arguments import checked_same_model, checked_training, checked_whole
 from effkit.captured import Capture
 from effkit.device import synchronize
@@ -30,6 +32,7 @@ from effkit.restoring import unchanged
 from effkit.training import Loss, MakeOptimizer, still
 
 TIME = "Time of one step"
+_FEWEST_REPEATS, _HARDLY_FRAC = 2, 0.05  # of timed levers
 Steps = list[dict[str, int]]
 
 
@@ -79,7 +82,7 @@ def measure(
     make_batch
         ``(batch_size, length) -> batch``, for other sizes; unless given, the batch is repeated and cut.
     repeats
-        Timed steps.
+        Timed steps; with ``time_levers`` at most so many, for more than its band needs are not run.
     time_levers
         Also run each lever once alone, so that the time of any combination can be predicted.
     base
@@ -113,36 +116,30 @@ def measure(
         forecaster.size = size  # predictions are around what is measured
     alone = _single(model, size, optimizer) if time_levers and not earlier else []
     timed = [levers, *alone]
-    steps = [(size, combination) for combination in timed] + (_checks(size, alone) if alone else [])
-    num_runs = len(steps) * (repeats + 2)
-    tell = partial(lab.tell, progress)
+    settings = [(size, one) for one in timed] + (_checks(size, alone) if alone else [])
+    tell = partial(lab.tell, progress, total=1 + len(settings) * (repeats + bool(alone)))
     with unchanged(model):
-        observed = []
-        for i, (rows, combination) in enumerate(steps):
-            tell(i, num_runs)
-            observed.append(forecaster.observe(model, forecaster.batch(rows), combination))
-        spent = _timed(forecaster, model, steps, repeats, lambda done: tell(len(steps) + done, num_runs))
-        step, batch = observed[0], forecaster.batch(size)
+        tell(0)
+        updates = {one.optimizer_states: still(model.parameters(), one.optimizer(forecaster.make_optimizer))
+                   for _, one in settings}  # fmt: skip
+        steps = [(forecaster.batch(rows), one, updates[one.optimizer_states]) for rows, one in settings]
+        batch = steps[0][0]
+        step = forecaster.observe(model, *steps[0])  # before another optimizer has its state
+        spent, clock = _timed(forecaster, model, settings, steps, repeats, tell, len(timed) if alone else 0)
         noise = lossy_gradients.noise(model, batch, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
         if earlier:
             calibration = replace(earlier, observed=step)
         else:
             error = _calibrated(forecaster, size, levers, step)
-            clock = _clock(steps, observed, spent, len(timed)) if time_levers else None
-            errors = {name: lossy_gradients.measured(model, batch, lever, forecaster.loss)
-                      for lever in timed[1:] for name in lossy_gradients.lossy(lever)}  # fmt: skip
-            calibration = Calibration(forecaster, step, clock, error, errors, noise)
-            if time_levers:
-                apart = lossy_gradients.parts_error(model, batch, forecaster.loss)
-                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                rounding = max(torch.finfo(parameter.dtype).eps for parameter in trained)
-                calibration = replace(calibration, parts_error=apart, rounding_frac=rounding)
+            of_levers = lossy_gradients.calibrated(model, batch, alone, forecaster.loss) if alone else {}
+            calibration = Calibration(forecaster, step, clock, error, noise=noise, **of_levers)
         lossy = lossy_gradients.lossy(levers)
         changed = [lossy_gradients.measured(model, batch, levers, forecaster.loss), *noise] if lossy else []
     phases = min(spent[0], key=lambda phases: sum(phases.values()))
     companions = [
-        Account.of(TIME, "ns", phases, total=sum(phases.values()), source=f"wall time, fastest of {repeats}",
-                   setting=wanted),
+        Account.of(TIME, "ns", phases, total=sum(phases.values()), setting=wanted,
+                   source=f"wall time, fastest of {len(spent[0])}"
+                          + f"; {len(steps) * (1 + len(spent[0]))} runs of {len(steps)} settings" * bool(alone)),
         saved_account(step.timeline, step.kept_bytes, "operator", "the allocator when backward began"),
         *changed,
         *(Account.of(name, "bytes", {name.split()[0].lower(): amount}, total=amount, setting=wanted,
@@ -175,15 +172,15 @@ def check_trains(model: Any, loss: Any, optimizer: Any, make_batch: Any, *, runs
 
 
 def _clock(
-    steps: Sequence[tuple[Size, Levers]], observed: Sequence[Observation], spent: Sequence[Steps], num_fitted: int
-) -> Clock:
+    settings: Sequence[tuple[Size, Levers]], followed: Sequence[tuple[Timeline, Ints]], spent: Sequence[Steps],
+    num_fitted: int,
+) -> Clock:  # fmt: skip
     """What steps cost, from the time that each phase of each repeat took [ns]; those after the first ``num_fitted``
     check it."""
     runs = []
-    for (size, levers), step, phases in zip(steps, observed, spent, strict=True):
+    for (size, levers), step, phases in zip(settings, followed, spent, strict=True):
         repeats = tuple(sum(phase.values()) for phase in phases)
-        growth = size.num_rows / steps[0][0].num_rows
-        runs.append(Run(levers, step.timeline, step.durations_ns, min(repeats), repeats, growth))
+        runs.append(Run(levers, *step, min(repeats), repeats, size.num_rows / settings[0][0].num_rows))
     return Clock.fit(runs[:num_fitted], runs[num_fitted:])
 
 
@@ -232,37 +229,44 @@ def _checks(size: Size, alone: Sequence[Levers]) -> list[tuple[Size, Levers]]:
 
 
 def _timed(
-    forecaster: Forecaster, model: torch.nn.Module, steps: Sequence[tuple[Size, Levers]], repeats: int,
-    tell: Callable[[int], None],
-) -> list[Steps]:  # fmt: skip
-    """Nanoseconds of each phase of each of these steps, all run in turn."""
-    batches = {size: forecaster.batch(size) for size, _ in steps}
+    forecaster: Forecaster, model: torch.nn.Module, settings: Sequence[tuple[Size, Levers]],
+    steps: Sequence[tuple[Any, Levers, torch.optim.Optimizer]], repeats: int, tell: Callable[[int], None],
+    num_fitted: int,
+) -> tuple[list[Steps], Clock | None]:  # fmt: skip
+    """Nanoseconds of each phase of each of these steps, all run in turn; and a clock, if the first ``num_fitted`` are
+    each lever alone: then repeats end when the last has hardly made its band narrower."""
+    followed = []
+    for number, one in enumerate(steps if num_fitted else []):
+        tell(1 + number)
+        followed.append(forecaster.follow(model, *one))
     spent: list[Steps] = [[] for _ in steps]
-    with unchanged(model):
-        updates = {lever.optimizer_states: still(model.parameters(), lever.optimizer(forecaster.make_optimizer))
-                   for _, lever in steps}  # fmt: skip
-        for turn in range(repeats + 1):
-            tell(turn * len(steps))
-            for i, (size, lever) in enumerate(steps):
-                watch = _Stopwatch()
-                stepping.run(model, batches[size], forecaster.loss, updates[lever.optimizer_states], lever, watch)
-                watch()
-                if turn:  # the first makes the optimizer's state, and warms up
-                    spent[i].append(watch.spent)
-    return spent
+    clock = None
+    for turn in range(repeats):
+        tell(1 + len(followed) + turn * len(steps))
+        for of_one, one in zip(spent, steps, strict=True):
+            of_one.append(_phases(forecaster, model, *one))
+        if num_fitted and turn + 1 >= min(_FEWEST_REPEATS, repeats):
+            before, clock = clock, _clock(settings, followed, spent, num_fitted)
+            if before and clock.trust.band_frac > (1 - _HARDLY_FRAC) * before.trust.band_frac:
+                break
+    return spent, clock
 
 
-class _Stopwatch:
-    """Called as each phase begins, and with no phase at the end of the step; ``spent`` is the time of each [ns]."""
+def _phases(
+    forecaster: Forecaster, model: torch.nn.Module, batch: Any, levers: Levers, update: torch.optim.Optimizer
+) -> dict[str, int]:
+    """Nanoseconds of each phase of this step."""
+    begun: list[tuple[str, int, int]] = []  # a phase, when the one before it ended, and when it began
 
-    def __init__(self) -> None:
-        self.spent: dict[str, int] = {}
-        self._phase, self._since = "", 0
+    def enter(phase: str) -> None:
         synchronize()
+        ended = time.perf_counter_ns()
+        begun.append((phase, ended, time.perf_counter_ns()))
 
-    def __call__(self, phase: str = "") -> None:
-        synchronize()
-        now = time.perf_counter_ns()
-        if self._phase:
-            self.spent[self._phase] = self.spent.get(self._phase, 0) + now - self._since
-        self._phase, self._since = phase, time.perf_counter_ns()
+    enter("")
+    stepping.run(model, batch, forecaster.loss, update, levers, enter)
+    enter("")
+    spent: Counter[str] = Counter()
+    for (phase, _, since), (_, until, _) in pairwise(begun[1:]):
+        spent[phase] += until - since
+    return dict(spent)

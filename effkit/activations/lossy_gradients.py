@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import pandas as pd
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from effkit.account import Account
 from effkit.activations import stepping
-from effkit.activations.gradients import gradient_error
+from effkit.activations.gradients import Gradients, compared, gradients
 from effkit.activations.levers import NONE, Levers
 from effkit.restoring import unchanged
 from effkit.training import Loss, forward
@@ -30,7 +29,11 @@ def lossy(levers: Levers) -> list[str]:
 
 def measured(model: torch.nn.Module, batch: Any, levers: Levers, loss: Loss) -> Account:
     """The relative error of the gradient under these levers [ppm]."""
-    error = _ppm(gradient_error(model, batch, lambda: levers.applied(model), loss=loss)["relative_error"])
+    return _error(gradients(model, batch, loss, nullcontext()), model, batch, levers, loss)
+
+
+def _error(exact: Gradients, model: torch.nn.Module, batch: Any, levers: Levers, loss: Loss) -> Account:
+    error = _ppm(exact, gradients(model, batch, loss, levers.applied(model)))
     return Account.of(ERROR, "ppm", {" and ".join(lossy(levers)): error}, total=error,
                       source="|g' - g| / |g| over all parameters, on this batch")  # fmt: skip
 
@@ -40,7 +43,7 @@ def noise(model: torch.nn.Module, batch: Any, loss: Loss) -> tuple[Account, ...]
     if stepping.rows(batch) < 2:
         return ()
     first, second = stepping.parts(batch, 2)
-    noise = _ppm(gradient_error(model, first, nullcontext, loss=loss, batches=[second])["noise_relative_error"])
+    noise = _ppm(*(gradients(model, half, loss, nullcontext()) for half in (first, second)))
     return (Account.of(NOISE, "ppm", {"noise": noise}, total=noise, source="the same, between half batches"),)
 
 
@@ -51,7 +54,7 @@ def parts_error(model: torch.nn.Module, batch: Any, loss: Loss) -> float:
     """
     if stepping.rows(batch) < 2:
         return math.nan
-    gradients: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
     for count in (1, 2):
         with unchanged(model), torch.enable_grad():
             for module in model.modules():  # these are the same in both modes, but for what is to be seen here
@@ -59,8 +62,17 @@ def parts_error(model: torch.nn.Module, batch: Any, loss: Loss) -> float:
             for part in stepping.parts(batch, count):
                 (loss(forward(model, part)) * (stepping.rows(part) / stepping.rows(batch))).backward()
             given = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            gradients.append(torch.cat([gradient.to_dense().double().flatten() for gradient in given]))
-    return float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+            found.append(torch.cat([gradient.to_dense().double().flatten() for gradient in given]))
+    return float((found[1] - found[0]).norm() / found[0].norm())
+
+
+def calibrated(model: torch.nn.Module, batch: Any, tried: Sequence[Levers], loss: Loss) -> dict[str, Any]:
+    """What a calibration keeps: the error of each lossy lever of those that were ``tried`` alone, and of parts."""
+    exact = gradients(model, batch, loss, nullcontext())
+    errors = {name: _error(exact, model, batch, lever, loss) for lever in tried for name in lossy(lever)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rounding = max(torch.finfo(parameter.dtype).eps for parameter in trained)
+    return {"errors": errors, "parts_error": parts_error(model, batch, loss), "rounding_frac": rounding}
 
 
 def parts_change(calibration: Any) -> bool:
@@ -84,6 +96,6 @@ def predicted(levers: Levers, errors: Mapping[str, Account], noise: tuple[Accoun
     )  # fmt: skip
 
 
-def _ppm(errors: pd.Series[float]) -> int:
+def _ppm(exact: Gradients, other: Gradients) -> int:
     """Of all parameters together, the last row."""
-    return round(float(errors.iloc[-1]) * 1_000_000)
+    return round(float(compared(exact, other)["relative_error"].iloc[-1]) * 1_000_000)

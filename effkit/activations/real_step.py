@@ -71,14 +71,13 @@ class Recording(NamedTuple):
 class Observation(NamedTuple):
     """One step that was really run.
 
-    ``timeline`` knows what each operator allocates inside itself, ``durations_ns`` how long it took; ``rows`` is what
+    ``timeline`` knows what each operator allocates inside itself; ``rows`` is what
     the recorded allocations that are alive at the peak are for [bytes], ``peak_bytes`` what the allocator counted then,
     ``source`` who says so; ``kept_bytes`` is what it counted above the residents when backward began; ``counters`` are
     what else it counted, by name [bytes].
     """
 
     timeline: Timeline
-    durations_ns: Ints
     rows: dict[str, int]
     peak_bytes: int
     source: str
@@ -138,7 +137,7 @@ def _observed(
         beyond["workspace"] = held_by_cublas()
     (follower,) = followers
     timeline = follower.timeline()
-    _, starts, ends, memory, times, levels = recording
+    _, starts, _, memory, times, levels = recording
     before = int(levels[0])
     at = int(levels[1:].argmax()) if len(memory) else -1
     op = int(np.searchsorted(starts, times[at], "right")) - 1 if at >= 0 else -1
@@ -155,7 +154,7 @@ def _observed(
     kept = int(levels[np.searchsorted(times, backward[0], "left")]) - before if len(backward) else 0
     made = np.bincount(timeline.allocations["birth"], timeline.allocations["size_bytes"], minlength=len(timeline.ops))
     return Observation(
-        replace(timeline, inside_bytes=recording.inside(made.astype("int64"))), ends - starts,
+        replace(timeline, inside_bytes=recording.inside(made.astype("int64"))),
         {name: rows[name] for name in CATEGORIES if rows.get(name)}, counted, source, kept, counters,
     )  # fmt: skip
 
