@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -154,7 +154,7 @@ class Reached:
         names = function.__globals__
         for name in _names(function.__code__):
             if name in names:
-                self._steps.append(functools.partial(_bound_again, names, name, names[name]))
+                self._steps.append(functools.partial(_named_again, names, name, names[name], names.__setitem__))
                 yield self._drawn_from(names[name])
 
     def _class(self, kind: type) -> Iterator[Any]:
@@ -162,7 +162,9 @@ class Reached:
             yield from kind.__mro__[1:]
             for name, value in vars(kind).items():
                 if not name.startswith("__") or isinstance(value, types.FunctionType):
-                    self._steps.append(functools.partial(_named_again, kind, name, value))
+                    self._steps.append(
+                        functools.partial(_named_again, vars(kind), name, value, functools.partial(setattr, kind))
+                    )
                     yield value
 
     def _cell(self, cell: types.CellType) -> Iterator[Any]:
@@ -185,11 +187,7 @@ class Reached:
             self._steps.append(functools.partial(_filled_again, one, own, items))
             for key, value in items:
                 yield from (key, value)
-        elif isinstance(one, list | deque):
-            values = list(one)
-            self._steps.append(functools.partial(_listed_again, one, values))
-            yield from values
-        elif isinstance(one, set):
+        elif isinstance(one, list | deque | set):
             members = list(one)
             self._steps.append(functools.partial(_gathered_again, one, members))
             yield from members
@@ -324,14 +322,9 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for name in named if name not in ("__dict__", "__weakref__") and not name.startswith("__"))
 
 
-def _bound_again(names: dict[str, Any], name: str, value: Any) -> None:
+def _named_again(names: Mapping[str, Any], name: str, value: Any, put: Callable[[str, Any], None]) -> None:
     if names.get(name) is not value:
-        names[name] = value
-
-
-def _named_again(kind: type, name: str, value: Any) -> None:
-    if vars(kind).get(name) is not value:
-        setattr(kind, name, value)
+        put(name, value)
 
 
 def _filled_again(one: Any, own: type[dict[Any, Any]], items: list[tuple[Any, Any]]) -> None:
@@ -342,13 +335,7 @@ def _filled_again(one: Any, own: type[dict[Any, Any]], items: list[tuple[Any, An
             own.__setitem__(one, key, value)
 
 
-def _listed_again(one: Any, values: list[Any]) -> None:
-    if len(one) != len(values) or any(a is not b for a, b in zip(one, values, strict=True)):
+def _gathered_again(one: Any, members: list[Any]) -> None:
+    if len(one) != len(members) or any(a is not b for a, b in zip(one, members, strict=True)):
         one.clear()
-        one.extend(values)
-
-
-def _gathered_again(one: set[Any], members: list[Any]) -> None:
-    if one != set(members):
-        one.clear()
-        one.update(members)
+        (one.update if isinstance(one, set) else one.extend)(members)

@@ -35,19 +35,16 @@ WIDEST = {
     "scatter_add",
 }  # fmt: skip
 _REFUSED = {"binary_cross_entropy"}
-# What is assumed: the chips that it holds for, and where torch's source says so.
-FACTS = {
-    "an allocator of blocks": ("all: requests of 512-byte units; large blocks are cut where over 1 MiB is left",
-                               "c10/cuda/CUDACachingAllocator.cpp"),
-    "cuBLAS workspaces": ("one of 32 MiB for each thread that multiplies on Hopper and on Blackwell in data centres, "
-                          "8.1 MiB on other chips of NVIDIA's", "aten/src/ATen/cuda/CublasHandlePool.cpp"),
-    "foreach optimizers": ("all: one call updates all parameters, where an optimizer leaves that to torch",
-                           "torch/optim/optimizer.py: _default_to_fused_or_foreach"),
-    "1-byte dropout masks": ("all; CPUs keep a factor of the value's size", "aten/src/ATen/native/Dropout.cpp"),
-    "fused attention": ("from Ampere on: one kernel that keeps no scores, with dropout too",
-                        "aten/src/ATen/native/transformers/cuda/sdp_utils.cpp"),
-    "CUDA's autocast": ("all: another list of operators in float32 than a CPU's", "aten/src/ATen/autocast_mode.h"),
-}  # fmt: skip
+# What is assumed, and where torch's source says so: on all chips, but for cuBLAS's workspace of 32 MiB for each thread
+# that multiplies on Hopper and on Blackwell in data centres (8.1 MiB on others), and for attention from Ampere on.
+FACTS = (
+    "an allocator of blocks",  # c10/cuda/CUDACachingAllocator.cpp
+    "cuBLAS workspaces",  # aten/src/ATen/cuda/CublasHandlePool.cpp
+    "foreach optimizers",  # torch/optim/optimizer.py: _default_to_fused_or_foreach
+    "1-byte dropout masks",  # aten/src/ATen/native/Dropout.cpp; CPUs keep a factor of the value's size
+    "fused attention",  # aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; keeps no scores, with dropout too
+    "CUDA's autocast",  # aten/src/ATen/autocast_mode.h: another list of operators in float32 than a CPU's
+)
 ASSUMED = f"; assumed of a GPU: {', '.join(FACTS)}"
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _Cast = dict[int, tuple[torch.Tensor, torch.Tensor]]  # weights, and the same in half precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -120,9 +121,7 @@ def largest_batch(
         )
     while peak_bytes(fails) <= budget_bytes:
         fits, fails = fails, 2 * fails
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        fits, fails = (middle, fails) if peak_bytes(middle) <= budget_bytes else (fits, middle)
+    fits += bisect_right(range(fits + 1, fails), budget_bytes, key=peak_bytes)
     # the search was on a surface: the last word has a replay
     while peak_bytes(fits, exact=True) > budget_bytes:
         fits -= 1
