@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
 from ledger_activations import times_in_turn
 
-GIB = 2**30
 # none of these was run by a calibration, nor is any in the ledger's grid
 COMBINED = (
     {"checkpoint_every": 2, "micro_batches": 2},
@@ -85,22 +84,51 @@ def test_a_slider_follows_the_hand(measured):
     assert median <= 0.005
 
 
-def test_a_llama_of_seven_billion_is_forecast_on_a_laptop():
-    with torch.device("meta"):  # Llama-2-7B
+def barred(what, bar_s, functions):
+    """The median of these, printed beside its bar."""
+    spent = [took_s(function)[0] for function in functions]
+    median = statistics.median(spent)
+    print(f"\n{what}: median {median:.2f} s of {len(spent)}, worst {max(spent):.2f} s; the bar is {bar_s:g} s")
+    assert median <= bar_s
+
+
+def seven_billion():
+    """A Llama-2-7B on the meta device, and a batch of 4 x 2,048 tokens."""
+    with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
             use_cache=False,
         )).to(torch.bfloat16)  # fmt: skip
     cells = torch.zeros(4, 2048, dtype=torch.long)
-    batch = {"input_ids": cells, "labels": cells}
-    number = sum(parameter.numel() for parameter in model.parameters())
-    plain_s, plain = took_s(lambda: activations.forecast(model, batch))
-    lever_s, lever = took_s(lambda: activations.forecast(model, batch, checkpoint_every=1))
-    print(f"\n\nLlama of {number / 1e9:.2f} billion parameters on the meta device, a batch of 4 x 2,048 tokens")
-    print(f"  plain: {plain.total / GIB:.1f} GiB, forecast in {plain_s:.1f} s")
-    print(f"  checkpoint_every=1: {lever.total / GIB:.1f} GiB, forecast in {lever_s:.1f} s")
-    assert lever.total < plain.total
-    assert max(plain_s, lever_s) <= 30
+    return model, {"input_ids": cells, "labels": cells}
+
+
+@pytest.mark.parametrize(
+    ("lever", "bar_s"), [({}, 4), ({"checkpoint_every": 1}, 4), ({"compress": "int8"}, 8)], ids=str
+)
+def test_a_llama_of_seven_billion_is_forecast_on_a_laptop(lever, bar_s):
+    model, batch = seven_billion()
+    barred(f"forecast of 7 B, {lever}", bar_s, [lambda: activations.forecast(model, batch, **lever)] * 3)
+
+
+def test_a_step_is_measured_while_one_waits():
+    model = ek.models.gpt()
+    batch = model.random_batch(8, 96)
+    barred("measure()", 2, [lambda: activations.measure(model, batch)] * 3)
+    barred("measure(time_levers=True)", 8, [lambda: activations.measure(model, batch, time_levers=True)] * 3)
+
+
+def test_the_first_prediction_of_a_lever_and_the_first_move_of_a_slider_take_half_a_second():
+    model = ek.models.gpt()
+    base = activations.measure(model, model.random_batch(8, 96), time_levers=True)
+    levers = ({"checkpoint_every": 1}, {"compress": "int8"}, {"micro_batches": 2}, {"autocast": "bfloat16"},
+              {"optimizer_states": "int8"}, {"offload_frac": 1.0})  # fmt: skip
+    barred("first predict() of a lever", 0.5, [lambda one=one: activations.predict(base, **one) for one in levers])
+    panel = activations.whatif(activations.measure(model, model.random_batch(8, 96)))
+    moves = [lambda to=to: setattr(panel.controls[to[0]], "value", to[1]) for to in (
+        ("checkpoint_every", 1), ("compress", "int8"), ("micro_batches", 2), ("batch_size", 9), ("length", 120),
+    )]  # fmt: skip
+    barred("first move of a slider", 0.5, moves)
 
 
 def test_the_time_of_combined_levers_is_foretold(measured):
