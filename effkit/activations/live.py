@@ -234,7 +234,7 @@ def _timed(
     num_fitted: int,
 ) -> tuple[list[Steps], Clock | None]:  # fmt: skip
     """Nanoseconds of each phase of each of these steps, all run in turn; and a clock, if the first ``num_fitted`` are
-    each lever alone: then repeats end when the last has hardly made its band narrower."""
+    each lever alone: then repeats end when one more would hardly make its band narrower."""
     followed = []
     for number, one in enumerate(steps if num_fitted else []):
         tell(1 + number)
@@ -246,8 +246,9 @@ def _timed(
         for of_one, one in zip(spent, steps, strict=True):
             of_one.append(_phases(forecaster, model, *one))
         if num_fitted and turn + 1 >= min(_FEWEST_REPEATS, repeats):
-            before, clock = clock, _clock(settings, followed, spent, num_fitted)
-            if before and clock.trust.band_frac > (1 - _HARDLY_FRAC) * before.trust.band_frac:
+            clock = _clock(settings, followed, spent, num_fitted)
+            more = replace(clock.trust, num_repeats=turn + 2)
+            if more.band_frac > (1 - _HARDLY_FRAC) * clock.trust.band_frac:
                 break
     return spent, clock
 
