@@ -99,20 +99,14 @@ class Replayer:
             with ExitStack() as stack:
                 for function in (quantise, dequantise):
                     stack.enter_context(mock.patch.object(compressing, function.__name__, partial(once, function)))
-                if update is not None:
-                    parameters, step = list(self._model.parameters()), update.step
-                    updated = lambda: once(step, also=[parameter.grad for parameter in parameters])  # noqa: E731
-                    stack.enter_context(mock.patch.object(update, "step", updated))
                 stack.enter_context(follower.following(self._model))
                 self._run(fake, update, levers, follower.enter)
             self.calls |= follower.calls
             return follower.timeline()
 
-    def _once(self, follower: Follower, function: Any, *args: Any, also: Any = ()) -> Any:
-        """What a function returns that leaves nothing else: run once for arguments, and others, that look alike."""
-        leaves, looks = call_of(function, tree_leaves((args, also)), {})
-        if any(isinstance(leaf, torch.Tensor) and leaf.layout != torch.strided for leaf in leaves):
-            return function(*args)
+    def _once(self, follower: Follower, function: Any, *args: Any) -> Any:
+        """What a function returns that leaves nothing else: run once for arguments that look alike."""
+        _, looks = call_of(function, tree_leaves(args), {})
         looks += torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
         if looks not in self._stretches:
             since, out = follower.here, function(*args)
