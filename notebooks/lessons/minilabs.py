@@ -22,7 +22,7 @@ PATHS = tuple(home / "data" / "minilabs.csv" for home in HOMES)
 COLUMNS = ("lab", "arm", "seed", "figure", "unit", "steps", "date", "machine", "commit")
 SEEDS = tuple(range(8))  # that are stored
 LIVE = 9  # the seed that cells run: none of them, so that it tests them
-# Student's t, two-sided, 95%, by degrees of freedom. Of twenty live seeds one is to be expected outside of its interval:
+# Student's t, two-sided, 95%, by degrees of freedom. Of twenty live seeds one is expected outside of its interval:
 # a cell says so where it is.
 _T95 = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
