@@ -205,9 +205,7 @@ def refresh_readme() -> None:
     rows = [
         "| device | condition | lab | quantity | settings | median error | worst error | inside band | band / error |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",
-        *accuracy(
-            [pd.read_csv(path) for path in sorted((DATA / "ledger").glob("*.csv")) if path.name != RECORDED.name]
-        ),
+        *accuracy([pd.read_csv(path) for path in ledgers()]),
     ]
     if RECORDED.exists():
         rows += ["", *published(pd.read_csv(RECORDED))]
@@ -219,6 +217,12 @@ def refresh_readme() -> None:
     for path, shown in ((ACCURACY, rows), (README, over_all)):
         before, rest = path.read_text(encoding="utf-8").split(begin)
         path.write_text(before + begin + "\n".join(shown) + "\n" + end + rest.split(end)[1], encoding="utf-8")
+
+
+def ledgers() -> list[Path]:
+    """Files of predictions beside measurements on some device."""
+    own = (DATA / "ledger").glob("*.csv")
+    return sorted(path for path in own if path.name != RECORDED.name and not path.name.startswith("bench-"))
 
 
 def accuracy(ledgers: Sequence[pd.DataFrame]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_table import row
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._pytree import tree_map_only
@@ -85,11 +86,11 @@ def test_a_slider_follows_the_hand(measured):
 
 
 def barred(what, bar_s, functions):
-    """The median of these, printed beside its bar."""
+    """The median of these, held against its bar."""
     spent = [took_s(function)[0] for function in functions]
     median = statistics.median(spent)
-    print(f"\n{what}: median {median:.2f} s of {len(spent)}, worst {max(spent):.2f} s; the bar is {bar_s:g} s")
-    assert median <= bar_s
+    print(f"\n  runs [s]: {', '.join(f'{one:.2f}' for one in spent)}")
+    assert row(what, median, bar_s)
 
 
 def seven_billion():

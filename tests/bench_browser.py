@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from bench_table import row
 from lab_browser import (
     COMPUTING,
     click_measure,
@@ -54,6 +55,7 @@ base = activations.measure(model, batch, repeats=2)""",
     "activations.whatif(base, model, batch, repeats=10)",
 )
 MEDIAN_MS, P95_MS = 50, 100
+WISHED_MS = 30, 45  # what is aimed at, median and 95th percentile
 FIRST_MS, SAID_MS = 300, 100
 NUM_RACES = 20
 NUM_MOVES, NUM_WARM_UPS, NUM_TRIES = 60, 10, 3
@@ -107,6 +109,8 @@ def test_the_picture_follows_the_slider(tmp_path):
             median, p95 = tries[-1]
             print(f"  {slider}: median {median:.0f} ms, p95 {p95:.0f} ms; machine {busy:.0f}% busy, load {load:.1f}")
     median, p95 = min(tries, key=of_the_bar)
+    row("a slider's move in the browser, median", median, WISHED_MS[0], "ms")
+    row("a slider's move in the browser, 95th percentile", p95, WISHED_MS[1], "ms")
     assert median <= MEDIAN_MS, f"median {median:.0f} ms"
     assert p95 <= P95_MS, f"95th percentile {p95:.0f} ms"
 

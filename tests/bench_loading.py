@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import bench_table
 import msgspec
 import numpy as np
 import pandas as pd
@@ -112,10 +113,6 @@ def row(name: str, seen: Cost) -> None:
 
 def medians(*command: object) -> Cost:
     return Cost(*map(statistics.median, zip(*(cost(*command) for _ in range(NUM_REPEATS)), strict=True)))
-
-
-def bar(words: str, figure: float, most: float) -> None:
-    print(f"  {words}: {figure:.4g}, bar {most:.4g}: {'held' if figure <= most else 'missed'}")
 
 
 def head(title: str) -> None:
@@ -262,7 +259,7 @@ def test_a_large_trace(large_trace):
     ratios = ours.cpu_s / hta.cpu_s, ours.peak_bytes / hta.peak_bytes, ours.cpu_s / tb.cpu_s
     words = "CPU of HTA's", "memory of HTA's", "CPU of torch-tb-profiler's"
     for each, ratio, most in zip(words, ratios, BARS, strict=True):
-        bar(each, ratio, most)
+        bench_table.row(f"395 MB trace, {each}", ratio, most, "x")
     assert all(ratio <= limit for ratio, limit in zip(ratios, LIMITS, strict=True))
 
 
@@ -278,8 +275,8 @@ def test_64_ranks(ranks, tmp_path):
     pd.testing.assert_frame_equal(communication, theirs[1])
     assert overview.index.get_level_values("rank").nunique() == NUM_RANKS
     assert len(communication) == 2  # all-to-all and all-reduce
-    bar("CPU a rank [s]", alone.cpu_s / NUM_RANKS, RANK_CPU_BAR_S)
-    bar("memory [bytes]", alone.peak_bytes, RANKS_MEMORY_BAR)
+    bench_table.row("64 ranks of 36 MB, CPU a rank", alone.cpu_s / NUM_RANKS, RANK_CPU_BAR_S)
+    bench_table.row("64 ranks of 36 MB, memory", alone.peak_bytes / MIB, RANKS_MEMORY_BAR / MIB, "MiB")
     assert alone.peak_bytes <= RANKS_MEMORY_LIMIT
 
 
@@ -294,7 +291,8 @@ def test_many_small_ranks(tmp_path):
     seen = cost(sys.executable, "-c", RANKS, ranks, tmp_path / "seen")
     head(f"{NUM_SMALL_RANKS} ranks of {len(recorded) / 1000:.1f} kB")
     row("load, overview, communication", seen)
-    bar("CPU a rank [s]", each := (seen.cpu_s - nothing.cpu_s) / NUM_SMALL_RANKS, SMALL_RANK_CPU_BAR_S)
+    each = (seen.cpu_s - nothing.cpu_s) / NUM_SMALL_RANKS
+    bench_table.row("many small ranks, CPU a rank", each, SMALL_RANK_CPU_BAR_S)
     assert each <= SMALL_RANK_CPU_LIMIT_S
 
 
@@ -305,10 +303,10 @@ def test_the_import_and_a_report(tmp_path):
     head(f"the shell, a trace of {(tmp_path / '10_mb.json').stat().st_size / 10**6:.0f} MB, medians of {NUM_REPEATS}")
     imported = medians(sys.executable, "-c", "import effkit")
     row("import effkit", imported)
-    bar("CPU [s]", imported.cpu_s, IMPORT_CPU_BAR_S)
+    bench_table.row("import effkit, CPU", imported.cpu_s, IMPORT_CPU_BAR_S)
     report = medians(sys.executable, "-m", "effkit", "report", tmp_path / "10_mb.json")
     row("python -m effkit report", report)
-    bar("CPU [s]", report.cpu_s, REPORT_CPU_BAR_S)
+    bench_table.row("effkit report of 10 MB, CPU", report.cpu_s, REPORT_CPU_BAR_S)
     assert report.cpu_s <= REPORT_CPU_LIMIT_S
 
 
@@ -316,7 +314,7 @@ def test_a_large_snapshot(snapshot, tmp_path):
     seen = cost(sys.executable, "-c", SNAPSHOT, snapshot, tmp_path / "timeline.png")
     head(f"a snapshot of {NUM_SNAPSHOT_EVENTS:,} events, {snapshot.stat().st_size / 10**6:.0f} MB")
     row("load, memory, memory_timeline, drawn", seen)
-    bar("CPU [s]", seen.cpu_s, SNAPSHOT_CPU_BAR_S)
-    bar("memory [bytes]", seen.peak_bytes, SNAPSHOT_MEMORY_BAR)
+    bench_table.row("snapshot of 1M events, drawn, CPU", seen.cpu_s, SNAPSHOT_CPU_BAR_S)
+    bench_table.row("snapshot of 1M events, memory", seen.peak_bytes / MIB, SNAPSHOT_MEMORY_BAR / MIB, "MiB")
     assert seen.cpu_s <= SNAPSHOT_CPU_LIMIT_S
     assert seen.peak_bytes <= SNAPSHOT_MEMORY_LIMIT

@@ -10,6 +10,7 @@ import gc
 import statistics
 import time
 
+import bench_table
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -74,14 +75,16 @@ def raced(name, examples, limits, ours, bar):
     durations = [[cut.duration for cut in batch] for batch in batches]
     padding = 1 - sum(map(sum, durations)) / sum(max(batch) * len(batch) for batch in durations)
     share, steps = account.share["padding"], len(made.batches)
-    print(f"  bar {bar}x: {'held' if their_s / our_s >= bar else 'missed'}")
+    bench_table.row(
+        f"1M lengths, {name}: lhotse's sampler over plan and account", their_s / our_s, bar, "x", at_least=True
+    )
     row(
         name, f"{their_s:.2f}", f"{our_s * 1e3:.1f}", f"{their_s / our_s:.0f}x",
         f"{len(batches):,}", f"{steps:,}", f"{padding:.3%}", f"{share:.3%}",
     )  # fmt: skip
     assert share == pytest.approx(padding, abs=0.001)
     assert steps == pytest.approx(len(batches), rel=0.002)
-    assert their_s / our_s >= bar / 3
+    assert their_s / our_s >= bar / 1.6  # what was held before, on a busier machine
 
 
 def test_fixed_sizes(examples):

@@ -28,7 +28,8 @@ def calibration(**changes):
     }
     values = {
         "setting": SETTING, "settings": [SETTING], "num_ranks": 2, "ranks_per_node": 2, "anchors": {1: 1.0, 2: 1.0},
-        "costs": Costs(phases, np.array([2_000.0, 0.0, 0.5, 0.0])), "error_frac": 0.05, "noise_frac": 0.0,
+        "costs": Costs(phases, np.array([2_000.0, 0.0, 0.5, 0.0])), "error_frac": 0.05,
+        "pieces_error_frac": 0.05, "noise_frac": 0.0,
         "num_steps": 1, "walls_ns": (), "lever_anchors": {},
     }  # fmt: skip
     # a cluster needs no more of what was measured

@@ -47,9 +47,10 @@ class Calibration:
         settings around it.
     lever_anchors
         The same of each lever's run, over that of the settings without it.
-    error_frac
-        Root mean square error of the time of a setting that was left out of the fit: inside the range. One that lay
-        outside the others' sizes was off by more than that, as much as the band is wider there.
+    error_frac, pieces_error_frac
+        Root mean square error of the time of a setting that was left out of the fit: inside the range, of those with
+        whole exchanges and of those in pieces. One that lay outside the others' sizes was off by more than that, as
+        much as the band is wider there.
     noise_frac
         How far steps of the same setting and routing lay apart, from round to round, relative to the measured setting.
     launch_noise_frac
@@ -72,6 +73,7 @@ class Calibration:
     owner: Array
     anchors: Mapping[int, float]
     error_frac: float
+    pieces_error_frac: float
     noise_frac: float
     launch_noise_frac: float
     step: Step
@@ -109,9 +111,12 @@ class Calibration:
         ran = {one: _sizes(one, self.num_ranks) | here for one in self.settings}
         own = [sizes for one, sizes in ran.items() if _levers(one) == _levers(setting)]
         sizes = _sizes(setting, int(on["num_ranks"])) | dict(on)
-        doublings, trust = Hull.of(own or ran.values()).doublings(sizes), self.trust
+        doublings, error_frac = Hull.of(own or ran.values()).doublings(sizes), self.error_frac
         if _overlaps(setting) or _overlaps(self.setting):  # no repeat within a launch averages out what differs in it
-            trust = replace(trust, error_frac=math.hypot(self.error_frac, self.launch_noise_frac))
+            error_frac = math.hypot(self.pieces_error_frac, self.launch_noise_frac)
+        elif _levers(setting) != _levers(self.setting):  # no run with a lever was left out: it may err as either kind
+            error_frac = rms([self.error_frac, self.pieces_error_frac])
+        trust = replace(self.trust, error_frac=error_frac)
         return trust.beyond(doublings, seen), seen and Hull.of(ran.values()).covers(sizes)
 
     def moved(self, run: Run, job: int, scale: float) -> Calibration:
@@ -182,12 +187,14 @@ def calibrate(run: Run) -> Calibration:
         return _anchors([(run.settings[job], measured[job] / modelled(job, fitted))
                          for job in range(num_around) if job != left_out])  # fmt: skip
 
-    errors, sizes = [], [_sizes(setting, num_ranks) for setting in run.settings[:num_around]]
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    sizes = [_sizes(setting, num_ranks) for setting in run.settings[:num_around]]
     for job in range(1, num_around):
         without = fitted(job)
         guess = _anchor(anchors(without, job), run.settings[job]) * modelled(job, without)
         others = Hull.of(sizes[:job] + sizes[job + 1 :])
-        errors.append((guess / measured[job] - 1) / (1.0 + others.doublings(sizes[job])))
+        apart = (guess / measured[job] - 1) / (1.0 + others.doublings(sizes[job]))
+        errors[_overlaps(run.settings[job])].append(apart)
     whole, base = fitted(None), run.settings[0]
     known, of_levers = anchors(whole, None), {}
     for job in range(num_around, len(run.settings)):
@@ -200,7 +207,8 @@ def calibrate(run: Run) -> Calibration:
     in_pieces = [times for job, times in _beside_first(totals) if job in cut]
     return Calibration(
         base, num_ranks, per_node, float(run.facts["link_bytes_per_s"]), len(numbers), whole, run.settings,
-        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), known, rms(errors),
+        np.stack([run.kept[0, n] for n in numbers]), routing.owners(base, num_ranks), known,
+        rms(errors[False] or errors[True]), rms(errors[True] or errors[False]),
         noise(whole_ones or in_pieces), math.sqrt(1 + 1 / len(totals[0, 0])) * noise(in_pieces),
         _typical([step for step in run.of_job(0) if step.number == numbers[0]]), list(walls.values()), of_levers,
     )  # fmt: skip
