@@ -59,10 +59,14 @@ def test_the_loads_are_kept_by_step_rank_and_expert(base):
 
 
 def test_barriers_tell_waiting_by_force(base):
-    met = moe.measure(SETTING, barriers=True, **QUICK)
+    for _ in range(2):  # a second look where something else ran beside the first
+        met = moe.measure(SETTING, barriers=True, **QUICK)
+        moving, forced = (one.frame["value"].filter(like="moving").sum() for one in (base, met))
+        if 0.2 < forced / moving < 5:  # on loopback a meeting costs as much as what is moved
+            break
+    else:
+        raise AssertionError(f"moving takes {forced / moving:.1f} times as long with barriers")
     assert met.calibration is None
-    moving, forced = (one.frame["value"].filter(like="moving").sum() for one in (base, met))
-    assert 0.2 < forced / moving < 5  # on loopback a meeting costs as much as what is moved
     assert met.frame.loc["dispatch waiting", "value"] > 0
 
 

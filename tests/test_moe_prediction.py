@@ -119,8 +119,8 @@ def slowed(run, factor):
     return replace(run, steps=[longer(step) for step in run.steps])
 
 
-def calibrated(factor):
-    run = slowed(run_of(probes(BASE, 2, ())), factor)
+def calibrated(factor, levers=()):
+    run = slowed(run_of(probes(BASE, 2, levers)), factor)
     return accounted(run, 0, calibrate(run))
 
 

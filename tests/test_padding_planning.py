@@ -291,3 +291,10 @@ def test_a_calibration_has_a_batch_whose_inputs_are_long_and_outputs_few():
 def test_a_calibration_of_inputs_alone_has_as_many_batches():
     made = plan(spread(640)[["input_length"]], "random", batch_size=16)
     assert len(choose(made, 8, cut_down=True)) == 8
+
+
+@pytest.mark.parametrize("put_back", [True, False])
+def test_a_length_of_nothing_is_refused_in_a_sentence(put_back):
+    lengths = pd.DataFrame({"input_length": [3, 0, 2]})
+    with pytest.raises(ValueError, match="shortest length is 0; a length is at least 1"):
+        plan(lengths, "random", max_input_cells=10, put_back=put_back)

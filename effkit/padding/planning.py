@@ -152,6 +152,8 @@ def _check_lengths(lengths: pd.DataFrame, strategy: str) -> None:
         raise ValueError("plan() takes a non-empty frame with the column input_length; padding.lengths() makes one")
     if strategy == "bucket2d" and "output_length" not in lengths:
         raise ValueError("bucket2d needs output lengths, and these lengths have none; use strategy='bucket'")
+    if (shortest := lengths["input_length"].min()) < 1:
+        raise ValueError(f"the shortest length is {shortest}; a length is at least 1: mend or drop what is shorter")
 
 
 def _check_longest(longest: float, strategy: str, limits: Mapping[str, Any]) -> None:
