@@ -160,8 +160,9 @@ def test_a_band_is_as_wide_as_settings_of_its_kind_were_wrong():
     """What is in pieces may be modelled badly while whole exchanges are not; with a lever it may be either."""
     known = calibrated(lambda setting, _: 1.3 if setting.num_chunks == 2 else 1.0, levers=("lsh",))
     apart = replace(known.calibration, error_frac=0.01, pieces_error_frac=0.1, noise_frac=0.0, launch_noise_frac=0.0)
-    of = {name: half_width(moe.predict(replace(known, calibration=apart), **change)) for name, change in
-          {"whole": {"num_tokens": 300}, "pieces": {"num_chunks": 2}, "lever": {"compress": "lsh"}}.items()}  # fmt: skip
+    base = replace(known, calibration=apart)
+    changes = {"whole": {"num_tokens": 300}, "pieces": {"num_chunks": 2}, "lever": {"compress": "lsh"}}
+    of = {name: half_width(moe.predict(base, **change)) for name, change in changes.items()}
     assert of["whole"] == pytest.approx(0.02, rel=1e-3)
     assert of["pieces"] == pytest.approx(0.2, rel=1e-3)
     assert of["lever"] == pytest.approx(2 * np.sqrt((0.01**2 + 0.1**2) / 2), rel=1e-3)
