@@ -102,7 +102,7 @@ def test_a_model_that_was_measured_is_as_it_was(name, optimizer, ending):
     loop.model(batch).sum().backward()
     before = state(loop)
     scale = 1e7 if half else 1
-    loss = interrupted(lambda output: scale * output.square().mean(), ending, at=4)
+    loss = interrupted(lambda output: scale * output.square().mean(), ending, at=3)
     with suppress(KeyError, KeyboardInterrupt):
         activations.measure(loop.model, batch, loss=loss, optimizer=OPTIMIZERS[optimizer], repeats=1)
         assert ending is None
