@@ -1,4 +1,7 @@
-"""The table of benches: each row is printed beside its bar, and kept in ``data/ledger/bench-<device>.csv``."""
+"""The table of benches: each row is printed beside its bar, and kept in ``data/ledger/bench-<device>.csv``.
+
+README.md shows five of them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from effkit.whole_files import replacing
 DATA = Path(__file__).resolve().parents[1] / "data"
 sys.path.append(str(DATA))
 COLUMNS = ("work", "measured", "unit", "bar", "held", "date")
+SHOWN = ("effkit report of 10 MB, CPU", "forecast of 7 B, {}", "first move of a slider",
+         "Measure it, notebook 03, later presses", "study() to its page, planted loops, median")  # fmt: skip
+BEGIN, END = "<!-- bench: written by make bench -->\n", "<!-- /bench -->"
 
 
 def row(work: str, measured: float, bar: float, unit: str = "s", *, at_least: bool = False) -> bool:
@@ -35,4 +41,16 @@ def row(work: str, measured: float, bar: float, unit: str = "s", *, at_least: bo
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[name] for name in sorted(rows))
+    _show(rows)
     return held
+
+
+def _show(rows: dict[str, dict[str, str]]) -> None:
+    """Five of them in README.md, between their markers."""
+    lines = ["| work | measured | aimed at |", "|---|---:|---:|"]
+    for one in (rows[work] for work in SHOWN if work in rows):
+        name = one["work"].replace(", {}", "").replace("_", " ")
+        lines.append(f"| {name} | {one['measured']} {one['unit']} | {one['bar']} {one['unit']} |")
+    readme = DATA.parent / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    readme.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1], encoding="utf-8")
