@@ -17,7 +17,6 @@ from effkit.lab import Hull, Trust, noise, rms
 
 _ROWS = (1, 2, 8, 32)  # one row and several are different kernels; what lies between bends with the processor
 _FEW_STEPS, _SHARE_OF_STEPS = 8, 6  # steps of a probe, and the base's steps over them
-_CLEARLY = 0.95  # of the band, or less: what another repeat must make of it to be worth its time
 _DEEP = 12  # from so many layers on, the other depths are smaller ones
 _TOO_LARGE_BYTES = 2**31  # of weights: no deeper model is built then
 # Knobs whose effect no probe has shown
@@ -89,7 +88,9 @@ class Calibration(Observed):
     @property
     def trust(self) -> Trust:
         """How far a prediction is off."""
-        return _trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns))
+        # a measurement is told relative to the base: three figures are as noisy, its own, that of the base beside it,
+        # and that of the base in the fit
+        return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns) / 3)
 
     @property
     def band_frac(self) -> float:
@@ -152,18 +153,6 @@ def held_out_error_frac(runs: Sequence[Run], nodes: Lattice) -> float:
 
 def _ratio(run: Run, costs: Costs) -> float:
     return run.total_ns / sum(costs.rows(run.setting, run.step.prompt_cells).values())
-
-
-def shrinks(runs: Sequence[Run], nodes: Lattice) -> bool:
-    """Whether one more repeat of all runs would make the band clearly narrower."""
-    now = _trust(held_out_error_frac(runs, nodes), noise(run.plain_ns for run in runs), len(runs[0].plain_ns))
-    return replace(now, num_repeats=now.num_repeats + 1 / 3).band_frac < _CLEARLY * now.band_frac
-
-
-def _trust(error_frac: float, noise_frac: float, num_repeats: int) -> Trust:
-    # a measurement is told relative to the base: three figures are as noisy, its own, that of the base beside it, and
-    # that of the base in the fit
-    return Trust(error_frac, noise_frac, num_repeats / 3)
 
 
 def overhead_frac(runs: Sequence[Run]) -> float:

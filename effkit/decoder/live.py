@@ -13,8 +13,8 @@ import torch
 from effkit.account import Account
 from effkit.arguments import checked_whole
 from effkit.decoder import accounting, configurations
-from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes, shrinks
-from effkit.decoder.costs import Lattice, Run
+from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes
+from effkit.decoder.costs import Run
 from effkit.decoder.floors import reading_rate
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
@@ -29,7 +29,6 @@ from effkit.progress_bar import working
 from effkit.timing import elapsed_ns
 from effkit.training import evaluating
 
-_ENOUGH = 3  # repeats: one that is disturbed is the slowest, and does not count
 _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
 
 
@@ -64,10 +63,9 @@ def measure(
         for the machine's speed drifts. What is not given stays as it was there.
     calibrated
         Without a base: also run short generations around this one, which :func:`predict` rests on. Not where the
-        base itself is compiled, drafted, without a cache, or a beam search.
+        base itself is compiled, without a cache, or a beam search.
     repeats
-        Generations of each setting, with and without clocks; the fastest of either counts. With the short runs around
-        it, three are enough where more would not make the band clearly narrower.
+        Generations of each setting, with and without clocks; the fastest of either counts.
     changes
         Of :class:`Setting`: ``decoder_layers=4``, ``dtype="bfloat16"``. Other sizes are built with random weights.
 
@@ -100,8 +98,7 @@ def _measured(
     built: dict[Any, Any] = {}  # one model for all settings of its sizes
     ready = [prepared(model, inputs, setting, built) for setting in settings]
     with evaluating(*(generation.model for generation in ready)):
-        nodes = lattice(model, setting) if len(ready) > 1 else None
-        runs, caches, memory = _run(ready, model.config, repeats, progress, nodes)
+        runs, caches, memory = _run(ready, model.config, repeats, progress)
         calibration = None
         if len(runs) > 1:
             halfway = setting.change(num_steps=-(-setting.num_steps // 2))  # its last step is a usual one
@@ -139,11 +136,10 @@ def _watchable(setting: Setting) -> bool:
 
 
 def _run(
-    ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None, nodes: Lattice | None = None
+    ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None
 ) -> tuple[list[Run], list[CacheBytes | None], Memory]:
-    """Every setting ``repeats`` times, in turn, with clocks inside and without; fewer times where ``nodes`` are fitted
-    and more would not narrow the band. The cache that each leaves; and the memory of such models. ``config`` is that of
-    the model that was given."""
+    """Every setting ``repeats`` times, in turn, with clocks inside and without; the cache that each leaves; and the
+    memory of such models. ``config`` is that of the model that was given."""
     done, total = itertools.count(1), len(ready) * (1 + repeats)
     caches: list[CacheBytes | None] = []
     prompts = []
@@ -164,10 +160,8 @@ def _run(
                 elif _watchable(generation.setting):
                     watched[number].append(watch(generation.model, generation.call))
             tell(progress, next(done), total)
-        runs = [Run(generation.setting, tuple(parts), tuple(times), memory.step_size(generation.setting))
-                for generation, parts, times in zip(ready, watched, plain, strict=True)]  # fmt: skip
-        if nodes and _ENOUGH <= repeat + 1 < repeats and not shrinks(runs, nodes):
-            break
+    runs = [Run(generation.setting, tuple(parts), tuple(times), memory.step_size(generation.setting))
+            for generation, parts, times in zip(ready, watched, plain, strict=True)]  # fmt: skip
     return runs, caches, memory
 
 
