@@ -213,10 +213,14 @@ def refresh_readme() -> None:
     over_all = [
         row for row in rows if not row.startswith("| ") or row.startswith(("| **all** |", "| device |", "| GPU |"))
     ]
-    begin, end = "<!-- accuracy: written by make ledger -->\n", "<!-- /accuracy -->"
     for path, shown in ((ACCURACY, rows), (README, over_all)):
-        before, rest = path.read_text(encoding="utf-8").split(begin)
-        path.write_text(before + begin + "\n".join(shown) + "\n" + end + rest.split(end)[1], encoding="utf-8")
+        show(path, "<!-- accuracy: written by make ledger -->\n", "<!-- /accuracy -->", shown)
+
+
+def show(path: Path, begin: str, end: str, lines: Sequence[str]) -> None:
+    """Put lines between these markers of a page."""
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1], encoding="utf-8")
 
 
 def ledgers() -> list[Path]:

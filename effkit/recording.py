@@ -254,12 +254,13 @@ def _peak(memory: pd.DataFrame) -> int:
     return max(0, int(memory["total_bytes"].max()) - before)
 
 
-def _timed(step: Callable[[], object], count: int, after_each: Callable[[], object] = int) -> list[int]:
+def _timed(step: Callable[[], object], count: int, after_each: Callable[[], object] | None = None) -> list[int]:
     """Wall time of each of ``count`` calls [ns], the accelerator's work included, ``after_each`` excluded."""
     times = []
     for _ in range(count):
         times.append(elapsed_ns(step))
-        after_each()
+        if after_each is not None:
+            after_each()
     return times
 
 

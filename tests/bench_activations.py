@@ -36,13 +36,7 @@ COMBINED = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads that wait for each other on a shared machine are timed at their worst."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

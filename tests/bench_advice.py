@@ -17,14 +17,13 @@ MEDIAN_S, WORST_S, MEMORY_S = 6.0, 12.0, 6.0
 PLANTED = [make for make in (*planted.TRAINING, *planted.GENERATING, planted.hot_expert) if make is not planted.clean]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads that wait for each other on a shared machine are timed at their worst."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    ek.Device.here()  # measured once on a machine, and kept
-    yield
-    torch.set_num_threads(before)
+def device(one_thread):
+    """Measured once on a machine, and kept."""
+    ek.Device.here()
 
 
 def took(call):

@@ -6,7 +6,6 @@ import statistics
 import time
 
 import pytest
-import torch
 from bench_table import row
 
 import effkit as ek
@@ -16,12 +15,7 @@ NUM_TIMES = 3
 needs_links = pytest.mark.skipif(bool(moe.why_no_links()), reason=moe.why_no_links())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def held(what, run, bar_s, num_times=NUM_TIMES):

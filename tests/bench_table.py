@@ -14,10 +14,12 @@ from effkit.whole_files import replacing
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 sys.path.append(str(DATA))
+
+from ledger_rows import README, device_name, show  # noqa: E402
+
 COLUMNS = ("work", "measured", "unit", "bar", "held", "date")
 SHOWN = ("effkit report of 10 MB, CPU", "forecast of 7 B, {}", "first move of a slider",
          "Measure it, notebook 03, later presses", "study() to its page, planted loops, median")  # fmt: skip
-BEGIN, END = "<!-- bench: written by make bench -->\n", "<!-- /bench -->"
 
 
 def row(work: str, measured: float, bar: float, unit: str = "s", *, at_least: bool = False) -> bool:
@@ -25,8 +27,6 @@ def row(work: str, measured: float, bar: float, unit: str = "s", *, at_least: bo
 
     The bar is the most that may be measured, or ``at_least`` so much.
     """
-    from ledger_rows import device_name
-
     held = measured >= bar if at_least else measured <= bar
     sign = ">=" if at_least else "<="
     print(f"\n  {work}: {measured:.3g} {unit}, bar {sign} {bar:g}: {'held' if held else 'MISSED'}")
@@ -51,6 +51,4 @@ def _show(rows: dict[str, dict[str, str]]) -> None:
     for one in (rows[work] for work in SHOWN if work in rows):
         name = one["work"].replace(", {}", "").replace("_", " ")
         lines.append(f"| {name} | {one['measured']} {one['unit']} | {one['bar']} {one['unit']} |")
-    readme = DATA.parent / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1], encoding="utf-8")
+    show(README, "<!-- bench: written by make bench -->\n", "<!-- /bench -->", lines)

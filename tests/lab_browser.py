@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 from lab_processes import serving
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Playwright, sync_playwright
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = REPO / "notebooks" / "jupyter_server_config.py"
@@ -41,6 +41,14 @@ def why_no_browser() -> str | None:
     if any(map(shutil.which, BROWSERS)):
         return None
     return "no chromium on the PATH: `sudo apt-get install chromium` (`make test` does it by itself when run as root)"
+
+
+def launched(playwright: Playwright) -> Browser:
+    """A chromium that finds no other host. RuntimeError where there is none."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        raise RuntimeError(why_no_browser())
+    return playwright.chromium.launch(executable_path=program, args=[*FLAGS.split(), NO_NAMES])
 
 
 @dataclass(frozen=True)
@@ -81,16 +89,13 @@ def _address(server: subprocess.Popen[bytes], path: Path, log: Path, timeout_s: 
 @contextmanager
 def notebook_page(lab: Lab, name: str, blocked: list[str] | None = None) -> Iterator[Page]:
     """The notebook `name` open in JupyterLab. Addresses off loopback are refused and noted in `blocked`."""
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        raise RuntimeError(why_no_browser())
 
     def note(url: str) -> None:
         if blocked is not None and OUTSIDE.match(url):
             blocked.append(url)
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS.split(), NO_NAMES])
+        browser = launched(playwright)
         context = browser.new_context(viewport={"width": 1280, "height": 1600}, service_workers="block")
         context.route(OUTSIDE, lambda route: route.abort())  # routes no websocket: NO_NAMES refuses those
         page = context.new_page()

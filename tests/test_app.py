@@ -23,13 +23,11 @@ from pathlib import Path
 import psutil
 import pytest
 from lab_browser import (
-    BROWSERS,
-    FLAGS,
-    NO_NAMES,
     OUTSIDE,
     REPO,
     click_measure,
     first_slider,
+    launched,
     press_key,
     status_text,
     svg_markup,
@@ -95,9 +93,8 @@ def printed_address(server: subprocess.Popen[bytes], log: Path, timeout_s: float
 def app_page(app: Served, asked: list[str] | None = None) -> Iterator[Page]:
     """The page, open and with its buttons. Every address that it asks for is noted in `asked`."""
     asked = [] if asked is None else asked
-    program = next(filter(None, map(shutil.which, BROWSERS)))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS.split(), NO_NAMES])
+        browser = launched(playwright)
         page = browser.new_context(viewport={"width": 1280, "height": 1000}, service_workers="block").new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.on("websocket", lambda socket: asked.append(socket.url))

@@ -1,7 +1,6 @@
 """The documentation site, built once: complete, whole, and readable without a network."""
 
 import re
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -9,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from lab_browser import BROWSERS, FLAGS, NO_NAMES, why_no_browser
+from lab_browser import launched, why_no_browser
 from playwright.sync_api import sync_playwright
 
 REPO = Path(__file__).resolve().parents[1]
@@ -90,10 +89,9 @@ def test_every_text_stands_out_from_its_ground(pages, tmp_path, scheme):
     subprocess.run([sys.executable, "-m", "effkit", "report", recorded, "-o", report], cwd=REPO, check=True)
     lessons = [path for path in pages if path.stem in (*LESSONS, "effkit.Account", "accuracy", "README")]
     assert len(lessons) >= len(LESSONS) + 3
-    program = next(filter(None, map(shutil.which, BROWSERS)))
     script = (Path(__file__).parent / "contrast.js").read_text()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS.split(), NO_NAMES])
+        browser = launched(playwright)
         page = browser.new_context(color_scheme=scheme).new_page()
         for path in (report, *lessons):
             page.goto(path.as_uri())

@@ -32,7 +32,7 @@ from effkit.restoring import unchanged
 from effkit.training import Loss, MakeOptimizer, still
 
 TIME = "Time of one step"
-_FEWEST_REPEATS, _HARDLY_FRAC = 3, 0.05  # of timed levers: two may agree by chance
+_FEWEST_REPEATS = 3  # of timed levers: two may agree by chance
 Steps = list[dict[str, int]]
 
 
@@ -247,8 +247,7 @@ def _timed(
             of_one.append(_phases(forecaster, model, *one))
         if num_fitted and turn + 1 >= min(_FEWEST_REPEATS, repeats):
             clock = _clock(settings, followed, spent, num_fitted)
-            more = replace(clock.trust, num_repeats=turn + 2)
-            if more.band_frac > (1 - _HARDLY_FRAC) * clock.trust.band_frac:
+            if not clock.trust.shrinks(turn + 2):
                 break
     return spent, clock
 

@@ -126,8 +126,8 @@ class Peaks:
     """Peaks of somebody's step, on any batch.
 
     ``let_go``: the step lets go of its gradients before it makes others; ``settle`` runs as many as make the next a
-    steady one, unless one is enough. The profiler of a CPU does not see that blocks
-    from before it began are freed, so they go before.
+    steady one, unless one is enough. The profiler of a CPU does not see that blocks from before it began are freed, so
+    they go before.
     """
 
     step: Step

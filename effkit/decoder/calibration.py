@@ -133,7 +133,7 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """Fit the costs; the first run is the base."""
 
-    costs, error_frac = fit(runs, nodes), held_out_error_frac(runs, nodes)
+    costs, error_frac = fit(runs, nodes), _held_out_error_frac(runs, nodes)
     return Calibration(
         runs[0], tuple(runs), costs, memory, seconds_per_cell, anchor=_ratio(runs[0], costs), error_frac=error_frac,
         noise_frac=noise(run.plain_ns for run in runs), launches=launches, apart=apart,
@@ -141,7 +141,7 @@ def calibrate(
     )  # fmt: skip
 
 
-def held_out_error_frac(runs: Sequence[Run], nodes: Lattice) -> float:
+def _held_out_error_frac(runs: Sequence[Run], nodes: Lattice) -> float:
     """Root mean square error of the runs between the nodes, each left out of the fit in turn."""
     errors = []
     for place, run in enumerate(runs):

@@ -20,6 +20,7 @@ SPREAD = 2.0  # a band is two standard errors wide on each side
 # In a regime that no run has seen, a band is so many times as wide, and at least this: a convention, for nothing was
 # measured there
 _UNSEEN, _LEAST_UNSEEN_FRAC = 3.0, 0.3
+_CLEARLY = 0.95  # of a band, or less: what more repeats must make of it to be worth their time
 _ROOM = 1.05  # a size so many times beyond what was run is the same size: batches of an epoch are not equally long
 # A median's standard error over that of a mean, of repeats that scatter as a normal does
 OF_A_MEDIAN = math.sqrt(math.pi / 2)
@@ -46,6 +47,10 @@ class Trust:
         other: their squares add."""
         noise_of_figure = OF_A_MEDIAN * self.noise_frac / math.sqrt(self.num_repeats)
         return max(self.least_frac, SPREAD * math.hypot(self.error_frac, noise_of_figure))
+
+    def shrinks(self, num_repeats: float) -> bool:
+        """Whether so many repeats in place of these would make the band clearly narrower."""
+        return replace(self, num_repeats=num_repeats).band_frac < _CLEARLY * self.band_frac
 
     def beyond(self, doublings: float, seen: bool = True) -> float:
         """Half-width of the band outside the range: so many doublings beyond the sizes that were run, or in a regime

@@ -21,7 +21,6 @@ _LEVERS: Mapping[str, Mapping[str, Any]] = {
     "bfloat16": {"message_dtype": "bfloat16"},
     "float8": {"message_dtype": "float8"},
 }
-_CLEARLY = 0.95  # of the band, or less: what another round must make of it to be worth its time
 _EXACTLY = 1e6  # weight beside those of other runs
 _NUM_AROUND = 7  # settings that the costs of plain steps are fitted on; those of levers follow
 
@@ -94,8 +93,7 @@ class Calibration:
     @property
     def shrinks(self) -> bool:
         """Whether one more round would make the band clearly narrower."""
-        more = replace(self.trust, num_repeats=self.trust.num_repeats + self.num_steps)
-        return more.band_frac < _CLEARLY * self.band_frac
+        return self.trust.shrinks(self.trust.num_repeats + self.num_steps)
 
     def anchor(self, setting: Setting) -> float:
         """What a modelled time is multiplied by: the mean over the directions, of which each overlaps or does not, and

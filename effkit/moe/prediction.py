@@ -145,7 +145,7 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
     def run(progress: Progress, **setting: Any) -> Account:
         changes = {name: value for name, value in setting.items() if name not in _OF_THE_RANKS}
         return live.beside(ranks, base, at.change(**changes), num_rounds=num_rounds, timeout_s=timeout_s,
-                      progress=progress)  # fmt: skip
+                           progress=progress)  # fmt: skip
 
     ranks = live.ranks_of(calibration)  # they stay up from one press of the button to the next
     panel = WhatIf(base, predict, knobs, run)

@@ -141,7 +141,7 @@ def tokens(setting: Setting, rank: int, step: int) -> Array:
     return x
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=512)  # to make the key takes a hundred times as long as to find it
 def traffic(setting: Setting, num_ranks: int, step: int) -> Traffic:
     """What one step sends, to the row; ValueError when the ranks cannot share the experts."""
     # what does not change the traffic is left out of the key
