@@ -65,15 +65,15 @@ def checked_function(name: str, value: Any, form: str, *, num: int = 1, classes:
         raise TypeError(f"{name} is a function {form}; given: {described(value)}")
 
 
-def checked_model(model: Any, *, runs: bool = True, peak: bool = False) -> None:
-    """TypeError for what is no module; ValueError for one in shards; where it ``runs``, also for one that holds no
+def checked_model(model: Any, *, runs: bool = True, peak: bool = False, shards: bool = False) -> None:
+    """TypeError for what is no module; ValueError for one in ``shards``, unless it may be; where it ``runs``, also for one that holds no
     values, or is where nobody can tell when work has ended, or, where its ``peak`` is asked for, how much memory it
     takes."""
     import torch
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a torch module, an instance with its parameters; given: {described(model)}")
-    if any(kind.__name__ in _SHARDED for one in (*model.modules(), *model.parameters()) for kind in type(one).__mro__):
+    if not shards and any(kind.__name__ in _SHARDED for one in (*model.modules(), *model.parameters()) for kind in type(one).__mro__):
         raise ValueError(
             f"{type(model).__name__} is in shards (FSDP, DTensor), which are not followed yet: give the model as it is "
             "before it is sharded, or let each rank call effkit.advice.record(folder, step, loader)"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from effkit.arguments import OPTIMIZER, described
@@ -78,7 +79,8 @@ def residents(
 ) -> dict[str, list[torch.Tensor]]:
     """What is in memory all through a step, by category; a storage that several share stands once."""
     updates = [] if update is None else [update] if isinstance(update, torch.optim.Optimizer) else update
-    states = [list(optimizer.state.values()) for optimizer in updates]
+    # one that holds the states of some parameters has an optimizer of these
+    states = [list(getattr(optimizer, "optim", optimizer).state.values()) for optimizer in updates]
     tensors: dict[str, list[torch.Tensor]] = {"parameter": [], "buffer": [], "optimizer state": [], "input": []}
     seen: set[int] = set()
     values = [list(model.parameters()), list(model.buffers()), states, batch]
@@ -91,11 +93,19 @@ def residents(
 
 
 def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
-    """Where its values lie; of a sparse tensor, its indices too."""
+    """Where its values lie; of a sparse tensor, its indices too; of a shard, this rank's part."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [storage for part in parts_of(tensor) for storage in storages(part)]
     if tensor.layout == torch.strided:
         return [tensor.untyped_storage()]
     with no_dispatch():  # to ask is no operator of the step
         return [getattr(tensor, part)().untyped_storage() for part in _PARTS.get(tensor.layout, ())]
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that one is made of which only wraps others, such as a shard."""
+    held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+    return [one for one in held if isinstance(one, torch.Tensor)]
 
 
 def storage_keys(tensor: torch.Tensor) -> list[int]:

@@ -80,7 +80,7 @@ def checkpoint(model: nn.Module, every: int = 1, *, keep: str | None = None) -> 
         tensors, so :func:`compressed` and :func:`offloaded` leave them as they are. Under autocast each block then
         casts its weights anew, and gradients of a weight that blocks share differ in rounding.
     """
-    checked_model(model, runs=False)
+    checked_model(model, runs=False, shards=True)
     every, keep = checked_whole("every", every, 1), checked_word("keep", keep, (None, "matmul"))
     with ExitStack() as stack:
         for block in blocks(model)[::every]:

@@ -9,8 +9,9 @@ import copy
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -23,8 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from effkit.activations import compressing, gpu_assumptions, stepping
 from effkit.activations.fake_tensors import DYNAMIC, Results, Valued
 from effkit.activations.levers import Levers
+from effkit.activations.sharding import Sharding, averaged, buckets, same_buffers, spread, world
 from effkit.activations.storage_tracker import Call, Follower, Stretch, call_of
-from effkit.activations.timeline import Signature, Timeline
+from effkit.activations.timeline import SENT, Signature, Timeline
 from effkit.idle import give_way
 from effkit.interrupts import uninterrupted
 from effkit.progress_bar import advance
@@ -47,9 +49,9 @@ class Replayer:
 
     def __init__(
         self, model: torch.nn.Module, loss: Loss | None = None, optimizer: MakeOptimizer | None = None, *,
-        as_on_gpu: bool = False, trains: bool = True,
+        as_on_gpu: bool = False, trains: bool = True, plan: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        self._mode, self._refused = Valued(), ""
+        self._mode, self._refused, self._plan = Valued(), "", plan
         tensors = (*model.parameters(), *model.buffers())
         placed: dict[int, Any] = {id(tensor): self._placed(tensor) for tensor in tensors if tensor.is_meta}
         attributes = [value for module in model.modules() for value in vars(module).values()]
@@ -71,6 +73,7 @@ class Replayer:
         self._replaces = False  # whether a step puts other buffers in the place of the model's
         self.calls: dict[Signature, Call] = {}  # of all replays
         self._stretches: dict[Any, tuple[Stretch | None, Results | None, Any]] = {}
+        self._buckets: list[torch.Tensor] = []  # of gradients that ranks average
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake CPU tensor for one on the meta device, where operators such as attention go other ways."""
@@ -89,12 +92,15 @@ class Replayer:
         return uninterrupted(partial(self._replay, batch, levers))
 
     def _replay(self, batch: Any, levers: Levers) -> Timeline:
+        if levers.world_size > 1:
+            return self._on_ranks(batch, levers)
         with self._faking():
             fake = tree_map_only(torch.Tensor, self._mode.valued, batch)
             update = self._update(fake, levers)
             if self._replaces:  # what this step finds there is what one like it has left
                 self._run(fake, update, levers)
-            follower = Follower(residents(self._model, update, fake))
+            own = residents(self._model, update, fake)
+            follower = Follower({**own, SENT: self._buckets} if self._buckets else own)
             once = partial(self._once, follower)
             with ExitStack() as stack:
                 for function in (quantise, dequantise):
@@ -103,6 +109,20 @@ class Replayer:
                 self._run(fake, update, levers, follower.enter)
             self.calls |= follower.calls
             return follower.timeline()
+
+    def _on_ranks(self, batch: Any, levers: Levers) -> Timeline:
+        """The same on rank 0 of several, whose shards are the largest."""
+        one, alone = copy.copy(self), replace(levers, **asdict(Sharding()), optimizer_states="float32")
+        one._updates, one._stretches = {}, {}
+        with world(levers.world_size):
+            with self._faking(), fake_tensor.FakeCopyMode(self._mode):
+                same = {id(tensor): self._placed(tensor) for tensor in self._model.parameters()}
+                same |= {id(tensor): tensor for tensor in self._model.buffers()}
+                model = copy.deepcopy(self._model, same)
+            with self._faking():
+                one._model, one._make = spread(model, levers, levers.optimizer(self._make), plan=self._plan, in_cpp=False)
+                one._buckets = buckets(one._model) if levers.replicates else []
+            return one._replay(batch, alone)
 
     def _once(self, follower: Follower, function: Any, *args: Any) -> Any:
         """What a function returns that leaves nothing else: run once for arguments that look alike."""
@@ -148,9 +168,16 @@ class Replayer:
         self, batch: Any, update: torch.optim.Optimizer | None, levers: Levers,
         enter: stepping.Enter = lambda phase: None,
     ) -> None:  # fmt: skip
+        phases = [stepping.FORWARD]
+
         def entered(phase: str) -> None:
             self._mode.updates = phase == stepping.OPTIMIZER
+            if self._buckets and phases[-1] == stepping.BACKWARD:
+                averaged(self._buckets)
             enter(phase)
+            phases.append(phase)
+            if self._buckets and phase == stepping.FORWARD:
+                same_buffers(self._model)
 
         self._mode.updates = False
         stepping.run(self._model, batch, self._loss, update, levers, entered, _MOST_PARTS)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from effkit.activations.storage_tracker import DEVICE, call_of, taken_as_it_is
+from effkit.activations.storage_tracker import DEVICE, call_of, of_shards, taken_as_it_is
 
 DYNAMIC = fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
 _aten = torch.ops.aten
@@ -45,6 +45,8 @@ class Valued(fake_tensor.FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE:
             return args[0].device
+        if of_shards(types):
+            return NotImplemented
         kwargs = kwargs or {}
         leaves, looks = call_of(func, args, kwargs)
         given = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]

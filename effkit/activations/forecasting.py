@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple, replace
 from functools import partial
@@ -63,12 +63,13 @@ class Forecaster:
     def __init__(
         self, model: torch.nn.Module, batch: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
         make_batch: MakeBatch | None = None, device: str | None = None, trains: bool = True,
+        plan: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         here, named = next(model.parameters()).is_cuda, device not in (None, "cpu")
         elsewhere, self.on_gpu, self.trains = named and not here, named or here, trains
         # a thread of its own runs backward; cuBLAS holds one for each
         self._workspaces = (workspace_bytes(device if named else "cuda"),) * (1 + trains) if self.on_gpu else ()
-        self._replayer = Replayer(model, loss, optimizer, as_on_gpu=elsewhere, trains=trains)
+        self._replayer = Replayer(model, loss, optimizer, as_on_gpu=elsewhere, trains=trains, plan=plan)
         self.basis = "assumed" if elsewhere else "derived"
         self.assumptions = ASSUMED if elsewhere else ""
         self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
@@ -122,7 +123,8 @@ class Forecaster:
         key = (size, levers)
         if key in self._requested:
             return self._requested[key]
-        plain, states = replace(levers, optimizer_states="float32"), Levers(optimizer_states=levers.optimizer_states)
+        plain = replace(levers, optimizer_states="float32")
+        states = Levers(optimizer_states=levers.optimizer_states, **levers.sharding)
         if levers not in (plain, states):  # what the optimizer does is the same with any other levers
             self._requested[key] = self.requested(size, plain).with_optimizer_of(self.requested(size, states))
         else:
@@ -198,7 +200,7 @@ class Forecaster:
         At the size of the example, where the step is not one function of the size, and when it is to be ``exact``: by a
         replay of just that. Else from the surface.
         """
-        if size != self.size and not exact:
+        if size != self.size and not exact and levers.world_size == 1:
             with suppress(ValueError):
                 return self._from_surface(size, levers)
         timeline = self.timeline(size, levers)

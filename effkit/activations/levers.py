@@ -14,7 +14,8 @@ from effkit.activations.compressing import compressed
 from effkit.activations.low_bit import STATES, LowBitAdamW
 from effkit.activations.offloading import offloaded
 from effkit.arguments import checked_whole
-from effkit.lab import asked, check, one_of, share, whole
+from effkit.activations.sharding import Sharding
+from effkit.lab import asked, one_of, share, whole
 from effkit.lab.knobs import checked_share
 from effkit.quantisation import FORMATS
 from effkit.training import MakeOptimizer
@@ -26,11 +27,13 @@ AUTOCASTS = (NONE, "bfloat16")
 
 
 @dataclass(frozen=True)
-class Levers:
-    """What is done to save memory in a step; the defaults are a plain step.
+class Levers(Sharding):
+    """What is done to save memory in a step; the defaults are a plain step of one process.
 
     Attributes
     ----------
+    world_size, shard, reshard_after_forward, wrap, tensor_parallel
+        As in :class:`Sharding`.
     checkpoint_every
         Every so many blocks, one is recomputed in backward; 0: none is.
     keep
@@ -56,13 +59,15 @@ class Levers:
     autocast: str = one_of(NONE, words=AUTOCASTS)
     optimizer_states: str = one_of("float32", words=STATES)
 
-    def __post_init__(self) -> None:
-        check(self)
-
     @property
     def lossless(self) -> bool:
         """True when the gradients and the update are those of a plain step."""
         return self.compress == NONE and self.autocast == NONE and self.optimizer_states == "float32"
+
+    @property
+    def sharding(self) -> dict[str, Any]:
+        """How the step is spread over ranks."""
+        return {f.name: getattr(self, f.name) for f in fields(Sharding)}
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from effkit import lab
 from effkit.account import Account
-from effkit.activations import lossy_gradients, stepping
+from effkit.activations import lossy_gradients, on_ranks, stepping
 from effkit.activations.checkpointing import blocks
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import COMPRESSIONS, Levers, Size, complete, parted
 from effkit.activations.low_bit import STATES
+from effkit.activations.on_ranks import TIME
 from effkit.activations.real_step import Observation
 from effkit.activations.storage_tracker import OUTSIDE
 from effkit.activations.time_model import Clock, Run
 from effkit.activations.timeline import PEAK, Ints, Timeline
 from effkit.arguments import checked_same_model, checked_training, checked_whole
 from effkit.captured import Capture
-from effkit.device import synchronize
 from effkit.lab import Progress, calibration_of
 from effkit.progress_bar import working
 from effkit.restoring import unchanged
 from effkit.training import Loss, MakeOptimizer, still
 
-TIME = "Time of one step"
 _FEWEST_REPEATS = 3  # of timed levers: two may agree by chance
 Steps = list[dict[str, int]]
 
@@ -60,7 +56,7 @@ class Calibration:
 def measure(
     model: torch.nn.Module, batch: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
     make_batch: MakeBatch | None = None, repeats: int = 3, time_levers: bool = False, base: Account | None = None,
-    progress: Progress | None = None, **setting: Any,
+    plan: Mapping[str, str] | None = None, progress: Progress | None = None, **setting: Any,
 ) -> Account:  # fmt: skip
     """The peak memory of one steady training step, by what it is for; and the step's time.
 
@@ -87,11 +83,14 @@ def measure(
         Also run each lever once alone, so that the time of any combination can be predicted.
     base
         An earlier account of this model: what its calibration found is used, and nothing is calibrated again.
+    plan
+        How layers are split over ranks of ``tensor_parallel``: see :func:`spread`.
     progress
         Called with (runs done, runs in all); what it raises ends the measurement.
     setting
         ``batch_size``, ``length``, ``keep_frac`` and any of :class:`Levers`; the batch's own size and a plain step
-        unless given.
+        unless given. With ``world_size`` above 1 that many ranks are started on this machine, are sent the model and
+        what goes with it, run the step, and end: the account is of the one whose peak is highest.
 
     Returns
     -------
@@ -108,10 +107,15 @@ def measure(
     if earlier:
         checked_same_model(model, earlier.forecaster.shapes)
     forecaster = earlier.forecaster if earlier else Forecaster(
-        model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch
+        model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, plan=plan
     )  # fmt: skip
     wanted = complete(forecaster.rest() if base is None else base.setting, setting)
     size, levers = parted(wanted)
+    if levers.world_size > 1:
+        return on_ranks.measured(
+            model, forecaster.batch(size), levers, wanted, loss=forecaster.loss, optimizer=optimizer, plan=plan,
+            repeats=repeats, progress=progress, calibration=earlier or forecaster,
+        )
     if not earlier:
         forecaster.size = size  # predictions are around what is measured
     alone = _single(model, size, optimizer) if time_levers and not earlier else []
@@ -244,29 +248,10 @@ def _timed(
     for turn in range(repeats):
         tell(1 + len(followed) + turn * len(steps))
         for of_one, one in zip(spent, steps, strict=True):
-            of_one.append(_phases(forecaster, model, *one))
+            batch, levers, update = one
+            of_one.append(stepping.phases_ns(model, batch, forecaster.loss, update, levers))
         if num_fitted and turn + 1 >= min(_FEWEST_REPEATS, repeats):
             clock = _clock(settings, followed, spent, num_fitted)
             if not clock.trust.shrinks(turn + 2):
                 break
     return spent, clock
-
-
-def _phases(
-    forecaster: Forecaster, model: torch.nn.Module, batch: Any, levers: Levers, update: torch.optim.Optimizer
-) -> dict[str, int]:
-    """Nanoseconds of each phase of this step."""
-    begun: list[tuple[str, int, int]] = []  # a phase, when the one before it ended, and when it began
-
-    def enter(phase: str) -> None:
-        synchronize()
-        ended = time.perf_counter_ns()
-        begun.append((phase, ended, time.perf_counter_ns()))
-
-    enter("")
-    stepping.run(model, batch, forecaster.loss, update, levers, enter)
-    enter("")
-    spent: Counter[str] = Counter()
-    for (phase, _, since), (_, until, _) in pairwise(begun[1:]):
-        spent[phase] += until - since
-    return dict(spent)

@@ -53,7 +53,7 @@ class Workspace:
         """Run alone those operators of a replay that may hide something, and were not run yet."""
         moves = dict(zip(timeline.signatures, timeline.work[:, MOVED], strict=True))
         new = [signature for signature, moved in moves.items()
-               if moved and signature not in self.sizes and not _shows(calls[signature])
+               if moved and signature in calls and signature not in self.sizes and not _shows(calls[signature])
                and self._may_hide(signature, moved)]  # fmt: skip
         if not new:
             return

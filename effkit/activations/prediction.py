@@ -10,6 +10,7 @@ import pandas as pd
 
 from effkit.account import Account
 from effkit.activations import lossy_gradients
+from effkit.activations.communication import sent_account
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, Levers, Size, complete, parted
 from effkit.activations.live import TIME, Calibration, check_trains, measure, saved_account
@@ -63,7 +64,7 @@ def predict(base: Account, **setting: Any) -> Account:
 def forecast(
     model: torch.nn.Module, batch_like: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
     make_batch: MakeBatch | None = None, device: str | None = None, calibrate: bool | None = None, trains: bool = True,
-    **setting: Any,
+    plan: Mapping[str, str] | None = None, **setting: Any,
 ) -> Account:  # fmt: skip
     """The peak of a training step before it is run: of this model at any size, with any levers in force.
 
@@ -85,10 +86,15 @@ def forecast(
         Whether to run operators; unless given, where the model is on this machine and ``device`` is left out.
     trains
         False: a forward pass alone, without gradients.
+    plan
+        How layers are split over ranks of ``tensor_parallel``: see :func:`spread`.
     setting
-        As in :func:`predict`.
+        As in :func:`predict`. With ``world_size`` above 1 the account is of rank 0, whose shards are the largest: torch's
+        own wrappers are replayed in a group of which no other rank exists; a companion has the bytes of its
+        collectives.
     """
-    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate, setting, trains=trains)
+    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate, setting, trains=trains,
+                             plan=plan)  # fmt: skip
     return _predicted(forecaster, complete(forecaster.rest(), setting))
 
 
@@ -205,14 +211,15 @@ def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = Non
 def _forecaster(
     model: torch.nn.Module, batch: Any, loss: Loss | None, optimizer: MakeOptimizer | None,
     make_batch: MakeBatch | None, device: str | None, calibrate: bool | None, setting: Mapping[str, Any], *,
-    trains: bool = True,
+    trains: bool = True, plan: Mapping[str, str] | None = None,
 ) -> Forecaster:  # fmt: skip
     """What forecasts around the size of this setting."""
     check_trains(model, loss, optimizer, make_batch, runs=False)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     forecaster = Forecaster(
-        model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device, trains=trains
-    )
+        model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device, trains=trains,
+        plan=plan,
+    )  # fmt: skip
     forecaster.size, _ = parted(complete(forecaster.rest(), setting))
     if calibrate is not None:
         forecaster.runs_operators = calibrate
@@ -227,7 +234,9 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     trust = Trust(error, least_frac=max(_LEAST_BAND_FRAC, forecaster.doubt_frac))
     frac = trust.beyond(peak.doublings, peak.seen)
     companions = _counters(forecaster, size, levers, frac) if forecaster.on_gpu and size == forecaster.size else []
-    if calibration is not None and (clock := calibration.clock) is not None:
+    if levers.world_size > 1:
+        companions.append(sent_account(forecaster.timeline(size, levers), levers, basis=forecaster.basis))
+    elif calibration is not None and (clock := calibration.clock) is not None:
         time_ns = round(forecaster.step_ns(size, levers, clock))
         known, beyond = clock.knows(levers), clock.sizes.doublings({"growth": forecaster.growth(size)})
         time_half_width = time_ns * clock.trust.beyond(max(beyond, peak.doublings), known)

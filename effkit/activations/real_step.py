@@ -10,16 +10,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch._C._profiler import _RecordFunctionFast
+from torch.nn.parallel import DistributedDataParallel
 
 from effkit.activations.gpu_assumptions import held_by_cublas
 from effkit.activations.op_costs import FLOPS, HALF_FLOPS
+from effkit.activations.sharding import buckets
 from effkit.activations.storage_tracker import Follower
-from effkit.activations.timeline import CATEGORIES, REQUESTED, RESERVED, Ints, Timeline
+from effkit.activations.timeline import CATEGORIES, REQUESTED, RESERVED, SENT, Ints, Timeline
 from effkit.device import synchronize
 from effkit.recording import memory_events
 from effkit.trace.tidying import Trace
-from effkit.training import storages
+from effkit.training import size_bytes, storages
 
 _MARK = "effkit::operator#"
 _COUNTERS = {REQUESTED: "requested", RESERVED: "reserved"}  # of torch.cuda.memory_stats
@@ -57,6 +60,8 @@ class Recording(NamedTuple):
             memory = memory[memory["time_ns"] >= starts[0]]
         totals = memory["total_bytes"].to_numpy("int64")
         before = int(totals[0] - memory["size_bytes"].iloc[0]) if len(memory) else 0
+        if dist.is_initialized() and name == "cpu":  # the total has what gloo's threads allocate, at any time
+            totals = before + memory["size_bytes"].to_numpy("int64").cumsum()
         return cls(numbers[order], starts, starts + marks["dur_ns"].to_numpy()[order], memory,
                    memory["time_ns"].to_numpy(), np.append(before, totals))  # fmt: skip
 
@@ -116,6 +121,7 @@ def _observed(
     # asked for at once, which lets go of gradients: a recording would see the end of those that an earlier one has seen
     # made
     beyond = beyond_tensors(residents(), torch.cuda.memory_snapshot() if cuda else ())
+    beyond[SENT] = size_bytes(buckets(model)) if isinstance(model, DistributedDataParallel) else 0
     followers: list[Follower] = []
 
     def follow() -> None:
@@ -147,7 +153,7 @@ def _observed(
     rows.update(beyond)
     source = "torch.cuda.max_memory_allocated"
     if counted is None:
-        counted = sum(timeline.resident_bytes.values()) + (max(0, int(levels[at + 1]) - before) if at >= 0 else 0)
+        counted = beyond[SENT] + sum(timeline.resident_bytes.values()) + (max(0, int(levels[at + 1]) - before) if at >= 0 else 0)
         source = "resident tensors + the profiler's Total Allocated"
     # nothing is kept for a backward pass that never comes
     backward = starts[timeline.backward : timeline.backward + 1]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from effkit.activations.levers import Levers
+from effkit.device import synchronize
 from effkit.training import Loss, forward
 
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
@@ -46,6 +49,26 @@ def run(
     update.step()
     # last, so that the gradients of one step are not freed inside the next
     update.zero_grad(set_to_none=True)
+
+
+def phases_ns(
+    model: torch.nn.Module, batch: Any, loss: Loss, update: torch.optim.Optimizer | None, levers: Levers
+) -> dict[str, int]:
+    """How long each phase of such a step takes, by the clock."""
+    begun: list[tuple[str, int, int]] = []  # a phase, when the one before it ended, and when it began
+
+    def enter(phase: str) -> None:
+        synchronize()
+        ended = time.perf_counter_ns()
+        begun.append((phase, ended, time.perf_counter_ns()))
+
+    enter("")
+    run(model, batch, loss, update, levers, enter)
+    enter("")
+    spent: Counter[str] = Counter()
+    for (phase, _, since), (_, until, _) in pairwise(begun[1:]):
+        spent[phase] += until - since
+    return dict(spent)
 
 
 def _check(value: Any) -> None:

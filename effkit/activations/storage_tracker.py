@@ -11,22 +11,32 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
+from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from effkit.activations import op_costs, saved_tensor_hooks
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
-from effkit.activations.timeline import CATEGORIES, Ints, Segment, Signature, Timeline
+from effkit.activations.timeline import (
+    CATEGORIES, GATHERED, ON_RANKS, SENT, WHOLE_GRADIENT, Ints, Segment, Signature, Timeline,
+)  # fmt: skip
 from effkit.training import storage_keys, storages
 
 OUTSIDE = ""  # of any module
 DEVICE = torch.ops.prim.device.default
 _KEPT = "saved activation", "offloaded activation"
-_OTHERS = (*_KEPT, "buffer", "gradient")  # of which there is no doubt
+_OTHERS = (*_KEPT, *ON_RANKS, "buffer", "gradient")  # of which there is no doubt
+# What the arguments of torch's operators for shards are, from the first on
+_OF_SHARDS = {
+    "fsdp::all_gather_copy_in": ("", SENT), "fsdp::split_with_sizes_copy": ("", "", "", GATHERED),
+    "fsdp::chunk_cat": (WHOLE_GRADIENT, "", "", SENT), "c10d::_reduce_scatter_base_": (SENT,),
+}  # fmt: skip
+_RESIZE = Signature("resize of a storage")
 _TELLING = (int, str, torch.dtype, torch.memory_format)  # arguments whose values decide what an operator allocates
 
 
@@ -130,8 +140,9 @@ class Follower(TorchDispatchMode):
     @contextmanager
     def following(self, model: torch.nn.Module) -> Iterator[None]:
         """Follow what runs inside, module by module."""
-        self._parameters = list(model.parameters())
+        self._parameters, self._fakes = list(model.parameters()), active_fake_mode()
         with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", self._resizing()))
             for name, module in model.named_modules():
                 # handles are contexts: leaving one removes the hook
                 stack.enter_context(module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
@@ -156,6 +167,10 @@ class Follower(TorchDispatchMode):
             return args[0].device
         if (taken := taken_as_it_is(func, args)) is not None:
             return taken
+        if of_shards(types):
+            return NotImplemented
+        if active_fake_mode() is not self._fakes:  # shards try what an operator's results will look like
+            return func(*args, **(kwargs or {}))
         number, kwargs = len(self._ops), kwargs or {}
         leaves, looks = call_of(func, args, kwargs)
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -176,7 +191,10 @@ class Follower(TorchDispatchMode):
             if key not in self._living and key not in parts and not _among(key, given):
                 self._birth(storage, tensor.device, number, len(self._made) - first)
         self._ops.append(_Op(*known, saved_tensor_hooks.at_work(), took_ns))
-        if not self._has_addresses and known[0] not in self.calls:
+        for category, of in zip(_OF_SHARDS.get(func._schema.name, ()), (*args, *kwargs.values()), strict=False):
+            for one in self._of(of if isinstance(of, list) else [of]) if category else ():
+                one.category = category
+        if not self._has_addresses and known[0] not in self.calls and func.namespace == "aten":
             # of a storage only its type: who holds it keeps it alive
             plain = [torch.UntypedStorage if isinstance(leaf, torch.UntypedStorage) else leaf for leaf in leaves]
             alike = [self._like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in plain]
@@ -187,6 +205,7 @@ class Follower(TorchDispatchMode):
     def _like(self, tensor: torch.Tensor) -> Like:
         own = [self._living.get(key) for key in storage_keys(tensor)]
         maker = (self._ops[own[0].birth].signature, own[0].place) if own and own[0] else None
+        maker = maker if maker and maker[0] in self.calls else None  # nobody runs a collective again
         return Like(tuple(tensor.shape), _stride(tensor), tensor.dtype, tensor.device, maker)
 
     def _of(self, tensors: Iterable[torch.Tensor]) -> list[_Storage]:
@@ -225,11 +244,31 @@ class Follower(TorchDispatchMode):
         key = storage._cdata
 
         def dead(_: Any) -> None:
-            self._living.pop(key, None)
-            one.death = len(self._ops)
+            if self._living.get(key) is one:  # and has not another size since
+                del self._living[key]
+                one.death = len(self._ops)
 
         self._living[key] = one
         self._refs.append(weakref.ref(storage, dead))
+
+    def _resizing(self) -> Callable[[torch.UntypedStorage, int], Any]:
+        """In the place of a storage's ``resize_``, of which no operator tells: FSDP2 frees and fills parameters so."""
+        really = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+            key, number = storage._cdata, len(self._ops)
+            one = self._living.pop(key, None)
+            if one is not None:
+                one.death = number
+            with self._mark(number):
+                out = really(storage, num_bytes)
+            self._ops.append(_Op(_RESIZE, (1, 0, 0, 0), False, 0))
+            if num_bytes:
+                here = storage.device.type in ("meta", self._device_type)  # fake ones are on the meta device
+                self._birth(storage, torch.device(self._device_type) if here else storage.device, number, 0)
+            return out
+
+        return resize
 
     def _keep(self, original: torch.Tensor, kept: Any) -> None:
         """Autograd keeps these for the backward of the operator that has just run, or of the one that comes next."""
@@ -238,7 +277,7 @@ class Follower(TorchDispatchMode):
         # an output is handed to the hooks detached, an input as it is
         saver = self._where, len(self._ops) if original.grad_fn is not None else self._latest
         for one in self._of(saved_tensor_hooks.tensors_in(kept)):
-            if one.category not in _KEPT:
+            if one.category not in (*_KEPT, GATHERED):
                 one.category, one.saver = _KEPT[0], saver
         for one in self._of(saved_tensor_hooks.tensors_away(kept)):
             one.category = _KEPT[1]
@@ -308,6 +347,11 @@ class Follower(TorchDispatchMode):
                 for i, one in enumerate(self._made)]  # fmt: skip
 
 
+def of_shards(types: Any) -> bool:
+    """Whether an operator is called on tensors that wrap this rank's part: they call it again with that."""
+    return any(hasattr(one, "__tensor_flatten__") for one in types)
+
+
 def call_of(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], tuple[Any, ...]]:
     """An operator's arguments in one row, and what tells this call from calls on tensors of other looks."""
     leaves: list[Any] = []
@@ -322,7 +366,7 @@ def call_of(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], tuple[Any, ..
         if isinstance(leaf, torch.Tensor):
             looks += leaf.shape, _stride(leaf), leaf.dtype
         else:  # who holds a storage keeps it alive
-            looks += type(leaf), None if isinstance(leaf, torch.UntypedStorage) else leaf
+            looks += type(leaf), None if isinstance(leaf, torch.UntypedStorage | torch.ScriptObject | list) else leaf
     return leaves, tuple(looks)
 
 

@@ -14,9 +14,11 @@ from effkit.activations.stepping import BACKWARD
 PEAK, FORWARD_PEAK = "Peak memory of one step", "Peak memory of a forward pass"
 # on a GPU the peak counts whole blocks; beside it, what tensors ask for, and what the allocator holds, free or not
 REQUESTED, RESERVED = "Requested memory at its peak", "Reserved memory"
+# of a step on one of several ranks: whole parameters and gradients beside the rank's shards, and what is sent
+GATHERED, WHOLE_GRADIENT, SENT = ON_RANKS = ("gathered parameter", "unsharded gradient", "communication buffer")
 CATEGORIES = (
     "parameter", "buffer", "optimizer state", "input", "gradient", "saved activation", "offloaded activation",
-    "recomputed activation", "workspace",
+    "recomputed activation", *ON_RANKS, "workspace",
 )  # fmt: skip
 RESIDENTS = CATEGORIES[:4]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
