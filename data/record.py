@@ -50,8 +50,9 @@ from torch.profiler import record_function
 import effkit as ek
 from effkit import moe
 from effkit.device import provenance
-from effkit.moe.launching import Ranks
-from effkit.moe.netns import end_with_parent
+from effkit.moe.live import WORK, run_settings
+from effkit.ranks.forking import end_with_parent
+from effkit.ranks.launching import Ranks
 
 # voice and words per minute of each speaker; sentences go round
 SPEAKERS = (
@@ -122,8 +123,8 @@ def record_step(name: str) -> None:
 def record_moe() -> None:
     """Two ranks of an expert-parallel layer, on a slow link where that can be made."""
     link = 0.0 if moe.why_no_links() else 50e6
-    with tempfile.TemporaryDirectory() as folder, Ranks(2, link_bytes_per_s=link) as ranks_up:
-        ranks_up.run([moe.Setting(num_tokens=512)], num_rounds=1, num_steps=2, profile=folder)
+    with tempfile.TemporaryDirectory() as folder, Ranks(2, WORK, link_bytes_per_s=link) as ranks_up:
+        run_settings(ranks_up, [moe.Setting(num_tokens=512)], num_rounds=1, num_steps=2, profile=folder)
         ranks = ek.load(folder)
         on = f"a link of {link / 1e6:g} MB/s" if link else "loopback"
         made = provenance() | {"what": f"two ranks of an expert-parallel layer, forward and backward, {on}"}

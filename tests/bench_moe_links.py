@@ -13,8 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
-from effkit.moe import launching, links
+from effkit.moe import links
+from effkit.moe.live import WORK, run_settings
 from effkit.moe.setting import Setting
+from effkit.ranks import launching
+from lessons.pair_delays import delays as delays_of_pairs
 from lessons.slow_ranks import find_slow
 
 pytestmark = pytest.mark.skipif(bool(launching.why_no_links()), reason=launching.why_no_links())
@@ -39,7 +42,7 @@ def trials():
         made = [injection(kind, *map(int, rng.choice(NUM_RANKS, 2, replace=False))) for kind in rng.permutation(
             np.repeat(KINDS, 20 // NUM_LAUNCHES // 4 + 1))[: 20 // NUM_LAUNCHES].tolist()]  # fmt: skip
         slow = [one for injected, _ in made for one in (None, injected)]
-        delays = links.delays(NUM_RANKS, num_rounds=NUM_ROUNDS, slow=slow, link_bytes_per_s=RATE, timeout_s=400)
+        delays = delays_of_pairs(NUM_RANKS, num_rounds=NUM_ROUNDS, slow=slow, link_bytes_per_s=RATE, timeout_s=400)
         expected = [one for _, what in made for one in (None, what)]
         for what, window in zip(expected, delays, strict=True):
             seen.append((what, find_slow(window)))
@@ -86,12 +89,15 @@ def test_held_out_sizes(num_ranks, rate, ranks_per_node):
 
 def test_nobody_is_left_after_twenty_runs_of_which_five_are_killed():
     """Fifteen runs come to their end; five are killed with the process that started them, each at another moment."""
-    run = "Ranks(2, link_bytes_per_s=50e6).run([Setting(num_tokens=64)], num_rounds=400, num_steps=2)"
-    code = f"from effkit.moe.launching import Ranks\nfrom effkit.moe.setting import Setting\n{run}"
+    code = (
+        "from effkit.moe.live import WORK, run_settings\nfrom effkit.moe.setting import Setting\n"
+        "from effkit.ranks.launching import Ranks\n"
+        "run_settings(Ranks(2, WORK, link_bytes_per_s=50e6), [Setting(num_tokens=64)], num_rounds=400, num_steps=2)"
+    )
     for number in range(20):
         if number % 4:
-            with launching.Ranks(2, link_bytes_per_s=50e6) as ranks:
-                ranks.run([Setting(num_tokens=64)], num_rounds=1, num_steps=2)
+            with launching.Ranks(2, WORK, link_bytes_per_s=50e6) as ranks:
+                run_settings(ranks, [Setting(num_tokens=64)], num_rounds=1, num_steps=2)
             continue
         starter = subprocess.Popen([sys.executable, "-c", code])
         time.sleep(1.5 + 0.4 * number)
@@ -107,4 +113,4 @@ def test_nobody_is_left_after_twenty_runs_of_which_five_are_killed():
 def _ranks():
     """Command lines of ranks and of their launchers on this machine."""
     lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    return [line for line in lines if "effkit.moe.forking" in line]
+    return [line for line in lines if "effkit.ranks.forking" in line]

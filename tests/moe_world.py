@@ -47,9 +47,7 @@ def run_of(settings, num_ranks=2, link_bytes_per_s=1e8, ranks_per_node=1, costs=
     kept, rows, dropped = (
         {key: getattr(one, name) for key, one in seen.items()} for name in ("kept", "rows", "dropped")
     )
-    return Run(
-        list(settings), steps, kept, rows, dropped, pd.DataFrame(), np.empty((0, num_ranks, num_ranks)), {}, facts
-    )
+    return Run(list(settings), steps, kept, rows, dropped, pd.DataFrame(), {}, facts)
 
 
 def measured(setting=None, levers=(), **on):

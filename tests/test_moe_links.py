@@ -1,12 +1,11 @@
-"""Alpha and bandwidth of made-up and of real links, and slow ones that are found, live."""
+"""Alpha and bandwidth of made-up and of real links."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from effkit.moe import launching
-from effkit.moe.links import delays, fit, link
-from lessons.slow_ranks import find_slow
+from effkit.moe.links import fit, link
+from effkit.ranks import launching
 
 SIZES = [2**power for power in range(10, 23)]
 needs_links = pytest.mark.skipif(bool(launching.why_no_links()), reason=launching.why_no_links())
@@ -96,11 +95,6 @@ def test_beyond_the_sizes_that_were_measured_the_band_widens_with_the_doublings(
         (lambda: fit(measured(lambda size: 1 + size), 2, 2).dur_ns(-1), "0 or more; given: -1"),
         (lambda: link(num_repeats=0), "num_repeats is at least 1; given: 0"),
         (lambda: link(1), "num_ranks is 2 to 8"),
-        (lambda: delays(num_rounds=0), "num_rounds is at least 1"),
-        (lambda: delays(quickest_of=0), "quickest_of is at least 1"),
-        (lambda: delays(size_bytes=4), "size_bytes is at least 8"),
-        (lambda: delays(slow=[]), "given: an empty one"),
-        (lambda: delays(slow={"sender": 7, "bytes_per_s": 1e6}), "slow names nodes 0 to 3"),
     ],
 )
 def test_what_cannot_be_is_refused(call, said):
@@ -121,23 +115,3 @@ def test_a_limited_link_has_its_nominal_rate_and_ranks_of_a_node_do_not_use_it()
     largest = seen.frame.iloc[-1]
     assert seen.num_messages * seen.frame.index[-1] / largest["dur_ns"] * 1e9 == pytest.approx(50e6, rel=0.1)
     assert "(2 on a node), through one trunk limited to 50 MB/s" in repr(seen)
-
-
-@needs_links
-def test_what_is_made_slow_is_found_while_the_ranks_go_on():
-    slow = [
-        None,
-        {"sender": 1, "receiver": 2, "bytes_per_s": 20e6},
-        {"sender": 3, "bytes_per_s": 20e6},
-        {"receiver": 0, "bytes_per_s": 20e6},
-        {"rank": 2, "bytes_per_s": 20e6},
-        None,
-    ]
-    seen = delays(4, num_rounds=8, slow=slow, link_bytes_per_s=100e6)
-    assert seen.shape == (6, 8, 4, 4)
-    assert np.isnan(seen[:, :, np.eye(4, dtype=bool)]).all()
-    assert (seen[:, :, ~np.eye(4, dtype=bool)] > 0).all()
-    found = [find_slow(window) for window in seen]
-    assert [(one.kind, one.rank, one.peer) if one else None for one in found] == [
-        None, ("link", 1, 2), ("sender", 3, None), ("receiver", 0, None), ("rank", 2, None), None,
-    ]  # fmt: skip

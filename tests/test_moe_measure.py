@@ -99,7 +99,7 @@ def test_the_button_runs_ranks_and_shows_the_receipt(base):
 
 def routers():
     """Processes of this one that fork ranks."""
-    return [child for child in psutil.Process().children() if "effkit.moe.forking" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "effkit.ranks.forking" in child.cmdline()]
 
 
 def test_a_run_that_was_prepared_is_started_elsewhere_and_read(tmp_path):

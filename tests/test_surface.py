@@ -43,7 +43,7 @@ PUBLIC = {
         "measure", "plan", "predict", "watch", "whatif",
     ],
     "effkit.moe": [
-        "Setting", "account", "balanced_placement", "best_degrees", "delays", "imbalance", "link",
+        "Setting", "account", "balanced_placement", "best_degrees", "imbalance", "link",
         "measure", "predict", "prepare", "timeline", "whatif",
         "why_no_links", "worth_balancing",
     ],
@@ -63,6 +63,7 @@ HOUSE = [
     {"advice"},
     {"claims"},
     {"padding", "activations", "moe", "decoder"},
+    {"ranks"},
     {"lab"},
     {"restoring"},
     {"models"},

@@ -112,7 +112,7 @@ def test_a_failed_append_keeps_what_another_process_added_meanwhile(room, tmp_pa
 
 KILLED = """
 import os, signal
-from effkit.moe import launching
+from effkit.ranks import launching
 with launching._own_folder() as folder:
     (folder / "log.txt").write_text("a line")
     print(folder, flush=True)
@@ -128,7 +128,7 @@ def test_a_killed_run_of_ranks_leaves_no_folder(signal_name, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=env
     )
     assert done.returncode == -getattr(signal, signal_name)
-    assert done.stdout.startswith(str(tmp_path / "effkit-moe-")), done.stderr
+    assert done.stdout.startswith(str(tmp_path / "effkit-ranks-")), done.stderr
     patience = time.monotonic() + 20
     while list(tmp_path.iterdir()) and time.monotonic() < patience:
         time.sleep(0.05)
@@ -136,7 +136,7 @@ def test_a_killed_run_of_ranks_leaves_no_folder(signal_name, tmp_path):
 
 
 def test_the_folder_of_ranks_stays_for_those_alone_who_read_its_log(tmp_path, monkeypatch):
-    from effkit.moe import launching
+    from effkit.ranks import launching
 
     monkeypatch.setattr(launching.tempfile, "tempdir", str(tmp_path))
     with launching._own_folder() as folder:

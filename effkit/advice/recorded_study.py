@@ -339,7 +339,7 @@ def _bounds(study: RecordedStudy, base: Account) -> Iterator[Lever]:
             f"{ranks.setting['slowest_rank']} has the longest step", waiting,
             "plan = padding.plan(lengths, 'bucket', batch_size=...)\n"
             "loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(rank, world_size))\n"
-            "# experts: moe.balanced_placement(...); one slow machine: moe.delays(...)",
+            "# experts: moe.balanced_placement(...); one slow machine: lessons.pair_delays",
             ("ranks see batches in another order",),
         )  # fmt: skip
     spare = mean_of(room(steps))

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from effkit.lazy import lazily
+from effkit.ranks.launching import why_no_links
 
 if TYPE_CHECKING:
     from effkit.moe.accounting import UNSEEN as UNSEEN
     from effkit.moe.accounting import account
     from effkit.moe.balancing import worth_balancing
-    from effkit.moe.launching import why_no_links
-    from effkit.moe.links import delays, link
+    from effkit.moe.links import link
     from effkit.moe.live import measure, prepare
     from effkit.moe.loads import balanced_placement, imbalance
     from effkit.moe.prediction import best_degrees, predict, whatif
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
     from effkit.moe.setting import Setting
 
 __all__ = [
-    "Setting", "account", "balanced_placement", "best_degrees", "delays", "imbalance", "link", "measure",
-    "predict", "prepare", "timeline", "whatif", "why_no_links",
-    "worth_balancing",
+    "Setting", "account", "balanced_placement", "best_degrees", "imbalance", "link", "measure", "predict", "prepare",
+    "timeline", "whatif", "why_no_links", "worth_balancing",
 ]  # fmt: skip
 
 __getattr__ = lazily(__name__, {
-    "accounting": ["UNSEEN", "account"], "balancing": ["worth_balancing"], "launching": ["why_no_links"],
-    "links": ["delays", "link"], "live": ["measure", "prepare"], "loads": ["balanced_placement", "imbalance"],
+    "accounting": ["UNSEEN", "account"], "balancing": ["worth_balancing"],
+    "links": ["link"], "live": ["measure", "prepare"], "loads": ["balanced_placement", "imbalance"],
     "prediction": ["best_degrees", "predict", "whatif"], "rank_spans": ["timeline"], "setting": ["Setting"],
 })  # fmt: skip
 

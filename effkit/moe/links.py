@@ -1,23 +1,23 @@
-"""What the links between ranks cost: an alpha and a bandwidth from live all-to-alls, and the delays of every pair."""
+"""What the links between ranks cost: an alpha and a bandwidth from live all-to-alls."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from effkit.lab import Hull, Progress, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
-from effkit.moe.launching import Ranks, Slow
-from effkit.moe.recorded import Array
+from effkit.moe.live import WORK
+from effkit.moe.recorded import read
 from effkit.progress_bar import working
+from effkit.ranks.launching import Ranks
 from effkit.units import readable
 
-DELAY_BYTES = 2**18  # 2.6 ms at 100 MB/s: what the machine's scheduler adds is small beside that
 _FEWEST = 3  # sizes in a regime: one may be left out and a line is left
 _CLEARLY_BETTER = 0.8  # two lines must leave this much of one line's error, or less
 
@@ -138,14 +138,16 @@ def link(
     num_ranks
         2 to 8, processes on this machine.
     link_bytes_per_s, ranks_per_node
-        A slower network, made for real: see :func:`effkit.moe.launching.Ranks`. 0: this machine's loopback.
+        A slower network, made for real: see :class:`effkit.ranks.launching.Ranks`. 0: this machine's loopback.
     num_repeats
         All sizes in turn, this many times.
     """
     if num_repeats < 1:
         raise ValueError(f"num_repeats is at least 1; given: {num_repeats}")
-    with Ranks(num_ranks, link_bytes_per_s=link_bytes_per_s, ranks_per_node=ranks_per_node, backend=backend) as ranks:
-        run = ranks.run([], links=num_repeats, timeout_s=timeout_s, progress=progress)
+    on: dict[str, Any] = {"link_bytes_per_s": link_bytes_per_s, "ranks_per_node": ranks_per_node, "backend": backend}
+    with Ranks(num_ranks, WORK, **on) as ranks:
+        what = {"jobs": [], "num_rounds": 0, "num_steps": 0, "links": num_repeats}
+        run = read(ranks.run(what, timeout_s=timeout_s, progress=progress))
     return fit(run.links, num_ranks, int(run.facts["ranks_per_node"]), link_bytes_per_s)
 
 
@@ -175,51 +177,6 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
     error_frac = rms(frame["held_out_error"].dropna())
     noise_frac = noise(times.to_numpy() for _, times in by_size) / by_size.size().median() ** 0.5
     return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac, noise_frac)
-
-
-def delays(
-    num_ranks: int = 4, *, num_rounds: int = 10, quickest_of: int = 3, slow: Slow | Sequence[Slow | None] | None = None,
-    link_bytes_per_s: float = 100e6, size_bytes: int = DELAY_BYTES, timeout_s: float = 120.0,
-    progress: Progress | None = None,
-) -> Array:  # fmt: skip
-    """Times [ns] of one message from each rank to each other, live: rows are senders, columns receivers.
-
-    One pair talks at a time, over its own way through a link that all ranks share, each on a node of its own.
-    ValueError when such ranks or such a link cannot be had here. RuntimeError when a rank fails or hangs.
-
-    Parameters
-    ----------
-    num_rounds
-        Rounds that are returned.
-    quickest_of
-        In each round every pair is timed so often, all pairs in turn, and its quickest message counts: where ranks
-        share cores a message may be held up for longer than it takes, but hardly three times in a row.
-    slow
-        What to make slow, for real: ``{"sender": 1, "receiver": 2, "bytes_per_s": 25e6}`` (what 1 sends to 2),
-        ``{"sender": 1, …}`` (all that 1 sends), ``{"receiver": 2, …}`` (all that 2 is sent), ``{"rank": 1, …}`` (both).
-        Or several of these, or None, one after another while the ranks go on: starting ranks takes longer than that.
-    link_bytes_per_s
-        What the others may send; 0: this machine's loopback, and then without ``slow``, or a network without a limit.
-    size_bytes
-        Of a message. Where it takes a millisecond or less, delays tell more of the scheduler than of the link.
-
-    Returns
-    -------
-    numpy.ndarray
-        [num_rounds, num_ranks (sender), num_ranks (receiver)], NaN on the diagonal; where ``slow`` is a sequence
-        [len(slow), num_rounds, num_ranks, num_ranks].
-    """
-    for name, value, least in (("num_rounds", num_rounds, 1), ("quickest_of", quickest_of, 1),
-                               ("size_bytes", size_bytes, 8)):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{name} is at least {least}; given: {value}")
-    if slow is not None and not slow:
-        raise ValueError("slow is None, one dictionary or several; given: an empty one")
-    with Ranks(num_ranks, slow=slow, link_bytes_per_s=link_bytes_per_s) as ranks:
-        run = ranks.run([], delays=num_rounds * quickest_of, delay_bytes=size_bytes, timeout_s=timeout_s,
-                        progress=progress)  # fmt: skip
-    delays_ns = run.delays.reshape(-1, num_rounds, quickest_of, num_ranks, num_ranks).min(axis=2)
-    return delays_ns[0] if slow is None or isinstance(slow, Mapping) else delays_ns
 
 
 def _regimes(points: Floats, num_messages: int) -> tuple[Regime, ...]:

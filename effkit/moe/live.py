@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +16,52 @@ from effkit.arguments import checked_whole, described
 from effkit.lab import Progress, calibration_of
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
-from effkit.moe.launching import Ranks
 from effkit.moe.recorded import Array, Run, Step, joined, read
 from effkit.moe.setting import Setting
 from effkit.progress_bar import working
+from effkit.ranks.launching import Ranks
+
+WORK = "effkit.moe.rank"  # what each rank runs
 
 TIME = "Time of one step"
 COMMUNICATION = "Communication of one step"
 BYTES = "Bytes between ranks in one step"
 COPIES = "Token copies in one step"
+
+
+def run_settings(
+    ranks: Ranks, settings: Sequence[Setting], *, num_rounds: int = 3, num_steps: int = 4, barriers: bool = False,
+    check: bool = False, profile: str | Path | None = None, timeout_s: float = 120.0,
+    progress: Progress | None = None, of_runs: tuple[int, int] = (0, 1),
+) -> Run:  # fmt: skip
+    """Let ranks run these settings in turn, ``num_rounds`` times ``num_steps`` steps of each.
+
+    ValueError when the ranks cannot be, or cannot share the experts. RuntimeError when one ends or hangs.
+
+    Parameters
+    ----------
+    barriers
+        Let ranks meet before every exchange.
+    check
+        Also keep what was computed.
+    profile
+        A folder for the traces of one more round of the first setting, a file per rank.
+    of_runs
+        How many runs came before, and how many there are in all: ``progress`` tells of all of them.
+    """
+    ranks.check()
+    for setting in settings:
+        routing.owners(setting, ranks.num_ranks)
+    jobs = [{"setting": setting.plain(), "barriers": barriers} for setting in settings]
+    what = {"jobs": jobs, "num_rounds": num_rounds, "num_steps": num_steps, "check": check,
+            "profile": profile is not None}  # fmt: skip
+    before, total = (number * (num_rounds + 1) * len(jobs) for number in of_runs)
+    folder = ranks.run(what, timeout_s=timeout_s, progress=progress, before=before, total=total)
+    if profile is not None:
+        Path(profile).mkdir(parents=True, exist_ok=True)
+        for trace in folder.glob("trace*.json"):
+            shutil.move(trace, Path(profile) / trace.name)
+    return read(folder)
 
 
 @working("Measuring steps on ranks")
@@ -55,7 +93,7 @@ def measure(
     levers
         Of ``"lsh", "bfloat16", "float8"``: also time these, so that :func:`predict` knows what they cost.
     link_bytes_per_s, ranks_per_node
-        A slower network, made for real: see :func:`effkit.moe.launching.Ranks`.
+        A slower network, made for real: see :class:`effkit.ranks.launching.Ranks`.
     barriers
         Let the ranks meet before every exchange: waiting is then what the barrier took, another way to tell it.
     profile
@@ -73,13 +111,13 @@ def measure(
     on: dict[str, Any] = {"link_bytes_per_s": link_bytes_per_s or 0.0, "ranks_per_node": ranks_per_node or 0,
                           "backend": backend}  # fmt: skip
     if barriers:
-        with Ranks(num_ranks, **on) as ranks:
-            return accounted(ranks.run([setting], num_steps=num_steps, barriers=True, **how), 0, None)
+        with Ranks(num_ranks, WORK, **on) as ranks:
+            return accounted(run_settings(ranks, [setting], num_steps=num_steps, barriers=True, **how), 0, None)
     jobs, runs = probes(setting, num_ranks, levers), list[Run]()
-    with Ranks(num_ranks, **on) as ranks:
+    with Ranks(num_ranks, WORK, **on) as ranks:
         while True:  # every round on ranks of its own: what differs from launch to launch is part of the noise
-            runs.append(ranks.run(jobs, num_steps=num_steps, of_runs=(len(runs), num_rounds),
-                                  **how | {"num_rounds": 1, "profile": None if runs else profile}))  # fmt: skip
+            runs.append(run_settings(ranks, jobs, num_steps=num_steps, of_runs=(len(runs), num_rounds),
+                            **how | {"num_rounds": 1, "profile": None if runs else profile}))  # fmt: skip
             if len(runs) >= min(2, num_rounds):
                 calibration = calibrate(run := joined(runs))
                 if len(runs) == num_rounds or not calibration.shrinks:
@@ -88,14 +126,14 @@ def measure(
 
 def ranks_of(calibration: Calibration, backend: str = "auto") -> Ranks:
     """Ranks like those that were calibrated on."""
-    return Ranks(calibration.num_ranks, link_bytes_per_s=calibration.link_bytes_per_s,
+    return Ranks(calibration.num_ranks, WORK, link_bytes_per_s=calibration.link_bytes_per_s,
                  ranks_per_node=calibration.ranks_per_node, backend=backend)  # fmt: skip
 
 
 def beside(ranks: Ranks, base: Account, setting: Setting, *, barriers: bool = False, **how: Any) -> Account:
     """The setting, run in turn with that of the base, and told relative to it."""
     calibration = calibration_of(base, Calibration, "moe")
-    run = ranks.run([calibration.setting, setting], num_steps=calibration.num_steps, barriers=barriers, **how)
+    run = run_settings(ranks, [calibration.setting, setting], num_steps=calibration.num_steps, barriers=barriers, **how)
     scale = base.total / total_ns(run.of_job(0))
     return accounted(run, 1, None if barriers else calibration.moved(run, 1, scale), scale)
 

@@ -63,8 +63,6 @@ class Run:
         Token copies dropped, by (job, step): [num_ranks].
     links
         All-to-alls of equal messages: ``size_bytes`` to each rank, ``dur_ns`` from first arrival to last completion.
-    delays
-        One message between each pair: [num_rounds, sender, receiver] [ns]; NaN on the diagonal.
     checks
         What each rank computed, by (job, step): ``output`` and ``input_gradient``, and ``expert_gradients`` by expert,
         each as :func:`effkit.moe.rank.projection` sees it.
@@ -78,7 +76,6 @@ class Run:
     sent: Mapping[tuple[int, int], Array]
     dropped: Mapping[tuple[int, int], Array]
     links: pd.DataFrame
-    delays: Array
     checks: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]]
     facts: Mapping[str, Any]
 
@@ -130,7 +127,7 @@ def _assembled(run: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Ru
     checks = {(records[0]["job"], records[0]["step"]): records
               for records in zip(*(rank.get("checks", ()) for rank in ranks), strict=True)}  # fmt: skip
     return Run([Setting.of(job["setting"]) for job in first["jobs"]], _steps(ranks, clocks), kept, sent, dropped,
-               _links(ranks, clocks), _delays(ranks, clocks), checks, facts)  # fmt: skip
+               _links(ranks, clocks), checks, facts)  # fmt: skip
 
 
 def _by_step(ranks: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[int, int], Array]:
@@ -165,12 +162,3 @@ def _links(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[Clock]) -> pd.Da
         ends = [clock(probe[2]) for probe, clock in zip(probes, clocks, strict=True)]
         rows.append((probes[0][0], max(ends) - min(starts)))
     return pd.DataFrame(rows, columns=["size_bytes", "dur_ns"])
-
-
-def _delays(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[Clock]) -> Array:
-    num_rounds = 1 + max((delay[0] for rank in ranks for delay in rank.get("delays", ())), default=-1)
-    table = np.full((num_rounds, len(ranks), len(ranks)), np.nan)
-    for receiver, (rank, clock) in enumerate(zip(ranks, clocks, strict=True)):
-        for around, sender, sent, arrived in rank.get("delays", ()):
-            table[around, sender, receiver] = clock(arrived) - clocks[sender](sent)
-    return table
