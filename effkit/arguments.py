@@ -9,7 +9,9 @@ from types import FunctionType
 from typing import Any
 
 LOSS = "(output) -> scalar, such as lambda output: criterion(output, labels)"
-_SHARDED = ("DTensor", "FSDPModule", "FullyShardedDataParallel")  # by name, so that nothing is loaded for it
+# By name, so that nothing is loaded for it. FullyShardedDataParallel has flat parameters, which nobody here follows
+_FLAT = ("FullyShardedDataParallel",)
+_SHARDED = ("DTensor", "FSDPModule", *_FLAT)
 OPTIMIZER = "(parameters) -> optimizer, such as torch.optim.AdamW"
 
 
@@ -66,17 +68,19 @@ def checked_function(name: str, value: Any, form: str, *, num: int = 1, classes:
 
 
 def checked_model(model: Any, *, runs: bool = True, peak: bool = False, shards: bool = False) -> None:
-    """TypeError for what is no module; ValueError for one in ``shards``, unless it may be; where it ``runs``, also for one that holds no
-    values, or is where nobody can tell when work has ended, or, where its ``peak`` is asked for, how much memory it
-    takes."""
+    """TypeError for what is no module; ValueError for one in shards, unless ``shards`` may be; where it ``runs``, also
+    for one that holds no values, or is where nobody can tell when work has ended, or, where its ``peak`` is asked for,
+    how much memory it takes."""
     import torch
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a torch module, an instance with its parameters; given: {described(model)}")
-    if not shards and any(kind.__name__ in _SHARDED for one in (*model.modules(), *model.parameters()) for kind in type(one).__mro__):
+    refused = _FLAT if shards else _SHARDED
+    if any(kind.__name__ in refused for one in (*model.modules(), *model.parameters()) for kind in type(one).__mro__):
         raise ValueError(
-            f"{type(model).__name__} is in shards (FSDP, DTensor), which are not followed yet: give the model as it is "
-            "before it is sharded, or let each rank call effkit.advice.record(folder, step, loader)"
+            f"{type(model).__name__} is in shards (FSDP, DTensor): give the model as it is before it is sharded, and "
+            "say how with world_size= and shard= of activations.forecast() or measure(); or let each rank call "
+            "effkit.advice.record(folder, step, loader)"
         )
     if runs and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
@@ -93,9 +97,11 @@ def checked_model(model: Any, *, runs: bool = True, peak: bool = False, shards: 
             raise ValueError(f"{type(model).__name__} is on {kind}, for which {lacks}. Move it to the CPU")
 
 
-def checked_training(model: Any, loss: Any, optimizer: Any, make_batch: Any, form: str, *, runs: bool = True) -> None:
+def checked_training(
+    model: Any, loss: Any, optimizer: Any, make_batch: Any, form: str, *, runs: bool = True, shards: bool = False
+) -> None:
     """TypeError or ValueError unless training steps can be made of these; ``form`` is that of ``make_batch``."""
-    checked_model(model, runs=runs, peak=True)
+    checked_model(model, runs=runs, peak=True, shards=shards)
     checked_function("loss", loss, LOSS)
     checked_function("optimizer", optimizer, OPTIMIZER, classes=True)
     checked_function("make_batch", make_batch, form, num=2)

@@ -170,7 +170,7 @@ def study(**more):
     ek.study(**{"step": step, "model": net(), "loader": [BATCH] * 4, **more})
 
 
-SHARDS = r"Net is in shards \(FSDP, DTensor\), .* effkit\.advice\.record"
+SHARDS = r"Net is in shards \(FSDP, DTensor\): .* effkit\.advice\.record"
 MODULE = "model is a torch module, .*; given: "
 # what is given -> how the sentence begins that answers it (a pattern)
 BAD = {
@@ -181,15 +181,13 @@ BAD = {
     "measure: a path as model": (lambda: measure(model="model.pt"), f"{MODULE}'model.pt'"),
     "measure: a state dict as model": (lambda: measure(model=net().state_dict()), f"{MODULE}OrderedDict"),
     "measure: a meta model": (lambda: measure(model=without_values()), "on the meta device"),
-    "measure: by FSDP2": (lambda: measure(model=sharded()), SHARDS),
-    "measure: DTensors": (lambda: measure(model=sharded("DTensor")), SHARDS),
-    "measure: shards inside": (lambda: measure(model=nn.Sequential(sharded(), nn.ReLU())), "is in shards"),
+    "measure: by FSDP1": (lambda: measure(model=type("FullyShardedDataParallel", (Net,), {})()), "is in shards"),
+    "forecast: shards inside": (lambda: forecast(model=nn.Sequential(sharded(), nn.ReLU())), "is in shards"),
     "forecast: by FSDP2": (lambda: forecast(model=sharded()), SHARDS),
     "forecast: DTensors": (lambda: forecast(model=sharded("DTensor")), SHARDS),
     "largest_batch: by FSDP2": (
         lambda: activations.largest_batch(sharded(), BATCH, 10_000, loss=square), SHARDS),
     "gradient_error: by FSDP2": (lambda: activations.gradient_error(sharded(), BATCH, nullcontext), SHARDS),
-    "checkpoint: by FSDP2": (lambda: checkpointed(sharded()), SHARDS),
     "padding.measure: by FSDP2": (lambda: epoch(model=sharded()), SHARDS),
     "study: by FSDP2": (lambda: study(model=sharded()), SHARDS),
     "study: DTensors": (lambda: study(model=sharded("DTensor")), SHARDS),

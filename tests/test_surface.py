@@ -34,8 +34,8 @@ PUBLIC = {
     ],
     "effkit.claims": ["Finding", "check", "claims"],
     "effkit.activations": [
-        "Levers", "LowBitAdamW", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast", "front",
-        "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved",
+        "Levers", "LowBitAdamW", "Sharding", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast",
+        "front", "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved", "spread",
         "whatif",
     ],
     "effkit.padding": [

@@ -10,14 +10,15 @@ from effkit.activations.checkpointing import blocks, checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error
 from effkit.activations.levers import Levers
-from effkit.activations.live import TIME as TIME
 from effkit.activations.live import account, measure
 from effkit.activations.low_bit import LowBitAdamW
 from effkit.activations.offloading import offloaded
+from effkit.activations.on_ranks import TIME as TIME
 from effkit.activations.planning import cheapest, front
 from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif
 from effkit.activations.real_step import Observation as Observation
 from effkit.activations.real_step import observe as observe
+from effkit.activations.sharding import Sharding, spread
 from effkit.activations.stepping import BACKWARD as BACKWARD
 from effkit.activations.stepping import FORWARD as FORWARD
 from effkit.activations.stepping import OPTIMIZER as OPTIMIZER
@@ -25,8 +26,8 @@ from effkit.activations.stepping import rows as rows
 from effkit.activations.timeline import PEAK as PEAK
 
 __all__ = [
-    "Levers", "LowBitAdamW", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast", "front",
-    "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved",
+    "Levers", "LowBitAdamW", "Sharding", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast",
+    "front", "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved", "spread",
     "whatif",
 ]  # fmt: skip
 

@@ -31,7 +31,7 @@ def sent_account(timeline: Timeline, levers: Levers, **more: Any) -> Account:
 def collective_bytes(timeline: Timeline, micro_batches: int = 1) -> dict[str, int]:
     """Bytes of the whole tensors of all collectives in a step, by kind, the largest first.
 
-    On a ring of n ranks each sends (n - 1) / n of that in an all-gather and in a reduce-scatter, and twice as much in an
+    On a ring of n ranks each sends (n - 1) / n of that in an all-gather and in a reduce-scatter, twice as much in an
     all-reduce.
     """
     amounts: Counter[str] = Counter()

@@ -120,7 +120,9 @@ class Replayer:
                 same |= {id(tensor): tensor for tensor in self._model.buffers()}
                 model = copy.deepcopy(self._model, same)
             with self._faking():
-                one._model, one._make = spread(model, levers, levers.optimizer(self._make), plan=self._plan, in_cpp=False)
+                one._model, one._make = spread(
+                    model, levers, levers.optimizer(self._make), plan=self._plan, in_cpp=False
+                )
                 one._buckets = buckets(one._model) if levers.replicates else []
             return one._replay(batch, alone)
 

@@ -13,8 +13,8 @@ from effkit.activations.checkpointing import checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.low_bit import STATES, LowBitAdamW
 from effkit.activations.offloading import offloaded
-from effkit.arguments import checked_whole
 from effkit.activations.sharding import Sharding
+from effkit.arguments import checked_whole
 from effkit.lab import asked, one_of, share, whole
 from effkit.lab.knobs import checked_share
 from effkit.quantisation import FORMATS

@@ -113,8 +113,16 @@ def measure(
     size, levers = parted(wanted)
     if levers.world_size > 1:
         return on_ranks.measured(
-            model, forecaster.batch(size), levers, wanted, loss=forecaster.loss, optimizer=optimizer, plan=plan,
-            repeats=repeats, progress=progress, calibration=earlier or forecaster,
+            model,
+            forecaster.batch(size),
+            levers,
+            wanted,
+            loss=forecaster.loss,
+            optimizer=optimizer,
+            plan=plan,
+            repeats=repeats,
+            progress=progress,
+            calibration=earlier or forecaster,
         )
     if not earlier:
         forecaster.size = size  # predictions are around what is measured
@@ -168,7 +176,7 @@ def account(recorded: Capture, *, by: str = "category", device: str | None = Non
 
 def check_trains(model: Any, loss: Any, optimizer: Any, make_batch: Any, *, runs: bool = True) -> None:
     """TypeError or ValueError unless a training step can be made of these."""
-    checked_training(model, loss, optimizer, make_batch, "(batch_size, length) -> batch", runs=runs)
+    checked_training(model, loss, optimizer, make_batch, "(batch_size, length) -> batch", runs=runs, shards=runs)
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("a training step cannot run under inference mode: leave torch.inference_mode() first")
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -1,4 +1,4 @@
-"""A training step on real ranks of this machine: what is sent to them, what each does, and the account of what they saw.
+"""A training step on real ranks of this machine: what they are sent, what each does, and the account of what they saw.
 
 Each rank runs :func:`main`, as :mod:`effkit.ranks` says.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -36,16 +37,20 @@ _TIMEOUT_S = 600.0
 def measured(
     model: torch.nn.Module, batch: Any, levers: Levers, setting: dict[str, Any], *, loss: Loss,
     optimizer: MakeOptimizer | None, plan: Any, repeats: int, progress: Progress | None, calibration: Any,
+    ranks: Ranks | None = None,
 ) -> Account:  # fmt: skip
-    """The peak of the rank where it is highest, and what all ranks saw; ValueError for what cannot be sent to them."""
+    """The peak of the rank where it is highest, and what all ranks saw; ValueError for what cannot be sent to them.
+
+    They are started for this, unless there are ``ranks`` whose work this module is.
+    """
     job = {"model": model, "batch": batch, "levers": levers, "loss": loss, "optimizer": optimizer, "plan": plan}
-    with tempfile.TemporaryDirectory(prefix="effkit-job-") as folder:
-        path = Path(folder) / "job"
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="effkit-job-"))) / "job"
         path.write_bytes(_packed(job))
-        with Ranks(levers.world_size, __name__) as ranks:
-            run = {"job": str(path), "repeats": repeats}
-            seen = ranks.run(run, timeout_s=_TIMEOUT_S, progress=progress, total=1 + repeats)
-            records = [json.loads((seen / f"rank{rank}.json").read_text()) for rank in range(levers.world_size)]
+        ranks = ranks or stack.enter_context(Ranks(levers.world_size, __name__))
+        run = {"job": str(path), "repeats": repeats}
+        seen = ranks.run(run, timeout_s=_TIMEOUT_S, progress=progress, total=1 + repeats)
+        records = [json.loads((seen / f"rank{rank}.json").read_text()) for rank in range(levers.world_size)]
     fullest = max(records, key=lambda record: int(record["peak_bytes"]))
     slowest = [max(step, key=lambda phases: sum(phases.values()))
                for step in zip(*(record["phases"] for record in records), strict=True)]  # fmt: skip

@@ -12,7 +12,8 @@ import pandas as pd
 from effkit.account import Account
 from effkit.activations import lossy_gradients
 from effkit.activations.levers import Levers, parted
-from effkit.activations.live import TIME, Calibration
+from effkit.activations.live import Calibration
+from effkit.activations.on_ranks import TIME
 from effkit.activations.op_costs import MOVED
 from effkit.activations.prediction import predict
 from effkit.arguments import checked_amount

@@ -13,8 +13,9 @@ from effkit.activations import lossy_gradients
 from effkit.activations.communication import sent_account
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, Levers, Size, complete, parted
-from effkit.activations.live import TIME, Calibration, check_trains, measure, saved_account
+from effkit.activations.live import Calibration, check_trains, measure, saved_account
 from effkit.activations.low_bit import STATES
+from effkit.activations.on_ranks import TIME
 from effkit.activations.timeline import CATEGORIES, FORWARD_PEAK, PEAK, REQUESTED, RESERVED, RESIDENTS, Timeline
 from effkit.arguments import checked_amount, described
 from effkit.lab import Progress, Trust, calibration_of, interval
@@ -89,8 +90,8 @@ def forecast(
     plan
         How layers are split over ranks of ``tensor_parallel``: see :func:`spread`.
     setting
-        As in :func:`predict`. With ``world_size`` above 1 the account is of rank 0, whose shards are the largest: torch's
-        own wrappers are replayed in a group of which no other rank exists; a companion has the bytes of its
+        As in :func:`predict`. With ``world_size`` above 1 the account is of rank 0, whose shards are the largest:
+        torch's own wrappers are replayed in a group of which no other rank exists. A companion has the bytes of its
         collectives.
     """
     forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate, setting, trains=trains,

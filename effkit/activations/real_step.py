@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from torch._C._profiler import _RecordFunctionFast
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,10 +59,27 @@ class Recording(NamedTuple):
             memory = memory[memory["time_ns"] >= starts[0]]
         totals = memory["total_bytes"].to_numpy("int64")
         before = int(totals[0] - memory["size_bytes"].iloc[0]) if len(memory) else 0
-        if dist.is_initialized() and name == "cpu":  # the total has what gloo's threads allocate, at any time
-            totals = before + memory["size_bytes"].to_numpy("int64").cumsum()
         return cls(numbers[order], starts, starts + marks["dur_ns"].to_numpy()[order], memory,
                    memory["time_ns"].to_numpy(), np.append(before, totals))  # fmt: skip
+
+    def without_copies(self, sending: Any, followed: Any) -> Recording:
+        """Without what is allocated from when these operators begin to when the next one does, but for what they are
+        ``followed`` to make [addresses]: gloo copies what it sends, in threads of its own, at any time. NCCL does not.
+        """
+        order = np.argsort(self.times, kind="stable")  # threads' events may stand in another
+        memory, times = self.memory.iloc[order], self.times[order]
+        addresses, sizes = memory["address"].to_numpy(), memory["size_bytes"].to_numpy("int64")
+        numbers = np.searchsorted(self.starts, times, "right") - 1
+        copied = np.isin(numbers, sending) & (sizes > 0) & ~np.isin(addresses, followed)
+        kept, copies = ~copied, set[int]()
+        for i in np.flatnonzero(np.isin(addresses, addresses[copied])).tolist():
+            if copied[i]:
+                copies.add(int(addresses[i]))
+            elif addresses[i] in copies:  # freed, or given to another by then
+                copies.discard(int(addresses[i]))
+                kept[i] = sizes[i] > 0
+        levels = np.append(self.levels[0], self.levels[0] + sizes[kept].cumsum())
+        return self._replace(memory=memory[kept], times=times[kept], levels=levels)
 
     def inside(self, kept: Ints) -> Ints:
         """How far the level rose during each operator beyond what the operator left behind, ``kept`` [bytes]."""
@@ -143,6 +159,10 @@ def _observed(
         beyond["workspace"] = held_by_cublas()
     (follower,) = followers
     timeline = follower.timeline()
+    sending = [i for i, one in enumerate(timeline.ops) if "c10d" in one]
+    if sending and not cuda:
+        made = timeline.allocations["birth"].isin(sending)
+        recording = recording.without_copies(sending, follower.addresses[made])
     _, starts, _, memory, times, levels = recording
     before = int(levels[0])
     at = int(levels[1:].argmax()) if len(memory) else -1
@@ -153,7 +173,11 @@ def _observed(
     rows.update(beyond)
     source = "torch.cuda.max_memory_allocated"
     if counted is None:
-        counted = beyond[SENT] + sum(timeline.resident_bytes.values()) + (max(0, int(levels[at + 1]) - before) if at >= 0 else 0)
+        counted = (
+            beyond[SENT]
+            + sum(timeline.resident_bytes.values())
+            + (max(0, int(levels[at + 1]) - before) if at >= 0 else 0)
+        )
         source = "resident tensors + the profiler's Total Allocated"
     # nothing is kept for a backward pass that never comes
     backward = starts[timeline.backward : timeline.backward + 1]

@@ -19,7 +19,6 @@ from effkit.lab import check, flag, one_of, whole
 from effkit.training import MakeOptimizer
 
 FSDP2, DDP, ZERO1, ZERO2, ZERO3 = SHARDS = ("fsdp2", "ddp", "zero1", "zero2", "zero3")
-_BROADCAST_BYTES = 250 * 2**20  # DistributedDataParallel's own
 BLOCKS, MODEL = WRAPS = ("blocks", "model")
 
 
@@ -147,8 +146,8 @@ def averaged(of_gradients: Sequence[torch.Tensor]) -> None:
 
 def same_buffers(model: nn.Module) -> None:
     """What it sends when a forward pass begins."""
-    if held := list(model.buffers()):
-        dist._broadcast_coalesced(dist.group.WORLD, held, _BROADCAST_BYTES, 0)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
 
 
 def _partitioned(optimizer: MakeOptimizer | None, parameters: Any) -> torch.optim.Optimizer:
@@ -163,9 +162,9 @@ def _split(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str] | None) -
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel,
-              "colwise_gather_output": partial(ColwiseParallel, output_layouts=Replicate()),
-              "embedding_rowwise": partial(RowwiseParallel, input_layouts=Replicate())}  # fmt: skip
+    styles: dict[str, Any] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel,
+                              "colwise_gather_output": partial(ColwiseParallel, output_layouts=Replicate()),
+                              "embedding_rowwise": partial(RowwiseParallel, input_layouts=Replicate())}  # fmt: skip
     plan = plan or getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None) or {}
     if not plan:
         raise ValueError(f"{type(model).__name__} has no tp_plan that says how its layers are split: give plan=, such "

@@ -23,7 +23,15 @@ from torch.utils._pytree import tree_flatten
 from effkit.activations import op_costs, saved_tensor_hooks
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import (
-    CATEGORIES, GATHERED, ON_RANKS, SENT, WHOLE_GRADIENT, Ints, Segment, Signature, Timeline,
+    CATEGORIES,
+    GATHERED,
+    ON_RANKS,
+    SENT,
+    WHOLE_GRADIENT,
+    Ints,
+    Segment,
+    Signature,
+    Timeline,
 )  # fmt: skip
 from effkit.training import storage_keys, storages
 
@@ -37,6 +45,7 @@ _OF_SHARDS = {
     "fsdp::chunk_cat": (WHOLE_GRADIENT, "", "", SENT), "c10d::_reduce_scatter_base_": (SENT,),
 }  # fmt: skip
 _RESIZE = Signature("resize of a storage")
+_MOST_WAIT_S = 0.02
 _TELLING = (int, str, torch.dtype, torch.memory_format)  # arguments whose values decide what an operator allocates
 
 
@@ -118,6 +127,7 @@ class Follower(TorchDispatchMode):
         self._modules: list[str] = []
         self._resident_bytes: dict[str, int] = {}
         self._let_go: list[tuple[str, int, int]] = []
+        self._sent: list[Any] = []
         self._residents: list[tuple[str, int]] = []
         self._device_type = next(tensor for tensors in residents.values() for tensor in tensors).device.type
         for category, tensors in residents.items():
@@ -174,6 +184,9 @@ class Follower(TorchDispatchMode):
         number, kwargs = len(self._ops), kwargs or {}
         leaves, looks = call_of(func, args, kwargs)
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._wait_for_threads()
+        if self._has_addresses and "c10d" in func.namespace:
+            self._sent = [weakref.ref(tensor) for tensor in given]
         # a sparse tensor that is written into has other parts afterwards
         parts = {key for one in given if one.layout != torch.strided for key in storage_keys(one)}
         with self._mark(number):
@@ -201,6 +214,15 @@ class Follower(TorchDispatchMode):
             sizes = tuple(one.size_bytes for one in self._made[first:])
             self.calls[known[0]] = Call(func, alike, tree_flatten((args, kwargs))[1], torch.is_grad_enabled(), sizes)
         return out
+
+    def _wait_for_threads(self) -> None:
+        """Until gloo's have let go of what the last collective was given: what they free, no event tells."""
+        limit = time.monotonic() + _MOST_WAIT_S
+        while any((one := held()) is not None and one._use_count() > 1 for held in self._sent):
+            if time.monotonic() > limit:
+                break
+            time.sleep(0)
+        self._sent = []
 
     def _like(self, tensor: torch.Tensor) -> Like:
         own = [self._living.get(key) for key in storage_keys(tensor)]
