@@ -17,8 +17,8 @@ import effkit as ek
 from effkit import activations
 from effkit.activations import stepping
 from effkit.activations.levers import complete, parted
-from effkit.activations.live import TIME
 from effkit.activations.lossy_gradients import NOISE
+from effkit.activations.on_ranks import TIME
 from effkit.activations.timeline import PEAK
 from effkit.device import provenance, synchronize
 from effkit.restoring import unchanged

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import effkit as ek
 from effkit import activations
-from effkit.activations.live import TIME
+from effkit.activations.on_ranks import TIME
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 

@@ -10,7 +10,7 @@ from transformers import BatchEncoding
 
 from effkit import activations
 from effkit.activations.levers import KNOBS
-from effkit.activations.live import TIME
+from effkit.activations.on_ranks import TIME
 from effkit.training import residents, size_bytes, still
 
 torch.set_num_threads(1)

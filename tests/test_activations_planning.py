@@ -9,7 +9,7 @@ from torch import nn
 
 from effkit import activations
 from effkit.activations.levers import Levers
-from effkit.activations.live import TIME
+from effkit.activations.on_ranks import TIME
 from effkit.activations.planning import POSITIONS, cheapest, front
 
 torch.set_num_threads(1)

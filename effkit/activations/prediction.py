@@ -16,6 +16,7 @@ from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, Levers, Si
 from effkit.activations.live import Calibration, check_trains, measure, saved_account
 from effkit.activations.low_bit import STATES
 from effkit.activations.on_ranks import TIME
+from effkit.activations.sharding import SHARDS, WRAPS
 from effkit.activations.timeline import CATEGORIES, FORWARD_PEAK, PEAK, REQUESTED, RESERVED, RESIDENTS, Timeline
 from effkit.arguments import checked_amount, described
 from effkit.lab import Progress, Trust, calibration_of, interval
@@ -169,7 +170,9 @@ def _timeline(account: Account) -> Timeline:
     return forecaster.timeline(*parted(account.setting))
 
 
-def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = None, *, repeats: int = 3) -> WhatIf:
+def whatif(
+    base: Account, model: torch.nn.Module | None = None, batch: Any = None, *, repeats: int = 3, most_ranks: int = 1
+) -> WhatIf:
     """Sliders over :func:`predict`; with the live ``model`` and a ``batch``, the button runs the setting.
 
     Parameters
@@ -180,6 +183,8 @@ def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = Non
         Those that were measured; without them the button is disabled.
     repeats
         Timed steps of the measurement behind the button.
+    most_ranks
+        Above 1: sliders for the ranks that share a step too. The button starts as many on this machine.
     """
     from effkit.whatif import Choice, Slider, WhatIf
 
@@ -201,6 +206,13 @@ def whatif(base: Account, model: torch.nn.Module | None = None, batch: Any = Non
         Choice("autocast", "Autocast", AUTOCASTS, "Data type of matrix products"),
         Choice("optimizer_states", "Optimizer states", STATES, "Format of AdamW's moments"),
     ]
+
+    if most_ranks > 1:
+        knobs += [
+            Slider("world_size", "Ranks [count]", 1, most_ranks, 1, "Each has a batch of its own"),
+            Choice("shard", "Ranks share by", SHARDS, "What each rank holds a part of"),
+            Choice("wrap", "Gathered at once", WRAPS, "Of fsdp2 and zero: each block, or the whole model"),
+        ]
 
     def run(progress: Progress, **setting: Any) -> Account:
         assert model is not None

@@ -38,12 +38,12 @@ _ITEMS = {  # by colour: which items have it; those of one account have differen
     "#000000": ("offloaded activation", "compress"),
     "#D55E00": ("recomputed activation", "exposed communication", "combine moving", "sampling and host", "launches"),
     "#EEEEEE": ("idle",),
-    "#A6DCCB": ("dispatch waiting", "norms and sums"),
+    "#A6DCCB": ("dispatch waiting", "norms and sums", "unsharded gradient"),
     "#F3C7A6": ("combine waiting", "before and after the steps"),
-    "#7A5195": ("replicas moving", "verify"),
+    "#7A5195": ("replicas moving", "verify", "communication buffer"),
     "#D3C2DE": ("replicas waiting",),
     "#F0A3C8": ("handing over",),
-    "#8CC4E6": ("cross-attention keys/values",),
+    "#8CC4E6": ("cross-attention keys/values", "gathered parameter"),
     "#F5CE7F": ("cross-attention", "activation"),
 }  # fmt: skip
 
