@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import html
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from effkit import markup
 from effkit.datasheets import Datasheet, datasheet_of
 from effkit.progress_bar import advance, working
 from effkit.whole_files import replacing
@@ -126,6 +128,22 @@ class Device:
             f"  memory bandwidth {self.bandwidth_bytes_per_s / 1e9:,.1f} GB/s, "
             f"operator overhead {self.launch_overhead_ns / 1e3:.1f} us, memory {self.memory_bytes / 2**30:,.0f} GiB"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [ceiling.partition(" [")[0], *(_amount(row[each], ceiling) for each in ("measured", "published")),
+             "–" if pd.isna(row["reached_frac"]) else f"{row['reached_frac']:.0%}", row["source"]]
+            for ceiling, row in self.frame.iterrows()
+        ]  # fmt: skip
+        caption = f"{self.name} ({self.kind}, {self.num_threads} threads), measured on {self.measured_on}"
+        return markup.table(["", "measured", "published", "reached", "source"], rows, caption=html.escape(caption))
+
+
+def _amount(value: Any, ceiling: str) -> str:
+    """As a person reads it; a dash where it is not known."""
+    unit = ceiling.partition(" [")[2].rstrip("]")
+    divisor, name = {"FLOP/s": (1e9, "GFLOP/s"), "B/s": (1e9, "GB/s"), "B": (2**30, "GiB"), "ns": (1e3, "us")}[unit]
+    return "–" if pd.isna(value) else f"{value / divisor:,.1f} {name}"
 
 
 def provenance() -> dict[str, Any]:

@@ -28,6 +28,16 @@ def table(heads: Sequence[object], rows: Iterable[Iterable[object]], *, caption:
     return f"<table{attributes}>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def points(sentences: Iterable[object]) -> str:
+    """An HTML list of sentences; nothing where there is none.
+
+    >>> points(["a < b"])
+    '<ul><li>a &lt; b</li></ul>'
+    """
+    items = "".join(f"<li>{html.escape(str(sentence))}</li>" for sentence in sentences)
+    return items and f"<ul>{items}</ul>"
+
+
 def markdown(heads: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
     """The same as a table of GitHub's Markdown, whose cells are text.
 

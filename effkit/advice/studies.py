@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,11 @@ class Study(Record):
 
     def __repr__(self) -> str:
         return f"Study of {self.what}: overview(), advise(), compare(other), report(path), save(path)"
+
+    def _repr_html_(self) -> str:
+        """What was asked for so far: to show it, nothing is run."""
+        parts = [self._overview, *self._advised.values(), *self.receipts]
+        return f"<p>{html.escape(repr(self))}</p>" + "".join(part._repr_html_() for part in parts if part is not None)
 
 
 class StudyOnFile(Study):

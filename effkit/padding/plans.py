@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -197,6 +198,9 @@ class Plan:
         from effkit import view
 
         return view.plan(self, ax, num_batches=num_batches)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.account()._repr_html_()}"
 
     def __repr__(self) -> str:
         padding = self.account().share["padding"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from effkit import markup
 from effkit.panes.steps import WHOLE, steps
 from effkit.trace import impossible, intervals, nesting
 from effkit.trace.names import (
@@ -198,9 +199,20 @@ def _with_their_device_work(starts: Any, ends: Any, launches: pd.DataFrame, on_d
     return np.maximum(starts, np.append(previous, ends[:-1])), ends
 
 
+class _Overview(pd.DataFrame):
+    """A frame that is displayed with its suggestions and notes; what is made of it is a frame like any other."""
+
+    @property
+    def _constructor(self) -> type[pd.DataFrame]:
+        return pd.DataFrame
+
+    def _repr_html_(self) -> str:
+        return f"{super()._repr_html_()}{markup.points([*self.attrs['suggestions'], *self.attrs['notes']])}"
+
+
 def overview(parts: Sequence[tuple[pd.DataFrame, list[str]]]) -> pd.DataFrame:
     """The overviews of all ranks as one frame; ``attrs`` holds ``notes`` and ``suggestions``."""
-    frame = pd.concat([frame for frame, _ in parts]).sort_index()
+    frame = _Overview(pd.concat([frame for frame, _ in parts]).sort_index())
     frame.attrs["notes"] = list(dict.fromkeys(note for _, notes in parts for note in notes))
     frame.attrs["suggestions"] = suggestions(frame)
     return frame
