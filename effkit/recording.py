@@ -6,7 +6,8 @@ import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,24 +189,36 @@ def memory_events(step: Callable[[], object], *, operators: bool = True) -> trac
 
 
 def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4, shapes: bool = False) -> bytes:
-    """Call ``step()`` ``warmup`` times, then ``steps`` times under the profiler, and return its trace (JSON).
+    """Call ``step()`` ``warmup`` times, then ``steps`` times under the profiler, and return its trace (JSON)."""
+    with closing(steps_traced(warmup=warmup, steps=steps, shapes=shapes)) as recording:
+        while (trace := next(recording)) is None:
+            step()
+    return trace
+
+
+def steps_traced(
+    *, warmup: int, steps: int, shapes: bool = False, memory: bool = False,
+    give_way: Callable[[], object] | None = None,
+) -> Generator[bytes | None, None, None]:  # fmt: skip
+    """The same of steps that somebody else takes: yields None before each of them, and after the last the trace.
 
     The device is waited for before the first recorded step and after the last, not between them: a loop's host runs
-    ahead, and so does this one. The last of the ``warmup`` calls (at least 1) is the profiler's own.
+    ahead, and so does this one. The last of the ``warmup`` steps (at least 1) is the profiler's own. Where the steps
+    end early, close it. ``give_way`` is called when a step starts a profiler of its own, and has to close it; without,
+    such a step is refused.
     """
-    with _alone("trace_of()"):
+    with _alone("trace_of()", give_way):
         for _ in range(warmup - 1):
-            step()
-        with _profiler(steps, record_shapes=shapes) as profiler:
-            step()
-            synchronize()
-            profiler.step()
-            for number in range(steps):
-                step()
-                if number == steps - 1:
+            yield None
+        with _profiler(steps, record_shapes=shapes, profile_memory=memory) as profiler:
+            yield None
+            for left in range(steps, -1, -1):
+                if left in (0, steps):
                     synchronize()
                 profiler.step()
-    return _exported(profiler)
+                if left:
+                    yield None
+    yield _exported(profiler)
 
 
 class _profiler(PutBack):
@@ -266,10 +279,10 @@ def _timed(step: Callable[[], object], count: int, after_each: Callable[[], obje
 
 class _alone(PutBack):
     """Profilers do not nest: a second one ends the process, or one of them sees nothing. A step that starts one is
-    refused."""
+    refused, unless ``give_way`` is there to end ours first."""
 
-    def __init__(self, caller: str) -> None:
-        self._caller = caller
+    def __init__(self, caller: str, give_way: Callable[[], object] | None = None) -> None:
+        self._caller, self._give_way = caller, give_way
 
     def begin(self) -> None:
         import torch
@@ -282,7 +295,11 @@ class _alone(PutBack):
 
         def prepared(profiler: Any) -> None:
             if all(profiler is not own.profiler for own in _own):
-                raise RuntimeError("the step starts a profiler of its own; profilers do not nest: take it out of it")
+                if self._give_way is None:
+                    raise RuntimeError(
+                        "the step starts a profiler of its own; profilers do not nest: take it out of it"
+                    )
+                self._give_way()
             prepare(profiler)
 
         self._patch = mock.patch.object(torch.autograd.profiler.profile, "_prepare_trace", prepared)

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -261,7 +262,7 @@ class WhatIf(Screen):
             receipt = self._receipt() if known else None
             parts, rest, style = [], "", "line-height:1.5"
             if latest is not None and receipt is not latest:  # the controls moved while it was measured
-                at = f"Measured at {self._change(latest)}"
+                at = f"Measured at {self._change(latest.setting)}"
                 parts = [f"{at}: {latest.sentence()} On the controls now:"]
                 rest = figures(latest.predicted, latest.measured, caption=at)
             if computing:
@@ -297,10 +298,10 @@ class WhatIf(Screen):
             parts.append(f"{' and '.join(beyond)}: outside the calibrated range.")
         return " ".join(parts)
 
-    def _change(self, receipt: Receipt) -> str:
-        """What its setting changes of the measured one."""
+    def _change(self, setting: Mapping[str, Any]) -> str:
+        """What a setting changes of the measured one."""
         rest = self.base.setting
-        changes = [f"{name}={value}" for name, value in receipt.setting.items() if rest.get(name) != value]
+        changes = [f"{name}={value}" for name, value in setting.items() if rest.get(name) != value]
         return ", ".join(changes) or "the rest position"
 
     def _progress(self, done: int, total: int) -> None:
@@ -339,7 +340,24 @@ class WhatIf(Screen):
         return f"WhatIf over {', '.join(self.controls)}"
 
     def _png(self) -> bytes:
-        return self._picture.png(self.result, self._receipt())
+        """For readers who cannot move a control. Where all rest, a receipt of another setting, or else a prediction."""
+        result, receipt, note = self.result, self._receipt(), ""
+        if not result.predicted:
+            receipt = next((each for each in reversed(self.receipts) if each.predicted.predicted), None)
+            result = self._neighbour() if receipt is None else receipt.predicted
+            note = self._change(result.setting) + ("" if receipt else ": a prediction, not measured yet")
+        with self._drawing:
+            return self._picture.png(result, receipt, note if result.predicted else "")
+
+    def _neighbour(self) -> Account:
+        """The first prediction that one move leads to and that differs; the result itself where there is none."""
+        for setting in self._first_moves():
+            with suppress(Exception), self._computing:  # a move that is refused is no reason to show nothing
+                self._work_ahead(setting)
+                near = self._ahead[tuple(setting.values())]
+                if near.predicted and near.in_range and near.total != self.base.total:
+                    return near
+        return self.result
 
 
 def _scaled(value: Any, scale: int | float) -> Any:

@@ -137,7 +137,7 @@ def test_the_optimizer_itself_steps_and_the_arguments_say_the_precision():
     loader = torch.utils.data.DataLoader(dataset(), batch_size=4, collate_fn=planted.padded)
     for bf16 in (False, True):
         callback = ek.advice.trainer_callback(**FEW)
-        args = types.SimpleNamespace(bf16=bf16)
+        args = types.SimpleNamespace(bf16=bf16, output_dir="unused")
         callback.on_train_begin(args, None, None, model=given, optimizer=Around(update), train_dataloader=loader)
         assert callback.study.optimizers == (update,)
         assert callback.study.heard.autocast == bf16
@@ -201,7 +201,9 @@ def stand_in(monkeypatch, package, callback_options=None):
     callback = None if callback_options is None else ek.advice.lightning_callback(**callback_options)
     torch.manual_seed(1)
     if callback is not None:
-        callback.on_train_start(types.SimpleNamespace(train_dataloader=loader, optimizers=[update]), module)
+        callback.on_train_start(
+            types.SimpleNamespace(train_dataloader=loader, optimizers=[update], default_root_dir="unused"), module
+        )
     studied_losses = len(module.losses)
     for batch in loader:
         update.zero_grad()
@@ -231,7 +233,9 @@ def test_modules_that_step_themselves_are_left_alone(monkeypatch):
     callback = ek.advice.lightning_callback()
     module = lightning_like(Logging)
     module.automatic_optimization = False
-    trainer = types.SimpleNamespace(train_dataloader=[], optimizers=[module.configure_optimizers()])
+    trainer = types.SimpleNamespace(
+        train_dataloader=[], optimizers=[module.configure_optimizers()], default_root_dir="unused"
+    )
     with pytest.warns(UserWarning, match="the module takes its steps itself"):
         callback.on_train_start(trainer, module)
     assert callback.study is None

@@ -8,24 +8,68 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
+from effkit.advice.memory_history import MemoryHistory
+from effkit.advice.recording_ranks import RankRecording, num_ranks, rank
 from effkit.advice.studies import Study
 from effkit.advice.study_entry import checked_options, study
 from effkit.training import forward, own_loss
 
 _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 _LOGS = ("log", "log_dict")  # of a LightningModule: they write into the trainer's own results
+_NUM_STEPS = 4  # that each of several ranks records, unless told otherwise
+
+Result = TypeVar("Result")
+
+
+class _Watching:
+    """What the two callbacks share: each of several ranks records, and the history of memory is kept."""
+
+    study: Study | None = None
+    _recording: RankRecording | None = None
+    _history: MemoryHistory | None = None
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self._memory_history, folder = options.pop("memory_history", False), options.pop("folder", None)
+        self._folder = None if folder is None else Path(folder)
+        self._options = options  # of study()
+
+    def _begin(self, home: str | Path) -> bool:
+        """To be called as training begins; returns whether this is the only rank, and may be studied now."""
+        folder = self._folder or Path(home) / "effkit"
+        if self._recording is not None:  # of a training that broke off
+            self._recording.close()
+        if self._memory_history:
+            self._history = _tried(MemoryHistory, folder / "memory" / f"rank{rank()}.pickle")
+        if (ranks := num_ranks()) > 1:
+            num_steps = self._options.get("num_batches", _NUM_STEPS)
+            self._recording = _tried(RankRecording, folder, num_steps, ranks)
+        return ranks == 1
+
+    def _step_taken(self) -> None:
+        if self._recording is not None:
+            _tried(self._recording.step_taken)
+
+    def _end(self) -> None:
+        snapshot = None if self._history is None or self._recording is None else _tried(self._history.snapshot)
+        if self._recording is not None:
+            self.study = _tried(self._recording.finish, snapshot)
+        if self._history is not None:
+            _tried(self._history.end)
+        self._recording = self._history = None
 
 
 def trainer_callback(
     *, loss: Callable[[Any], Any] | None = None, num_batches: int | None = None, num_ranks: int | None = None,
-    link_bytes_per_s: float | None = None,
+    link_bytes_per_s: float | None = None, folder: str | Path | None = None, memory_history: bool = False,
 ) -> Any:  # fmt: skip
     """A ``transformers.TrainerCallback`` that studies the training as it begins, and lets it go on unchanged.
 
@@ -39,13 +83,27 @@ def trainer_callback(
     ``args`` say bf16 or fp16), backward, the optimizer's own step. A loss of the trainer's own, clipping and
     accumulation are left out.
 
-    Its options are those of :func:`effkit.study`. ImportError without transformers.
+    Of several ranks each records some of the training's own steps, whatever is in them: its loss, accumulation,
+    clipping, collectives. No step is added. When training ends, rank 0 writes the page of all ranks.
+
+    Its options are those of :func:`effkit.study`, and two more. ImportError without transformers.
+
+    Parameters
+    ----------
+    num_batches
+        Of several ranks: steps to record, 4 unless given, after 2 that are not.
+    folder
+        Where ranks write their traces, and rank 0 ``report.html``; ``effkit`` in the trainer's own unless given. Ranks
+        whose folder is another machine's are missing on the page.
+    memory_history
+        Keep what the CUDA allocator did last. When memory runs out, a warning says in one sentence who asked for how
+        much and who holds most, and a snapshot is in ``memory`` in the folder.
 
     Returns
     -------
     TrainerCallback
-        ``.study`` is the Study once training has begun. Where it could not be made ``.study`` stays None, and a
-        warning says why: a training is not given up for it.
+        ``.study`` is the Study once training has begun; of several ranks, on rank 0, once it has ended. Where it could
+        not be made ``.study`` stays None, and a warning says why: a training is not given up for it.
     """
     options = checked_options(**locals())
     try:
@@ -53,9 +111,7 @@ def trainer_callback(
     except ImportError as error:
         raise ImportError("trainer_callback() needs the package transformers: pip install transformers") from error
 
-    class StudyCallback(TrainerCallback):
-        study: Study | None = None
-
+    class StudyCallback(_Watching, TrainerCallback):
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
             train_dataloader: Any = None, **_: Any,
@@ -68,14 +124,21 @@ def trainer_callback(
                 with nullcontext() if cast is None else torch.autocast(kind, cast):
                     return own_loss(forward(model, batch))
 
-            self.study = _studied(model, train_dataloader, optimizer, loss_of, options)
+            if self._begin(args.output_dir):
+                self.study = _studied(model, train_dataloader, optimizer, loss_of, self._options)
 
-    return StudyCallback()
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._step_taken()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._end()
+
+    return StudyCallback(options)
 
 
 def lightning_callback(
     *, loss: Callable[[Any], Any] | None = None, num_batches: int | None = None, num_ranks: int | None = None,
-    link_bytes_per_s: float | None = None,
+    link_bytes_per_s: float | None = None, folder: str | Path | None = None, memory_history: bool = False,
 ) -> Any:  # fmt: skip
     """A Lightning ``Callback`` that studies the training as it begins, and lets it go on unchanged.
 
@@ -93,8 +156,8 @@ def lightning_callback(
     options = checked_options(**locals())
     base: Any = _lightning().Callback
 
-    class StudyCallback(base):
-        study: Study | None = None
+    class StudyCallback(_Watching, base):
+        _num_updates = 0
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             def loss_of(batch: Any) -> torch.Tensor:
@@ -106,14 +169,24 @@ def lightning_callback(
                     output = pl_module.training_step(batch, 0)
                 return own_loss(output["loss"] if isinstance(output, Mapping) else output)
 
+            if not self._begin(trainer.default_root_dir):
+                return
             loader, optimizers = trainer.train_dataloader, trainer.optimizers
             if len(optimizers) != 1 or not getattr(pl_module, "automatic_optimization", True):
                 _excuse(f"the module takes its steps itself, or with {len(optimizers)} optimizers: give "
                         "effkit.study() a step of your own")  # fmt: skip
                 return
-            self.study = _studied(pl_module, loader, optimizers[0], loss_of, options)
+            self.study = _studied(pl_module, loader, optimizers[0], loss_of, self._options)
 
-    return StudyCallback()
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step != self._num_updates:  # gradients of several batches may go into one step
+                self._num_updates = trainer.global_step
+                self._step_taken()
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self._end()
+
+    return StudyCallback(options)
 
 
 def _lightning() -> Any:
@@ -138,9 +211,14 @@ def _studied(
         loss_of(_moved(batch, model)).backward()
         update.step()
 
+    return _tried(study, step=step, model=model, loader=own_loader(loader), **options)
+
+
+def _tried(call: Callable[..., Result], *given: Any, **options: Any) -> Result | None:
+    """What it returns; None, and a warning, where it fails: a training that was planned for days goes on."""
     try:
-        return study(step=step, model=model, loader=own_loader(loader), **options)
-    except Exception as error:  # whatever it is: a training that was planned for days goes on
+        return call(*given, **options)
+    except Exception as error:
         _excuse(f"{type(error).__name__}: {error}")
         return None
 

@@ -1,20 +1,24 @@
-"""record(): every rank of a run writes down a few of its steps, for a study of all of them together."""
+"""Every rank of a run writes down a few of its steps, for a study of all of them together."""
 
 from __future__ import annotations
 
 import gzip
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from effkit.advice.recorded_study import RecordedStudy
+from effkit.advice.studies import Study
 from effkit.arguments import checked_step, checked_whole
-from effkit.recording import trace_of
+from effkit.recording import steps_traced, trace_of
 from effkit.whole_files import replacing
 
 _WARM_UP = 2  # steps that are run and not recorded
+_PATIENCE_S = 30.0  # with ranks whose files have not come when training has ended: their disk may be another
 
 
 def record(folder: str | Path, step: Callable[..., object], loader: Any = None, *, num_steps: int = 4) -> Path:
@@ -55,7 +59,81 @@ def record(folder: str | Path, step: Callable[..., object], loader: Any = None, 
     batches = None if loader is None else _endless(loader)
     # a batch is drawn inside of the step, so that waiting for it is seen
     trace = trace_of(step if batches is None else lambda: step(next(batches)), warmup=_WARM_UP, steps=num_steps)
-    path = Path(folder) / f"rank{_rank()}.pt.trace.json.gz"
+    return _written(_file(folder, rank()), trace)
+
+
+class RankRecording:
+    """This rank's part in a recording of the steps that a trainer takes anyway. It has no collective of its own.
+
+    It begins when it is made; ``step_taken()`` has to follow each step, and ``finish()`` the last. Errors of the
+    profiler and of the disk come through; then there is no file of this rank, and rank 0 says so on its page.
+    """
+
+    def __init__(self, folder: Path, num_steps: int, num_ranks: int) -> None:
+        self._folder = folder
+        self._files = [_file(folder, number) for number in range(num_ranks)]
+        self._files[rank()].unlink(missing_ok=True)  # of an earlier run: rank 0 would take it for one of this
+        self._why_none = f"training ended before {_WARM_UP} steps to warm up and {num_steps} to record were taken"
+        self._steps: Any = steps_traced(warmup=_WARM_UP, steps=num_steps, memory=True, give_way=self._give_way)
+        next(self._steps)
+
+    def step_taken(self) -> None:
+        """One more step of this rank is done."""
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            if (trace := next(steps)) is None:
+                self._steps = steps
+            else:
+                self._why_none = "the trace could not be written"
+                _written(self._files[rank()], trace)
+
+    def finish(self, snapshot: Path | None) -> Study | None:
+        """On rank 0, the study of all ranks, whose page is then beside their traces; None on the others.
+
+        RuntimeError when rank 0 has no trace. ``snapshot`` is one of its memory.
+        """
+        self.close()
+        if rank():
+            return None
+        if not self._files[0].is_file():
+            raise RuntimeError(f"nothing was recorded: {self._why_none}")
+        end = time.monotonic() + _PATIENCE_S
+        while not all(file.is_file() for file in self._files) and time.monotonic() < end:
+            time.sleep(0.1)
+        study = RecordedStudy([file for file in self._files if file.is_file()], snapshot)
+        study.report(self._folder / "report.html")
+        return study
+
+    def close(self) -> None:
+        """Record no more."""
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            steps.close()
+
+    def _give_way(self) -> None:
+        self._why_none = "another profiler began, and there can be only one"
+        self.close()
+
+
+def rank() -> int:
+    """Of this process; 0 where there is but one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    number = os.environ.get("RANK", "")  # torchrun counts ranks, whether they form a group or not
+    return int(number) if number.isdecimal() else 0
+
+
+def num_ranks() -> int:
+    """Of the group that this process is in; 1 where it is in none."""
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if grouped else 1
+
+
+def _file(folder: str | Path, number: int) -> Path:
+    return Path(folder) / f"rank{number}.pt.trace.json.gz"
+
+
+def _written(path: Path, trace: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_bytes(gzip.compress(trace, mtime=0))
@@ -70,10 +148,3 @@ def _endless(loader: Any) -> Iterator[Any]:
             yield batch
         if empty:
             raise ValueError("the loader is empty: there is no batch to record a step with")
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    rank = os.environ.get("RANK", "")  # torchrun counts ranks, whether they form a group or not
-    return int(rank) if rank.isdecimal() else 0

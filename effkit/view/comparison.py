@@ -39,7 +39,16 @@ class Comparison(Picture[Account, Receipt | None]):
         self._outline = Rectangle((0, 0.65), 0, 0.7, fill=False, edgecolor="#D55E00", linestyle="--", linewidth=2)
         self._outline.set(hatch="//", zorder=3)  # a second sign beside the colour
         self._ax.add_patch(self._outline)
+        self._note = self.figure.text(0.155, 0.01, "", fontsize=8, va="bottom")
         self._shown: list[str] = []
+
+    def png(self, result: Account, receipt: Receipt | None, note: str = "") -> bytes:
+        """For places without a browser; ``note`` says below the bars which setting they are of."""
+        self._note.set_text(label(note, most=100))
+        try:
+            return super().png(result, receipt)
+        finally:
+            self._note.set_text("")
 
     def _draw(self, result: Account, receipt: Receipt | None) -> Figure:
         bars = [self._base, result, receipt.measured if receipt else None]
