@@ -23,7 +23,6 @@ from effkit.panes import (
     tables,
     tensorboard,
 )
-from effkit.panes.breakdown import PARTS, mean_of
 from effkit.panes.steps import marks
 from effkit.units import readable
 
@@ -319,25 +318,9 @@ class Capture:
         return [*notes, f"ranks {listed} were not recorded: waiting for them counts as moving"] if missing else notes
 
     def _repr_html_(self) -> str:
-        """What it is, and where an average step goes, where that is known without reading files."""
-        rows = self.overview() if self._at_hand else pd.DataFrame()
-        means = {name: mean_of(rows[name]) for name in PARTS if len(rows) and rows[name].notna().all()}
-        cells = [
-            [name.removesuffix("_ns").replace("_", " "), readable(mean, "ns"), f"{mean / mean_of(rows['dur_ns']):.1%}"]
-            for name, mean in means.items()
-            if mean
-        ]
-        table = markup.table(["part", "time", "share"], cells, caption="A step, on average") if cells else ""
-        return (
-            markup.points(map(str.strip, repr(self).splitlines()))
-            + table
-            + markup.points(rows.attrs.get("suggestions", []))
-        )
-
-    @property
-    def _at_hand(self) -> bool:
-        """Whether an overview is a matter of moments."""
-        return len(self.events) > 0
+        """What it is, and its overview, unless files would have to be read for that."""
+        overview = self.overview()._repr_html_() if len(vars(self).get("events", ())) else ""
+        return markup.points(map(str.strip, repr(self).splitlines())) + overview
 
     def __repr__(self) -> str:
         p = self.provenance

@@ -22,6 +22,7 @@ import pandas as pd
 from effkit import markup
 from effkit.datasheets import Datasheet, datasheet_of
 from effkit.progress_bar import advance, working
+from effkit.units import readable
 from effkit.whole_files import replacing
 
 _VERSION = 2  # of the cached file
@@ -130,20 +131,14 @@ class Device:
         )
 
     def _repr_html_(self) -> str:
-        rows = [
-            [ceiling.partition(" [")[0], *(_amount(row[each], ceiling) for each in ("measured", "published")),
-             "–" if pd.isna(row["reached_frac"]) else f"{row['reached_frac']:.0%}", row["source"]]
-            for ceiling, row in self.frame.iterrows()
-        ]  # fmt: skip
-        caption = f"{self.name} ({self.kind}, {self.num_threads} threads), measured on {self.measured_on}"
-        return markup.table(["", "measured", "published", "reached", "source"], rows, caption=html.escape(caption))
-
-
-def _amount(value: Any, ceiling: str) -> str:
-    """As a person reads it; a dash where it is not known."""
-    unit = ceiling.partition(" [")[2].rstrip("]")
-    divisor, name = {"FLOP/s": (1e9, "GFLOP/s"), "B/s": (1e9, "GB/s"), "B": (2**30, "GiB"), "ns": (1e3, "us")}[unit]
-    return "–" if pd.isna(value) else f"{value / divisor:,.1f} {name}"
+        rows = []
+        for name, row in self.frame.iterrows():
+            ceiling, unit = str(name).rstrip("]").split(" [")
+            amounts = ["–" if pd.isna(row[each]) else readable(row[each], unit) for each in ("measured", "published")]
+            reached = "–" if pd.isna(row["reached_frac"]) else f"{row['reached_frac']:.0%}"
+            rows.append([ceiling, *amounts, reached, row["source"]])
+        caption = f"{html.escape(self.name)} ({self.kind}, {self.num_threads} threads), measured on {self.measured_on}"
+        return markup.table(["", "measured", "published", "reached", "source"], rows, caption=caption)
 
 
 def provenance() -> dict[str, Any]:

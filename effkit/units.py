@@ -10,6 +10,9 @@ _STEPS: Mapping[str, tuple[tuple[float, float, str, int], ...]] = {
     "bytes": ((2**30, 2**30, "GiB", 2), (2**20, 2**20, "MiB", 1), (2**10, 2**10, "KiB", 1), (0, 1, "B", 0)),
     "FLOPs": ((1e15, 1e15, "PFLOPs", 2), (1e12, 1e12, "TFLOPs", 2), (1e9, 1e9, "GFLOPs", 2), (1e6, 1e6, "MFLOPs", 1),
               (0, 1, "FLOPs", 0)),
+    "FLOP/s": ((0, 1e9, "GFLOP/s", 0),),
+    "B/s": ((0, 1e9, "GB/s", 1),),
+    "B": ((0, 2**30, "GiB", 0),),
     "ppm": ((0, 1e4, "%", 2),),
     "thousandths": ((0, 1e3, "times", 1),),
 }  # fmt: skip

@@ -228,9 +228,9 @@ class WhatIf(Screen):
             for value in values:
                 yield rest | {name: _scaled(value, self._scales.get(name, 1))}
 
-    def _work_ahead(self, setting: Mapping[str, Any]) -> None:
+    def _work_ahead(self, setting: Mapping[str, Any]) -> Account:
         with self._computing:
-            self._ahead[tuple(setting.values())] = self._predicted(setting)
+            return self._ahead.setdefault(tuple(setting.values()), self._predicted(setting))
 
     def _changed(self, _: Mapping[str, Any]) -> None:
         self._latest = None
@@ -345,16 +345,16 @@ class WhatIf(Screen):
         if not result.predicted:
             receipt = next((each for each in reversed(self.receipts) if each.predicted.predicted), None)
             result = self._neighbour() if receipt is None else receipt.predicted
-            note = self._change(result.setting) + ("" if receipt else ": a prediction, not measured yet")
+            known = "predicted, and measured" if receipt else "predicted, not measured"
+            note = f"at {self._change(result.setting)}: {known}" if result.predicted else ""
         with self._drawing:
-            return self._picture.png(result, receipt, note if result.predicted else "")
+            return self._picture.png(result, receipt, note)
 
     def _neighbour(self) -> Account:
-        """The first prediction that one move leads to and that differs; the result itself where there is none."""
+        """What one move leads to, the first that is in range and differs; the result itself where there is none."""
         for setting in self._first_moves():
-            with suppress(Exception), self._computing:  # a move that is refused is no reason to show nothing
-                self._work_ahead(setting)
-                near = self._ahead[tuple(setting.values())]
+            with suppress(Exception):  # a move that is refused is no reason to show nothing
+                near = self._work_ahead(setting)
                 if near.predicted and near.in_range and near.total != self.base.total:
                     return near
         return self.result

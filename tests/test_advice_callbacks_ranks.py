@@ -101,7 +101,7 @@ def test_the_recorded_steps_are_the_trainers_own(trained):
 
 @pytest.fixture
 def of_two(monkeypatch):
-    monkeypatch.setattr(callbacks, "num_ranks", lambda: 2)
+    monkeypatch.setattr(callbacks, "place", lambda: (0, 2))
     monkeypatch.setattr(recording_ranks, "_PATIENCE_S", 0.0)
 
 
@@ -114,7 +114,7 @@ def test_a_rank_that_never_came_is_missing_on_the_page(tmp_path, of_two):
 
 def test_a_training_of_too_few_steps_is_said_to_have_none(tmp_path, of_two):
     callback = ek.advice.trainer_callback(num_batches=4)
-    with pytest.warns(UserWarning, match="training ended before 2 steps to warm up and 4 to record were taken"):
+    with pytest.warns(UserWarning, match="there is no trace of rank 0: that takes 2 steps to warm up and 4 to record"):
         _, losses = alone.hugging_face(tmp_path, [callback])
     assert callback.study is None
     assert len(losses) > 4
@@ -125,7 +125,7 @@ def test_a_trace_of_an_earlier_run_is_not_taken_for_one_of_this(tmp_path, of_two
     for name in FILES:
         (tmp_path / name).write_bytes(b"of yesterday")
     callback = ek.advice.trainer_callback(num_batches=4, folder=tmp_path)
-    with pytest.warns(UserWarning, match="nothing was recorded"):
+    with pytest.warns(UserWarning, match="no trace of rank 0"):
         alone.hugging_face(tmp_path, [callback])
     assert not (tmp_path / FILES[0]).exists(), "each rank takes its own away as training begins"
 
@@ -146,7 +146,7 @@ def test_another_profiler_comes_first(tmp_path, of_two):
                 ends.append(len(self.own.events()))
 
     callback = ek.advice.trainer_callback(num_batches=2)
-    with pytest.warns(UserWarning, match="nothing was recorded: another profiler began"):
+    with pytest.warns(UserWarning, match="no trace of rank 0: .* no other profiler that begins meanwhile"):
         _, losses = alone.hugging_face(tmp_path, [callback, Profiling()])
     assert ends[0] > 0
     assert len(losses) > 4, "nobody's training broke off"
@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_ends_no_training(tmp_path, of_two, monkeypatch):
         _, losses = alone.hugging_face(tmp_path / "training", [callback])
     first, last = (str(each.message) for each in said if "effkit" in str(each.message))
     assert first.endswith("OSError: no room")
-    assert last.endswith("nothing was recorded: the trace could not be written")
+    assert "there is no trace of rank 0" in last
     assert len(losses) > 4
     assert not list((tmp_path / "seen").iterdir())
 

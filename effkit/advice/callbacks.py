@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from effkit.advice.memory_history import MemoryHistory
-from effkit.advice.recording_ranks import RankRecording, num_ranks, rank
+from effkit.advice.recording_ranks import RankRecording, place
 from effkit.advice.studies import Study
 from effkit.advice.study_entry import checked_options, study
 from effkit.training import forward, own_loss
@@ -44,27 +44,25 @@ class _Watching:
 
     def _begin(self, home: str | Path) -> bool:
         """To be called as training begins; returns whether this is the only rank, and may be studied now."""
-        folder = self._folder or Path(home) / "effkit"
-        if self._recording is not None:  # of a training that broke off
-            self._recording.close()
+        folder, (rank, num_ranks) = self._folder or Path(home) / "effkit", place()
+        if self._recording is not None:
+            self._recording.close()  # of a training that broke off
         if self._memory_history:
-            self._history = _tried(MemoryHistory, folder / "memory" / f"rank{rank()}.pickle")
-        if (ranks := num_ranks()) > 1:
+            self._history = _tried(MemoryHistory, folder / "memory" / f"rank{rank}.pickle")
+        if num_ranks > 1:
             num_steps = self._options.get("num_batches", _NUM_STEPS)
-            self._recording = _tried(RankRecording, folder, num_steps, ranks)
-        return ranks == 1
+            self._recording = _tried(RankRecording, folder, num_steps, rank, num_ranks)
+        return num_ranks == 1
 
     def _step_taken(self) -> None:
         if self._recording is not None:
             _tried(self._recording.step_taken)
 
     def _end(self) -> None:
-        snapshot = None if self._history is None or self._recording is None else _tried(self._history.snapshot)
         if self._recording is not None:
-            self.study = _tried(self._recording.finish, snapshot)
+            self.study = _tried(self._recording.finish)
         if self._history is not None:
-            _tried(self._history.end)
-        self._recording = self._history = None
+            self._history.end()
 
 
 def trainer_callback(

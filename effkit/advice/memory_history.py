@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,13 +24,8 @@ class MemoryHistory:
             raise RuntimeError("memory_history=True takes a CUDA device: torch keeps the history of no other memory")
         self._path, self._ended = path, False
         torch.cuda.memory._record_memory_history(max_entries=_MOST_EVENTS)
-        torch._C._cuda_attach_out_of_memory_observer(self._ran_out)  # there is no way to detach it
-
-    def snapshot(self) -> Path:
-        """Write what was kept so far; returns where."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(self._path))
-        return self._path
+        observe: Any = torch._C  # types of a build for the CPU do not have it
+        observe._cuda_attach_out_of_memory_observer(self._ran_out)  # for good: it cannot be detached
 
     def end(self) -> None:
         """Keep no more."""
@@ -38,10 +34,13 @@ class MemoryHistory:
 
     def _ran_out(self, *_: int) -> None:
         """Called by torch before it raises, while all that is in memory is still there."""
-        if not self._ended:
-            try:
-                full = load(self.snapshot()).out_of_memory(by="category")
-                said = f"{full.title}, by {full.source}. effkit.load({str(self._path)!r}).out_of_memory() has it all"
-            except Exception as error:  # torch's own error is the one to raise
-                said = f"out of memory, and no snapshot of it: {type(error).__name__}: {error}"
-            warnings.warn(said, stacklevel=2)
+        if self._ended:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(self._path))
+            full = load(self._path).out_of_memory(by="category")
+            said = f"{full.title}, by {full.source}. effkit.load({str(self._path)!r}).out_of_memory() has it all"
+        except Exception as error:  # torch's own error is the one to raise
+            said = f"out of memory, and no snapshot of it: {type(error).__name__}: {error}"
+        warnings.warn(said, stacklevel=2)

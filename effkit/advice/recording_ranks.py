@@ -59,7 +59,7 @@ def record(folder: str | Path, step: Callable[..., object], loader: Any = None, 
     batches = None if loader is None else _endless(loader)
     # a batch is drawn inside of the step, so that waiting for it is seen
     trace = trace_of(step if batches is None else lambda: step(next(batches)), warmup=_WARM_UP, steps=num_steps)
-    return _written(_file(folder, rank()), trace)
+    return _written(_file(folder, place()[0]), trace)
 
 
 class RankRecording:
@@ -69,12 +69,11 @@ class RankRecording:
     profiler and of the disk come through; then there is no file of this rank, and rank 0 says so on its page.
     """
 
-    def __init__(self, folder: Path, num_steps: int, num_ranks: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, num_steps: int, rank: int, num_ranks: int) -> None:
+        self._folder, self._rank, self._num_steps = folder, rank, num_steps
         self._files = [_file(folder, number) for number in range(num_ranks)]
-        self._files[rank()].unlink(missing_ok=True)  # of an earlier run: rank 0 would take it for one of this
-        self._why_none = f"training ended before {_WARM_UP} steps to warm up and {num_steps} to record were taken"
-        self._steps: Any = steps_traced(warmup=_WARM_UP, steps=num_steps, memory=True, give_way=self._give_way)
+        self._files[rank].unlink(missing_ok=True)  # of an earlier run: rank 0 would take it for one of this
+        self._steps: Any = steps_traced(warmup=_WARM_UP, steps=num_steps, memory=True, give_way=self.close)
         next(self._steps)
 
     def step_taken(self) -> None:
@@ -84,23 +83,23 @@ class RankRecording:
             if (trace := next(steps)) is None:
                 self._steps = steps
             else:
-                self._why_none = "the trace could not be written"
-                _written(self._files[rank()], trace)
+                _written(self._files[self._rank], trace)
 
-    def finish(self, snapshot: Path | None) -> Study | None:
+    def finish(self) -> Study | None:
         """On rank 0, the study of all ranks, whose page is then beside their traces; None on the others.
 
-        RuntimeError when rank 0 has no trace. ``snapshot`` is one of its memory.
+        RuntimeError when rank 0 has no trace.
         """
         self.close()
-        if rank():
+        if self._rank:
             return None
         if not self._files[0].is_file():
-            raise RuntimeError(f"nothing was recorded: {self._why_none}")
+            raise RuntimeError(f"there is no trace of rank 0: that takes {_WARM_UP} steps to warm up and "
+                               f"{self._num_steps} to record, and no other profiler that begins meanwhile")  # fmt: skip
         end = time.monotonic() + _PATIENCE_S
         while not all(file.is_file() for file in self._files) and time.monotonic() < end:
             time.sleep(0.1)
-        study = RecordedStudy([file for file in self._files if file.is_file()], snapshot)
+        study = RecordedStudy([file for file in self._files if file.is_file()], None)
         study.report(self._folder / "report.html")
         return study
 
@@ -110,23 +109,13 @@ class RankRecording:
         if steps is not None:
             steps.close()
 
-    def _give_way(self) -> None:
-        self._why_none = "another profiler began, and there can be only one"
-        self.close()
 
-
-def rank() -> int:
-    """Of this process; 0 where there is but one."""
+def place() -> tuple[int, int]:
+    """This process's rank, and the number of ranks in its group: 1 where it is in none."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    number = os.environ.get("RANK", "")  # torchrun counts ranks, whether they form a group or not
-    return int(number) if number.isdecimal() else 0
-
-
-def num_ranks() -> int:
-    """Of the group that this process is in; 1 where it is in none."""
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if grouped else 1
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = os.environ.get("RANK", "")  # torchrun counts ranks, whether they form a group or not
+    return int(rank) if rank.isdecimal() else 0, 1
 
 
 def _file(folder: str | Path, number: int) -> Path:

@@ -107,10 +107,6 @@ class Fleet(Capture):
 
     overview.__doc__ = Capture.overview.__doc__
 
-    @property
-    def _at_hand(self) -> bool:
-        return bool(self._cache)
-
     def _in_steps(self, step: str | None = None) -> Capture:
         inside = copy(self)  # for its panes
         vars(inside).update(_options=self._options._replace(in_steps=(step,)), _cache={})
