@@ -26,6 +26,7 @@ from effkit.units import readable
 # A browser holds moves back while the kernel is busy, and sends a click at once. When the kernel had just dealt with a
 # move, others may come just after the click, though they were made before it.
 _JUST_S, _ARRIVING_S = 0.1, 0.3
+_VISIBLE_FRAC = 0.02  # of a bar, by which another has to differ
 _PATIENCE_S = 0.04  # of a reader: a prediction that takes longer is announced
 # Beside a sentence about a setting beyond the calibrated range: hatched, as the picture's bar is.
 _HATCHED = (
@@ -351,11 +352,16 @@ class WhatIf(Screen):
             return self._picture.png(result, receipt, note)
 
     def _neighbour(self) -> Account:
-        """What one move leads to, the first that is in range and differs; the result itself where there is none."""
-        for setting in self._first_moves():
+        """What one move leads to, the first that is in range and looks different; words first, for they change more."""
+        rest = self.setting
+
+        def of_slider(move: Mapping[str, Any]) -> bool:
+            return all(value == rest[name] for name, value in move.items() if isinstance(value, str))
+
+        for move in sorted(self._first_moves(), key=of_slider):
             with suppress(Exception):  # a move that is refused is no reason to show nothing
-                near = self._work_ahead(setting)
-                if near.predicted and near.in_range and near.total != self.base.total:
+                near = self._work_ahead(move)
+                if near.in_range and abs(near.total - self.base.total) > _VISIBLE_FRAC * self.base.total:
                     return near
         return self.result
 
