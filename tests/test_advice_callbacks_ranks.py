@@ -152,6 +152,22 @@ def test_another_profiler_comes_first(tmp_path, of_two):
     assert len(losses) > 4, "nobody's training broke off"
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_a_profiler_that_was_there_before_comes_first(tmp_path, of_two, warmup):
+    """torch's own does not say that it warms up: a second one would end the process."""
+    callback = ek.advice.trainer_callback(num_batches=2)
+    plan = torch.profiler.schedule(wait=0, warmup=warmup, active=9)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], schedule=plan) as own:
+        with pytest.warns(UserWarning, match="another profiler is at work, and there can be but one"):
+            _, losses = alone.hugging_face(tmp_path, [callback])
+        own.step()
+    assert len(losses) > 4
+    assert callback.study is None
+    again = ek.advice.trainer_callback(num_batches=2)
+    alone.hugging_face(tmp_path, [again])
+    assert again.study.num_steps == 2, "it has ended"
+
+
 def test_a_disk_that_is_full_ends_no_training(tmp_path, of_two, monkeypatch):
     def fails(*_):
         raise OSError("no room")

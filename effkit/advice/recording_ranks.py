@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import time
@@ -73,6 +74,8 @@ class RankRecording:
         self._folder, self._rank, self._num_steps = folder, rank, num_steps
         self._files = [_file(folder, number) for number in range(num_ranks)]
         self._files[rank].unlink(missing_ok=True)  # of an earlier run: rank 0 would take it for one of this
+        if _profiled():
+            raise RuntimeError("another profiler is at work, and there can be but one")
         self._steps: Any = steps_traced(warmup=_WARM_UP, steps=num_steps, memory=True, give_way=self.close)
         next(self._steps)
 
@@ -116,6 +119,12 @@ def place() -> tuple[int, int]:
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     rank = os.environ.get("RANK", "")  # torchrun counts ranks, whether they form a group or not
     return int(rank) if rank.isdecimal() else 0, 1
+
+
+def _profiled() -> bool:
+    """Whether a profiler is at work, or warms up: torch does not tell, and ends a process that starts a second one."""
+    kind = torch.autograd.profiler.profile
+    return any(type(one) is kind and one.entered and one.kineto_results is None for one in gc.get_objects())
 
 
 def _file(folder: str | Path, number: int) -> Path:
