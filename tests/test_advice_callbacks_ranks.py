@@ -247,11 +247,29 @@ def test_running_out_of_memory_is_one_sentence_and_a_snapshot(tmp_path, allocato
     path = tmp_path / "memory" / "rank0.pickle"
     assert f"effkit.load({str(path)!r}).out_of_memory()" in sentence
     assert ek.load(path).out_of_memory().total == MIB
-    history.end()
+    history.close()
     assert allocator.kept[-1] == {"enabled": None}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         allocator.observers[0](0, 1, 1, 1)  # another training of this process runs out: not ours to tell
+
+
+def test_a_training_that_is_begun_again_after_it_ran_out_tells_once(tmp_path, allocator):
+    """As with auto_find_batch_size."""
+    callback = ek.advice.trainer_callback(**alone.FEW, memory_history=True)
+    model = alone.model()
+    update = torch.optim.AdamW(model.parameters())
+    loader = torch.utils.data.DataLoader(alone.dataset(), batch_size=4, collate_fn=planted.padded)
+    for _ in range(2):
+        args = types.SimpleNamespace(output_dir=tmp_path)
+        callback.on_train_begin(args, None, None, model=model, optimizer=update, train_dataloader=loader)
+    first, second = allocator.observers
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first(0, 1, 1, 1)
+    with pytest.warns(UserWarning, match="^Memory of device0 when"):
+        second(0, 1, 1, 1)
+    assert (tmp_path / "effkit" / "memory" / "rank0.pickle").is_file()
 
 
 def test_a_snapshot_that_fails_does_not_hide_torchs_own_error(tmp_path, allocator, monkeypatch):

@@ -45,8 +45,9 @@ class _Watching:
     def _begin(self, home: str | Path) -> bool:
         """To be called as training begins; returns whether this is the only rank, and may be studied now."""
         folder, (rank, num_ranks) = self._folder or Path(home) / "effkit", place()
-        if self._recording is not None:
-            self._recording.close()  # of a training that broke off
+        for left in (self._recording, self._history):  # by a training that broke off
+            if left is not None:
+                left.close()
         if self._memory_history:
             self._history = _tried(MemoryHistory, folder / "memory" / f"rank{rank}.pickle")
         if num_ranks > 1:
@@ -62,7 +63,7 @@ class _Watching:
         if self._recording is not None:
             self.study = _tried(self._recording.finish)
         if self._history is not None:
-            self._history.end()
+            self._history.close()
 
 
 def trainer_callback(

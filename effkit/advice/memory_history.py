@@ -27,7 +27,7 @@ class MemoryHistory:
         observe: Any = torch._C  # types of a build for the CPU do not have it
         observe._cuda_attach_out_of_memory_observer(self._ran_out)  # for good: it cannot be detached
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Keep no more."""
         self._ended = True
         torch.cuda.memory._record_memory_history(enabled=None)
