@@ -207,7 +207,7 @@ class _Overview(pd.DataFrame):
         return pd.DataFrame
 
     def _repr_html_(self) -> str:
-        return f"{super()._repr_html_()}{markup.points([*self.attrs['suggestions'], *self.attrs['notes']])}"
+        return f"{super()._repr_html_() or ''}{markup.points([*self.attrs['suggestions'], *self.attrs['notes']])}"
 
 
 def overview(parts: Sequence[tuple[pd.DataFrame, list[str]]]) -> pd.DataFrame:
