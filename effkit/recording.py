@@ -27,6 +27,7 @@ from effkit.trace.names import STEP
 
 _recording = threading.Lock()
 _own: list[Any] = []  # the profiler that is active, if it is one of ours
+_givers: list[Callable[[], object]] = []  # what ends the recording that is active, if it gives way
 _SECOND = "effkit::second"
 
 
@@ -204,8 +205,8 @@ def steps_traced(
 
     The device is waited for before the first recorded step and after the last, not between them: a loop's host runs
     ahead, and so does this one. The last of the ``warmup`` steps (at least 1) is the profiler's own. Where the steps
-    end early, close it. ``give_way`` is called when a step starts a profiler of its own, and has to close it; without,
-    such a step is refused.
+    end early, close it. ``give_way`` is called when another profiler starts, and has to close it; without, that one is
+    refused.
     """
     with _alone("trace_of()", give_way):
         for _ in range(warmup - 1):
@@ -287,6 +288,8 @@ class _alone(PutBack):
     def begin(self) -> None:
         import torch
 
+        for give_way in _givers[:]:
+            give_way()
         if torch._C._autograd._profiler_enabled() or not _recording.acquire(blocking=False):
             raise RuntimeError(f"{self._caller} was called while another profiler is active; leave that one first")
         # Kineto writes its own markers to stderr at a level above "error"; a notebook would show them.
@@ -304,10 +307,12 @@ class _alone(PutBack):
 
         self._patch = mock.patch.object(torch.autograd.profiler.profile, "_prepare_trace", prepared)
         self._patch.start()
+        _givers.extend(filter(None, [self._give_way]))
 
     def put_back(self) -> None:
         self._patch.stop()
         _own.clear()
+        _givers.clear()
         _recording.release()
 
 

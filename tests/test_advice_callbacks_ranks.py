@@ -183,6 +183,40 @@ def test_a_disk_that_is_full_ends_no_training(tmp_path, of_two, monkeypatch):
     assert not list((tmp_path / "seen").iterdir())
 
 
+BREAKING = """
+import sys, tempfile, torch, transformers
+import effkit as ek
+from effkit.advice import callbacks
+import test_advice_callbacks as alone
+
+class Breaking(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyError("planted")
+
+callbacks.place = lambda: (0, 2)
+training = alone.hugging_face, tempfile.mkdtemp(), [ek.advice.trainer_callback(num_batches=4), Breaking()]
+try:
+    training[0](*training[1:])
+except KeyError:
+    if sys.argv[1:] == ["goes on"]:
+        print(ek.capture(lambda: torch.ones(2).sum(), steps=1))
+    else:
+        raise
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("then", "status"), [("ends", 1), ("goes on", 0)])
+def test_a_training_that_breaks_off_while_it_is_recorded_harms_nothing(then, status):
+    paths = [str(Path(__file__).parent), *sys.path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, "-c", BREAKING, then], capture_output=True, text=True, timeout=200, env=env)
+    assert done.returncode == status, done.stderr
+    assert ("KeyError: 'planted'" in done.stderr) == (then == "ends")
+    assert ("Capture of" in done.stdout) == (then == "goes on")
+
+
 def test_a_training_that_broke_off_leaves_its_profiler_to_the_next(tmp_path, of_two):
     callback = ek.advice.trainer_callback(num_batches=2)
     callback.on_train_begin(types.SimpleNamespace(output_dir=tmp_path), None, None, model=alone.model())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import gzip
 import os
@@ -78,6 +79,7 @@ class RankRecording:
             raise RuntimeError("another profiler is at work, and there can be but one")
         self._steps: Any = steps_traced(warmup=_WARM_UP, steps=num_steps, memory=True, give_way=self.close)
         next(self._steps)
+        atexit.register(self.close)  # a process that ends while it is recorded would end by SIGSEGV
 
     def step_taken(self) -> None:
         """One more step of this rank is done."""
@@ -108,6 +110,7 @@ class RankRecording:
 
     def close(self) -> None:
         """Record no more."""
+        atexit.unregister(self.close)
         steps, self._steps = self._steps, None
         if steps is not None:
             steps.close()
