@@ -24,7 +24,6 @@ from effkit.training import forward, own_loss
 
 _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 _LOGS = ("log", "log_dict")  # of a LightningModule: they write into the trainer's own results
-_NUM_STEPS = 4  # that each of several ranks records, unless told otherwise
 
 Result = TypeVar("Result")
 
@@ -51,8 +50,7 @@ class _Watching:
         if self._memory_history:
             self._history = _tried(MemoryHistory, folder / "memory" / f"rank{rank}.pickle")
         if num_ranks > 1:
-            num_steps = self._options.get("num_batches", _NUM_STEPS)
-            self._recording = _tried(RankRecording, folder, num_steps, rank, num_ranks)
+            self._recording = _tried(RankRecording, folder, self._options.get("num_batches", 4), rank, num_ranks)
         return num_ranks == 1
 
     def _step_taken(self) -> None:

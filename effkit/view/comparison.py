@@ -45,10 +45,9 @@ class Comparison(Picture[Account, Receipt | None]):
     def png(self, result: Account, receipt: Receipt | None, note: str = "") -> bytes:
         """For places without a browser; ``note`` says below the bars which setting they are of."""
         self._note.set_text(label(note, most=100))
-        try:
-            return super().png(result, receipt)
-        finally:
-            self._note.set_text("")
+        drawn = super().png(result, receipt)
+        self._note.set_text("")
+        return drawn
 
     def _draw(self, result: Account, receipt: Receipt | None) -> Figure:
         bars = [self._base, result, receipt.measured if receipt else None]
