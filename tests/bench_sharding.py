@@ -1,0 +1,87 @@
+"""Forecasts of ranks beside real gloo ranks: models by strategies by levers, on 2 and 4; wants a quarter of an hour."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import statistics
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from bench_table import row
+
+import effkit as ek
+from effkit.activations import on_ranks
+from effkit.activations.communication import SENT_BYTES
+from effkit.activations.levers import parted
+from effkit.ranks.launching import Ranks
+from effkit.training import own_loss
+from lessons import spiking
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+SMALL = {"layers": 3, "hidden": 64, "heads": 4}
+MODELS = {
+    "gpt": (lambda: ek.models.gpt(**SMALL, device="cpu"), (4, 32)),
+    "text": (lambda: ek.models.text(**SMALL, device="cpu"), (4, 32)),
+    "speech": (lambda: ek.models.speech(encoder_layers=2, decoder_layers=2, device="cpu"), (4, 64)),
+    "vision": (lambda: ek.models.vision(**SMALL, device="cpu"), (4,)),
+    "convolutional": (lambda: ek.models.convolutional(device="cpu"), (4,)),
+    "recurrent": (lambda: ek.models.recurrent(device="cpu"), (4, 16)),
+    "spiking": (lambda: spiking.build(learning="bptt"), (4,)),
+}
+STRATEGIES = (
+    {"shard": "ddp"}, {"shard": "fsdp2"}, {"shard": "fsdp2", "reshard_after_forward": False}, {"shard": "zero1"},
+    {"tensor_parallel": 2},
+)  # fmt: skip
+LEVERS = ({}, {"checkpoint_every": 1}, {"micro_batches": 2})
+
+
+def test_forecasts_of_ranks():
+    print(f"\n\n{'ranks':>5} {'model':<14}{'setting':<62}{'error':>9}  bytes sent")
+    errors, sent = [], []
+    for num_ranks, every in ((2, 1), (4, 3)):
+        with Ranks(num_ranks, "effkit.activations.on_ranks") as ranks:
+            cases = list(itertools.product(MODELS, STRATEGIES, LEVERS))[::every]
+            for name, strategy, levers in cases:
+                make, sizes = MODELS[name]
+                model, setting = make(), {**strategy, **levers}
+                batch = model.random_batch(*sizes)
+                with suppress(ValueError):  # no plan for tensor parallel, no blocks to recompute
+                    predicted = None
+                    predicted = ek.activations.forecast(model, batch, world_size=num_ranks, **setting)
+                if predicted is None:
+                    print(f"{num_ranks:>5} {name:<14}{setting!s:<62} not forecast")
+                    continue
+                measured = on_ranks.measured(
+                    model, batch, parted(predicted.setting)[1], dict(predicted.setting), loss=own_loss, optimizer=None,
+                    plan=None, repeats=1, progress=None, calibration=None, ranks=ranks,
+                )  # fmt: skip
+                assert measured.residual == 0, (name, setting)
+                errors.append(abs(predicted.total / measured.total - 1))
+                bytes_sent = [
+                    account.companion(SENT_BYTES).frame["value"].to_dict() for account in (predicted, measured)
+                ]
+                sent.append(bytes_sent[0] == bytes_sent[1])
+                print(f"{num_ranks:>5} {name:<14}{setting!s:<62}{errors[-1]:>9.3%}  {sent[-1]}", flush=True)
+    print(f"{len(errors)} settings; bytes of collectives exact in {sum(sent)}")
+    exact = 100 * sum(sent) / len(sent)
+    held = [row("forecast of ranks, median error of the peak", 100 * statistics.median(errors), 0.5, "%"),
+            row("forecast of ranks, worst error of the peak", 100 * max(errors), 3, "%"),
+            row("forecast of ranks, collectives exact", exact, 100, "% of settings", at_least=True)]  # fmt: skip
+    assert all(held)
+
+
+def test_a_model_of_7_billion_on_64_ranks():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(use_cache=False)).to(torch.bfloat16).train()
+    tokens = torch.randint(0, 32_000, (1, 2048))
+    begun = time.perf_counter()
+    ek.activations.forecast(llama, {"input_ids": tokens, "labels": tokens}, world_size=64, device="cuda")
+    took, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    held = [row("forecast of 7 B on 64 ranks", took, 30), row("forecast of 7 B on 64 ranks, memory", peak, 4, "GiB")]
+    assert all(held)
