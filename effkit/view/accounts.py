@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from effkit.account import Account
 from effkit.view.style import GREY, NAMED, axes, colours, label, legend_columns, unit_axis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def account(account: Account, ax: Axes | None = None) -> Axes:
@@ -17,7 +16,7 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
     names = [f"{label(item)} {share:.1%}" for item, share in account.share.items()]
     columns = legend_columns(names, 4)
     num_lines = math.ceil((len(names) + 1) / columns)
-    ax = axes(ax, (7.0, 1.7 + 0.22 * max(0, num_lines - 3)))
+    ax = axes(ax, (7.0, 1.7 + 0.22 * max(0, num_lines - 3)), label(account.headline(), 120))
     left = 0.0
     shades = colours(list(account.frame.index))
     for name, (item, value) in zip(names, account.frame["value"].items(), strict=True):
@@ -31,7 +30,6 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
         ax.errorbar(account.total, 0, xerr=[[account.total - account.low], [account.high - account.total]],
                     color="black", capsize=5, label="band")  # fmt: skip
     ax.set_xlim(0, 1.05 * max(left, account.total, account.high or 0) or 1)  # rows may add up to more than the total
-    ax.set_title(label(account.headline(), 120), loc="left", fontsize=10)
     ax.set_yticks([])
     unit_axis(ax.xaxis, account.unit)
     ax.spines["left"].set_visible(False)
@@ -42,7 +40,8 @@ def account(account: Account, ax: Axes | None = None) -> Axes:
 
 def plan(plan: Any, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
     """The first batches of a padding Plan side by side, one thin bar per row: real cells filled, padded ones pale."""
-    ax = axes(ax, (7.0, 2.6))
+    padding = plan.account().share["padding"]
+    ax = axes(ax, (7.0, 2.6), f"{plan.strategy}: {padding:.0%} of the cells are padding")
     lengths = plan.lengths["input_length"].to_numpy()
     position, ticks = 0, []
     for batch in range(min(num_batches, len(plan.batches))):
@@ -53,10 +52,7 @@ def plan(plan: Any, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
         ticks.append(position + len(rows) / 2 - 0.5)
         position += len(rows) + max(1, len(rows) // 8)
     ax.set_xticks(ticks, [str(i) for i in range(len(ticks))])
-    ax.set_xlabel("batch (one bar per row)")
-    ax.set_ylabel("input cells")
-    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the legend
-    padding = plan.account().share["padding"]
-    ax.set_title(f"{plan.strategy}: {padding:.0%} of the cells are padding", loc="left", fontsize=10)
+    reach = 1.2 * ax.get_ylim()[1]  # room for the legend
+    ax.set(xlabel="batch (one bar per row)", ylabel="input cells", ylim=(0, reach))
     ax.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     return ax

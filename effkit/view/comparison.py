@@ -36,9 +36,8 @@ class Comparison(Picture[Account, Receipt | None]):
                         for row, name in enumerate(("measured", "predicted", "measured here"))]  # fmt: skip
         self._values = [self._ax.text(0, 2 - row, "", va="center", fontsize=9) for row in range(3)]
         (self._whisker,) = self._ax.plot([], [], color="black", marker="|", markersize=9, linewidth=1.5, zorder=4)
-        self._outline = Rectangle((0, 0.65), 0, 0.7, fill=False, edgecolor="#D55E00", linestyle="--", linewidth=2)
-        self._outline.set(hatch="//", zorder=3)  # a second sign beside the colour
-        self._ax.add_patch(self._outline)
+        self._outline = self._ax.add_patch(Rectangle((0, 0.65), 0, 0.7, fill=False, edgecolor="#D55E00", zorder=3))
+        self._outline.set(linestyle="--", linewidth=2, hatch="//")  # signs beside the colour
         self._note = self.figure.text(0.155, 0.01, "", fontsize=8, va="bottom")
         self._shown: list[str] = []
 
@@ -56,37 +55,29 @@ class Comparison(Picture[Account, Receipt | None]):
         reach = max(max(bar.total, bar.high or 0) for bar in bars if bar is not None) or 1
         for row, (bar, name, value) in enumerate(zip(bars, self._labels, self._values, strict=True)):
             self._bar(row, bar)
-            name.set_visible(bar is not None)
-            name.set_position((-0.01 * reach, 2 - row))
-            value.set_text("" if bar is None else readable(bar.total, bar.unit) + notes[row])
+            name.set(visible=bar is not None, position=(-0.01 * reach, 2 - row))
+            text = "" if bar is None else readable(bar.total, bar.unit) + notes[row]
             end = 0 if bar is None else max(bar.total, bar.high or 0, bar.total - bar.residual)
-            value.set_position((end + 0.012 * reach, 2 - row))
+            value.set(text=text, position=(end + 0.012 * reach, 2 - row))
         self._name()
         band = [end for end in (result.low, result.high) if end is not None]
         self._whisker.set_data(band, [1] * len(band))
-        self._outline.set_width(result.total)
-        self._outline.set_visible(not result.in_range)
+        self._outline.set(width=result.total, visible=not result.in_range)
         self._ax.set_xlim(0, reach * 1.32)
         return self.figure
 
     def _bar(self, row: int, bar: Account | None) -> None:
         values = {} if bar is None else {**bar.frame["value"], "residual": bar.residual}
-        for item in values:
-            if item not in self._items:
-                self._add(str(item))
+        for item in [item for item in values if item not in self._items]:
+            shade = colour(item, len(self._items))
+            self._items[item] = [Rectangle((0, 1.65 - place), 0, 0.7, color=shade, linewidth=0) for place in range(3)]
+            for patch in self._items[item]:
+                self._ax.add_patch(patch)
         left = 0.0
         for item, patches in self._items.items():
             width = max(0, int(values.get(item, 0)))
-            patches[row].set_x(left)
-            patches[row].set_width(width)
-            patches[row].set_visible(width > 0)
+            patches[row].set(x=left, width=width, visible=width > 0)
             left += width
-
-    def _add(self, item: str) -> None:
-        shade = colour(item, len(self._items))
-        self._items[item] = [Rectangle((0, 1.65 - row), 0, 0.7, color=shade, linewidth=0) for row in range(3)]
-        for patch in self._items[item]:
-            self._ax.add_patch(patch)
 
     def _name(self) -> None:
         """A legend of the rows that have a bar; made anew only when these change."""

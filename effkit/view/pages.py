@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import to_rgb
+from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import ScaledTranslation
 
 from effkit.account import Account
 from effkit.view import accounts as usual
-from effkit.view.style import NAMED, colours
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _UNITS = ("ns", "bytes")
 _COLUMNS = 3  # of a legend, at most
@@ -24,25 +19,6 @@ _LETTER_INCHES, _BESIDE_INCHES = 0.071, 0.42  # of a legend's column: each lette
 _BAR_INCHES, _AROUND_INCHES, _LINE_INCHES, _WIDTH_INCHES = 0.5, 0.66, 0.175, 7.6
 _BELOW_POINTS = 24  # from the axis to its legend: room for the numbers at the ticks
 _ROOM_FRAC = 0.06  # of a bar, which its share can be written on
-# An overview has more rows than the palette has colours, and neighbours must not look alike
-_ITEMS = {
-    "#CC79A7": ("waiting for data", "data loading"),
-    "#0072B2": ("matrix products", "computing"),
-    "#56B4E9": ("attention",),
-    "#009E73": ("norms and softmax",),
-    "#A6DCCB": ("elementwise and other",),
-    "#8CC4E6": ("kernels without an operator",),
-    "#F3C7A6": ("recomputation", "all-to-all waiting"),
-    "#7A5195": ("optimizer", "other collectives moving"),
-    "#D3C2DE": ("clearing gradients", "other collectives waiting"),
-    "#F0E442": ("asking for numbers",),
-    "#E69F00": ("copies",),
-    "#999999": ("host busy, device idle",),
-    "#CFCFCF": ("host between operators", "host and idle"),
-    "#D55E00": ("all-to-all moving",),
-    "#F0A3C8": ("step not begun or over",),
-}  # fmt: skip
-_COLOURS = NAMED | {item: shade for shade, items in _ITEMS.items() for item in items}
 
 
 def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
@@ -75,7 +51,6 @@ def _places(shown: Sequence[Account]) -> Sequence[Axes]:
 
 
 def _columns(account: Account) -> int:
-    """Of its legend: as many as fit into the width."""
     longest = max((len(f"{item} {share:.1%}") for item, share in account.share.items()), default=1)
     return max(1, min(_COLUMNS, int(_WIDTH_INCHES / (_LETTER_INCHES * longest + _BESIDE_INCHES))))
 
@@ -85,11 +60,10 @@ def _drawn(account: Account, ax: Axes) -> None:
     a share of the axes' height below them: under one another, where the height is found by making room for legends,
     they would lie on each other."""
     usual.account(account, ax)
-    faces = colours(list(map(str, account.frame.index)), _COLOURS)
-    for position, (item, share) in enumerate(account.share.items()):
-        bar, face = ax.containers[position][0], faces[str(item)]
-        bar.set(facecolor=face, edgecolor="white", linewidth=0.6)
-        light = np.dot((0.299, 0.587, 0.114), to_rgb(face)) >= 0.55
+    for bars, share in zip(ax.containers, account.share, strict=False):
+        (bar,) = bars
+        bar.set(edgecolor="white", linewidth=0.6)
+        light = np.dot((0.299, 0.587, 0.114), bar.get_facecolor()[:3]) >= 0.55
         if share >= _ROOM_FRAC:
             ax.annotate(f"{share:.0%}", (bar.get_x() + bar.get_width() / 2, 0), ha="center", va="center", fontsize=9,
                         color="#111111" if light else "#FFFFFF")  # fmt: skip

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from effkit.account import Account
 from effkit.units import readable
 from effkit.view import accounts
 from effkit.view.style import GREY, NAMED, OKABE_ITO, Picture, axes, colour, label, line, unit_axis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MOST_BARS = 12
 _LONGEST_NAME, _LONGEST_TITLE = 44, 90
@@ -34,7 +32,7 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if not bars["dur_ns"].sum():
         return _nothing(ax, "no step was recorded")
     bars = bars.sort_values("dur_ns", ascending=False, kind="stable").head(_MOST_BARS).sort_index()
-    ax = axes(ax, (7.4, 1.3 + 0.3 * len(bars)))
+    ax = axes(ax, (7.4, 1.3 + 0.3 * len(bars)), f"Where the time of a step goes{', on average' if means else ''}")
     left = pd.Series(0.0, bars.index)
     names = [f"{'rank' if means else 'step'} {number}" for number in bars.index]
     for name in bars.columns.intersection(list(_PARTS), sort=False):
@@ -48,18 +46,16 @@ def overview(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         left += width
     ax.invert_yaxis()
     unit_axis(ax.xaxis, "ns")
-    ax.set_title(f"Where the time of a step goes{', on average' if means else ''}", loc="left", fontsize=10)
     _legend_below(ax, len(bars))
     return ax
 
 
 def operators(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The operators that take the most time of their own: on the device where it was recorded, else on the host."""
-    on_device = frame["device_self_ns"].notna().any()
-    column = "device_self_ns" if on_device else "host_self_ns"
     if frame.empty:
         return _nothing(ax, "no operator was recorded")
-    return _top(frame[column], f"Self time of operators on the {'device' if on_device else 'host'}", ax)
+    where = "device" if frame["device_self_ns"].notna().any() else "host"
+    return _top(frame[f"{where}_self_ns"], f"Self time of operators on the {where}", ax)
 
 
 def kernels(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -90,30 +86,26 @@ def _labels(names: Sequence[Any], most: int = 44) -> list[str]:
 
 
 def _legend_below(ax: Axes, num_bars: int) -> None:
-    """A legend under a picture of so many horizontal bars."""
     below = -0.3 / (0.5 + 0.2 * num_bars)
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, below), ncols=4, frameon=False, fontsize=9)
 
 
 def _nothing(ax: Axes | None, words: str) -> Axes:
-    """An empty picture that says why it is empty."""
-    ax = axes(ax, (7.4, 0.8))
-    ax.set_title(words, loc="left", fontsize=10)
+    ax = axes(ax, (7.4, 0.8), words)
     ax.axis("off")
     return ax
 
 
 def _top(times: pd.Series[Any], title: str, ax: Axes | None, unit: str = "ns") -> Axes:
     shown = times.astype("Float64").fillna(0.0).sort_values(ascending=False, kind="stable").head(_MOST_BARS)
-    ax = axes(ax, (7.4, 0.9 + 0.24 * len(shown)))
     total = float(times.sum()) or 1.0
+    said = f"{label(title, _LONGEST_TITLE)}: {readable(total, unit)}"
+    ax = axes(ax, (7.4, 0.9 + 0.24 * len(shown)), said)
     places = range(len(shown))
-    ax.barh(places, shown.astype("float64"), color=NAMED["real"], height=0.7)
-    for place, value in zip(places, shown, strict=True):
-        ax.text(value, place, f" {value / total:.0%}", va="center", fontsize=8, color=GREY)
+    bars = ax.barh(places, shown.astype("float64"), color=NAMED["real"], height=0.7)
+    ax.bar_label(bars, [f" {value / total:.0%}" for value in shown], fontsize=8, color=GREY)
     ax.set_yticks(places, _labels(list(shown.index), _LONGEST_NAME), fontsize=8)
     ax.invert_yaxis()
-    ax.set_title(f"{label(title, _LONGEST_TITLE)}: {readable(total, unit)}", loc="left", fontsize=10)
     unit_axis(ax.xaxis, unit)
     return ax
 
@@ -123,7 +115,7 @@ def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if frame.empty:
         return _nothing(ax, "no collective was recorded")
     frame = frame.head(_MOST_BARS)
-    ax = axes(ax, (7.4, 1.3 + 0.4 * len(frame)))
+    ax = axes(ax, (7.4, 1.3 + 0.4 * len(frame)), "Communication, summed over ranks")
     names = range(len(frame))
     waiting, moving, total = (frame[column].astype("Float64").fillna(0.0).astype("float64")
                               for column in ("waiting_ns", "moving_ns", "dur_ns"))  # fmt: skip
@@ -141,7 +133,6 @@ def communication(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks(names, _labels(texts, _LONGEST_NAME))
     ax.invert_yaxis()
     unit_axis(ax.xaxis, "ns")
-    ax.set_title("Communication, summed over ranks", loc="left", fontsize=10)
     _legend_below(ax, len(frame))
     return ax
 
@@ -152,14 +143,12 @@ def rank_pairs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if table.empty:
         return _nothing(ax, "no all-to-all whose bytes were recorded")
     rows, columns = (min(7.0, 1.6 + 0.35 * side) for side in table.shape)
-    ax = axes(ax, (columns + 1.2, rows), framed=True)
+    assumed = ", equal shares assumed" if (frame["basis"] == "assumed").any() else ""
+    ax = axes(ax, (columns + 1.2, rows), f"Bytes of all-to-alls{assumed}", framed=True)
     picture = ax.imshow(table.to_numpy("float64"), cmap="cividis", vmin=0, aspect="auto")
     ax.set_xticks(range(table.shape[1]), [str(rank) for rank in table.columns])
     ax.set_yticks(range(table.shape[0]), [str(rank) for rank in table.index])
-    ax.set_xlabel("receiving rank")
-    ax.set_ylabel("sending rank")
-    assumed = (frame["basis"] == "assumed").any()
-    ax.set_title(f"Bytes of all-to-alls{', equal shares assumed' if assumed else ''}", loc="left", fontsize=10)
+    ax.set(xlabel="receiving rank", ylabel="sending rank")
     unit_axis(ax.figure.colorbar(picture, ax=ax).ax.yaxis, "bytes")
     return ax
 
@@ -168,7 +157,7 @@ def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """How full the memory was over time; reserved memory as a line above, where it was recorded."""
     if frame.empty:
         return _nothing(ax, "nothing came or went while memory was recorded: memory() says what was there")
-    ax = axes(ax, (7.4, 2.4))
+    ax = axes(ax, (7.4, 2.4), f"Allocated memory, peak {readable(int(frame['allocated_bytes'].max()), 'bytes')}")
     start, length = frame["time_ns"].min(), np.ptp(frame["time_ns"])
     word, unit = frame.attrs.get("axis", _MS)
     for position, (device, rows) in enumerate(frame.groupby("device")):
@@ -184,8 +173,6 @@ def memory_timeline(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(bottom=0)
     unit_axis(ax.yaxis, "bytes")
     ax.set_xlabel(word)
-    peak = frame["allocated_bytes"].max()
-    ax.set_title(f"Allocated memory, peak {readable(int(peak), 'bytes')}", loc="left", fontsize=10)
     ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     return ax
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from effkit.units import readable
 from effkit.view.style import GREY, axes, colour, unit_axis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LANES = ("computing", "link")
 _HATCHED = "waiting"  # told apart without colour, too
@@ -35,8 +33,7 @@ def timeline(stretches: pd.DataFrame, ax: Axes | None = None) -> Axes:
             labelled.add(what)
     ax.set_yticks([i + 0.42 * lane + 0.19 for i in range(len(ranks)) for lane in range(2)],
                   [f"rank {rank} {lane}" for rank in ranks for lane in _LANES], fontsize=8)  # fmt: skip
-    ax.set_ylim(len(ranks) - 0.1, -0.1)
-    ax.set_xlim(0, stretches["end_ns"].max())
+    ax.set(xlim=(0, stretches["end_ns"].max()), ylim=(len(ranks) - 0.1, -0.1))
     unit_axis(ax.xaxis, "ns")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
@@ -51,11 +48,11 @@ def policies(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = axes(ax, (7.4, 0.8 + 0.36 * len(table)))
     colours = [GREY] + [colour("experts", 0)] * (len(table) - 1)
-    ax.barh(range(len(table)), table["step_ns"], color=colours, height=0.66)
+    bars = ax.barh(range(len(table)), table["step_ns"], color=colours, height=0.66)
     ax.axvline(table["step_ns"].iloc[0], color=GREY, linewidth=0.8, linestyle=":")
-    for i, (step_ns, dropped) in enumerate(zip(table["step_ns"], table["dropped_frac"], strict=True)):
-        note = f", drops {dropped:.0%}" if dropped else ""
-        ax.text(step_ns, i, f" {readable(int(step_ns), 'ns')}{note}", va="center", fontsize=8)
+    notes = [f", drops {dropped:.0%}" if dropped else "" for dropped in table["dropped_frac"]]
+    times = [readable(int(step_ns), "ns") for step_ns in table["step_ns"]]
+    ax.bar_label(bars, [f" {time}{note}" for time, note in zip(times, notes, strict=True)], fontsize=8)
     ax.set_yticks(range(len(table)), list(table.index), fontsize=9)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.25 * table["step_ns"].max())
@@ -75,8 +72,5 @@ def delays(matrix: Any, ax: Axes | None = None) -> Axes:
         time_ns = times[sender, receiver]
         ax.text(receiver, sender, readable(round(time_ns), "ns"), ha="center", va="center", fontsize=7,
                 color="white" if time_ns < middle else "black")  # fmt: skip
-    ax.set_xticks(range(len(times)))
-    ax.set_yticks(range(len(times)))
-    ax.set_xlabel("receiver")
-    ax.set_ylabel("sender")
+    ax.set(xticks=range(len(times)), yticks=range(len(times)), xlabel="receiver", ylabel="sender")
     return ax

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from effkit.receipt import Receipt
 from effkit.units import readable
 from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, label, unit_axis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def live_bytes(levels: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -36,8 +33,7 @@ def live_bytes(levels: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for start, phase in levels.loc[begins, "phase"].items():
         ax.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
         ax.text(start, 1.14 * below.max(), f" {phase}", fontsize=8, color=GREY, va="top")
-    ax.set_xlim(0, len(levels) - 1)
-    ax.set_xlabel("operator")
+    ax.set(xlim=(0, len(levels) - 1), xlabel="operator")
     unit_axis(ax.yaxis, "bytes")
     where = f"{levels['phase'].iloc[at]}, at {label(levels['operator'].iloc[at])}"
     ax.set_title(f"Peak {readable(int(below[at]), 'bytes')} in {where}", loc="left", fontsize=10)
@@ -50,7 +46,7 @@ def front(table: pd.DataFrame, receipts: Sequence[Receipt] = (), ax: Axes | None
 
     A cross is a measurement, tied to its prediction.
     """
-    ax = axes(ax, (7.4, 3.4))
+    ax = axes(ax, (7.4, 3.4), "What each byte saved costs in time")
     best = table[table["on_front"]].sort_values("step_ns")
     ax.step(best["step_ns"], best["peak_bytes"], where="post", color=OKABE_ITO[0], linewidth=1)
     for lossless, rows in table.groupby("lossless"):
@@ -66,9 +62,6 @@ def front(table: pd.DataFrame, receipts: Sequence[Receipt] = (), ax: Axes | None
                 label=None if number else "measured")  # fmt: skip
     unit_axis(ax.xaxis, "ns")
     unit_axis(ax.yaxis, "bytes")
-    ax.set_xlabel("time of one step, predicted")
-    ax.set_ylabel("peak")
-    ax.set_ylim(bottom=0)
-    ax.set_title("What each byte saved costs in time", loc="left", fontsize=10)
+    ax.set(xlabel="time of one step, predicted", ylabel="peak", ylim=(0, None))
     ax.legend(frameon=False, fontsize=9)
     return ax

@@ -7,18 +7,16 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVarTuple
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVarTuple
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from effkit.units import has_own_steps, readable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 Shown = TypeVarTuple("Shown")
 # Okabe and Ito's palette: told apart with any colour vision. The first four suit stacked rows.
@@ -26,28 +24,29 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "
 GREY = "#777777"
 _LEGEND_LETTERS = 96  # in a line of a legend as wide as a picture
 _ITEMS = {  # by colour: which items have it; those of one account have different ones
-    "#0072B2": ("real", "parameter", "kernel", "experts", "encoder", "prefill", "arithmetic"),
-    "#E69F00": ("padding", "saved activation", "dataloader", "self-attention"),
-    "#56B4E9": ("step overhead", "optimizer state", "cpu exec", "gate", "draft"),
-    "#CC79A7": ("waiting", "workspace", "waiting at the end", "output layer"),
-    "#009E73": ("moving", "gradient", "memcpy", "dispatch moving", "feed-forward", "reading"),
+    "#0072B2": ("real", "parameter", "kernel", "experts", "encoder", "prefill", "arithmetic", "matrix products",
+                "computing"),
+    "#E69F00": ("padding", "saved activation", "dataloader", "self-attention", "copies"),
+    "#56B4E9": ("step overhead", "optimizer state", "cpu exec", "gate", "draft", "attention"),
+    "#CC79A7": ("waiting", "workspace", "waiting at the end", "output layer", "waiting for data", "data loading"),
+    "#009E73": ("moving", "gradient", "memcpy", "dispatch moving", "feed-forward", "reading", "norms and softmax"),
     "#DDDDDD": ("residual",),
     "#BBBBBB": ("unknown", "not recorded", "not visible"),
-    "#999999": ("buffer", "unpermute", "embedding and final norm"),
-    "#F0E442": ("input", "permute"),
+    "#999999": ("buffer", "unpermute", "embedding and final norm", "host busy, device idle"),
+    "#F0E442": ("input", "permute", "asking for numbers"),
     "#000000": ("offloaded activation", "compress"),
-    "#D55E00": ("recomputed activation", "exposed communication", "combine moving", "sampling and host", "launches"),
+    "#D55E00": ("recomputed activation", "exposed communication", "combine moving", "sampling and host", "launches",
+                "all-to-all moving"),
     "#EEEEEE": ("idle",),
-    "#A6DCCB": ("dispatch waiting", "norms and sums", "unsharded gradient"),
-    "#F3C7A6": ("combine waiting", "before and after the steps"),
-    "#7A5195": ("replicas moving", "verify", "communication buffer"),
-    "#D3C2DE": ("replicas waiting",),
-    "#F0A3C8": ("handing over",),
-    "#8CC4E6": ("cross-attention keys/values", "gathered parameter"),
+    "#CFCFCF": ("host between operators", "host and idle"),
+    "#A6DCCB": ("dispatch waiting", "norms and sums", "elementwise and other", "unsharded gradient"),
+    "#F3C7A6": ("combine waiting", "before and after the steps", "recomputation", "all-to-all waiting"),
+    "#7A5195": ("replicas moving", "verify", "optimizer", "other collectives moving", "communication buffer"),
+    "#D3C2DE": ("replicas waiting", "clearing gradients", "other collectives waiting"),
+    "#F0A3C8": ("handing over", "step not begun or over"),
+    "#8CC4E6": ("cross-attention keys/values", "kernels without an operator", "gathered parameter"),
     "#F5CE7F": ("cross-attention", "activation"),
 }  # fmt: skip
-
-
 NAMED = {item: shade for shade, items in _ITEMS.items() for item in items}
 # text stays text (a browser draws it, a test reads it) and equal pictures are equal bytes
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "effkit"}
@@ -58,11 +57,11 @@ def colour(item: str, position: int) -> str:
     return NAMED.get(item, OKABE_ITO[position % len(OKABE_ITO)])
 
 
-def colours(items: Sequence[str], named: Mapping[str, str] = NAMED) -> dict[str, str]:
+def colours(items: Sequence[str]) -> dict[str, str]:
     """A colour for each row of one picture: the word's own, else the next of the palette that no other row has."""
-    own = {named.get(item) for item in items}
+    own = {NAMED.get(item) for item in items}
     free = itertools.cycle([shade for shade in OKABE_ITO if shade not in own] or OKABE_ITO)
-    return {item: named.get(item) or next(free) for item in items}
+    return {item: NAMED.get(item) or next(free) for item in items}
 
 
 def svg(figure: Figure, *, label: str) -> str:
@@ -112,7 +111,7 @@ def line(name: Any) -> str:
     return " ".join(" ".join(map(str, name if isinstance(name, tuple) else [name])).split())
 
 
-def axes(ax: Axes | None, size: tuple[float, float], *, framed: bool = False) -> Axes:
+def axes(ax: Axes | None, size: tuple[float, float], title: str = "", *, framed: bool = False) -> Axes:
     """The axes given, or those of a new figure of that size [inches]; open above and at the right unless framed."""
     if ax is None:
         from matplotlib import pyplot  # only to make the figure that a notebook shows
@@ -120,6 +119,8 @@ def axes(ax: Axes | None, size: tuple[float, float], *, framed: bool = False) ->
         ax = pyplot.subplots(figsize=size, layout="constrained")[1]
     if not framed:
         ax.spines[["top", "right"]].set_visible(False)
+    if title:
+        ax.set_title(title, loc="left", fontsize=10)
     return ax
 
 
