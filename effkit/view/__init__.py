@@ -2,7 +2,7 @@
 
 from effkit.view.accounts import account, plan
 from effkit.view.comparison import Comparison
-from effkit.view.generations import curves, roofline
+from effkit.view.generations import roofline
 from effkit.view.pages import page
 from effkit.view.panes import PANES, MemoryPicture
 from effkit.view.ranks import delays, policies, timeline
@@ -10,6 +10,6 @@ from effkit.view.steps import front, live_bytes
 from effkit.view.style import GREY, OKABE_ITO, colour
 
 __all__ = [
-    "GREY", "OKABE_ITO", "PANES", "Comparison", "MemoryPicture", "account", "colour", "curves", "delays", "front",
+    "GREY", "OKABE_ITO", "PANES", "Comparison", "MemoryPicture", "account", "colour", "delays", "front",
     "live_bytes", "page", "plan", "policies", "roofline", "timeline",
 ]  # fmt: skip

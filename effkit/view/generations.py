@@ -1,21 +1,14 @@
-"""Pictures of generations: parts of a step beside their floors, and curves over position, context or depth."""
+"""Pictures of generations: parts of a step beside their floors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axes import Axes
 
 from effkit.units import readable
-from effkit.view.style import GREY, OKABE_ITO, axes, colour, label, unit_axis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from effkit.view.style import axes, colour, unit_axis
 
 _APART = ("operators", "framework")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -42,38 +35,4 @@ def roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(0, 1.5 * parts["time_ns"].max())
     unit_axis(ax.xaxis, "ns")
     ax.legend(frameon=False, fontsize=8, loc="lower right")
-    return ax
-
-
-def curves(
-    table: pd.DataFrame, unit: str, ax: Axes | None = None, *, title: str = "", log: bool = False, zero: bool = False,
-    target: float | None = None, runs: Mapping[str, pd.DataFrame] | None = None,
-) -> Axes:  # fmt: skip
-    """One line per column over the index, which names the horizontal axis; values in the unit.
-
-    ``log``: a logarithmic horizontal axis, for contexts that double. ``zero``: values from zero. ``target``: a dashed
-    line there. ``runs``: for a column the curves that it is the mean of, one per seed, drawn thin.
-    """
-    ax = axes(ax, (7.4, 2.8))
-    ax.set_title(label(title), loc="left", fontsize=10)
-    for position, name in enumerate(table):
-        few = len(table) <= 12
-        seeds = (runs or {}).get(name, table[[]]).interpolate(limit_area="inside")
-        ax.plot(seeds, color=OKABE_ITO[position % len(OKABE_ITO)], linewidth=0.7, alpha=0.4)
-        ax.plot(table.index, table[name], color=OKABE_ITO[position % len(OKABE_ITO)], linewidth=1.4, markersize=4,
-                marker=_MARKERS[position % len(_MARKERS)] if few else None, label=label(name))  # fmt: skip
-    ax.set_xlabel(label(table.index.name or ""))
-    ax.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
-    if target is not None:
-        ax.axhline(target, color=GREY, linestyle="--", linewidth=1, label="target")
-    if table.shape[1] > 1 or target is not None:
-        ax.legend(frameon=False, fontsize=8)
-    if log:
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(list(table.index), [f"{value:,}" for value in table.index])
-    else:
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=pd.api.types.is_integer_dtype(table.index.dtype)))
-    if zero:
-        ax.set_ylim(bottom=0)
-    unit_axis(ax.yaxis, unit)
     return ax

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from effkit import Account, view
+from effkit import Account
+from lessons import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,7 +173,7 @@ def draw(ways: Mapping[str, ToTarget], unit: str, title: str, target: float | No
     """
     runs = {name: way.curves.iloc[1:] for name, way in ways.items()}
     means = mean_curves(ways).interpolate(limit_area="inside").iloc[1:]
-    return view.curves(means, unit, title=title, target=target, runs=runs)
+    return drawing.curves(means, unit, title=title, target=target, runs=runs)
 
 
 def reproducible(seed: int) -> torch.Generator:

@@ -69,7 +69,7 @@ def test_every_picture_of_curves_has_a_title_and_a_named_axis(name):
     for cell in code_cells(NOTEBOOKS[name]):
         for call in [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]:
             called = ast.unparse(call.func)
-            if called == "view.curves":
+            if called == "drawing.curves":
                 assert "title" in {word.arg for word in call.keywords}, cell.source
             if called == "meter.draw":  # ways, unit, title, target
                 assert len(call.args) == 4, cell.source
