@@ -24,6 +24,10 @@ def memory(*events: tuple[int, int, int]) -> pd.DataFrame:
     )
 
 
+def paired(events: pd.DataFrame) -> pd.DataFrame:
+    return snapshot.from_events(events, stacks=pd.Series(pd.NA, events.index, dtype="str"))
+
+
 def live_bytes(allocations: pd.DataFrame, times: np.ndarray) -> np.ndarray:
     """Bytes alive after each time, from the allocations alone."""
     births, deaths = (allocations[name].fillna(never).to_numpy() for name, never in
@@ -33,7 +37,7 @@ def live_bytes(allocations: pd.DataFrame, times: np.ndarray) -> np.ndarray:
 
 
 def test_a_free_ends_the_allocation_at_its_address():
-    found = snapshot.from_events(memory((1, 7, 100), (2, 8, 50), (3, 7, -100), (4, 7, 30), (5, 7, -30)))
+    found = paired(memory((1, 7, 100), (2, 8, 50), (3, 7, -100), (4, 7, 30), (5, 7, -30)))
     assert found["size_bytes"].tolist() == [100, 50, 30]
     assert found["alloc_ns"].tolist() == [1, 2, 4]
     assert found["free_ns"].tolist() == [3, pd.NA, 5]
@@ -43,20 +47,20 @@ def test_a_free_ends_the_allocation_at_its_address():
 
 
 def test_what_was_there_before_and_what_is_still_there():
-    found = snapshot.from_events(memory((1, 7, -100), (2, 8, 50)))
+    found = paired(memory((1, 7, -100), (2, 8, 50)))
     assert found["size_bytes"].tolist() == [100, 50]
     assert found["alloc_ns"].isna().tolist() == [True, False]
     assert found["free_ns"].isna().tolist() == [False, True]
 
 
 def test_a_free_ends_one_allocation_only():
-    found = snapshot.from_events(memory((1, 7, 100), (2, 7, -100), (3, 7, -30)))
+    found = paired(memory((1, 7, 100), (2, 7, -100), (3, 7, -30)))
     assert found["size_bytes"].tolist() == [30, 100], "what was there before comes first"
     assert found["free_ns"].tolist() == [3, 2]
 
 
 def test_events_of_one_moment_keep_their_order():
-    found = snapshot.from_events(memory((5, 7, 100), (5, 7, -100), (5, 7, 30), (9, 7, -30)))
+    found = paired(memory((5, 7, 100), (5, 7, -100), (5, 7, 30), (9, 7, -30)))
     assert found["alloc_ns"].tolist() == [5, 7]
     assert found["free_ns"].tolist() == [6, 9]
 
@@ -68,7 +72,7 @@ def test_an_allocation_carries_the_stack_of_its_birth():
     assert found["stack"].tolist()[1:] == ["a", "d"]
     assert set(found["category"]) == {"unknown"}
     assert set(found["known_by"]) == {"not recorded"}
-    without = snapshot.from_events(events)
+    without = paired(events)
     assert without["stack"].isna().all()
     assert without.dtypes.astype(str).to_dict() == found.dtypes.astype(str).to_dict()
 
@@ -76,13 +80,13 @@ def test_an_allocation_carries_the_stack_of_its_birth():
 def test_one_address_on_two_devices_is_two_places():
     events = memory((1, 7, 10), (2, 7, 20), (3, 7, -10))
     events["device"] = ["cpu", "device0", "cpu"]
-    found = snapshot.from_events(events)
+    found = paired(events)
     assert found["free_ns"].tolist() == [3, pd.NA]
     assert found["device"].tolist() == ["cpu", "device0"]
 
 
 def test_nothing_recorded_gives_an_empty_frame_of_the_same_types():
-    full, empty = snapshot.from_events(memory((1, 7, 10))), snapshot.from_events(memory())
+    full, empty = paired(memory((1, 7, 10))), paired(memory())
     assert empty.empty
     assert empty.dtypes.astype(str).to_dict() == full.dtypes.astype(str).to_dict()
 
@@ -105,7 +109,7 @@ def histories(draw) -> list[tuple[int, int, int]]:
 @given(histories())
 def test_replaying_gives_the_running_total(events):
     frame = memory(*events)
-    found = snapshot.from_events(frame)
+    found = paired(frame)
     before = int(found.loc[found["alloc_ns"].isna(), "size_bytes"].sum())
     assert live_bytes(found, frame["time_ns"].to_numpy()).tolist() == (frame["total_bytes"] + before).tolist()
     assert len(found) == (frame["size_bytes"] > 0).sum() + found["alloc_ns"].isna().sum()
@@ -116,7 +120,7 @@ def test_replaying_a_live_recording_gives_the_allocators_own_total(kineto):
     # the allocator's count does not begin at zero when something was recorded before
     base = int(events["total_bytes"].iloc[0] - events["size_bytes"].iloc[0])
     last = events.drop_duplicates("time_ns", keep="last")
-    found = snapshot.from_events(events)
+    found = paired(events)
     assert not found["alloc_ns"].isna().any()
     assert live_bytes(found, last["time_ns"].to_numpy()).tolist() == (last["total_bytes"] - base).tolist()
     assert found["size_bytes"].max() == pytest.approx(16 * 16 * 4)

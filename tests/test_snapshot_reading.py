@@ -78,7 +78,8 @@ def test_the_columns_are_those_of_live_events():
     live = snapshot.from_events(
         pd.DataFrame(
             {"time_ns": [1], "address": [1], "size_bytes": [1], "total_bytes": [1], "device": ["cpu"], "rank": [0]}
-        )
+        ),
+        stacks=pd.Series([pd.NA], dtype="str"),
     )
     assert tuple(found.allocations) == snapshot.ALLOCATION_COLUMNS == tuple(live)
     assert found.allocations.dtypes.astype(str).to_dict() == live.dtypes.astype(str).to_dict()

@@ -1,4 +1,4 @@
-"""Allocator events become a tidy allocation frame: one row per allocation, addresses replaced by identities."""
+"""Which allocation and which free of an address belong together, and the columns that tell of such pairs."""
 
 from __future__ import annotations
 
@@ -8,30 +8,6 @@ import numpy as np
 import pandas as pd
 
 ALLOCATION_COLUMNS = ("size_bytes", "alloc_ns", "free_ns", "device", "rank", "stack", "category", "known_by")
-
-
-def from_events(memory: pd.DataFrame, *, stacks: pd.Series[str] | None = None) -> pd.DataFrame:
-    """Pair each allocation with the free of the same address: columns ``ALLOCATION_COLUMNS``, in order of birth.
-
-    ``memory`` is the memory frame of :func:`effkit.trace.read`; ``stacks`` says of each of its events where it came
-    from. ``alloc_ns`` is ``<NA>`` for what was there before the recording began (only its free was seen; these come
-    first), ``free_ns`` for what was still alive at its end. Events of one moment are set 1 ns apart.
-    """
-    sizes = memory["size_bytes"].to_numpy()
-    times = distinct(memory["time_ns"].to_numpy())
-    birth, death = pair(sizes > 0, memory["address"].to_numpy(), pd.factorize(memory["device"])[0])
-    event = np.where(birth >= 0, birth, death)  # which tells size and place
-    columns = {
-        "size_bytes": np.abs(sizes[event]),
-        "alloc_ns": moments(times, birth),
-        "free_ns": moments(times, death),
-        "device": memory["device"].iloc[event].array,
-        "rank": memory["rank"].to_numpy()[event],
-        "stack": chosen([] if stacks is None else stacks, np.full_like(birth, -1) if stacks is None else birth),
-        "category": chosen(["unknown"], np.zeros_like(birth)),
-        "known_by": chosen(["not recorded"], np.zeros_like(birth)),
-    }
-    return pd.DataFrame(columns).rename_axis("allocation")
 
 
 def pair(born: Any, *place: Any) -> tuple[Any, Any]:

@@ -52,7 +52,6 @@ class Ledger:
             raise ValueError("its trace allocates more than was reserved")
 
     def _read(self, trace: list[dict[str, Any]], stacks: Stacks) -> None:
-        """The events."""
         kinds, sizes, addresses, times_us, numbers = ([] for _ in range(5))
         for begin in range(0, len(trace), _NEAR):
             near = trace[begin : begin + _NEAR]
@@ -73,7 +72,6 @@ class Ledger:
         self.parts = np.array([*stacks.parts, NOTHING], dtype="int64")[self.stacks]
 
     def _levels(self, grows: int, shrinks: int, final: int) -> Any:
-        """Bytes before the first event, and after each."""
         signed = self.sizes * ((self.kinds == grows) * 1 - (self.kinds == shrinks))
         levels = np.append(0, np.cumsum(signed))
         return levels + (final - levels[-1])

@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.snapshot.alloc_free_pairs import chosen, distinct, from_events, pair
+from effkit.snapshot.alloc_free_pairs import chosen, distinct, moments, pair
 from effkit.snapshot.categories import CATEGORIES, KNOWN_BY, categorise
 from effkit.snapshot.mapping import SEGMENT_COLUMNS, segments_of
 from effkit.snapshot.stacks import BACKWARD, NOTHING, OPTIMIZER, OTHER
 
 
-def from_trace(
-    memory: pd.DataFrame, *, stacks: pd.Series[str] | None = None
-) -> tuple[pd.DataFrame | None, list[dict[str, Any]]]:
-    """Allocations, and per rank and device ``peak_bytes`` and ``peak_source``.
+def from_trace(memory: pd.DataFrame, *, stacks: pd.Series[str]) -> tuple[pd.DataFrame | None, list[dict[str, Any]]]:
+    """Allocations, and per rank and device ``peak_bytes`` and ``peak_source``; ``stacks`` as of :func:`from_events`.
 
     An accelerator's running total is its allocator's own: what was there before the recording and stayed is one row.
     The host's counts from anywhere: its peak is above what the recording shows to have been there at its beginning.
@@ -27,9 +25,7 @@ def from_trace(
         return None, []
     frames, facts = [], []
     for (rank, device), events in memory.groupby(["rank", "device"], sort=True):
-        allocations = from_events(events, stacks=None if stacks is None else stacks.loc[events.index])
-        if stacks is not None:
-            allocations = allocations.assign(**_categories(events, stacks.loc[events.index]))
+        allocations = from_events(events, stacks=stacks.loc[events.index])
         seen_before = int(allocations.loc[allocations["alloc_ns"].isna(), "size_bytes"].sum())
         start = int(events["total_bytes"].iloc[0] - events["size_bytes"].iloc[0])
         above = max(0, int(events["total_bytes"].max()) - start)
@@ -39,7 +35,9 @@ def from_trace(
         else:
             source, begin = "the allocator's own Total Allocated", start
             if (stayed := start - seen_before) > 0:
-                allocations = pd.concat([_stayed(allocations, stayed, str(device), int(rank)), allocations])
+                untold = {"alloc_ns": pd.NA, "free_ns": pd.NA, "stack": pd.NA, "category": CATEGORIES[0]}
+                row = allocations.head(1).assign(size_bytes=stayed, known_by=KNOWN_BY[0], **untold)
+                allocations = pd.concat([row.astype(allocations.dtypes), allocations])
         frames.append(allocations)
         facts.append({"rank": int(rank), "device": str(device), "peak_bytes": begin + above, "peak_source": source})
     frame = pd.concat(frames).sort_values("alloc_ns", kind="stable", na_position="first", ignore_index=True)
@@ -67,24 +65,31 @@ def reserved(memory: pd.DataFrame) -> pd.DataFrame | None:
     return pd.concat(frames, ignore_index=True)[list(SEGMENT_COLUMNS)].astype({"device": "str"}).rename_axis("segment")
 
 
-def _stayed(like: pd.DataFrame, size_bytes: int, device: str, rank: int) -> pd.DataFrame:
-    row = {"size_bytes": size_bytes, "alloc_ns": pd.NA, "free_ns": pd.NA, "device": device, "rank": rank,
-           "stack": pd.NA, "category": "unknown", "known_by": "not recorded"}  # fmt: skip
-    return pd.DataFrame([row]).astype(like.dtypes.to_dict())
+def from_events(memory: pd.DataFrame, *, stacks: pd.Series[str]) -> pd.DataFrame:
+    """Pair each allocation with the free of the same address: columns ``ALLOCATION_COLUMNS``, in order of birth.
 
-
-def _categories(events: pd.DataFrame, stacks: pd.Series[str]) -> dict[str, Any]:
-    """``category`` and ``known_by``: autograd's engine and torch's optimizers bear their names among the callers."""
+    ``memory`` is the memory frame of :func:`effkit.trace.read`; ``stacks`` says of each of its events where it came
+    from. ``alloc_ns`` is ``<NA>`` for what was there before the recording began (only its free was seen; these come
+    first), ``free_ns`` for what was still alive at its end. Events of one moment are set 1 ns apart. ``category`` and
+    ``known_by`` are told by the stacks: autograd's engine and torch's optimizers bear their names among the callers.
+    """
+    changes = memory["size_bytes"].to_numpy()
+    times = distinct(memory["time_ns"].to_numpy())
+    birth, death = pair(changes > 0, memory["address"].to_numpy(), pd.factorize(memory["device"])[0])
+    event = np.where(birth >= 0, birth, death)  # which tells size and place
+    sizes = np.abs(changes[event])
     codes, texts = pd.factorize(stacks)
     parts = np.array([*(_part(text) for text in texts), NOTHING])[codes]
-    sizes, addresses = events["size_bytes"].to_numpy(), events["address"].to_numpy()
-    birth, death = pair(sizes > 0, addresses)
-    death = np.where(death < 0, len(events), death)
-    roles = np.append(parts, NOTHING)[birth]
+    roles, end = np.append(parts, NOTHING)[birth], np.where(death < 0, len(memory), death)
     # an annotation is recorded when it ends, so a step that is there has ended
-    moved = np.abs(sizes)[np.where(birth < 0, death, birth)]
-    category, known_by = categorise(moved, roles, birth, death, parts, step_ended=True)
-    return {"category": chosen(CATEGORIES, category), "known_by": chosen(KNOWN_BY, known_by)}
+    category, known_by = categorise(sizes, roles, birth, end, parts, step_ended=True)
+    columns = {
+        "size_bytes": sizes, "alloc_ns": moments(times, birth), "free_ns": moments(times, death),
+        "device": memory["device"].iloc[event].array, "rank": memory["rank"].to_numpy()[event],
+        "stack": chosen(stacks, birth), "category": chosen(CATEGORIES, category),
+        "known_by": chosen(KNOWN_BY, known_by),
+    }  # fmt: skip
+    return pd.DataFrame(columns).rename_axis("allocation")
 
 
 def _part(stack: str) -> int:
