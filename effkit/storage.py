@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import pandas as pd
+from pandas.api.types import is_integer_dtype
 
 from effkit import snapshot, trace
 from effkit.whole_files import checked_place, replacing
@@ -28,6 +31,38 @@ FRAMES: Mapping[str, tuple[str, ...]] = {
     "segments": snapshot.SEGMENT_COLUMNS,
 }
 _MAY_LACK_TEXT = {*trace.DETAIL_COLUMNS, "stack"}  # of other columns an empty text is a text
+_WHOLE = re.compile(r"_ns$|_bytes$|^(?:rank|stream|correlation)$")  # columns of whole numbers
+
+
+_Whole = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+
+
+class _OutOfMemory(msgspec.Struct):
+    asked_bytes: _Whole
+    device_free_bytes: _Whole
+    time_ns: _Whole
+    stack: str | None
+
+
+class _Memory(msgspec.Struct):
+    rank: _Whole
+    device: str
+    peak_bytes: _Whole
+    peak_source: str
+    oom: _OutOfMemory | None = None
+    peak: str = ""
+    clock: str = ""
+
+
+class _Provenance(msgspec.Struct):
+    """What is read of a provenance, that somebody else may have written."""
+
+    memory: list[_Memory] = []
+    missing_ranks: list[_Whole] = []
+    left_out: list[str] = []
+    notes: list[str] = []
+    world_size: Annotated[int, msgspec.Meta(ge=1, lt=2**20)] | None = None
+    settings: dict[str, Any] | None = None
 
 
 def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> Path:
@@ -71,6 +106,10 @@ def _read(archive: zipfile.ZipFile) -> tuple[Frames, dict[str, Any]]:
     frames = {name: _frame(archive, name, columns) for name, columns in header["columns"].items() if name in FRAMES}
     if "events" not in frames:
         raise ValueError("it holds no events")
+    try:
+        msgspec.convert(header["provenance"], _Provenance)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"its provenance is damaged: {error}") from error
     return frames, header["provenance"]
 
 
@@ -85,7 +124,9 @@ def _frame(archive: zipfile.ZipFile, name: str, columns: dict[str, str]) -> pd.D
         frame = pd.read_csv(file, dtype=columns, keep_default_na=False, na_values=absent, lineterminator="\n")
     if set(frame.columns) != set(columns):
         raise ValueError(f"its {name} have the columns {', '.join(frame.columns)}, and capture.json names others")
-    return frame
+    if damaged := [column for column in frame if _WHOLE.search(column) and not is_integer_dtype(frame[column])]:
+        raise ValueError(f"its {name} hold no whole numbers in {', '.join(damaged)}")
+    return frame if name == "events" else frame.rename_axis(name.removesuffix("s"))
 
 
 def _put(archive: zipfile.ZipFile, name: str, text: str) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-import msgspec
-from pandas.api.types import is_integer_dtype
+from typing import Any, NamedTuple
 
 from effkit import snapshot, storage, trace
 from effkit.captured import Capture
@@ -18,7 +14,6 @@ from effkit.trace import nesting
 
 _LARGEST_SNAPSHOT = 4 * 2**30
 _SINCE_1970_NS = 10**18  # times beyond count from 1970 (this one is of 2001), others from a machine's start
-_WHOLE = re.compile(r"_ns$|_bytes$|^(?:rank|stream|correlation)$")  # columns of whole numbers
 
 
 class Options(NamedTuple):
@@ -27,37 +22,6 @@ class Options(NamedTuple):
     columns: Sequence[str] = trace.DETAIL_COLUMNS
     stacks: bool = False
     in_steps: tuple[str | None] | None = None  # leave out what is in no step, by the annotation that marks one
-
-
-_Whole = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
-
-
-class _OutOfMemory(msgspec.Struct):
-    asked_bytes: _Whole
-    device_free_bytes: _Whole
-    time_ns: _Whole
-    stack: str | None
-
-
-class _Memory(msgspec.Struct):
-    rank: _Whole
-    device: str
-    peak_bytes: _Whole
-    peak_source: str
-    oom: _OutOfMemory | None = None
-    peak: str = ""
-    clock: str = ""
-
-
-class _Provenance(msgspec.Struct):
-    """What is read of a provenance, that somebody else may have written."""
-
-    memory: list[_Memory] = []
-    missing_ranks: list[_Whole] = []
-    left_out: list[str] = []
-    notes: list[str] = []
-    world_size: Annotated[int, msgspec.Meta(ge=1, lt=2**20)] | None = None
-    settings: dict[str, Any] | None = None
 
 
 def load_file(path: Path, rank: int | None, options: Options) -> Capture:
@@ -83,22 +47,11 @@ def kind_of(path: Path) -> str:
 
 def _saved(path: Path, rank: int | None) -> Capture:
     frames, provenance = storage.read(path)
-    try:
-        msgspec.convert(provenance, _Provenance)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{path} is not a capture that can be read: its provenance is damaged: {error}") from error
-    for name, frame in frames.items():
-        if damaged := [column for column in frame if _WHOLE.search(column) and not is_integer_dtype(frame[column])]:
-            reason = f"its {name} hold no whole numbers in {', '.join(damaged)}"
-            raise ValueError(f"{path} is not a capture that can be read: {reason}")
     if rank is not None:
         if any(frame["rank"].nunique() > 1 for frame in frames.values()):
             raise ValueError(f"{path} holds several ranks already: load it alone, or give one file per rank")
         frames = {name: frame.assign(rank=rank) for name, frame in frames.items()}
         provenance["memory"] = [{**memory, "rank": rank} for memory in provenance.get("memory", ())]
-    for name, index in (("allocations", "allocation"), ("segments", "segment")):
-        if name in frames:
-            frames[name] = frames[name].rename_axis(index)
     return Capture(frames["events"], frames.get("allocations"), provenance, frames.get("segments"))
 
 
