@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from effkit.panes.collectives import collectives_of
-from effkit.panes.tensorboard import number
 from effkit.trace.names import DEVICE, LAUNCHES
 from effkit.trace.tidying import DETAILS
 from effkit.whole_files import checked_place, replacing
@@ -26,7 +26,7 @@ def write(path: Path, events: pd.DataFrame, held: Sequence[pd.DataFrame], marks:
     base_ns = int(events["start_ns"].min()) if len(events) else 0
     rank = int(events["rank"].iloc[0]) if len(events) else 0
     ends_us = (int((events["start_ns"] + events["dur_ns"]).max()) - base_ns) / 1000 if len(events) else 0
-    lines = [*_spans(events, base_ns), *_arrows(events, base_ns), *_counters(events, held, base_ns)]
+    lines = [*spans(events, base_ns), *_arrows(events, base_ns), *_counters(events, held, base_ns)]
     lines += [{"ph": "i", "s": "g", "name": mark, "ts": ends_us, "pid": "effkit", "tid": "receipts"} for mark in marks]
     content = {"schemaVersion": 1, "baseTimeNanoseconds": base_ns, "distributedInfo": {"rank": rank}}
     text = msgspec.json.encode({**content, "traceEvents": lines})
@@ -34,7 +34,8 @@ def write(path: Path, events: pd.DataFrame, held: Sequence[pd.DataFrame], marks:
         part.write_bytes(gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text)
 
 
-def _spans(events: pd.DataFrame, base_ns: int) -> Iterator[dict[str, Any]]:
+def spans(events: pd.DataFrame, base_ns: int) -> Iterator[dict[str, Any]]:
+    """Each event as a profiler writes it, with its times [us] since ``base_ns``."""
     details = [name for name in DETAILS if name in events]
     for event in events.to_dict("records"):
         args = {name: int(event[name]) for name in ("stream", "correlation") if pd.notna(event[name])}
@@ -43,14 +44,13 @@ def _spans(events: pd.DataFrame, base_ns: int) -> Iterator[dict[str, Any]]:
                 key, kind, *_ = DETAILS[name]
                 args[key] = json.loads(value) if kind is msgspec.Raw else kind(value)
         yield {
-            "ph": "X", "cat": event["category"], "name": event["name"], "pid": number(event["process"]),
-            "tid": number(event["thread"]), "ts": (event["start_ns"] - base_ns) / 1000, "dur": event["dur_ns"] / 1000,
+            "ph": "X", "cat": event["category"], "name": event["name"], "pid": _number(event["process"]),
+            "tid": _number(event["thread"]), "ts": (event["start_ns"] - base_ns) / 1000, "dur": event["dur_ns"] / 1000,
             "args": args,
         }  # fmt: skip
 
 
 def _arrows(events: pd.DataFrame, base_ns: int) -> Iterator[dict[str, Any]]:
-    """From each launch to what it launched."""
     linked = events.dropna(subset="correlation")
     launches = linked[linked["category"].str.endswith(LAUNCHES)].drop_duplicates("correlation")
     started = linked[linked["category"].isin(DEVICE) & linked["correlation"].isin(launches["correlation"])]
@@ -58,7 +58,7 @@ def _arrows(events: pd.DataFrame, base_ns: int) -> Iterator[dict[str, Any]]:
         for event in frame[["correlation", "process", "thread", "start_ns"]].to_dict("records"):
             yield {
                 "ph": phase, "cat": "ac2g", "name": "ac2g", "id": int(event["correlation"]), "bp": "e",
-                "pid": number(event["process"]), "tid": number(event["thread"]),
+                "pid": _number(event["process"]), "tid": _number(event["thread"]),
                 "ts": (event["start_ns"] - base_ns) / 1000,
             }  # fmt: skip
 
@@ -78,3 +78,7 @@ def _counters(events: pd.DataFrame, held: Sequence[pd.DataFrame], base_ns: int) 
     frame["level"] = frame.groupby(["track", "series"])["size"].cumsum()
     for track, series, time_ns, _, level in frame.sort_values("time_ns", kind="stable").itertuples(index=False):
         yield {"ph": "C", "name": track, "pid": "effkit", "ts": (time_ns - base_ns) / 1000, "args": {series: level}}
+
+
+def _number(process: str) -> int | str:
+    return int(process) if re.fullmatch(r"\d+", process) else process
