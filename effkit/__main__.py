@@ -129,7 +129,6 @@ def _lessons(options: argparse.Namespace) -> int:
 
 
 def _share(text: str) -> float:
-    """``5%`` or ``0.05``."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

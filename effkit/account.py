@@ -71,8 +71,7 @@ class Account(Record):
     calibration: Any = None
 
     def __post_init__(self) -> None:
-        missing = {"value", "basis"} - set(self.frame.columns)
-        if missing:
+        if missing := {"value", "basis"} - set(self.frame.columns):
             raise ValueError(f"an Account's frame needs the columns value and basis; missing: {sorted(missing)}")
         if not pd.api.types.is_integer_dtype(self.frame["value"]):
             raise ValueError(f"an Account's values are integers; given: {self.frame['value'].dtype}. Round them")
@@ -80,8 +79,7 @@ class Account(Record):
         if self.unit != "ns" and len(negative := self.frame[self.frame["value"] < 0]):
             item, value = negative.index[0], negative["value"].iloc[0]
             raise ValueError(f"a part of a total is 0 or more; given: {item} {value:,} of {self.total:,} {self.unit}")
-        unknown = set(self.frame["basis"]) - set(BASES)
-        if unknown:
+        if unknown := set(self.frame["basis"]) - set(BASES):
             raise ValueError(f"basis is one of {', '.join(BASES)}; given: {', '.join(sorted(map(str, unknown)))}")
         if self.frame.index.has_duplicates:
             twice = list(self.frame.index[self.frame.index.duplicated()])
@@ -192,7 +190,6 @@ class Account(Record):
         )  # fmt: skip
 
     def _scalars(self) -> Iterator[tuple[str, float]]:
-        """The total, its band and its rows, then those of the companions."""
         ends = {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
         figures = {"total": self.total, **ends, "residual": self.residual, **self.frame["value"].to_dict()}
         for name, value in figures.items():

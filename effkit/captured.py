@@ -12,17 +12,7 @@ import pandas as pd
 from effkit import markup, panes, snapshot, storage
 from effkit.account import Account
 from effkit.datasheets import datasheet_of
-from effkit.panes import (
-    aligning,
-    breakdown,
-    collectives,
-    differences,
-    families,
-    matrix_products,
-    perfetto,
-    tables,
-    tensorboard,
-)
+from effkit.panes import aligning, differences, matrix_products, perfetto, tensorboard
 from effkit.panes.steps import marks
 from effkit.units import readable
 
@@ -86,7 +76,7 @@ class Capture:
         ``decode`` or ``mixed``, and ``step="decode"`` chooses), or the profiler's own marks, and the whole window is
         one step where there are none. ``attrs["notes"]`` says which, ``attrs["suggestions"]`` what follows.
         """
-        return breakdown.overview(self._of_ranks("overview", step))
+        return panes.breakdown.overview(self._of_ranks("overview", step))
 
     def operators(self, by_shape: bool = False) -> pd.DataFrame:
         """Calls, total and self time on host and device [ns] of each operator, summed over ranks.
@@ -95,7 +85,7 @@ class Capture:
         Device time belongs to the innermost operator around the launch; what was launched outside of any, or before
         the recording, stands in the row ``not visible``. Without a recorded device its columns are ``<NA>``.
         """
-        return tables.operators(self._of_ranks("operators"), by_shape)
+        return panes.tables.operators(self._of_ranks("operators"), by_shape)
 
     def products(self) -> pd.DataFrame:
         """Each matrix product on a device, by operator, shapes and dtypes, where shapes were recorded.
@@ -113,7 +103,7 @@ class Capture:
         ``occupancy_frac`` is the estimate that was recorded, weighted by time, ``<NA>`` where there is none.
         ``tensor_cores`` goes by the kernel's name, ``<NA>`` where that does not tell: profilers do not record it.
         """
-        return tables.kernels(self._of_ranks("kernels"))
+        return panes.tables.kernels(self._of_ranks("kernels"))
 
     def families(self) -> pd.DataFrame:
         """Where the time goes by what operators and kernels do (``effkit.operators``) [ns], summed over ranks.
@@ -122,7 +112,7 @@ class Capture:
         operator that launched it where that says more (of elementwise kernels, say). The row ``not visible`` is what
         neither tells.
         """
-        return families.families(self._of_ranks("families"))
+        return panes.families.families(self._of_ranks("families"))
 
     def collectives(self) -> pd.DataFrame:
         """Every collective call of every rank, on the clock of the first rank.
@@ -132,11 +122,11 @@ class Capture:
         ``bus_bandwidth_bytes_per_s`` comes from moving time alone. ``<NA>`` where it was not recorded; who waits
         for whom is not visible from one rank.
         """
-        calls = collectives.matched(self._of_ranks("collectives"))
+        calls = panes.collectives.matched(self._of_ranks("collectives"))
         world = self.provenance.get("world_size")
         # a group without a name is taken to be all ranks
         calls["num_ranks"] = calls["num_ranks"].fillna(world) if world else calls["num_ranks"]
-        return collectives.waits(calls)
+        return panes.collectives.waits(calls)
 
     def communication(self) -> pd.DataFrame:
         """The collectives by kind: calls, bytes, waiting and moving time summed over ranks.
@@ -145,17 +135,17 @@ class Capture:
         ``attrs["notes"]`` says which ranks are missing, and which calls could not be matched.
         """
         calls = self.collectives()
-        table = collectives.summary(calls)
-        table.attrs["notes"] = [*self._notes(), *collectives.doubts(calls)]
+        table = panes.collectives.summary(calls)
+        table.attrs["notes"] = [*self._notes(), *panes.collectives.doubts(calls)]
         return table
 
     def clocks(self) -> pd.DataFrame:
         """How far each rank's clock is ahead of the first one's, and the spread that aligning them leaves [ns]."""
-        return aligning.clocks(collectives.matched(self._of_ranks("collectives")))
+        return aligning.clocks(panes.collectives.matched(self._of_ranks("collectives")))
 
     def rank_pairs(self) -> pd.DataFrame:
         """Bytes from each ``sender`` to each ``receiver`` in all all-to-alls; ``basis`` says how they are known."""
-        return collectives.rank_pairs(self.collectives())
+        return panes.collectives.rank_pairs(self.collectives())
 
     def memory(
         self, *, by: str = "category", device: str | None = None, rank: int | None = None, at_ns: int | None = None
@@ -234,8 +224,7 @@ class Capture:
         return table
 
     def _in_steps(self, step: str | None = None) -> Capture:
-        """The same without what is in no step."""
-        ranks = [breakdown.of_steps(events, step) for _, events in self.events.groupby("rank")] or [self.events]
+        ranks = [panes.breakdown.of_steps(events, step) for _, events in self.events.groupby("rank")] or [self.events]
         return replace(self, events=pd.concat(ranks, ignore_index=True))
 
     def _outside(self, inside: Capture) -> str:

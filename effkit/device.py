@@ -81,12 +81,8 @@ class Device:
         """
         path = _cache_path()
         if not refresh:
-            try:
-                stored = json.loads(path.read_text())
-                if stored.pop("version") == _VERSION:
-                    return cls(**stored)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError):
-                pass  # no cache, or one of another version: measure
+            with suppress(OSError, ValueError, TypeError):  # no cache, or a damaged one: measure
+                return cls(**json.loads(path.read_text()))
         import torch
 
         with torch.random.fork_rng():  # somebody may be in the middle of a training
@@ -94,7 +90,7 @@ class Device:
         with suppress(OSError):  # a cache that cannot be written only costs the next call its seconds
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as part:
-                part.write_text(json.dumps({"version": _VERSION, **asdict(device)}))
+                part.write_text(json.dumps(asdict(device)))
         return device
 
     @property
@@ -223,12 +219,10 @@ def _name() -> str:
 
 
 def _processor() -> str:
-    try:
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")]  # fmt: skip
-    except OSError:
-        models = []
-    return models[0] if models else platform.processor() or platform.machine()
+    with suppress(OSError):
+        if found := re.search(r"^model name[^:\n]*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _precision() -> str:
@@ -247,7 +241,7 @@ def _cache_path() -> Path:
     where, driver = usual_device(), Path("/proc/driver/nvidia/version")
     sums = ("fp16_accumulation", "fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction")
     key = (
-        _name(), torch.__version__, torch.__config__.show(), torch.__config__.parallel_info(), _precision(),
+        _VERSION, _name(), torch.__version__, torch.__config__.show(), torch.__config__.parallel_info(), _precision(),
         driver.read_text() if driver.exists() else "", cuda.preferred_blas_library(), mkldnn.enabled,
         where == "cpu" or torch.get_device_module(where).get_device_properties(),
         [getattr(cuda.matmul, f"allow_{name}") for name in sums],

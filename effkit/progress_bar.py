@@ -92,7 +92,6 @@ def hush() -> None:
 
 
 def _kernel() -> Any:
-    """The shell of a notebook, or None elsewhere."""
     if "IPython" not in sys.modules:
         return None
     from IPython import get_ipython

@@ -123,11 +123,7 @@ class Receipt(Record):
 
     def to_markdown(self) -> str:
         """A table with a row per quantity: predicted, band, measured, error, and whether it lay in the band."""
-        rows = [
-            [guess.title, readable(guess.total, guess.unit), _band(guess), readable(truth.total, truth.unit),
-             f"{_error(guess.total, truth.total):+.1%}", "yes" if _within(guess, truth) else "no"]
-            for guess, truth in self._pairs()
-        ]  # fmt: skip
+        rows = [[guess.title, *_cells(guess, truth)] for guess, truth in self._pairs()]
         return markup.markdown(["quantity", *_HEADS], rows)
 
     def _plain(self) -> dict[str, Any]:
@@ -172,11 +168,9 @@ def figures(guess: Account, truth: Account | None = None, *, caption: str = "") 
     rows = []
     for account in (guess, *guess.companions):
         measured = truth if account is guess else truths.get(account.title)
-        amount = readable(account.total, account.unit)
-        texts = [amount, _band(account), "–", "–", "–"] if guess.predicted or truth else ["–", "–", amount, "–"]
-        if measured is not None:
-            error, inside = f"{_error(account.total, measured.total):+.1%}", _within(account, measured)
-            texts[2:] = [readable(measured.total, measured.unit), error, "yes" if inside else "no"]
+        texts = _cells(account, measured)
+        if not (guess.predicted or truth):
+            texts = ["–", "–", texts[0], "–"]
         title = html.escape(account.title)
         rows.append([
             markup.Cell(f"<b>{title}</b>" if account is guess else title + _shares(account), "th", _QUANTITY),
@@ -188,7 +182,6 @@ def figures(guess: Account, truth: Account | None = None, *, caption: str = "") 
 
 
 def _shares(account: Account) -> str:
-    """What the rows are of the total, for a cell."""
     if len(account.frame) < 2:
         return ""
     shares = ", ".join(f"{share:.1%} {item}" for item, share in account.share.items())
@@ -201,9 +194,17 @@ def _error(predicted: float, measured: float) -> float:
     return predicted / measured - 1
 
 
+def _cells(guess: Account, truth: Account | None) -> list[str]:
+    predicted = [readable(guess.total, guess.unit), _band(guess)]
+    if truth is None:
+        return [*predicted, "–", "–", "–"]
+    error, inside = f"{_error(guess.total, truth.total):+.1%}", "yes" if _within(guess, truth) else "no"
+    return [*predicted, readable(truth.total, truth.unit), error, inside]
+
+
 def _beside(guess: Account, truth: Account) -> str:
-    predicted, measured = (readable(account.total, account.unit) for account in (guess, truth))
-    return f"predicted {predicted}, measured {measured}, error {_error(guess.total, truth.total):+.1%}"
+    predicted, _, measured, error, _ = _cells(guess, truth)
+    return f"predicted {predicted}, measured {measured}, error {error}"
 
 
 def _band(predicted: Account) -> str:

@@ -282,7 +282,6 @@ class WhatIf(Screen):
             self._tell(" ".join(parts), rest, alert=bool(self._refusal) and not computing, style=f' style="{style}"')
 
     def _receipt(self) -> Receipt | None:
-        """The latest receipt of the setting on the screen."""
         return next((r for r in reversed(self.receipts) if r.setting == self.result.setting), None)
 
     def _sentence(self, receipt: Receipt | None) -> str:
@@ -300,7 +299,6 @@ class WhatIf(Screen):
         return " ".join(parts)
 
     def _change(self, setting: Mapping[str, Any]) -> str:
-        """What a setting changes of the measured one."""
         rest = self.base.setting
         changes = [f"{name}={value}" for name, value in setting.items() if rest.get(name) != value]
         return ", ".join(changes) or "the rest position"
@@ -372,7 +370,6 @@ def _scaled(value: Any, scale: int | float) -> Any:
 
 
 def _in_words(quantity: str, cells: str) -> str:
-    """A row of the table."""
     parts = (part.replace("</td>", "\n").replace("<small", "\n<small") for part in (quantity, cells))
     (title, *shares), (predicted, band, measured, error, *_) = (
         html.unescape(re.sub(r"<[^>]+>", "", part)).split("\n") for part in parts

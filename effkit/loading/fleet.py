@@ -155,7 +155,6 @@ class Fleet(Capture):
 
 
 def _counted(items: Iterable[Item], total: int) -> list[Item]:
-    """All of them; says how many there are as yet."""
     read = []
     with working("Reading ranks"):
         for item in items:

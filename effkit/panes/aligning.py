@@ -34,7 +34,6 @@ def clocks(calls: pd.DataFrame) -> pd.DataFrame:
 
 
 def _middle(apart: pd.Series[float]) -> list[Any]:
-    """Median, median distance from it, and number."""
     if apart.empty:
         return [pd.NA, pd.NA, 0]
     return [round(float(apart.median())), round(float((apart - apart.median()).abs().median())), len(apart)]

@@ -10,19 +10,7 @@ import pandas as pd
 
 from effkit import markup
 from effkit.panes.steps import WHOLE, steps
-from effkit.trace import impossible, intervals, nesting
-from effkit.trace.names import (
-    COLLECTIVE,
-    COPIES,
-    DATALOADER,
-    DEVICE,
-    DEVICE_BACKENDS,
-    GIVES_WORK,
-    LAUNCHES,
-    WAITS,
-    by_name,
-    communicates,
-)  # fmt: skip
+from effkit.trace import impossible, intervals, names, nesting
 
 # In this order: a moment belongs to the first of them that it shows. They sum to dur_ns.
 PARTS = (
@@ -36,17 +24,17 @@ NO_DEVICE = "no device activity was recorded: its columns are absent"
 
 def communication(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Events that move data between ranks: kernels on the device, and calls of libraries that work on the host."""
-    candidates = events[by_name(events["name"], communicates)]
+    candidates = events[names.by_name(events["name"], names.communicates)]
     kernels = candidates[candidates["category"] == "kernel"]
     calls = candidates[candidates["category"] == "user_annotation"]
-    backends = calls["name"].str.extract(COLLECTIVE)["backend"]
-    return kernels, calls[backends.notna() & ~backends.isin(DEVICE_BACKENDS)]
+    backends = calls["name"].str.extract(names.COLLECTIVE)["backend"]
+    return kernels, calls[backends.notna() & ~backends.isin(names.DEVICE_BACKENDS)]
 
 
 def computing(events: pd.DataFrame) -> pd.DataFrame:
     """Operators of the host that compute: not those that move data, nor those that wait around such a one."""
     tree = nesting.host(events)
-    moves = by_name(tree["name"], communicates).astype("int64")
+    moves = names.by_name(tree["name"], names.communicates).astype("int64")
     return tree[(tree["category"] == "cpu_op") & (nesting.with_inner(nesting.parents(tree), moves) == 0)]
 
 
@@ -55,21 +43,21 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     rank = int(events["rank"].iloc[0]) if len(events) else 0
     events, strange, notes = impossible.understood(events)
     category = events["category"]
-    on_device = events[category.isin(DEVICE)]
-    launches = events[category.str.endswith(LAUNCHES)]
+    on_device = events[category.isin(names.DEVICE)]
+    launches = events[category.str.endswith(names.LAUNCHES)]
     marked, source = steps(pd.concat([events, strange]) if len(strange) else events, step)
     starts, ends = _lasting(marked, source, launches, on_device)
     kernels, calls = communication(events)
     operators = events[category == "cpu_op"]
     device = intervals.of(on_device)
-    waiting = launches["name"].str.contains(WAITS)
+    waiting = launches["name"].str.contains(names.WAITS)
     waits = launches[waiting]
     blind = _blind(waits, device)  # the host waits for the device, and nothing that this did is in the recording
     parts: dict[str, tuple[pd.DataFrame, ...]] = {
         "kernel_ns": (on_device[on_device["category"] == "kernel"].drop(kernels.index),),
         "exposed_communication_ns": (kernels, calls),
-        "memcpy_ns": (on_device[on_device["category"].isin(COPIES)],),
-        "dataloader_ns": (events[events["name"].str.startswith(DATALOADER)],),
+        "memcpy_ns": (on_device[on_device["category"].isin(names.COPIES)],),
+        "dataloader_ns": (events[events["name"].str.startswith(names.DATALOADER)],),
         "not_visible_ns": (blind,),
         "cpu_exec_ns": (operators, launches),
     }
@@ -89,7 +77,7 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         frame[name] = reach - covered
         covered = reach
     # neither was idle: what no pane knows, and a device that was given work of which nothing is recorded
-    given = launches[launches["name"].str.contains(GIVES_WORK)]
+    given = launches[launches["name"].str.contains(names.GIVES_WORK)]
     unseen = intervals.of(*before, strange).within(starts, ends) - covered
     if on_device.empty and len(given):
         unseen = frame["dur_ns"] - covered
@@ -125,8 +113,8 @@ def of_steps(events: pd.DataFrame, step: str | None = None) -> pd.DataFrame:
     if source == WHOLE:
         return events
     category = events["category"]
-    of_device = category.isin(DEVICE)
-    starts, ends = _lasting(marked, source, events[category.str.endswith(LAUNCHES)], events[of_device])
+    of_device = category.isin(names.DEVICE)
+    starts, ends = _lasting(marked, source, events[category.str.endswith(names.LAUNCHES)], events[of_device])
     lasting = pd.DataFrame({"start_ns": starts, "dur_ns": ends - starts})
     on_host, on_device = (intervals.of(spans).hold(events["start_ns"]) for spans in (marked, lasting))
     return events[np.where(of_device, on_device, on_host)].reset_index(drop=True)
@@ -168,15 +156,12 @@ def _blind(waits: pd.DataFrame, device: intervals.Covered) -> pd.DataFrame:
 
 
 def _lasting(marked: pd.DataFrame, source: str, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
-    """Starts and ends of steps: those of the marks, or until what they launched has run."""
+    """Starts and ends of steps, each until what it launched has run; the next step begins no earlier. The same rule as
+    the TensorBoard plugin's: the host runs ahead of the device, and a mark is made on the host."""
     starts = marked["start_ns"].to_numpy("int64")
     ends = starts + marked["dur_ns"].to_numpy("int64")
-    return (starts, ends) if source == WHOLE else _with_their_device_work(starts, ends, launches, on_device)
-
-
-def _with_their_device_work(starts: Any, ends: Any, launches: pd.DataFrame, on_device: pd.DataFrame) -> tuple[Any, Any]:
-    """Starts and ends of the steps, each until what it launched has run; the next step begins no earlier. The same rule
-    as the TensorBoard plugin's: the host runs ahead of the device, and a mark is made on the host."""
+    if source == WHOLE:
+        return starts, ends
     linked = launches.drop_duplicates("correlation").dropna(subset="correlation").set_index("correlation")["start_ns"]
     launched = on_device["correlation"].map(linked).astype("Int64").fillna(-1).to_numpy("int64")
     # in which step each kernel was launched: the last that had begun, unless it had ended
