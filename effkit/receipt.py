@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -99,27 +97,20 @@ class Receipt(Record):
         written.
         """
         path = Path(path)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not path.exists():
-            writer.writerow(LEDGER_COLUMNS)
-        else:
-            content = path.read_bytes()
+        content = path.read_bytes() if path.exists() else None
+        if content is not None:
             header = content.partition(b"\n")[0].decode("utf-8", errors="replace").strip()
-            if not content.endswith(b"\n"):
-                text.write("\n")
             if header != ",".join(LEDGER_COLUMNS):
                 first = repr(header[:80])
                 raise ValueError(f"{path} is not an error ledger: its first line is {first}. Choose another file")
         setting, provenance = (json.dumps(dict(facts), sort_keys=True, default=str)
                                for facts in (self.setting, self.provenance))  # fmt: skip
-        for quantity, row in self.frame.iterrows():
-            cells = [row["unit"], row["predicted"], row["low"], row["high"], row["measured"]]
-            blank = ["" if pd.isna(cell) else cell for cell in cells]
-            writer.writerow([lab, model, knob, setting, quantity, *blank, f"{row['error']:.6f}", row["in_range"],
-                             provenance])  # fmt: skip
+        table = self.frame.reset_index().assign(lab=lab, model=model, knob=knob, setting=setting, provenance=provenance)
+        table["error"] = table["error"].map("{:.6f}".format)
+        text = table[[*LEDGER_COLUMNS]].to_csv(index=False, header=content is None, lineterminator="\n")
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole_files.append(path, text.getvalue().encode())
+        between = b"" if content is None or content.endswith(b"\n") else b"\n"
+        whole_files.append(path, between + text.encode())
 
     def to_markdown(self) -> str:
         """A table with a row per quantity: predicted, band, measured, error, and whether it lay in the band."""
