@@ -131,6 +131,23 @@ def test_the_account_by_stack_says_how_many_others():
     assert len(whole.frame) == 20
 
 
+def test_a_library_says_how_memory_was_asked_for_and_ones_own_code_for_what():
+    frame = allocations((1, None, None), (2, None, None))
+    frame["stack"] = [
+        "torch/functional.py:7 einsum < code/model.py:12 forward < code/train.py:3 step",
+        "torch/functional.py:7 einsum < site-packages/accelerate/hooks.py:165 hook < code/train.py:3 step",
+    ]
+    stacks, places = (
+        snapshot.account(frame, peak_bytes=3, source="x", device="device0", by=by).frame.index.tolist()
+        for by in ("stack", "place")
+    )
+    assert stacks == ["code/train.py:3 step", "code/model.py:12 forward < code/train.py:3 step"]
+    assert places == [
+        "code/train.py:3 step, in torch/functional.py:7 einsum",
+        "code/model.py:12 forward, in torch/functional.py:7 einsum",
+    ]
+
+
 def test_what_was_reserved_stands_beside_it():
     segments = allocations((300, None, None), (50, 6, 20), (60, 25, None))[list(snapshot.SEGMENT_COLUMNS)]
     found = snapshot.account(SOME, peak_bytes=147, source="x", device="device0", segments=segments)

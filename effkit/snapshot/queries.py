@@ -6,7 +6,6 @@ Give the rows of one rank. A moment is a time [ns]: an allocation is alive from 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -74,14 +73,14 @@ def account(
     are given, a companion says how the memory reserved at that moment was used. ValueError when there is nothing on
     that device, or ``by`` is none of these.
     """
-    spellings: dict[str, Callable[[str], str]] = {"category": str, "stack": _short, "place": _place}
-    if by not in spellings:
+    if by not in ("category", "stack", "place"):
         raise ValueError(f"memory is accounted for by category or by stack or by place; given: {by!r}")
     rows = _on(allocations, device)
     moment = peak_ns(rows, device) if at_ns is None else at_ns
     alive = at(rows, moment)
     names = alive["category" if by == "category" else "stack"].fillna("not recorded")
-    names = names.map({name: spellings[by](name) for name in names.unique()})
+    if by != "category":
+        names = names.map({name: _callers(name, by) for name in names.unique()})
     held = alive["size_bytes"].groupby(names).sum().sort_values(ascending=False, kind="stable")
     items = {str(item): int(value) for item, value in held.items()}
     if by != "category" and len(held) > num_rows:
@@ -97,25 +96,13 @@ def account(
     return Account.of(title, "bytes", items, total=peak_bytes, source=source, companions=companions)
 
 
-def _place(stack: str) -> str:
-    """The innermost caller of one's own, and the innermost of all.
-
-    >>> _place("torch/functional.py:7 einsum < site-packages/accelerate/hooks.py:165 hook < code/train.py:3 step")
-    'code/train.py:3 step, in torch/functional.py:7 einsum'
-    """
-    frames = stack.split(" < ")
-    own = next((frame for frame in frames if not _LIBRARIES.match(frame)), frames[0])
-    return own if own == frames[0] else f"{own}, in {frames[0]}"
-
-
-def _short(stack: str) -> str:
-    """The innermost callers that are not a library's own, as many as fit on a line.
-
-    >>> _short("torch/functional.py:7 einsum < code/model.py:12 forward < code/train.py:3 step")
-    'code/model.py:12 forward < code/train.py:3 step'
-    """
+def _callers(stack: str, by: str) -> str:
+    """By ``"stack"`` the innermost callers that are not a library's own, as many as fit on a line; by ``"place"`` the
+    innermost of these, and of all."""
     frames = stack.split(" < ")
     own = [frame for frame in frames if not _LIBRARIES.match(frame)] or frames
+    if by == "place":
+        return own[0] if own[0] == frames[0] else f"{own[0]}, in {frames[0]}"
     return " < ".join(own[:_CALLERS]) + (" < …" if len(own) > _CALLERS else "")
 
 
