@@ -12,7 +12,7 @@ import pandas as pd
 from effkit import markup, panes, snapshot, storage
 from effkit.account import Account
 from effkit.datasheets import datasheet_of
-from effkit.panes import aligning, differences, matrix_products, perfetto, tensorboard
+from effkit.panes import differences, matrix_products, perfetto, tensorboard
 from effkit.panes.steps import marks
 from effkit.units import readable
 
@@ -141,7 +141,7 @@ class Capture:
 
     def clocks(self) -> pd.DataFrame:
         """How far each rank's clock is ahead of the first one's, and the spread that aligning them leaves [ns]."""
-        return aligning.clocks(panes.collectives.matched(self._of_ranks("collectives")))
+        return panes.collectives.clocks(panes.collectives.matched(self._of_ranks("collectives")))
 
     def rank_pairs(self) -> pd.DataFrame:
         """Bytes from each ``sender`` to each ``receiver`` in all all-to-alls; ``basis`` says how they are known."""

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.panes.aligning import SYNCHRONISE, clocks
 from effkit.panes.breakdown import communication, computing
 from effkit.trace import intervals, nesting
 from effkit.trace.names import COLLECTIVE, DEVICE_BACKENDS, ITEM_BYTES, STEP, collective_of_kernel, plain_collective
 
+_TIGHT_NS = 10_000  # a spread that needs no better
 Notes = Callable[[int], str]
 _MOST_RANKS = 2**20
 _MOST_ANNOTATIONS, _ANNOTATION_CHARS = 32, 200  # of those around a call: a trace may be nested without end
@@ -202,8 +202,11 @@ _BUS = {
     **dict.fromkeys(("reduce_scatter", "all_to_all"), lambda n: (n - 1) / n),
     **dict.fromkeys(("broadcast", "reduce", "send_recv"), lambda n: 1.0),
 }
+# collectives that nobody leaves before all have come; DeepEP's ranks wait for one another in the notifying kernels
+_SYNCHRONISE = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier", "notify_dispatch",
+                "cached_notify_dispatch", "cached_notify_combine", "cached_notify")  # fmt: skip
 # the same, but the more a rank receives the later it leaves: of no use to a clock
-_WAITS = (*SYNCHRONISE, "dispatch", "combine")
+_WAITS = (*_SYNCHRONISE, "dispatch", "combine")
 _SAME_SIZE = ("all_reduce", "broadcast", "reduce")
 
 
@@ -222,6 +225,33 @@ def matched(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     agree = (counts["min"] == counts["max"]) & (counts["size"] > 1)
     number = frame.groupby([kind, position], sort=False).ngroup().astype("Int64")
     return frame.assign(call=number.where(kind.map(agree)))
+
+
+def clocks(calls: pd.DataFrame) -> pd.DataFrame:
+    """How far each rank's clock is ahead of the first one's: ``offset_ns``, ``spread_ns``, ``num_matched`` by rank.
+
+    A collective ends for all at nearly the same moment. The offset is the median difference of ends over the matched
+    ones, the spread the median distance from it that remains; absent for a rank that shares no collective. All-to-alls,
+    in which ranks may receive unequally and leave one after another, are left out where the others agree far better.
+    """
+    ranks = sorted(calls["rank"].unique())
+    usable = calls[calls["call"].notna() & calls["dur_ns"].notna() & calls["collective"].isin(_SYNCHRONISE)]
+    columns = ["offset_ns", "spread_ns", "num_matched"]
+    clock = pd.DataFrame(0, index=pd.Index(ranks, name="rank"), columns=columns, dtype="Int64")
+    ends = usable.assign(end=usable["start_ns"] + usable["dur_ns"])
+    ends = ends.pivot_table(index="call", columns="rank", values="end", aggfunc="first")
+    uneven = ends.index.isin(usable.loc[usable["collective"] == "all_to_all", "call"])
+    for rank in ranks[1:]:
+        apart = ends[rank] - ends[ranks[0]] if {rank, ranks[0]} <= set(ends.columns) else pd.Series(dtype="Float64")
+        every, even = (_middle(part.dropna()) for part in (apart, apart[~uneven[: len(apart)]]))
+        clock.loc[rank] = even if even[2] > 1 and every[1] > 10 * even[1] + _TIGHT_NS else every
+    return clock
+
+
+def _middle(apart: pd.Series[float]) -> list[Any]:
+    if apart.empty:
+        return [pd.NA, pd.NA, 0]
+    return [round(float(apart.median())), round(float((apart - apart.median()).abs().median())), len(apart)]
 
 
 def waits(calls: pd.DataFrame) -> pd.DataFrame:
