@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,11 @@ def _measure() -> Device:
     where = usual_device()
     small = where == "cpu"
     dtypes = [torch.float32, torch.bfloat16, *([] if small else [torch.float16])]
-    rates = {str(dtype).removeprefix("torch."): _matrix_rate(dtype, 768 if small else 4096, where) for dtype in dtypes}
+    rates, size = {}, 768 if small else 4096
+    for dtype in dtypes:
+        pair = [torch.randn(size, size, device=where).to(dtype) for _ in range(2)]
+        product_ns = fastest_ns(partial(torch.matmul, *pair), seconds=0.6)
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / product_ns * 1e9
 
     source = torch.ones(2**24 if small else 2**28, device=where)  # 64 MiB or 1 GiB: far more than any cache
     target = torch.empty_like(source)
@@ -277,13 +282,6 @@ def _measure() -> Device:
         torch_version=torch.__version__, measured_on=datetime.date.today().isoformat(),
         float32_precision=_precision(),
     )  # fmt: skip
-
-
-def _matrix_rate(dtype: Any, size: int, where: str) -> float:
-    import torch
-
-    left, right = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
-    return 2 * size**3 / fastest_ns(lambda: left @ right, seconds=0.6) * 1e9
 
 
 def _memory() -> int:

@@ -77,8 +77,5 @@ def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _inside(folder: Path) -> list[Path]:
     """The captures of a folder, in the order in which people count: rank2 before rank10."""
-
-    def natural(path: Path) -> list[Any]:
-        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
-
-    return sorted((file for file in folder.iterdir() if file.name.endswith(_SUFFIXES)), key=natural)
+    captures = (file for file in folder.iterdir() if file.name.endswith(_SUFFIXES))
+    return sorted(captures, key=lambda file: re.sub(r"\d+", lambda number: number[0].zfill(20), file.name))

@@ -71,9 +71,7 @@ def _drawn(account: Account, ax: Axes) -> None:
     ax.set_xlim(left=min(0, ax.get_xlim()[0]))
     ax.set_title(ax.get_title(loc="left"), loc="left", fontsize=10, fontweight="bold")
     ax.tick_params(axis="x", labelsize=9)
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    below = ax.transAxes + ScaledTranslation(0, -_BELOW_POINTS / 72, figure.dpi_scale_trans)
+    below = ax.transAxes + ScaledTranslation(0, -_BELOW_POINTS / 72, ax.figure.dpi_scale_trans)
     ax.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0,
               ncols=_columns(account), frameon=False, fontsize=8.5, handlelength=1.2, handleheight=0.9,
               columnspacing=1.4, labelspacing=0.35)  # fmt: skip

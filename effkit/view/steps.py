@@ -21,22 +21,20 @@ def live_bytes(levels: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes(ax, (7.4, 2.8))
     amounts = levels.drop(columns=["phase", "operator"])
     amounts = amounts.loc[:, (amounts > 0).any()]
-    below = np.zeros(len(levels))
-    for position, name in enumerate(amounts):
-        above = below + amounts[name].to_numpy()
-        ax.fill_between(levels.index, below, above, step="mid", color=colour(name, position), linewidth=0, label=name)
-        below = above
-    at = int(below.argmax())
-    ax.plot([at], [below[at]], marker="v", color="black", markersize=6, clip_on=False)
-    ax.set_ylim(0, 1.3 * below.max())  # room for the legend
+    shades = [colour(name, position) for position, name in enumerate(amounts)]
+    ax.stackplot(levels.index, amounts.T, labels=list(amounts), colors=shades, step="mid", linewidth=0)
+    alive = amounts.sum(axis="columns").to_numpy()
+    at = int(alive.argmax())
+    ax.plot([at], [alive[at]], marker="v", color="black", markersize=6, clip_on=False)
+    ax.set_ylim(0, 1.3 * alive.max())  # room for the legend
     begins = levels["phase"] != levels["phase"].shift()
     for start, phase in levels.loc[begins, "phase"].items():
         ax.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
-        ax.text(start, 1.14 * below.max(), f" {phase}", fontsize=8, color=GREY, va="top")
+        ax.text(start, 1.14 * alive.max(), f" {phase}", fontsize=8, color=GREY, va="top")
     ax.set(xlim=(0, len(levels) - 1), xlabel="operator")
     unit_axis(ax.yaxis, "bytes")
     where = f"{levels['phase'].iloc[at]}, at {label(levels['operator'].iloc[at])}"
-    ax.set_title(f"Peak {readable(int(below[at]), 'bytes')} in {where}", loc="left", fontsize=10)
+    ax.set_title(f"Peak {readable(int(alive[at]), 'bytes')} in {where}", loc="left", fontsize=10)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
     return ax
 
