@@ -5,11 +5,11 @@ from effkit.view.comparison import Comparison
 from effkit.view.generations import roofline
 from effkit.view.pages import page
 from effkit.view.panes import PANES, MemoryPicture
-from effkit.view.ranks import delays, policies, timeline
+from effkit.view.ranks import policies, timeline
 from effkit.view.steps import front, live_bytes
 from effkit.view.style import GREY, OKABE_ITO, colour
 
 __all__ = [
-    "GREY", "OKABE_ITO", "PANES", "Comparison", "MemoryPicture", "account", "colour", "delays", "front",
+    "GREY", "OKABE_ITO", "PANES", "Comparison", "MemoryPicture", "account", "colour", "front",
     "live_bytes", "page", "plan", "policies", "roofline", "timeline",
 ]  # fmt: skip

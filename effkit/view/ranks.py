@@ -1,10 +1,7 @@
-"""Pictures of several ranks: who computes, waits and moves when; what balance is worth; delays between pairs."""
+"""Pictures of several ranks: who computes, waits and moves when; what balance is worth."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -57,20 +54,4 @@ def policies(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.25 * table["step_ns"].max())
     unit_axis(ax.xaxis, "ns")
-    return ax
-
-
-def delays(matrix: Any, ax: Axes | None = None) -> Axes:
-    """Times [ns] from each sender (row) to each receiver (column); of several rounds, their median."""
-    times = np.asarray(matrix, dtype=float)
-    if times.ndim == 3:
-        times = np.median(times, axis=0)
-    ax = axes(ax, (0.9 + 0.62 * len(times), 0.7 + 0.55 * len(times)), framed=True)
-    ax.imshow(times, cmap="cividis", vmin=0)
-    middle = np.nanmax(times) / 2
-    for sender, receiver in np.argwhere(~np.isnan(times)):
-        time_ns = times[sender, receiver]
-        ax.text(receiver, sender, readable(round(time_ns), "ns"), ha="center", va="center", fontsize=7,
-                color="white" if time_ns < middle else "black")  # fmt: skip
-    ax.set(xticks=range(len(times)), yticks=range(len(times)), xlabel="receiver", ylabel="sender")
     return ax

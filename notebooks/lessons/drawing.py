@@ -1,13 +1,16 @@
-"""Pictures that only lessons draw: curves over position, context, depth or steps."""
+"""Pictures that only lessons draw: curves over position, context, depth or steps; delays between pairs of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from effkit.units import readable
 from effkit.view.style import GREY, OKABE_ITO, axes, label, unit_axis
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -43,4 +46,20 @@ def curves(
     if zero:
         ax.set_ylim(bottom=0)
     unit_axis(ax.yaxis, unit)
+    return ax
+
+
+def delays(matrix: Any, ax: Axes | None = None) -> Axes:
+    """Times [ns] from each sender (row) to each receiver (column); of several rounds, their median."""
+    times = np.asarray(matrix, dtype=float)
+    if times.ndim == 3:
+        times = np.median(times, axis=0)
+    ax = axes(ax, (0.9 + 0.62 * len(times), 0.7 + 0.55 * len(times)), framed=True)
+    ax.imshow(times, cmap="cividis", vmin=0)
+    middle = np.nanmax(times) / 2
+    for sender, receiver in np.argwhere(~np.isnan(times)):
+        time_ns = times[sender, receiver]
+        ax.text(receiver, sender, readable(round(time_ns), "ns"), ha="center", va="center", fontsize=7,
+                color="white" if time_ns < middle else "black")  # fmt: skip
+    ax.set(xticks=range(len(times)), yticks=range(len(times)), xlabel="receiver", ylabel="sender")
     return ax

@@ -1,5 +1,6 @@
-"""Curves that lessons draw, read back from the axes."""
+"""What lessons alone draw, read back from the axes."""
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -69,3 +70,10 @@ def test_a_unit_that_is_neither_time_nor_bytes_is_named():
     ax = drawing.curves(pd.DataFrame({"nested": [0.5, 0.25]}, index=[1, 2]), "nats per token")
     assert ax.get_ylabel() == "nats per token"
     assert ax.yaxis.get_major_formatter()(0.25, 0) == "0.25"
+
+
+def test_delays_are_written_into_their_cells():
+    matrix = np.array([[[np.nan, 3.0], [9.0, np.nan]], [[np.nan, 5.0], [9.0, np.nan]]])
+    ax = drawing.delays(matrix)
+    assert {(text.get_position(), text.get_text()) for text in ax.texts} == {((1, 0), "4 ns"), ((0, 1), "9 ns")}
+    assert ax.get_ylabel() == "sender"
