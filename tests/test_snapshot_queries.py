@@ -56,12 +56,14 @@ def test_what_is_alive_from_birth_until_just_before_the_end():
     assert snapshot.at(allocations(), 3).empty
 
 
+def stacks_at_the_peak(frame):
+    return [*snapshot.account(frame, peak_bytes=147, source="x", device="device0", by="stack").frame.index]
+
+
 def test_the_first_of_equal_peaks():
-    assert snapshot.peak_ns(SOME, "device0") == 20
-    assert snapshot.peak_ns(allocations((5, 3, 4), (5, 8, 9)), "device0") == 3
-    assert snapshot.peak_ns(allocations((5, None, 4), (5, 8, 9)), "device0") == 3, "just before the first event"
-    with pytest.raises(ValueError, match="device0"):
-        snapshot.peak_ns(SOME, "device7")
+    assert set(stacks_at_the_peak(SOME)) == set(snapshot.at(SOME, 20)["stack"])
+    assert stacks_at_the_peak(allocations((5, 3, 4), (5, 8, 9))) == ["a.py:0 f"]
+    assert stacks_at_the_peak(allocations((5, None, 4), (5, 8, 9))) == ["a.py:0 f"], "just before the first event"
 
 
 @given(st.lists(lives, min_size=1, max_size=30), st.integers(1, 50))
@@ -76,7 +78,8 @@ def test_a_timeline_keeps_the_peak_in_however_few_points(rows, num_points):
         assert line.empty, "nothing came or went"
         return
     assert line["allocated_bytes"].max() == max(truth.values())
-    assert snapshot.at(frame, snapshot.peak_ns(frame, "device0"))["size_bytes"].sum() == max(truth.values())
+    peak = snapshot.account(frame, peak_bytes=max(truth.values()), source="x", device="device0")
+    assert peak.residual == 0
     before, *after = zip(line["time_ns"], line["allocated_bytes"], strict=True)
     assert before[1] in (truth[-1], truth.get(before[0]))
     assert all(truth[time] == level for time, level in after)

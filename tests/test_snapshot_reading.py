@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_snapshots import ACTS, Allocator, alive_at_each, dump, lived
 
 from effkit import snapshot
-from effkit.snapshot.alloc_free_pairs import distinct
+from effkit.snapshot.lifetimes import distinct
 
 RECORDED = Path(os.environ.get("EFFKIT_RECORDED", Path(__file__).resolve().parents[2] / "shared" / "data"))
 FILES = sorted(RECORDED.glob("snapshots/*.pickle"))
@@ -44,7 +44,6 @@ def test_replaying_a_ring_that_was_cut_anywhere_gives_the_truth(acts, fraction, 
     assert found.allocations["alloc_ns"].notna().sum() == births
     assert found.allocations["alloc_ns"].isna().is_monotonic_decreasing, "what was there before comes first"
     if len(found.allocations):
-        assert alive_at_each(found.allocations, [snapshot.peak_ns(found.allocations, "device0")]) == [max(levels)]
         assert alive_at_each(found.allocations, [facts["peak_ns"] or 0]) == [max(levels)]
         ledger = snapshot.account(found.allocations, peak_bytes=max(levels), source="truth", device="device0",
                                   segments=found.segments)  # fmt: skip
@@ -255,7 +254,11 @@ def test_real_recordings_replay_byte_for_byte(file):
     assert facts["peak_bytes"] <= facts["peak_reserved_bytes"]
     alive = snapshot.at(found.allocations, facts["peak_ns"])
     assert alive["size_bytes"].sum() == facts["peak_bytes"]
-    assert snapshot.peak_ns(found.allocations, "device0") == facts["peak_ns"]
+    at_peak, then = (
+        snapshot.account(found.allocations, peak_bytes=1, source="x", device="device0", by="stack", at_ns=at_ns).frame
+        for at_ns in (None, facts["peak_ns"])
+    )
+    assert at_peak.equals(then)
     assert snapshot.timeline(found.allocations, found.segments)["allocated_bytes"].max() == facts["peak_bytes"]
     assert (found.allocations["category"] == "unknown").eq(found.allocations["known_by"] == "not recorded").all()
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from effkit.snapshot.alloc_free_pairs import distinct, pair
+from effkit.snapshot.lifetimes import distinct, pair
 from effkit.snapshot.stacks import NOTHING, Stacks
 
 ALLOC, FREE, RESERVE, RETURN, OOM = range(1, 6)

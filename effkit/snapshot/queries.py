@@ -52,15 +52,6 @@ def at(allocations: pd.DataFrame, time_ns: int) -> pd.DataFrame:
     return allocations[(born & ~dead).to_numpy(dtype=bool)]
 
 
-def peak_ns(allocations: pd.DataFrame, device: str) -> int:
-    """The first moment [ns] at which most bytes are alive; just before the first event if that is from the start.
-
-    ValueError when there is nothing on that device.
-    """
-    times, levels = _levels(_on(allocations, device))
-    return int(times[levels.argmax()])
-
-
 def account(
     allocations: pd.DataFrame, *, peak_bytes: int, source: str, device: str, by: str = "category",
     segments: pd.DataFrame | None = None, at_ns: int | None = None, when: str = "", num_rows: int = 12,
@@ -75,8 +66,14 @@ def account(
     """
     if by not in ("category", "stack", "place"):
         raise ValueError(f"memory is accounted for by category or by stack or by place; given: {by!r}")
-    rows = _on(allocations, device)
-    moment = peak_ns(rows, device) if at_ns is None else at_ns
+    rows = allocations[allocations["device"] == device]
+    if rows.empty:
+        devices = ", ".join(sorted(allocations["device"].unique())) or "none"
+        raise ValueError(f"nothing was allocated on {device!r}; devices with allocations: {devices}")
+    moment = at_ns
+    if moment is None:
+        times, levels = _levels(rows)
+        moment = int(times[levels.argmax()])
     alive = at(rows, moment)
     names = alive["category" if by == "category" else "stack"].fillna("not recorded")
     if by != "category":
@@ -104,14 +101,6 @@ def _callers(stack: str, by: str) -> str:
     if by == "place":
         return own[0] if own[0] == frames[0] else f"{own[0]}, in {frames[0]}"
     return " < ".join(own[:_CALLERS]) + (" < …" if len(own) > _CALLERS else "")
-
-
-def _on(allocations: pd.DataFrame, device: str) -> pd.DataFrame:
-    rows = allocations[allocations["device"] == device]
-    if rows.empty:
-        devices = ", ".join(sorted(allocations["device"].unique())) or "none"
-        raise ValueError(f"nothing was allocated on {device!r}; devices with allocations: {devices}")
-    return rows
 
 
 def _levels(rows: pd.DataFrame) -> tuple[Any, Any]:

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from effkit.snapshot.alloc_free_pairs import ALLOCATION_COLUMNS, chosen, moments
 from effkit.snapshot.categories import CATEGORIES, KNOWN_BY, categorise
 from effkit.snapshot.ledger import ALLOC, FREE, OOM, RESERVE, RETURN, Ledger
-from effkit.snapshot.mapping import SEGMENT_COLUMNS, segments_of
+from effkit.snapshot.lifetimes import ALLOCATION_COLUMNS, SEGMENT_COLUMNS, chosen, moments, segments_of
 from effkit.snapshot.stacks import NOTHING, Stacks
 from effkit.snapshot.unpickling import unpickle
 

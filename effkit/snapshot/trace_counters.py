@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effkit.snapshot.alloc_free_pairs import chosen, distinct, moments, pair
 from effkit.snapshot.categories import CATEGORIES, KNOWN_BY, categorise
-from effkit.snapshot.mapping import SEGMENT_COLUMNS, segments_of
+from effkit.snapshot.lifetimes import SEGMENT_COLUMNS, chosen, distinct, moments, pair, segments_of
 from effkit.snapshot.stacks import BACKWARD, NOTHING, OPTIMIZER, OTHER
 
 
