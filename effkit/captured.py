@@ -12,7 +12,7 @@ import pandas as pd
 from effkit import markup, panes, snapshot, storage
 from effkit.account import Account
 from effkit.datasheets import datasheet_of
-from effkit.panes import differences, matrix_products, perfetto, tensorboard
+from effkit.panes import matrix_products, perfetto, tensorboard
 from effkit.panes.steps import marks
 from effkit.units import readable
 
@@ -218,7 +218,7 @@ class Capture:
         if not isinstance(other, Capture):
             raise TypeError(f"diff() takes another Capture; given: {type(other).__name__}. Open a file with load(path)")
         inside = [each._in_steps() for each in (self, other)]
-        table = differences.diff(*((each.operators(), each.kernels(), max(1, len(each.overview()))) for each in inside))
+        table = panes.tables.diff(*((one.operators(), one.kernels(), max(1, len(one.overview()))) for one in inside))
         words = zip(("before", "after"), map(Capture._outside, (self, other), inside), strict=True)
         table.attrs["notes"] = [f"{which}: {word}" for which, word in words if word]
         return table
@@ -228,7 +228,6 @@ class Capture:
         return replace(self, events=pd.concat(ranks, ignore_index=True))
 
     def _outside(self, inside: Capture) -> str:
-        """What lies outside of the steps, in words, where that is much."""
         every, within = (int(each.kernels()["total_ns"].sum()) for each in (self, inside))
         return f"{1 - within / every:.0%} of the kernels' time is outside of the steps" if within < 0.95 * every else ""
 
@@ -276,7 +275,6 @@ class Capture:
         return storage.write(Path(path), frames, {**self.provenance, **memory})
 
     def _of_ranks(self, pane: str, *options: Any) -> list[Any]:
-        """The first part of a pane, rank by rank."""
         ranks = [events for _, events in self.events.groupby("rank")] or [self.events]
         return [panes.OF_RANK[pane](events, *options) for events in ranks]
 
