@@ -58,7 +58,6 @@ class EffkitMagics(Magics):
         return value
 
     def _run(self, cell: str, recorded: dict[str, Any]) -> tuple[Capture, Any]:
-        """The cell, in the notebook's own variables, and the value of its last line."""
         tree = self.shell.compile.ast_parse(self.shell.transform_cell(cell))
         last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         codes = [self.shell.compile(tree, "<effkit>", "exec")]

@@ -1,4 +1,4 @@
-"""Pictures of generations, read back from the axes."""
+"""The picture of a step beside its floors, read back from the axes."""
 
 import pandas as pd
 import pytest

@@ -35,14 +35,10 @@ def load_file(path: Path, rank: int | None, options: Options) -> Capture:
 def kind_of(path: Path) -> str:
     """``saved``, ``snapshot`` or ``trace``, by its first bytes; only where these say nothing by its name."""
     with path.open("rb") as file:
-        start = file.read(32)
-    if start.startswith(b"PK"):
-        return "saved"
-    if start.startswith(b"\x80"):
-        return "snapshot"
-    if start.startswith(b"\x1f\x8b") or start.lstrip()[:1] in (b"{", b"["):
-        return "trace"
-    return {".zip": "saved", ".pickle": "snapshot", ".pkl": "snapshot"}.get(path.suffix, "trace")
+        start = file.read(32).lstrip()
+    signs = {"saved": (b"PK",), "snapshot": (b"\x80",), "trace": (b"\x1f\x8b", b"{", b"[")}
+    by_name = {".zip": "saved", ".pickle": "snapshot", ".pkl": "snapshot"}.get(path.suffix, "trace")
+    return next((kind for kind, begins in signs.items() if start.startswith(begins)), by_name)
 
 
 def _saved(path: Path, rank: int | None) -> Capture:

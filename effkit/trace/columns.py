@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from decimal import Decimal
-from itertools import compress, islice
+from itertools import compress, count, islice
 from typing import Any
 
 import msgspec
@@ -25,19 +26,11 @@ _LATEST_US = 2**63 / 1000
 _BEYOND = "a time beyond the range of 64-bit nanoseconds"
 
 
-class _Codes(dict[Hashable, int]):
-    """A number for each value, the next one for a new one: looked up without a line of Python where it is known."""
-
-    def __missing__(self, value: Hashable) -> int:
-        self[value] = code = len(self)
-        return code
-
-
 class Interned:
     """A column of few distinct values: each is kept once."""
 
     def __init__(self) -> None:
-        self.values = _Codes()
+        self.values: dict[Hashable, int] = defaultdict(count().__next__)  # a new value has the next number
         self._codes: list[Any] = []
         self._told: dict[Any, list[bool]] = {}
 

@@ -2,11 +2,10 @@
 
 from effkit.view.accounts import account, plan
 from effkit.view.comparison import Comparison
-from effkit.view.generations import roofline
 from effkit.view.pages import page
 from effkit.view.panes import PANES, MemoryPicture
 from effkit.view.ranks import policies, timeline
-from effkit.view.steps import front, live_bytes
+from effkit.view.steps import front, live_bytes, roofline
 from effkit.view.style import GREY, OKABE_ITO, colour
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Pictures of a training step's memory, and of what combinations of levers cost."""
+"""Pictures of steps: a training step's memory, what combinations of levers cost, a generation's step by its floors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from effkit.receipt import Receipt
 from effkit.units import readable
 from effkit.view.style import GREY, NAMED, OKABE_ITO, axes, colour, label, unit_axis
+
+_APART = ("operators", "framework")
 
 
 def live_bytes(levels: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -62,4 +64,31 @@ def front(table: pd.DataFrame, receipts: Sequence[Receipt] = (), ax: Axes | None
     unit_axis(ax.yaxis, "bytes")
     ax.set(xlabel="time of one step, predicted", ylabel="peak", ylim=(0, None))
     ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Each part's time as a grey bar; in it what was measured apart, operators and framework, and a line at the floor.
+
+    ``table``: of :func:`effkit.decoder.roofline`; its last row, the whole step, is left out.
+    """
+    parts = table.drop(index="step", errors="ignore")
+    ax = axes(ax, (7.4, 0.9 + 0.36 * len(parts)))
+    places, begin = range(len(parts)), 0 * parts["time_ns"]
+    ax.barh(places, parts["time_ns"], color="#DDDDDD", height=0.72, label="measured")
+    for position, kind in enumerate(_APART):
+        ax.barh(
+            places, parts[f"{kind}_ns"], left=begin, color=colour(kind, position), height=0.36, label=f"{kind} alone"
+        )
+        begin = begin + parts[f"{kind}_ns"]
+    ax.vlines(parts["floor_ns"], [place - 0.36 for place in places], [place + 0.36 for place in places], color="black",
+              linewidth=1.2, label="floor")  # fmt: skip
+    for place, (_, row) in zip(places, parts.iterrows(), strict=True):
+        said = f" {readable(int(row['time_ns']), 'ns')}, floor {row['reached_frac']:.0%} ({row['binds']})"
+        ax.text(max(row["time_ns"], begin.iloc[place]), place, said, va="center", fontsize=8)
+    ax.set_yticks(places, list(parts.index), fontsize=9)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.5 * parts["time_ns"].max())
+    unit_axis(ax.xaxis, "ns")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
