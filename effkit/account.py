@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BASES = ("measured", "derived", "assumed")
+_NAMED = ("title", "unit", "total", "source", "low", "high", "in_range", "setting")  # that plain data names alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,18 +177,14 @@ class Account(Record):
 
     def _plain(self) -> dict[str, Any]:
         rows = self.frame.reset_index(names="item")[["item", "value", "basis"]].to_dict("records")
-        return {"title": self.title, "unit": self.unit, "total": self.total, "source": self.source, "low": self.low,
-                "high": self.high, "in_range": self.in_range, "rows": rows, "residual": self.residual,
-                "setting": self.setting, "companions": self.companions}  # fmt: skip
+        figures = {name: getattr(self, name) for name in _NAMED}
+        return figures | {"rows": rows, "residual": self.residual, "companions": self.companions}
 
     @classmethod
     def _of_plain(cls, data: Mapping[str, Any]) -> Account:
         rows, basis = ({row["item"]: row[name] for row in data["rows"]} for name in ("value", "basis"))
-        return cls.of(
-            data["title"], data["unit"], rows, total=data["total"], source=data["source"], basis=basis,
-            low=data["low"], high=data["high"], in_range=data["in_range"], setting=dict(data["setting"]),
-            companions=tuple(map(cls.from_dict, data["companions"])),
-        )  # fmt: skip
+        figures = {name: data[name] for name in _NAMED} | {"setting": dict(data["setting"])}
+        return cls.of(rows=rows, basis=basis, companions=tuple(map(cls.from_dict, data["companions"])), **figures)
 
     def _scalars(self) -> Iterator[tuple[str, float]]:
         ends = {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}

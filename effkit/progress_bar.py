@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -47,7 +47,6 @@ class _Bar:
 
 
 _bar: ContextVar[_Bar | None] = ContextVar("bar", default=None)
-_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 @contextmanager
@@ -56,27 +55,26 @@ def working(what: str) -> Iterator[None]:
 
     Of calls inside calls the outermost alone speaks.
     """
-    if _quiet.get() or _bar.get() is not None:
+    with nullcontext() if _bar.get() is not None else _speaking(_Bar(what)):
         yield
-        return
-    bar = _Bar(what)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, nothing is said: somebody else says it, or nobody waits."""
+    with _speaking(_Bar("")):
+        hush()
+        yield
+
+
+@contextmanager
+def _speaking(bar: _Bar) -> Iterator[None]:
     begun = _bar.set(bar)
     try:
         yield
     finally:
         _bar.reset(begun)
         bar.close()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, nothing is said: somebody else says it, or nobody waits."""
-    begun, silent = _bar.set(None), _quiet.set(True)
-    try:
-        yield
-    finally:
-        _quiet.reset(silent)
-        _bar.reset(begun)
 
 
 def advance(done: int | None = None, total: int | None = None) -> None:

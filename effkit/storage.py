@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,10 +72,11 @@ def write(path: Path, frames: Mapping[str, pd.DataFrame], provenance: Mapping[st
     header = {"format": FORMAT, "version": VERSION, "provenance": dict(provenance), "columns": columns}
     path.parent.mkdir(parents=True, exist_ok=True)
     checked_place(path, "capture.zip")
-    with replacing(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
-        _put(archive, "capture.json", json.dumps(header, indent=1, sort_keys=True, default=str))
-        for name, frame in frames.items():
-            _put(archive, f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+    tables = ((f"{name}.csv", frame.to_csv(index=False, lineterminator="\n")) for name, frame in frames.items())
+    texts = chain([("capture.json", json.dumps(header, indent=1, sort_keys=True, default=str))], tables)
+    with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+        for name, text in texts:
+            archive.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), text, compress_type=zipfile.ZIP_DEFLATED)
     return path
 
 
@@ -127,7 +129,3 @@ def _frame(archive: zipfile.ZipFile, name: str, columns: dict[str, str]) -> pd.D
     if damaged := [column for column in frame if _WHOLE.search(column) and not is_integer_dtype(frame[column])]:
         raise ValueError(f"its {name} hold no whole numbers in {', '.join(damaged)}")
     return frame if name == "events" else frame.rename_axis(name.removesuffix("s"))
-
-
-def _put(archive: zipfile.ZipFile, name: str, text: str) -> None:
-    archive.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), text, compress_type=zipfile.ZIP_DEFLATED)
