@@ -7,8 +7,7 @@ Python binds a subpackage to its parent once, when it is first imported, and the
 
 from __future__ import annotations
 
-from effkit.claims.findings import Finding, check
-from effkit.claims.table import claims
+from effkit.claims.table import Finding, check, claims
 
 __all__ = ["Finding", "check", "claims"]
 

@@ -1,8 +1,7 @@
 """Every matplotlib line in the library. Drawing functions compute nothing; they never touch pyplot's state."""
 
-from effkit.view.accounts import account, plan
+from effkit.view.accounts import account, page, plan
 from effkit.view.comparison import Comparison
-from effkit.view.pages import page
 from effkit.view.panes import PANES, MemoryPicture
 from effkit.view.ranks import policies, timeline
 from effkit.view.steps import front, live_bytes, roofline

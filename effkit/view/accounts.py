@@ -1,14 +1,25 @@
-"""Pictures of accounts and of padding plans."""
+"""Pictures of accounts, alone or under one another on a page, and of padding plans."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.transforms import ScaledTranslation
 
 from effkit.account import Account
 from effkit.view.style import GREY, NAMED, axes, colours, label, legend_columns, unit_axis
+
+_UNITS = ("ns", "bytes")
+_COLUMNS = 3  # of a legend, at most
+_LETTER_INCHES, _BESIDE_INCHES = 0.071, 0.42  # of a legend's column: each letter, and what is not letters
+_BAR_INCHES, _AROUND_INCHES, _LINE_INCHES, _WIDTH_INCHES = 0.5, 0.66, 0.175, 7.6
+_BELOW_POINTS = 24  # from the axis to its legend: room for the numbers at the ticks
+_ROOM_FRAC = 0.06  # of a bar, which its share can be written on
 
 
 def account(account: Account, ax: Axes | None = None) -> Axes:
@@ -56,3 +67,59 @@ def plan(plan: Any, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
     ax.set(xlabel="batch (one bar per row)", ylabel="input cells", ylim=(0, reach))
     ax.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     return ax
+
+
+def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """Several accounts under one another, a bar and a legend each; returns the axes, one per account that was drawn.
+
+    Those in ns and bytes are drawn, those of a single row only where there are no others; on ``axes``, one for each of
+    them, or those of a new figure. ValueError when there is nothing to draw, or too few axes are given.
+    """
+    fitting = [account for account in accounts if account.unit in _UNITS]
+    shown = [account for account in fitting if len(account.frame) > 1] or fitting
+    if not shown:
+        raise ValueError("page() draws accounts in ns or bytes; given: none of these")
+    if axes is None:
+        axes = _places(shown)
+    if len(axes) < len(shown):
+        raise ValueError(f"page() takes an axes for each of the {len(shown)} accounts; given: {len(axes)}")
+    for one, ax in zip(shown, axes, strict=False):
+        _on_page(one, ax)
+    return list(axes[: len(shown)])
+
+
+def _places(shown: Sequence[Account]) -> Sequence[Axes]:
+    from matplotlib import pyplot  # only to make the figure that a notebook shows
+
+    lines = sum(math.ceil((len(a.frame) + bool(a.residual) + a.predicted) / _columns(a)) for a in shown)  # of legends
+    height = len(shown) * (_BAR_INCHES + _AROUND_INCHES) + _LINE_INCHES * lines
+    layout = ConstrainedLayoutEngine(h_pad=0.09, hspace=0.04)
+    _, places = pyplot.subplots(len(shown), 1, figsize=(_WIDTH_INCHES, height), layout=layout, squeeze=False)
+    return list(places[:, 0])
+
+
+def _columns(account: Account) -> int:
+    longest = max((len(f"{item} {share:.1%}") for item, share in account.share.items()), default=1)
+    return max(1, min(_COLUMNS, int(_WIDTH_INCHES / (_LETTER_INCHES * longest + _BESIDE_INCHES))))
+
+
+def _on_page(shown: Account, ax: Axes) -> None:
+    """The usual picture of an account, with rows told apart and the legend at a fixed distance. The usual legend hangs
+    a share of the axes' height below them: under one another, where the height is found by making room for legends,
+    they would lie on each other."""
+    account(shown, ax)
+    for bars, share in zip(ax.containers, shown.share, strict=False):
+        (bar,) = bars
+        bar.set(edgecolor="white", linewidth=0.6)
+        light = np.dot((0.299, 0.587, 0.114), bar.get_facecolor()[:3]) >= 0.55
+        if share >= _ROOM_FRAC:
+            ax.annotate(f"{share:.0%}", (bar.get_x() + bar.get_width() / 2, 0), ha="center", va="center", fontsize=9,
+                        color="#111111" if light else "#FFFFFF")  # fmt: skip
+    ax.set_ylim(-0.31, 0.31)
+    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
+    ax.set_title(ax.get_title(loc="left"), loc="left", fontsize=10, fontweight="bold")
+    ax.tick_params(axis="x", labelsize=9)
+    below = ax.transAxes + ScaledTranslation(0, -_BELOW_POINTS / 72, ax.figure.dpi_scale_trans)
+    ax.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, borderpad=0,
+              ncols=_columns(shown), frameon=False, fontsize=8.5, handlelength=1.2, handleheight=0.9,
+              columnspacing=1.4, labelspacing=0.35)  # fmt: skip
