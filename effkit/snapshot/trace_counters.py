@@ -78,7 +78,9 @@ def from_events(memory: pd.DataFrame, *, stacks: pd.Series[str]) -> pd.DataFrame
     event = np.where(birth >= 0, birth, death)  # which tells size and place
     sizes = np.abs(changes[event])
     codes, texts = pd.factorize(stacks)
-    parts = np.array([*(_part(text) for text in texts), NOTHING])[codes]
+    backward = np.array(["autograd::engine::evaluate_function" in text for text in texts], bool)
+    stepping = np.array(["Optimizer.step#" in text for text in texts], bool)
+    parts = np.append(np.select([backward, stepping], [BACKWARD, OPTIMIZER], OTHER), NOTHING)[codes]
     roles, end = np.append(parts, NOTHING)[birth], np.where(death < 0, len(memory), death)
     # an annotation is recorded when it ends, so a step that is there has ended
     category, known_by = categorise(sizes, roles, birth, end, parts, step_ended=True)
@@ -89,9 +91,3 @@ def from_events(memory: pd.DataFrame, *, stacks: pd.Series[str]) -> pd.DataFrame
         "known_by": chosen(KNOWN_BY, known_by),
     }  # fmt: skip
     return pd.DataFrame(columns).rename_axis("allocation")
-
-
-def _part(stack: str) -> int:
-    if "autograd::engine::evaluate_function" in stack:
-        return BACKWARD
-    return OPTIMIZER if "Optimizer.step#" in stack else OTHER
