@@ -16,6 +16,7 @@ from made_snapshots import ACTS, Allocator, alive_at_each, dump, lived
 
 from effkit import snapshot
 from effkit.snapshot.lifetimes import distinct
+from effkit.snapshot.stacks import Stacks
 
 RECORDED = Path(os.environ.get("EFFKIT_RECORDED", Path(__file__).resolve().parents[2] / "shared" / "data"))
 FILES = sorted(RECORDED.glob("snapshots/*.pickle"))
@@ -282,3 +283,17 @@ def test_categories_of_a_real_training_step():
     # AdamW keeps two numbers per parameter, and each parameter has one gradient; 4 bytes are the loss's own
     assert held["optimizer state"] == 2 * (held["gradient"] - 4)
     assert (found["category"] == "optimizer state").sum() == 2 * ((found["category"] == "gradient").sum() - 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("/usr/lib/python3/dist-packages/torch/functional.py", "torch/functional.py"),
+        ("/home/me/code/train.py", "code/train.py"),
+        ("/opt/venv/lib/python3.12/site-packages/accelerate/hooks.py", "site-packages/accelerate/hooks.py"),
+    ],
+)
+def test_a_path_is_told_from_its_package_on_or_by_its_last_two_parts(file, told):
+    stacks = Stacks()
+    stacks.number([{"filename": file, "name": "hook", "line": 7}])
+    assert stacks.texts == [f"{told}:7 hook"]

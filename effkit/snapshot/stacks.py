@@ -99,13 +99,7 @@ def _is_python(file: str) -> bool:
 
 
 def _short(file: str) -> str:
-    """A path from its package on, or its last two parts; but for torch's own, a package is said to be one.
-
-    >>> _short("/usr/lib/python3/dist-packages/torch/functional.py"), _short("/home/me/code/train.py")
-    ('torch/functional.py', 'code/train.py')
-    >>> _short("/opt/venv/lib/python3.12/site-packages/accelerate/hooks.py")
-    'site-packages/accelerate/hooks.py'
-    """
+    """A path from its package on, or its last two parts; but for torch's own, a package is said to be one."""
     packages = next((folder for folder in ("/site-packages/", "/dist-packages/") if folder in file), None)
     if packages is None:
         return "/".join(file.split("/")[-2:])
