@@ -201,7 +201,6 @@ def _apart(frame: pd.DataFrame) -> tuple[int, int] | None:
 
 
 def _head(path: Path) -> Mapping[str, Any]:
-    """What a trace says of itself; nothing for a file of another kind."""
     try:
         return trace.head(path) if kind_of(path) == "trace" else {}
     except (ValueError, RecursionError) as error:

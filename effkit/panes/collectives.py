@@ -114,7 +114,6 @@ def _is(value: Any) -> bool:
 
 
 def _listed(text: Any) -> list[Any]:
-    """A list that a trace holds as text; empty where it holds something else."""
     try:
         value = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):

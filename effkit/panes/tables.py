@@ -62,7 +62,6 @@ def operators_of(events: pd.DataFrame, shared: tuple[pd.DataFrame, pd.DataFrame]
     sums = ["calls", "launching", "host_total_ns", "host_self_ns", *_DEVICE_TIMES]
     table = table.groupby(["operator", *_GIVEN], dropna=False, sort=False)[sums].sum().reset_index()
     if lost:
-        # launched outside the recording, or outside any operator
         table.loc[len(table)] = ["not visible", pd.NA, pd.NA, 0, 0, 0, 0, lost, lost]
     if not events["category"].isin(DEVICE).any():
         table[_DEVICE_TIMES] = pd.NA
