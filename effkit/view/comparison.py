@@ -85,10 +85,11 @@ class Comparison(Picture[Account, Receipt | None]):
         if shown == self._shown:
             return
         self._shown = shown
+        columns = self._columns or (legend_columns(shown, _COLUMNS) if len(shown) > _ONE_LINE else None)
         for old in self.figure.legends[:]:
             old.remove()
         self.figure.legend(
             [self._items[item][0] for item in shown], [label(item) for item in shown], loc="upper left",
-            ncols=self._columns or max(1, len(shown)), frameon=False, fontsize=8 if self._columns else 9,
+            ncols=columns or max(1, len(shown)), frameon=False, fontsize=8 if columns else 9,
             bbox_to_anchor=(0.145, 1.03), handlelength=1.0,
         )  # fmt: skip
