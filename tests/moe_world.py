@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 
 from effkit.moe import routing
 from effkit.moe.calibration import calibrate, probes
@@ -47,7 +46,7 @@ def run_of(settings, num_ranks=2, link_bytes_per_s=1e8, ranks_per_node=1, costs=
     kept, rows, dropped = (
         {key: getattr(one, name) for key, one in seen.items()} for name in ("kept", "rows", "dropped")
     )
-    return Run(list(settings), steps, kept, rows, dropped, pd.DataFrame(), {}, facts)
+    return Run(list(settings), steps, kept, rows, dropped, facts)
 
 
 def measured(setting=None, levers=(), **on):

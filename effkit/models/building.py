@@ -61,14 +61,9 @@ def check_heads(hidden: int, heads: int) -> None:
         raise ValueError(f"hidden is a multiple of heads; given: {hidden} and {heads}")
 
 
-def chosen_device(device: str | None) -> str:
-    """The device, or when None the accelerator where there is one whose memory's peak is counted."""
-    return device or usual_device()
-
-
 def ready(model: nn.Module, device: str | None, dtype: torch.dtype | None) -> Any:
-    """The model in training mode, in ``dtype`` (float32 when None), where :func:`chosen_device` says."""
-    return model.to(dtype=dtype or torch.float32, device=chosen_device(device)).train()
+    """The model in training mode, in ``dtype`` (float32 when None), on ``device`` (:func:`usual_device` when None)."""
+    return model.to(dtype=dtype or torch.float32, device=device or usual_device()).train()
 
 
 def random_tokens(vocabulary: int, batch_size: int, length: int, seed: int, device: Any) -> dict[str, torch.Tensor]:

@@ -39,11 +39,15 @@ class Marks:
     calls: list[Call] = field(default_factory=list)
     _open: Any = None
 
-    def begin(self) -> None:
+    def clear(self) -> None:
         """Forget the step before."""
         self.leave()
         self.phases.clear()
         self.calls.clear()
+
+    def begin(self) -> None:
+        """Forget the step before, and let the clock of this one begin."""
+        self.clear()
         synchronize()
         self._zero = self.now()
         synchronize()

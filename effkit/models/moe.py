@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from effkit.device import usual_device
 from effkit.models import lsh
-from effkit.models.building import check_counts, chosen_device
+from effkit.models.building import check_counts
 from effkit.models.dispatch_combine import Travel
 from effkit.models.exchange import Exchange, Marks
 from effkit.quantisation import GROUP
@@ -44,7 +45,7 @@ class ExpertParallel(nn.Module):
         self.capacity_factor, self.pad = capacity_factor, pad
         self.compress, self.num_hashes, self.compensate = compress, num_hashes, compensate
         self.message_dtype = message_dtype
-        device, dtype = chosen_device(device), dtype or torch.float32
+        device, dtype = device or usual_device(), dtype or torch.float32
         num_ranks = torch.distributed.get_world_size(group) if group is not None else 1
         owner = _owners(owner, num_experts, num_ranks)
         self.marks = Marks(torch.device(device))
@@ -53,7 +54,9 @@ class ExpertParallel(nn.Module):
         #: experts that each rank holds, in the order in which rows for it are sorted; -1 is on every rank
         self.held = [[e for e, at in enumerate(owner) if at in (rank, -1)] for rank in range(num_ranks)]
         self.replicated = frozenset(e for e, at in enumerate(owner) if at == -1)
-        self.register_buffer("place", self._places(owner, me).to(device), persistent=False)
+        # where each expert stands in the order of rows: rank by rank, replicated ones on our own
+        at = torch.tensor([me if rank == -1 else rank for rank in owner])
+        self.register_buffer("place", at.argsort(stable=True).argsort().to(device), persistent=False)
         self.gate = nn.Linear(hidden, num_experts, bias=False, device=device, dtype=dtype)
         self.inner = nn.ParameterDict()
         self.outer = nn.ParameterDict()
@@ -85,9 +88,7 @@ class ExpertParallel(nn.Module):
 
     def _mixture(self, x: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         marks = self.marks
-        marks.leave()
-        marks.phases.clear()
-        marks.calls.clear()
+        marks.clear()
         marks.enter("gate")
         x = _Enters.apply(x, marks, "")
         logits = self.gate(x)
@@ -110,7 +111,8 @@ class ExpertParallel(nn.Module):
             apart = expert * lsh.num_cells(self.num_hashes) + bucket
             sent, back = lsh.centroids(rows, apart)
             residual = rows - sent[back] if self.compensate else None
-            counts = torch.bincount(expert[_first(back, len(sent))], minlength=self.num_experts)
+            of_sent = expert.new_empty(len(sent)).index_copy_(0, back, expert)
+            counts = torch.bincount(of_sent, minlength=self.num_experts)
             sent = _Enters.apply(sent, marks, "compress")
 
         self.sent_counts = counts[self.place].cpu()
@@ -139,14 +141,6 @@ class ExpertParallel(nn.Module):
     def _capacity(self, num_tokens: int) -> int:
         most = math.ceil(self.capacity_factor * self.top_k * num_tokens / self.num_experts)
         return most if self.capacity_factor else num_tokens
-
-    def _places(self, owner: Sequence[int], me: int) -> torch.Tensor:
-        """Where each expert stands in the order of rows: rank by rank, replicated ones on our own."""
-        at = [me if rank == -1 else rank for rank in owner]
-        order = sorted(range(self.num_experts), key=lambda e: (at[e], e))
-        place = torch.empty(self.num_experts, dtype=torch.int64)
-        place[order] = torch.arange(self.num_experts)
-        return place
 
     def _sorted(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token of each kept copy in the order of places, its row among full capacities, and rows per place [E]. First
@@ -183,12 +177,6 @@ class _Enters(torch.autograd.Function):
         else:
             ctx.marks.leave()
         return grads[0], None, None
-
-
-def _first(back: torch.Tensor, num: int) -> torch.Tensor:
-    """One row of each of ``num`` buckets."""
-    rows = torch.arange(len(back), device=back.device)
-    return rows.new_empty(num).index_copy_(0, back, rows)
 
 
 def _refuse(

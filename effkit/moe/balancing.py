@@ -12,7 +12,6 @@ from effkit.lab import calibration_of
 from effkit.moe import routing
 from effkit.moe.calibration import Calibration, total_ns
 from effkit.moe.loads import balanced_placement
-from effkit.moe.prediction import simulated
 
 
 def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
@@ -49,9 +48,7 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
     def time_ns(kept: Any, owner: Any = owner, **changes: Any) -> float:
         changed = setting.change(**changes)
         traffic = [routing.Traffic(step, step, step, np.asarray(owner)) for step in kept]
-        steps = simulated(calibration, changed, num_ranks, calibration.ranks_per_node, calibration.link_bytes_per_s,
-                          traffic)  # fmt: skip
-        return calibration.anchor(changed) * total_ns(steps)
+        return calibration.anchor(changed) * total_ns(calibration.steps(changed, traffic=traffic))
 
     def row(step_ns: float, dropped_frac: float = 0.0, basis: str = "derived") -> dict[str, Any]:
         return {"step_ns": round(step_ns), "dropped_frac": dropped_frac, "basis": basis}

@@ -117,13 +117,26 @@ class Calibration:
         trust = replace(self.trust, error_frac=error_frac)
         return trust.beyond(doublings, seen), seen and Hull.of(ran.values()).covers(sizes)
 
+    def steps(
+        self, setting: Setting, *, num_ranks: int = 0, ranks_per_node: int = 0, link_bytes_per_s: float = 0.0,
+        traffic: Sequence[routing.Traffic] = (),
+    ) -> list[Step]:  # fmt: skip
+        """Every step of a setting, played through; on other ranks, another link or with other traffic, if given."""
+        num_ranks, per_node = num_ranks or self.num_ranks, ranks_per_node or self.ranks_per_node
+        fitted = self.costs
+        if link_bytes_per_s and link_bytes_per_s != self.link_bytes_per_s:
+            moving = fitted.moving.copy()
+            moving[1] = 1e9 / link_bytes_per_s
+            fitted = replace(fitted, moving=moving)
+        of_steps = traffic or [None] * self.num_steps
+        return [simulate(setting, n, num_ranks, per_node, fitted, own) for n, own in enumerate(of_steps)]
+
     def moved(self, run: Run, job: int, scale: float) -> Calibration:
         """The same costs, at rest at another setting that was run: its times, times ``scale``, are the truth there."""
         setting, steps, walls = run.settings[job], run.of_job(job), _walls_ns(run)
         numbers = sorted({step.number for step in steps})
-        modelled = [simulate(setting, n, self.num_ranks, self.ranks_per_node, self.costs) for n in numbers]
         known = self.anchor(setting) / _anchor(self.anchors, setting)  # of its levers
-        beyond = scale * total_ns(steps) / total_ns(modelled) / known / _anchor(self.anchors, setting)
+        beyond = scale * total_ns(steps) / total_ns(self.steps(setting)) / known / _anchor(self.anchors, setting)
         own = {degree: beyond * _of_degree(self.anchors, degree) for degree in setting.degrees}
         return replace(
             self, setting=setting, anchors={**self.anchors, **own},

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.distributed as dist
 
+from effkit.device import synchronize
 from effkit.lab import Hull, Progress, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
-from effkit.moe.live import WORK
-from effkit.moe.recorded import read
 from effkit.progress_bar import working
+from effkit.ranks.group import joined
 from effkit.ranks.launching import Ranks
 from effkit.units import readable
 
+_SIZES = tuple(2**power for power in range(10, 23))  # bytes to each other rank
+_SMALL_SIZES = _SIZES[:7]  # they scatter more, and cost less to repeat
 _FEWEST = 3  # sizes in a regime: one may be left out and a line is left
 _CLEARLY_BETTER = 0.8  # two lines must leave this much of one line's error, or less
 
@@ -145,10 +152,30 @@ def link(
     if num_repeats < 1:
         raise ValueError(f"num_repeats is at least 1; given: {num_repeats}")
     on: dict[str, Any] = {"link_bytes_per_s": link_bytes_per_s, "ranks_per_node": ranks_per_node, "backend": backend}
-    with Ranks(num_ranks, WORK, **on) as ranks:
-        what = {"jobs": [], "num_rounds": 0, "num_steps": 0, "links": num_repeats}
-        run = read(ranks.run(what, timeout_s=timeout_s, progress=progress))
-    return fit(run.links, num_ranks, int(run.facts["ranks_per_node"]), link_bytes_per_s)
+    with Ranks(num_ranks, __name__, **on) as ranks:
+        folder = ranks.run({"num_repeats": num_repeats}, timeout_s=timeout_s, progress=progress)
+        seen = [json.loads(path.read_text()) for path in folder.glob("rank*.json")]
+    times = np.array([rank["times"] for rank in seen])  # on one clock: [num_ranks, num_all_to_alls, 3]
+    durations = times[:, :, 2].max(axis=0) - times[:, :, 1].min(axis=0)
+    measured = pd.DataFrame({"size_bytes": times[0, :, 0], "dur_ns": durations})
+    return fit(measured, num_ranks, seen[0]["local_world_size"], link_bytes_per_s)
+
+
+def main(folder: Path, met: Path) -> None:
+    """On each rank: all-to-alls of equal messages, all sizes in turn; each with its size, its start and its end."""
+    with joined(folder, met) as member:
+        times = []
+        for repeat in range(-1, member.run["num_repeats"]):  # the first one warms up
+            for size in sorted([*_SIZES, *_SMALL_SIZES, *_SMALL_SIZES]):
+                out = torch.zeros(member.num_ranks, size, dtype=torch.uint8, device=member.travels_on)
+                back = torch.zeros_like(out)
+                dist.barrier()
+                start = time.perf_counter_ns()
+                dist.all_to_all_single(back, out)
+                synchronize()
+                if repeat >= 0:
+                    times.append([size, start, time.perf_counter_ns()])
+        member.write({"times": times})
 
 
 def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_bytes_per_s: float = 0.0) -> Link:

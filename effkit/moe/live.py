@@ -31,8 +31,8 @@ COPIES = "Token copies in one step"
 
 def run_settings(
     ranks: Ranks, settings: Sequence[Setting], *, num_rounds: int = 3, num_steps: int = 4, barriers: bool = False,
-    check: bool = False, profile: str | Path | None = None, timeout_s: float = 120.0,
-    progress: Progress | None = None, of_runs: tuple[int, int] = (0, 1),
+    profile: str | Path | None = None, timeout_s: float = 120.0, progress: Progress | None = None,
+    of_runs: tuple[int, int] = (0, 1),
 ) -> Run:  # fmt: skip
     """Let ranks run these settings in turn, ``num_rounds`` times ``num_steps`` steps of each.
 
@@ -42,8 +42,6 @@ def run_settings(
     ----------
     barriers
         Let ranks meet before every exchange.
-    check
-        Also keep what was computed.
     profile
         A folder for the traces of one more round of the first setting, a file per rank.
     of_runs
@@ -53,8 +51,7 @@ def run_settings(
     for setting in settings:
         routing.owners(setting, ranks.num_ranks)
     jobs = [{"setting": setting.plain(), "barriers": barriers} for setting in settings]
-    what = {"jobs": jobs, "num_rounds": num_rounds, "num_steps": num_steps, "check": check,
-            "profile": profile is not None}  # fmt: skip
+    what = {"jobs": jobs, "num_rounds": num_rounds, "num_steps": num_steps, "profile": profile is not None}
     before, total = (number * (num_rounds + 1) * len(jobs) for number in of_runs)
     folder = ranks.run(what, timeout_s=timeout_s, progress=progress, before=before, total=total)
     if profile is not None:
@@ -178,27 +175,43 @@ def accounted(run: Run, job: int, calibration: Calibration | None, scale: float 
         where += f", a link of {link / 1e6:g} MB/s"
     if run.facts["where"] == "cuda" and run.facts["backend"] == "gloo":
         where += ", exchanged through the host"
-    return Account.of(
-        TIME, "ns", scaled(breakdown.typical(steps, breakdown.rows_ns), scale), total=round(scale * total_ns(steps)),
-        source=f"the slowest of {where}{more}",
-        setting=full_setting(setting, run.num_ranks, run.facts["ranks_per_node"], link), calibration=calibration,
-        companions=(
-            communication_account(steps, scale),
-            bytes_account(steps, "the sizes of all messages"),
-            copies_account(setting, run.num_ranks, [run.kept[job, n] for n in numbers],
-                           [run.dropped[job, n] for n in numbers]),
-        ),
+    return account_of(
+        steps, scale, setting, [run.kept[job, n] for n in numbers], [run.dropped[job, n] for n in numbers],
+        counted="the sizes of all messages", source=f"the slowest of {where}{more}", calibration=calibration,
+        setting=full_setting(setting, run.num_ranks, run.facts["ranks_per_node"], link),
     )  # fmt: skip
 
 
-def communication_account(steps: Sequence[Step], scale: float, **more: Any) -> Account:
-    """Time in collectives, exposed and hidden under computing, the mean over ranks."""
-    rows = scaled(breakdown.typical(steps, breakdown.communication_ns), scale)
-    return Account.of(COMMUNICATION, "ns", rows, total=sum(rows.values()), source="the collectives' own times", **more)
+def account_of(
+    steps: Sequence[Step], scale: float, layer: Setting, kept: Sequence[Array], dropped: Sequence[Array], *,
+    counted: str, basis: str = "measured", assumed: str = "measured", **more: Any,
+) -> Account:  # fmt: skip
+    """The account of the steps of a layer, whose times are multiplied by ``scale``.
+
+    ``kept`` and ``dropped`` are the token copies of each step by rank; ``counted`` says from what the bytes are known,
+    ``assumed`` on what basis rows of moving are.
+    """
+    rows, exchanged = ({name: round(scale * time_ns) for name, time_ns in breakdown.typical(steps, of_step).items()}
+                       for of_step in (breakdown.rows_ns, breakdown.communication_ns))  # fmt: skip
+    sizes = _size_bytes(steps)
+    copies = {name: int(np.mean([copies.sum() for copies in of_steps]).round())
+              for name, of_steps in (("kept", kept), ("dropped", dropped))}  # fmt: skip
+    asked = len(steps[0].ranks) * layer.num_tokens * layer.top_k
+    companions = tuple(
+        Account.of(title, unit, of_kind, total=total, source=source, basis=basis)
+        for title, unit, of_kind, total, source in (
+            (COMMUNICATION, "ns", exchanged, sum(exchanged.values()), "the collectives' own times"),
+            (BYTES, "bytes", sizes, sum(sizes.values()), counted),
+            (COPIES, "tokens", copies, asked, "tokens times choices"),
+        )
+    )
+    bases = {name: assumed if "moving" in name else basis for name in rows}
+    total = round(scale * total_ns(steps))
+    return Account.of(TIME, "ns", rows, total=total, basis=bases, companions=companions, **more)
 
 
-def bytes_account(steps: Sequence[Step], source: str, **more: Any) -> Account:
-    """Bytes that all ranks send to others in a step, the mean over the steps' routings."""
+def _size_bytes(steps: Sequence[Step]) -> dict[str, int]:
+    """Bytes that all ranks send to others in a step, by kind, the mean over the steps' routings."""
     sizes: dict[str, float] = defaultdict(float)
     once = {step.number: step for step in steps}
     for step in once.values():
@@ -207,23 +220,7 @@ def bytes_account(steps: Sequence[Step], source: str, **more: Any) -> Account:
                 others = sum(call.sent_bytes) - (call.sent_bytes[rank] if call.sent_bytes else 0)
                 if others:
                     sizes[call.kind] += others / len(once)
-    rows = {kind: round(size) for kind, size in sizes.items()}
-    return Account.of(BYTES, "bytes", rows, total=sum(rows.values()), source=source, **more)
-
-
-def copies_account(
-    setting: Setting, num_ranks: int, kept: Sequence[Array], dropped: Sequence[Array], **more: Any
-) -> Account:
-    """Token copies kept and dropped on all ranks, the mean over the steps' routings."""
-    rows = {name: int(np.mean([copies.sum() for copies in of_steps]).round())
-            for name, of_steps in (("kept", kept), ("dropped", dropped))}  # fmt: skip
-    total = num_ranks * setting.num_tokens * setting.top_k
-    return Account.of(COPIES, "tokens", rows, total=total, source="tokens times choices", **more)
-
-
-def scaled(rows: dict[str, float], scale: float) -> dict[str, int]:
-    """Rows as whole numbers, times ``scale``."""
-    return {name: round(scale * value) for name, value in rows.items()}
+    return {kind: round(size) for kind, size in sizes.items()}
 
 
 def full_setting(setting: Setting, num_ranks: int, ranks_per_node: int, link_bytes_per_s: float) -> dict[str, Any]:

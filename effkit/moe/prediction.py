@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from effkit.account import Account
 from effkit.arguments import checked_number, checked_whole
-from effkit.lab import Progress, banded, calibration_of, interval
-from effkit.moe import breakdown, live, routing
-from effkit.moe.calibration import Calibration, total_ns
-from effkit.moe.recorded import Step
-from effkit.moe.setting import COMPRESSIONS, MESSAGE_DTYPES, PLACEMENTS, Setting
-from effkit.moe.simulating import simulate
+from effkit.lab import Progress, banded, calibration_of
+from effkit.moe import live, routing
+from effkit.moe.calibration import Calibration
+from effkit.moe.setting import COMPRESSIONS, MESSAGE_DTYPES, PLACEMENTS
 
 if TYPE_CHECKING:
     from effkit.whatif import WhatIf
@@ -46,7 +43,7 @@ def predict(base: Account, **setting: Any) -> Account:
         wider there. At the measured setting: ``base`` itself.
     """
     calibration = calibration_of(base, Calibration, "moe")
-    on = {name: setting.pop(name) for name in _OF_THE_RANKS if setting.get(name) is not None}
+    on: dict[str, Any] = {name: setting.pop(name) for name in _OF_THE_RANKS if setting.get(name) is not None}
     wanted = calibration.setting.change(**setting)
     num_ranks = checked_whole("num_ranks", on.get("num_ranks", calibration.num_ranks), 1)
     as_measured = calibration.ranks_per_node if num_ranks == calibration.num_ranks else num_ranks
@@ -58,42 +55,20 @@ def predict(base: Account, **setting: Any) -> Account:
     if full == dict(base.setting):
         return base
     calibration.knows(wanted)
-    steps = simulated(calibration, wanted, num_ranks, per_node, link)
-    anchor = calibration.anchor(wanted)
-    total = round(anchor * total_ns(steps))
-    same_link = link == calibration.link_bytes_per_s and per_node == calibration.ranks_per_node
     on = {"num_ranks": num_ranks, "ranks_per_node": per_node, "link_bytes_per_s": link}
+    steps = calibration.steps(wanted, **on)
+    anchor = calibration.anchor(wanted)
+    same_link = link == calibration.link_bytes_per_s and per_node == calibration.ranks_per_node
     band_frac, in_range = calibration.band_at(wanted, on)
     traffic = [routing.traffic(wanted, num_ranks, n) for n in range(calibration.num_steps)]
-    kept, dropped = zip(*((step.kept, step.dropped) for step in traffic), strict=True)
-    copies = live.copies_account(wanted, num_ranks, kept, dropped, basis="derived")
-    rows = live.scaled(breakdown.typical(steps, breakdown.rows_ns), anchor)
-    basis = {name: "derived" if same_link or "moving" not in name else "assumed" for name in rows}
-    return Account.of(
-        live.TIME, "ns", rows, total=total, basis=basis,
-        source=f"the costs of {len(calibration.settings)} measured settings",
-        **interval(total, band_frac * total), in_range=in_range,
-        setting=full, calibration=calibration,
-        companions=(
-            banded(live.communication_account(steps, anchor, basis="derived"), band_frac),
-            banded(live.bytes_account(steps, "the routing", basis="derived"), 0.0),
-            banded(copies, 0.0),
-        ),
+    account = live.account_of(
+        steps, anchor, wanted, [step.kept for step in traffic], [step.dropped for step in traffic],
+        counted="the routing", basis="derived", assumed="derived" if same_link else "assumed",
+        source=f"the costs of {len(calibration.settings)} measured settings", in_range=in_range, setting=full,
+        calibration=calibration,
     )  # fmt: skip
-
-
-def simulated(
-    calibration: Calibration, setting: Setting, num_ranks: int, ranks_per_node: int, link_bytes_per_s: float,
-    traffic: Sequence[routing.Traffic] | None = None,
-) -> list[Step]:  # fmt: skip
-    """Every step of a setting, played through; with other traffic than its own, if given."""
-    fitted = calibration.costs
-    if link_bytes_per_s and link_bytes_per_s != calibration.link_bytes_per_s:
-        moving = fitted.moving.copy()
-        moving[1] = 1e9 / link_bytes_per_s
-        fitted = replace(fitted, moving=moving)
-    of_steps = traffic if traffic is not None else [None] * calibration.num_steps
-    return [simulate(setting, n, num_ranks, ranks_per_node, fitted, own) for n, own in enumerate(of_steps)]
+    bands = zip(account.companions, (band_frac, 0.0, 0.0), strict=True)
+    return replace(banded(account, band_frac), companions=tuple(banded(one, frac) for one, frac in bands))
 
 
 def best_degrees(base: Account, most: int = _MOST_CHUNKS, **setting: Any) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from effkit.account import Account
 from effkit.lab import calibration_of
 from effkit.moe import breakdown
 from effkit.moe.calibration import Calibration
-from effkit.moe.prediction import simulated
 from effkit.moe.recorded import Step
 from effkit.moe.setting import Setting
 
@@ -29,10 +28,9 @@ def timeline(account: Account) -> pd.DataFrame:
     calibration = calibration_of(account, Calibration, "moe")
     if not account.predicted:
         return _rows(calibration.step)
-    on = account.setting
-    setting = Setting.of({name: value for name, value in on.items() if name in calibration.setting.plain()})
-    steps = simulated(calibration, setting, on["num_ranks"], on["ranks_per_node"], on["link_bytes_per_s"])
-    return _rows(steps[0])
+    on = dict(account.setting)
+    ranks = {name: on.pop(name) for name in ("num_ranks", "ranks_per_node", "link_bytes_per_s")}
+    return _rows(calibration.steps(Setting.of(on), **ranks)[0])
 
 
 def _rows(step: Step) -> pd.DataFrame:

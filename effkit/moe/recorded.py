@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from effkit.moe.setting import Setting
 
@@ -61,11 +60,6 @@ class Run:
         Token copies kept and rows sent, by (job, step): arrays [num_ranks, num_experts].
     dropped
         Token copies dropped, by (job, step): [num_ranks].
-    links
-        All-to-alls of equal messages: ``size_bytes`` to each rank, ``dur_ns`` from first arrival to last completion.
-    checks
-        What each rank computed, by (job, step): ``output`` and ``input_gradient``, and ``expert_gradients`` by expert,
-        each as :func:`effkit.moe.rank.projection` sees it.
     facts
         num_ranks, ranks_per_node, backend, device, link_bytes_per_s, provenance.
     """
@@ -75,8 +69,6 @@ class Run:
     kept: Mapping[tuple[int, int], Array]
     sent: Mapping[tuple[int, int], Array]
     dropped: Mapping[tuple[int, int], Array]
-    links: pd.DataFrame
-    checks: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]]
     facts: Mapping[str, Any]
 
     @property
@@ -121,13 +113,10 @@ def _assembled(run: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Ru
         **{name: first[name] for name in ("num_ranks", "backend", "where", "provenance")},
         "ranks_per_node": int(run.get("ranks_per_node") or first["local_world_size"]),
         "link_bytes_per_s": float(run.get("link_bytes_per_s") or 0.0),
-        "clock_spread_ns": 0 if one_clock else max(clock[2] for rank in ranks for clock in rank["clock"]) // 2,
     }
     kept, sent, dropped = (_by_step(ranks, name) for name in ("kept", "sent", "dropped"))
-    checks = {(records[0]["job"], records[0]["step"]): records
-              for records in zip(*(rank.get("checks", ()) for rank in ranks), strict=True)}  # fmt: skip
-    return Run([Setting.of(job["setting"]) for job in first["jobs"]], _steps(ranks, clocks), kept, sent, dropped,
-               _links(ranks, clocks), checks, facts)  # fmt: skip
+    settings = [Setting.of(job["setting"]) for job in first["jobs"]]
+    return Run(settings, _steps(ranks, clocks), kept, sent, dropped, facts)
 
 
 def _by_step(ranks: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[int, int], Array]:
@@ -153,12 +142,3 @@ def _of_rank(record: Mapping[str, Any], clock: Clock) -> OfRank:
     phases = [(name, begin, end) for (name, begin), (_, end) in pairwise(stamps) if name]
     calls = [Call(kind, clock(start), clock(end), out, back) for kind, start, end, out, back in record["calls"]]
     return OfRank(clock(record["begin_ns"]), clock(record["turn_ns"]), clock(record["end_ns"]), phases, calls)
-
-
-def _links(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[Clock]) -> pd.DataFrame:
-    rows = []
-    for probes in zip(*(rank.get("links", ()) for rank in ranks), strict=True):
-        starts = [clock(probe[1]) for probe, clock in zip(probes, clocks, strict=True)]
-        ends = [clock(probe[2]) for probe, clock in zip(probes, clocks, strict=True)]
-        rows.append((probes[0][0], max(ends) - min(starts)))
-    return pd.DataFrame(rows, columns=["size_bytes", "dur_ns"])

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effkit.lab import changed, check, flag, number, one_of, whole
+from effkit.models import expert_parallel
+
+if TYPE_CHECKING:
+    from effkit.models.moe import ExpertParallel
 
 COMPRESSIONS = ("none", "lsh")
 MAX_HASHES = 12  # as in effkit.models.lsh, which needs torch
 MESSAGE_DTYPES = ("same", "bfloat16", "float8")
 PLACEMENTS = ("block", "balanced")
 DTYPES = ("float32", "bfloat16")
+# what a layer is not told: its tokens and their routing, and which rank holds what, which depends on the ranks
+_OF_THE_LOAD = ("num_tokens", "skew", "num_modalities", "num_clusters", "placement", "num_replicas", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +134,13 @@ class Setting:
         (2, 2)
         """
         return changed(self, changes)
+
+    def layer(self, **placed: Any) -> ExpertParallel:
+        """The layer that this describes; ``placed`` are other keywords of :func:`effkit.models.expert_parallel`."""
+        import torch
+
+        knobs = {name: value for name, value in self.plain().items() if name not in _OF_THE_LOAD}
+        return expert_parallel(**knobs | {"dtype": getattr(torch, self.dtype)}, **placed)
 
     def plain(self) -> dict[str, Any]:
         """A dictionary of plain values, for JSON."""

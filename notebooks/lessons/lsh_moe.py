@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from effkit.moe import routing
-from effkit.moe.layers import layer_of
 from effkit.moe.setting import Setting
 from lessons.moe_compression import NUM_CLUSTERS, relative_error
 
@@ -109,7 +108,7 @@ def compare_training(
 class _Block(nn.Module):
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        self.moe = layer_of(setting)
+        self.moe = setting.layer()
         self.norm = nn.LayerNorm(setting.hidden)
         self.head = nn.Linear(setting.hidden, setting.hidden)
         draw = torch.Generator().manual_seed(setting.seed)

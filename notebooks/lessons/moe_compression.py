@@ -12,7 +12,6 @@ import torch
 
 from effkit.moe import routing
 from effkit.moe.costs import message_bytes
-from effkit.moe.layers import layer_of
 from effkit.moe.setting import Setting
 
 NUM_CLUSTERS = 64  # where a setting has none
@@ -69,7 +68,7 @@ class _Step:
     """One step of the layer of a setting, in this process, and what it sent."""
 
     def __init__(self, setting: Setting) -> None:
-        layer = layer_of(setting)
+        layer = setting.layer()
         x = torch.from_numpy(routing.tokens(setting, 0, 0)).to(layer.gate.weight).requires_grad_(setting.backward)
         scores = torch.from_numpy(routing.scores(setting, 0, 0)).to(x.device)
         with torch.set_grad_enabled(setting.backward):
