@@ -43,10 +43,8 @@ def run_of(settings, num_ranks=2, link_bytes_per_s=1e8, ranks_per_node=1, costs=
             for n in range(NUM_STEPS)}  # fmt: skip
     facts = {"num_ranks": num_ranks, "ranks_per_node": ranks_per_node, "link_bytes_per_s": link_bytes_per_s,
              "backend": "gloo", "where": "cpu"}  # fmt: skip
-    kept, rows, dropped = (
-        {key: getattr(one, name) for key, one in seen.items()} for name in ("kept", "rows", "dropped")
-    )
-    return Run(list(settings), steps, kept, rows, dropped, facts)
+    kept, dropped = ({key: getattr(one, name) for key, one in seen.items()} for name in ("kept", "dropped"))
+    return Run(list(settings), steps, kept, dropped, facts)
 
 
 def measured(setting=None, levers=(), **on):

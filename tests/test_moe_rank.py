@@ -55,7 +55,6 @@ def test_counts_are_those_of_the_routing(run, name):
     for step in range(NUM_STEPS):
         expected = routing.traffic(setting, NUM_RANKS, step)
         assert np.array_equal(run.kept[job, step], expected.kept)
-        assert np.array_equal(run.sent[job, step], expected.rows)
         assert np.array_equal(run.dropped[job, step], expected.dropped)
     if name in ("capacity", "pad"):
         assert any(run.dropped[job, step].sum() for step in range(NUM_STEPS))

@@ -181,12 +181,8 @@ def calibrate(run: Run) -> Calibration:
     num_around = min(_NUM_AROUND, len(run.settings))
     per_node, num_ranks = int(run.facts["ranks_per_node"]), run.num_ranks
 
-    def traffic(setting: Setting, number: int) -> routing.Traffic:
-        return routing.traffic(setting, num_ranks, number)
-
     def fitted(left_out: int | None) -> costs.Costs:
-        steps = [step for step in run.steps if step.job != left_out]
-        return costs.fit(run.settings, steps, traffic, per_node)
+        return costs.fit(run.settings, [step for step in run.steps if step.job != left_out], per_node)
 
     numbers = sorted({step.number for step in run.steps})
     measured = [total_ns(run.of_job(job)) for job in range(len(run.settings))]

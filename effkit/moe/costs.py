@@ -6,7 +6,7 @@ Shapes: R ranks, E experts, N tokens of a rank, H hidden, F inner width; ``rows`
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -121,10 +121,7 @@ def piece_rows(traffic: routing.Traffic, degree: int) -> list[Floats]:
     return [replace(traffic, rows=piece).moved.astype(float) for piece in pieces]
 
 
-def fit(
-    settings: Sequence[Setting], steps: Sequence[Step], traffic: Callable[[Setting, int], routing.Traffic],
-    ranks_per_node: int,
-) -> Costs:  # fmt: skip
+def fit(settings: Sequence[Setting], steps: Sequence[Step], ranks_per_node: int) -> Costs:
     """Costs from what was measured: every phase's and every collective's median over the rounds.
 
     Relative errors are minimised, so that short times count as much as long ones.
@@ -137,7 +134,8 @@ def fit(
     for (job, number, rank), rounds in by_place.items():
         for key in dict.fromkeys(key for phases in rounds for key in phases):
             time_ns = float(np.median([phases.get(key, 0.0) for phases in rounds]))
-            designs[key].append((terms(key, settings[job], traffic(settings[job], number), rank), time_ns))
+            traffic = routing.traffic(settings[job], len(steps[0].ranks), number)
+            designs[key].append((terms(key, settings[job], traffic, rank), time_ns))
     moving = _fitted(_collectives(settings, steps, ranks_per_node))
     return Costs({key: _fitted(design) for key, design in designs.items()}, moving, _handing(settings, steps))
 

@@ -107,11 +107,11 @@ def measure(
             return beside(ranks, base, setting, barriers=barriers, **how)
     on: dict[str, Any] = {"link_bytes_per_s": link_bytes_per_s or 0.0, "ranks_per_node": ranks_per_node or 0,
                           "backend": backend}  # fmt: skip
-    if barriers:
-        with Ranks(num_ranks, WORK, **on) as ranks:
-            return accounted(run_settings(ranks, [setting], num_steps=num_steps, barriers=True, **how), 0, None)
-    jobs, runs = probes(setting, num_ranks, levers), list[Run]()
+    runs: list[Run] = []
     with Ranks(num_ranks, WORK, **on) as ranks:
+        if barriers:
+            return accounted(run_settings(ranks, [setting], num_steps=num_steps, barriers=True, **how), 0, None)
+        jobs = probes(setting, num_ranks, levers)
         while True:  # every round on ranks of its own: what differs from launch to launch is part of the noise
             runs.append(run_settings(ranks, jobs, num_steps=num_steps, of_runs=(len(runs), num_rounds),
                             **how | {"num_rounds": 1, "profile": None if runs else profile}))  # fmt: skip

@@ -64,7 +64,7 @@ class Job:
             "phases": [[name, marks.read(stamp)] for name, stamp in marks.phases],
             "calls": [[call.kind, marks.read(call.start), marks.read(call.end), call.sent_bytes, call.received_bytes]
                       for call in marks.calls],
-            "kept": layer.kept_counts.tolist(), "sent": layer.sent_counts.tolist(), "dropped": layer.num_dropped,
+            "kept": layer.kept_counts.tolist(), "dropped": layer.num_dropped,
         }  # fmt: skip
 
     def _together(self) -> int:

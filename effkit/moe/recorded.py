@@ -56,8 +56,8 @@ class Run:
         What was run, by job.
     steps
         Every timed step of every job and round.
-    kept, sent
-        Token copies kept and rows sent, by (job, step): arrays [num_ranks, num_experts].
+    kept
+        Token copies kept, by (job, step): arrays [num_ranks, num_experts].
     dropped
         Token copies dropped, by (job, step): [num_ranks].
     facts
@@ -67,7 +67,6 @@ class Run:
     settings: Sequence[Setting]
     steps: Sequence[Step]
     kept: Mapping[tuple[int, int], Array]
-    sent: Mapping[tuple[int, int], Array]
     dropped: Mapping[tuple[int, int], Array]
     facts: Mapping[str, Any]
 
@@ -102,33 +101,22 @@ def read(folder: str | Path) -> Run:
         took_part = f" ({world} ranks took part)" if ranks else ""
         raise ValueError(f"{folder} lacks what rank {', '.join(map(str, missing)) or '0'} recorded{took_part}: "
                          "copy rank<r>.json of every rank there")  # fmt: skip
-    return _assembled(run, ranks)
-
-
-def _assembled(run: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Run:
-    first = ranks[0]
-    one_clock = len({rank["machine"] for rank in ranks}) == 1 and first["machine"]
+    one_clock = len({rank["machine"] for rank in ranks}) == 1 and ranks[0]["machine"]
     clocks = [_clock([] if one_clock else rank["clock"]) for rank in ranks]
     facts = {
-        **{name: first[name] for name in ("num_ranks", "backend", "where", "provenance")},
-        "ranks_per_node": int(run.get("ranks_per_node") or first["local_world_size"]),
+        **{name: ranks[0][name] for name in ("num_ranks", "backend", "where", "provenance")},
+        "ranks_per_node": int(run.get("ranks_per_node") or ranks[0]["local_world_size"]),
         "link_bytes_per_s": float(run.get("link_bytes_per_s") or 0.0),
     }
-    kept, sent, dropped = (_by_step(ranks, name) for name in ("kept", "sent", "dropped"))
-    settings = [Setting.of(job["setting"]) for job in first["jobs"]]
-    return Run(settings, _steps(ranks, clocks), kept, sent, dropped, facts)
-
-
-def _by_step(ranks: Sequence[Mapping[str, Any]], name: str) -> dict[tuple[int, int], Array]:
-    """What all ranks counted, by (job, step): an array with a row, or a number, per rank."""
-    return {(records[0]["job"], records[0]["step"]): np.array([record[name] for record in records])
-            for records in zip(*(rank["steps"] for rank in ranks), strict=True)}  # fmt: skip
-
-
-def _steps(ranks: Sequence[Mapping[str, Any]], clocks: Sequence[Clock]) -> list[Step]:
-    return [Step(records[0]["job"], records[0]["round"], records[0]["step"],
-                 [_of_rank(record, clock) for record, clock in zip(records, clocks, strict=True)])
-            for records in zip(*(rank["steps"] for rank in ranks), strict=True)]  # fmt: skip
+    steps, kept, dropped = [], {}, {}
+    for records in zip(*(rank["steps"] for rank in ranks), strict=True):
+        job, number = records[0]["job"], records[0]["step"]
+        of_ranks = [_of_rank(record, clock) for record, clock in zip(records, clocks, strict=True)]
+        steps.append(Step(job, records[0]["round"], number, of_ranks))
+        kept[job, number], dropped[job, number] = (
+            np.array([record[name] for record in records]) for name in ("kept", "dropped")
+        )
+    return Run([Setting.of(job["setting"]) for job in ranks[0]["jobs"]], steps, kept, dropped, facts)
 
 
 def _clock(offsets: Sequence[Sequence[int]]) -> Clock:

@@ -39,7 +39,8 @@ def cluster(plan: dict[str, Any]) -> None:
     ranks: list[Any] = []
     try:
         while not _failed(ranks, run):
-            if 0 in wait([0, *(process.sentinel for process in ranks if process.exitcode is None)]):
+            # one that has failed since we looked is waited for, too: its end wakes us at once
+            if 0 in wait([0, *(process.sentinel for process in ranks if process.exitcode != 0)]):
                 if not (line := os.read(0, 4096)):  # who started us is done, or is no more
                     break
                 _end(ranks)  # they have written what they saw
@@ -93,13 +94,13 @@ def _failed(ranks: list[Any], folder: Path) -> bool:
     """Whether a rank has. Then the others notice, and say so themselves; one that was killed cannot."""
     if not any(process.exitcode for process in ranks):
         return False
-    for number, process in enumerate(ranks):
-        if (process.exitcode or 0) < 0:
-            name = signal.Signals(-process.exitcode).name
-            _say(folder, number, 0.0, f"was ended by signal {-process.exitcode} ({name})")
     limit = time.monotonic() + _LAST_WORDS_S
     for process in ranks:
         process.join(max(0.0, limit - time.monotonic()))
+    for number, process in enumerate(ranks):  # now: others may have noticed its end before it is over
+        if (process.exitcode or 0) < 0:
+            name = signal.Signals(-process.exitcode).name
+            _say(folder, number, 0.0, f"was ended by signal {-process.exitcode} ({name})")
     return True
 
 

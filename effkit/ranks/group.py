@@ -83,11 +83,17 @@ def chosen(backend: str) -> tuple[str, torch.device]:
     ValueError when NCCL is asked for and the GPUs are not there.
     """
     num_gpus, num_local, local = torch.cuda.device_count(), _local("WORLD_SIZE", 1), _local("RANK", 0)
-    if backend == "nccl" and num_gpus < num_local:
-        raise ValueError(f"nccl needs a GPU for each of the {num_local} ranks; there are {num_gpus}. Use gloo")
+    if backend == "nccl":
+        check_gpus(num_local)
     if backend != "gloo" and num_gpus >= num_local:
         return "nccl", torch.device("cuda", local)
     return "gloo", torch.device("cuda", local % num_gpus) if num_gpus else torch.device("cpu")
+
+
+def check_gpus(num_ranks: int) -> None:
+    """Raise ValueError unless there is a GPU for each of these ranks."""
+    if (num_gpus := torch.cuda.device_count()) < num_ranks:
+        raise ValueError(f"nccl needs a GPU for each of the {num_ranks} ranks; there are {num_gpus}. Use gloo")
 
 
 def _local(name: str, default: int) -> int:

@@ -86,7 +86,7 @@ class Ranks:
             folder.mkdir()
             (folder / "run.json").write_text(json.dumps({**run, **on}))
             self._num_runs += 1
-            _watch(self._process, folder, self.num_ranks, timeout_s, progress, before, total)
+            self._watch(folder, timeout_s, progress, before, total)
             return folder
         except BaseException:
             self._end(*sys.exc_info())
@@ -104,14 +104,26 @@ class Ranks:
         if backend not in ("auto", "gloo", "nccl"):
             raise ValueError(f"backend is one of auto, gloo, nccl; given: {backend!r}")
         if backend == "nccl":
-            import torch
+            from effkit.ranks.group import check_gpus
 
-            if torch.cuda.device_count() < num_ranks:
-                raise ValueError(f"nccl needs a GPU for each of the {num_ranks} ranks; there are "
-                                 f"{torch.cuda.device_count()}. Use gloo")  # fmt: skip
+            check_gpus(num_ranks)
         if self._link and (why := why_no_links()):
             raise ValueError(f"no slower link can be made here: {why}. Leave link_bytes_per_s at 0 and model it: "
                              "predict(base, link_bytes_per_s=...)")  # fmt: skip
+
+    def _watch(self, folder: Path, timeout_s: float, progress: Progress | None, before: int, total: int) -> None:
+        """Have the ranks run what stands in the folder, until all have written what they saw."""
+        process, log, done = self._process, folder.parent / "log.txt", folder / "progress"
+        limit = time.monotonic() + timeout_s
+        with suppress(OSError):  # it has ended; the log says why
+            process.stdin.write(f"{folder.name}\n".encode())  # type: ignore[union-attr]
+        while len(list(folder.glob("rank*.json"))) < self.num_ranks:
+            if process.poll() is not None:
+                raise RuntimeError(f"{_why(folder, log)}; the log is {log}")
+            if time.monotonic() > limit:
+                raise RuntimeError(f"the ranks were not done after {timeout_s:g} s and were ended; the log is {log}")
+            tell(progress, before + (done.stat().st_size if done.exists() else 0), total)
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         """End the ranks; another run starts others."""
@@ -194,23 +206,6 @@ def _started(plan: Mapping[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             process.kill()
             process.wait()
-
-
-def _watch(
-    process: subprocess.Popen[bytes], folder: Path, num_ranks: int, timeout_s: float, progress: Progress | None,
-    before: int, total: int,
-) -> None:  # fmt: skip
-    """Have the ranks run what stands in the folder, until all have written what they saw."""
-    log, limit, done = folder.parent / "log.txt", time.monotonic() + timeout_s, folder / "progress"
-    with suppress(OSError):  # it has ended; the log says why
-        process.stdin.write(f"{folder.name}\n".encode())  # type: ignore[union-attr]
-    while len(list(folder.glob("rank*.json"))) < num_ranks:
-        if process.poll() is not None:
-            raise RuntimeError(f"{_why(folder, log)}; the log is {log}")
-        if time.monotonic() > limit:
-            raise RuntimeError(f"the ranks were not done after {timeout_s:g} s and were ended; the log is {log}")
-        tell(progress, before + (done.stat().st_size if done.exists() else 0), total)
-        time.sleep(_POLL_S)
 
 
 def _why(folder: Path, log: Path) -> str:
