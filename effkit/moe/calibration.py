@@ -128,7 +128,7 @@ class Calibration:
             moving = fitted.moving.copy()
             moving[1] = 1e9 / link_bytes_per_s
             fitted = replace(fitted, moving=moving)
-        of_steps = traffic or [None] * self.num_steps
+        of_steps = traffic or [routing.traffic(setting, num_ranks, n) for n in range(self.num_steps)]
         return [simulate(setting, n, num_ranks, per_node, fitted, own) for n, own in enumerate(of_steps)]
 
     def moved(self, run: Run, job: int, scale: float) -> Calibration:
