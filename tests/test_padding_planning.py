@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effkit.padding import STRATEGIES, fit_memory, plan
+from effkit.padding.live import choose
 from effkit.padding.plans import CELLS
-from effkit.padding.probing import choose
 
 BUCKETED = ("bucket", "bucket2d", "optimal")
 LISTS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 40)), min_size=1, max_size=80)

@@ -13,8 +13,8 @@ from test_padding_planning import spread
 
 from effkit.account import Account
 from effkit.padding import fit_cost, fit_memory, plan, predict, whatif
+from effkit.padding.accounting import EPOCH_TIME, companions, epoch_rows, setting_of
 from effkit.padding.calibration import Calibration
-from effkit.padding.epoch_accounts import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
 
 TRUE_TIME = np.array([1e6, 900, 400, 0.03, 0.8])  # c0, BT, BU, BT², BUT [ns]
 TRUE_PEAK = np.array([2e8, 3e4, 2e4, 0, 20])  # fixed, BT, BU, BUT, BT² [bytes]
@@ -31,14 +31,10 @@ def measured(strategy="random", noise=0.02, noise_frac=0.01, lengths=None, **lim
     steps = steps.assign(dur_ns=times, peak_bytes=peaks, whole=True, times_ns=[[time] for time in times])
     cost, memory = fit_cost(steps), fit_memory(steps.rename(columns={"num_rows": "batch_size"}))
     told, epoch_ns, num_steps = epoch_rows(made, cost)
-    companions = (
-        cells_account(made, "shapes"),
-        steps_account(num_steps, "count"),
-        peak_account(int(peaks.max()), "counter"),
-    )
     return Account.of(
         EPOCH_TIME, "ns", told, total=int(times.sum()), source="a clock that was made up", basis="derived",
-        setting=setting_of(made), companions=companions,
+        setting=setting_of(made),
+        companions=companions(made, num_steps, int(peaks.max()), ("shapes", "count", "counter")),
         calibration=Calibration(made, cost, memory, steps, noise_frac, times.sum() / epoch_ns),
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ LABS = {"padding": padding, "activations": activations, "moe": moe, "decoder": d
 NAMES = {  # tag in the stored data -> module of effkit, and class
     "account": "account Account",
     "padding": "padding.calibration Calibration", "plan": "padding.plans Plan",
-    "padding cost": "padding.cost CostModel", "padding memory": "padding.memory MemoryModel",
+    "padding cost": "padding.calibration CostModel", "padding memory": "padding.calibration MemoryModel",
     "activations": "activations.live Calibration", "clock": "activations.time_model Clock",
     "hull": "lab Hull", "workspace": "activations.op_workspace Workspace",
     "signature": "activations.timeline Signature",

@@ -1,7 +1,7 @@
 """The padding analysis: how much of each step is computed on nothing, and what a better batch plan buys.
 
 Beside the public names, ``effkit.advice`` asks for ``input_lengths`` and ``real_rows`` of a batch, ``plan_at`` a
-setting, and the titles ``EPOCH_TIME``, ``EPOCH_CELLS`` and ``PEAK``.
+setting, and the titles ``EPOCH_CELLS`` and ``PEAK``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from effkit.lazy import lazily
+from effkit.padding.accounting import EPOCH_CELLS as EPOCH_CELLS
+from effkit.padding.accounting import PEAK as PEAK
 from effkit.padding.accounting import account
-from effkit.padding.cost import CostModel, fit_cost
-from effkit.padding.epoch_accounts import EPOCH_CELLS as EPOCH_CELLS
-from effkit.padding.epoch_accounts import EPOCH_TIME as EPOCH_TIME
-from effkit.padding.epoch_accounts import PEAK as PEAK
+from effkit.padding.calibration import CostModel, MemoryModel, fit_cost, fit_memory
 from effkit.padding.loader_audit import Watch, watch
-from effkit.padding.memory import MemoryModel, fit_memory
 from effkit.padding.planning import STRATEGIES, plan
 from effkit.padding.plans import Plan
 from effkit.padding.prediction import plan_at as plan_at

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -13,13 +15,10 @@ from effkit import lab, training
 from effkit.account import Account
 from effkit.arguments import checked_function, checked_same_model, checked_training, checked_whole, described, shapes
 from effkit.lab import Progress, calibration_of
+from effkit.padding.accounting import EPOCH_TIME, companions, epoch_rows, setting_of
 from effkit.padding.buckets import Ints
-from effkit.padding.calibration import Calibration
-from effkit.padding.cost import fit_cost
-from effkit.padding.epoch_accounts import EPOCH_TIME, cells_account, epoch_rows, peak_account, setting_of, steps_account
-from effkit.padding.memory import fit_memory
+from effkit.padding.calibration import Calibration, fit_cost, fit_memory
 from effkit.padding.plans import Plan
-from effkit.padding.probing import Probe, choose
 from effkit.padding.real_cells import input_lengths
 from effkit.progress_bar import working
 from effkit.recording import steady_peak
@@ -108,8 +107,7 @@ def measure(
         updates = given.optimizers if update is None else [update]
         peaks, peak_source, of_batches = _peaks(model, make, train, updates, probes, plan, repeats, tell)
         times = _timed(make, train, probes, plan.lengths, repeats, tell)
-    durations = [min(repeated) for repeated in times]
-    steps = pd.DataFrame(of_batches).assign(dur_ns=durations, peak_bytes=peaks, times_ns=times)
+    steps = pd.DataFrame(of_batches).assign(dur_ns=list(map(min, times)), peak_bytes=peaks, times_ns=times)
     if calibration:
         cost, memory = calibration.cost, calibration.memory
     else:  # time and peak memory of a step as functions of its shape
@@ -123,15 +121,12 @@ def measure(
     noise = lab.noise(times)
     # where every batch was run, their sum is the epoch, without the model's help
     total = int(whole["dur_ns"].sum()) if complete and world_size == 1 else round(anchor * epoch_ns)
-    peak = int(whole["peak_bytes"].max())
-    companions = (
-        cells_account(plan, "the shapes of the batches"),
-        steps_account(num_steps, "the number of batches"),
-        peak_account(peak, peak_source + ("" if complete else ", largest of the steps run")),
-    )
+    sources = ("the shapes of the batches", "the number of batches",
+               peak_source + ("" if complete else ", largest of the steps run"))  # fmt: skip
     return Account.of(
         EPOCH_TIME, "ns", rows, total=total, basis="derived", setting=setting_of(plan, world_size),
-        source=_source(len(whole), len(plan.batches), repeats, noise, world_size), companions=companions,
+        source=_source(len(whole), len(plan.batches), repeats, noise, world_size),
+        companions=companions(plan, num_steps, int(whole["peak_bytes"].max()), sources),
         calibration=Calibration(plan, cost, memory, steps, noise, anchor, shapes(model)),
     )  # fmt: skip
 
@@ -165,7 +160,7 @@ def _timed(
     for turn in range(_PATIENCE * repeats):
         for i, probe in enumerate(probes):
             tell(min(num_runs - 1, (turn + 1) * len(probes) + i), num_runs)
-            if turn < repeats or _spread(times[i]) > _SETTLED_FRAC:
+            if turn < repeats or sorted(times[i])[:2][-1] > (1 + _SETTLED_FRAC) * min(times[i]):
                 batch = make(probe.rows, lengths)
                 times[i].append(elapsed_ns(partial(train, batch)))
     return times
@@ -215,7 +210,57 @@ def _shape(batch: Any, probe: Probe, plan: Plan) -> dict[str, Any]:
     return shape | {"input_length": width}
 
 
-def _spread(times: list[int]) -> float:
-    """Second fastest / fastest - 1."""
-    fastest, *rest = sorted(times)
-    return rest[0] / fastest - 1 if rest else 0.0
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """One batch to run: the example indices of each row, and its number in the plan, -1 where it is none of its own."""
+
+    rows: list[Ints]
+    batch: int = -1
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a batch of the plan as it stands."""
+        return self.batch >= 0
+
+    def shape(self, plan: Plan) -> dict[str, Any]:
+        """``num_rows``, padded ``input_length`` and, where known, ``output_length`` [cells]; ``whole``, and the
+        number of the ``batch``, -1 for none."""
+        lengths = plan.lengths
+        padded = {name: max(int(lengths[name].to_numpy()[row].sum()) for row in self.rows) for name in lengths}
+        padded["input_length"] = plan.padded(padded["input_length"])
+        return {"num_rows": len(self.rows), **padded, "whole": self.whole, "batch": self.batch}
+
+
+def choose(plan: Plan, num_batches: int | None, *, cut_down: bool) -> list[Probe]:
+    """Batches of the plan, evenly spread in order of their padded cells, the largest first.
+
+    With ``cut_down``, half of them (and four beside all of them) are not whole: the longest rows of the largest
+    batch, a batch of the plan's shortest rows, half a batch with the fewest outputs for their inputs, a few of the
+    shortest rows. Without the third, inputs and outputs grow together, and what each costs cannot be told.
+    """
+    frame = plan.frame
+    order = np.argsort((frame["num_rows"] * frame["input_length"]).to_numpy(), kind="stable")[::-1]
+    num_cut = 0 if not cut_down else 4 if num_batches is None else num_batches // 2
+    num_whole = len(order) if num_batches is None else min(len(order), num_batches - num_cut)
+    chosen = order[np.rint(np.linspace(0, len(order) - 1, num_whole)).astype(int)]
+    probes = [Probe(plan.rows(int(batch)), int(batch)) for batch in chosen]
+    return probes + [Probe(rows) for rows in _cut_down(plan, order)[:num_cut]]
+
+
+def _cut_down(plan: Plan, order: Ints) -> list[list[Ints]]:
+    lengths = plan.lengths["input_length"].to_numpy()
+
+    def by_length(rows: list[Ints]) -> list[Ints]:
+        return sorted(rows, key=lambda row: int(lengths[row].sum()))
+
+    usual = max(1, int(np.median(plan.frame["num_rows"])))
+    few = max(1, usual // 4)
+    # the shortest batches hold the shortest rows of a bucketed plan, and a fair sample of a shuffled one
+    pool = by_length([row for batch in order[-16:] for row in plan.rows(int(batch))])
+    if "output_length" in plan.lengths:
+        outputs = plan.lengths["output_length"].to_numpy()
+        large = by_length([row for batch in order[:16] for row in plan.rows(int(batch))])
+        terse = sorted(large[len(large) // 2 :], key=lambda row: int(outputs[row].sum()) / int(lengths[row].sum()))
+    else:
+        terse = by_length(plan.rows(int(order[len(order) // 2])))
+    return [by_length(plan.rows(int(order[0])))[-few:], pool[:usual], terse[: max(1, usual // 2)], pool[:few]]

@@ -33,7 +33,13 @@ class Watch:
     def __iter__(self) -> Iterator[Any]:
         self._seen, self._inputs, self._outputs = [], [], []
         for batch in islice(self.loader, self.num_batches):
-            self._note(batch)
+            lengths, width = input_lengths(batch)
+            row = {"num_rows": len(lengths), "input_length": width, "input_real": int(lengths.sum())}
+            self._inputs.append(lengths)
+            if (outputs := output_lengths(batch)) is not None and len(outputs[0]) == len(lengths):
+                row |= {"output_length": outputs[1], "output_real": int(outputs[0].sum())}
+                self._outputs.append(outputs[0])
+            self._seen.append(row)
             yield batch
 
     def __len__(self) -> int:
@@ -45,15 +51,6 @@ class Watch:
         for _ in self:
             pass
         return self
-
-    def _note(self, batch: Any) -> None:
-        lengths, width = input_lengths(batch)
-        row = {"num_rows": len(lengths), "input_length": width, "input_real": int(lengths.sum())}
-        self._inputs.append(lengths)
-        if (outputs := output_lengths(batch)) is not None and len(outputs[0]) == len(lengths):
-            row |= {"output_length": outputs[1], "output_real": int(outputs[0].sum())}
-            self._outputs.append(outputs[0])
-        self._seen.append(row)
 
     @property
     def frame(self) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from effkit.padding.packing import best_fit_decreasing
 from effkit.padding.plans import Plan, padded, taken
 
 if TYPE_CHECKING:
-    from effkit.padding.memory import MemoryModel
+    from effkit.padding.calibration import MemoryModel
 
 BUCKETED = ("bucket", "bucket2d", "optimal")
 STRATEGIES = ("random", "sorted", "bucket", "bucket2d", "optimal", "token_budget", "pack")
@@ -50,7 +50,7 @@ def plan(
         Length at which attention doubles the cost of an example: its effective length is ``T + T²/quadratic``
         (Lhotse's ``quadratic_duration``).
     memory
-        A fitted :class:`~effkit.padding.memory.MemoryModel`: gives each bucket the largest batch that fits; with
+        A fitted :class:`~effkit.padding.MemoryModel`: gives each bucket the largest batch that fits; with
         ``batch_size``, at most that.
     edges, output_edges
         Bucket edges of your own, inclusive upper bounds [cells]; output edges have shape [buckets, output buckets].

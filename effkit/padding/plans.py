@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
-from effkit.padding import flops
 from effkit.padding.buckets import Ints
-from effkit.padding.rank_sharding import straggler
+from effkit.padding.rank_sharding import shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,14 +149,15 @@ class Plan:
         ----------
         cells
             ``"input"`` or ``"output"`` cells; ``"input_squared"``, the cells of full self-attention; or ``"flops"``
-            of a forward pass (see :func:`effkit.padding.flops.transformer`, which takes the ``model`` keywords).
+            of a forward pass (see :func:`effkit.padding.plans.forward_flops`, which takes the ``model`` keywords).
         """
         if cells not in CELLS:
             raise ValueError(f"cells is one of {', '.join(CELLS)}; given: {cells!r}")
         if cells == "output" and "output_length" not in self.lengths:
             raise ValueError("these lengths have no outputs to count; ask for cells='input'")
         if cells == "flops":
-            real, total = flops.of_batches(self.lengths, self.frame, **model)
+            # a packed row is computed as one long example, which is what a dense mask does
+            real, total = forward_flops(self.lengths, **model), forward_flops(self.frame, **model)
             padding = total - real
         else:
             name = "output_length" if cells == "output" else "input_length"
@@ -191,7 +191,12 @@ class Plan:
         >>> plan(pd.DataFrame({"input_length": [3, 3, 1, 1]}), "sorted", batch_size=1).straggler(2)
         1.0
         """
-        return straggler(self, world_size, cells)
+        if cells not in ("input", "input_squared"):
+            raise ValueError(f"cells is input or input_squared; given: {cells!r}")
+        power = 2 if cells == "input_squared" else 1
+        lengths, cost = self.lengths["input_length"].to_numpy(), self._num_rows * self._column("input_length") ** power
+        steps = shares(self, cost, world_size, lambda piece: len(piece) * self.padded(lengths[piece].max()) ** power)
+        return float(steps.max(axis=1).sum() / steps.mean(axis=1).sum())
 
     def plot(self, ax: Axes | None = None, *, num_batches: int = 12) -> Axes:
         """Draw the first batches to scale: real cells filled, padded cells pale. Returns the axes."""
@@ -209,3 +214,21 @@ class Plan:
             f"Plan {self.strategy}({limits}): {len(self.order):,} examples in {len(self.batch_starts):,} batches, "
             f"{padding:.1%} of the input cells are padding"
         )
+
+
+def forward_flops(
+    shapes: pd.DataFrame, *, hidden: int = 1024, encoder_layers: int = 24, decoder_layers: int = 24,
+    subsampling: int = 8,
+) -> int:  # fmt: skip
+    """Forward FLOPs of an encoder-decoder transformer: of ``num_rows`` examples (one unless there) of each shape, all
+    padded to its ``input_length`` and ``output_length``.
+
+    Per layer and example 24·h²·T + 4·h·T² (Narayanan et al. 2021, arXiv 2104.04473, section 5.1, forward pass without
+    recomputation: 24·B·s·h² + 4·B·s²·h); a decoder layer adds cross-attention 4·h²·(U + T) + 4·h·U·T. ``T`` is the
+    input length after ``subsampling``. The defaults are Canary-1B's 24 + 24 layers of width 1024 with 8x subsampling
+    (arXiv 2503.05931, section 3); embeddings and output layer are left out.
+    """
+    t, u, h = np.asarray(shapes["input_length"]) / subsampling, np.asarray(shapes.get("output_length", 0)), hidden
+    encoder = encoder_layers * (24 * h * h * t + 4 * h * t * t)
+    decoder = decoder_layers * (24 * h * h * u + 4 * h * u * u + 4 * h * h * (u + t) + 4 * h * u * t)
+    return round(float((shapes.get("num_rows", 1) * (encoder + np.where(u > 0, decoder, 0))).sum()))

@@ -9,9 +9,8 @@ import numpy as np
 
 from effkit.account import Account
 from effkit.lab import Trust, asked, calibration_of, interval
-from effkit.padding import epoch_accounts
+from effkit.padding.accounting import EPOCH_TIME, LIMIT_KNOBS, PEAK, companions, epoch_rows
 from effkit.padding.calibration import Calibration
-from effkit.padding.epoch_accounts import EPOCH_TIME, LIMIT_KNOBS, PEAK, epoch_rows
 from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, check_whole, plan
 from effkit.padding.plans import Plan
 
@@ -66,15 +65,12 @@ def predict(base: Account, **setting: Any) -> Account:
     peak = round(float(np.max(memory.amount(frame["num_rows"], frame["input_length"], output))))
     of_peak = interval(peak, peak * Trust(memory.error_frac).beyond(doublings, path_seen))
     of_peak["in_range"] = path_seen and doublings == 0
-    companions = (
-        epoch_accounts.cells_account(planned, "the plan", exact=True),
-        epoch_accounts.steps_account(num_steps, "the plan", exact=True),
-        epoch_accounts.peak_account(peak, "the fitted memory model", **of_peak),
-    )
     return Account.of(
         EPOCH_TIME, "ns", rows, total=total, source=f"the cost of {cost.num_steps} measured steps", basis="derived",
         **interval(total, total * band_frac), in_range=seen and doublings == 0, setting=wanted,
-        companions=companions, calibration=calibration,
+        companions=companions(planned, num_steps, peak, ("the plan", "the plan", "the fitted memory model"), exact=True,
+                              **of_peak),
+        calibration=calibration,
     )  # fmt: skip
 
 

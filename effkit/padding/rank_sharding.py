@@ -12,8 +12,6 @@ from effkit.padding.buckets import Ints
 
 _ORDERED = ("sorted", "token_budget")  # neighbouring batches are alike: ranks that share them wait least
 Step = list[Ints]  # one batch per rank
-
-
 Batched = Any  # effkit.padding.plans.Plan, which uses this module
 
 
@@ -86,14 +84,3 @@ def shares(plan: Batched, per_batch: Any, world_size: int, of_piece: Callable[[I
     whole = costs[np.array(groups)] if groups else np.empty((0, world_size))
     rest = np.array([[of_piece(piece) for piece in step] for step in leftovers]).reshape(-1, world_size)
     return np.concatenate([whole, rest])
-
-
-def straggler(plan: Batched, world_size: int, cells: str = "input") -> float:
-    """E[max over ranks] / mean of the padded cells of a step, ``"input"`` or ``"input_squared"`` ones."""
-    if cells not in ("input", "input_squared"):
-        raise ValueError(f"cells is input or input_squared; given: {cells!r}")
-    power = 2 if cells == "input_squared" else 1
-    frame, lengths = plan.frame, plan.lengths["input_length"].to_numpy()
-    cost = frame["num_rows"] * frame["input_length"] ** power
-    steps = shares(plan, cost, world_size, lambda piece: float(len(piece) * plan.padded(lengths[piece].max()) ** power))
-    return float(steps.max(axis=1).sum() / steps.mean(axis=1).sum())
