@@ -25,45 +25,11 @@ OUTPUT_COLUMNS = ("output_length", "output_tokens", "num_output_tokens", "tokens
 _MASK = "attention_mask"
 _LFS = b"version https://git-lfs"
 
-
 _Output = str | Literal[False] | None
 
 
 class _Empty(ValueError):
     """Raised where a file has no row, to be said with its name."""
-
-
-class _Supervision(msgspec.Struct):
-    text: str | None = None
-
-
-class _Track(msgspec.Struct):
-    cut: _Entry
-    offset: float = 0.0
-
-
-class _Entry(msgspec.Struct):
-    """One line of a NeMo manifest or of a Lhotse cut manifest; a mixed cut holds others as tracks."""
-
-    duration: float | None = None
-    num_frames: int | None = None
-    input_length: int | None = None
-    input_tokens: int | None = None
-    output_length: int | None = None
-    output_tokens: int | None = None
-    num_tokens: int | None = None
-    tokens: int | list[Any] | None = None
-    text: str | None = None
-    supervisions: list[_Supervision] | None = None
-    tracks: list[_Track] | None = None
-
-    def __post_init__(self) -> None:
-        if self.tracks and self.duration is None:
-            ends = [track.offset + track.cut.duration for track in self.tracks if track.cut.duration is not None]
-            self.duration = max(ends, default=None)
-            self.supervisions = [spoken for track in self.tracks for spoken in track.cut.supervisions or []]
-        if self.text is None and (said := [s.text for s in self.supervisions or [] if s.text is not None]):
-            self.text = " ".join(said)  # it stands in either of two places
 
 
 def lengths(
@@ -157,10 +123,11 @@ def _line(path: Path, mark: str, row: int) -> int:
 
 
 def _manifest(path: Path, input: str | None, output: _Output) -> tuple[pd.DataFrame, list[int]]:
-    """Decode a JSON-lines manifest into the columns that any line of it has, and the line number of each row."""
-    named = [name for name in (input, output) if name and name not in _Entry.__struct_fields__]
-    decoder: Any = msgspec.json.Decoder(dict[str, Any] if named else _Entry)
-    entries: list[Any] = []
+    """A JSON-lines manifest as a table of the columns that any line of it has, and the line number of each row."""
+    usual = (*INPUT_COLUMNS, *OUTPUT_COLUMNS)
+    every = any(name and name not in usual for name in (input, output))
+    decoder = msgspec.json.Decoder(dict[str, Any])
+    rows: list[dict[str, Any]] = []
     numbers: list[int] = []
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -170,19 +137,23 @@ def _manifest(path: Path, input: str | None, output: _Output) -> tuple[pd.DataFr
         if number == 1 and line.lstrip().startswith(b"["):
             raise ValueError(f"{path.name} is a JSON list, not an example a line: give lengths(pandas.read_json(path))")
         try:
-            entries.append(decoder.decode(line))
-        except msgspec.DecodeError as error:
+            entry = _entry(decoder.decode(line))
+        except (msgspec.DecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
+        rows.append(entry if every else {name: entry.get(name) for name in usual})
         numbers.append(number)
-    return pd.DataFrame(entries) if named else _columns(entries), numbers
+    return pd.DataFrame(rows).dropna(axis=1, how="all"), numbers
 
 
-def _columns(entries: list[_Entry]) -> pd.DataFrame:
-    """The fields that any entry has."""
-    fields = [field for field in _Entry.__struct_fields__ if field not in ("supervisions", "tracks")]
-    columns: dict[str, list[Any]] = {field: [getattr(entry, field) for entry in entries] for field in fields}
-    present = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    return pd.DataFrame(present, index=range(len(entries)))
+def _entry(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a NeMo manifest, or of Lhotse cuts, whose text is in supervisions, and which may be mixed of tracks."""
+    tracks, spoken = line.get("tracks") or [], line.get("supervisions") or []
+    if tracks and line.get("duration") is None:
+        ends = [track.get("offset", 0) + end for track in tracks if (end := track["cut"].get("duration")) is not None]
+        line["duration"] = max(ends, default=None)
+        spoken = [one for track in tracks for one in track["cut"].get("supervisions") or []]
+    said = [one["text"] for one in spoken if one.get("text") is not None]
+    return line | {"text": " ".join(said)} if said and line.get("text") is None else line
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -209,12 +180,7 @@ def _choose(names: Any, asked: str | None, usual: tuple[str, ...], *, required: 
 
 
 def _tidy(
-    table: pd.DataFrame,
-    input: str | None,
-    output: _Output,
-    tokenize: Any,
-    rate: float,
-    where: Callable[[int], str],
+    table: pd.DataFrame, input: str | None, output: _Output, tokenize: Any, rate: float, where: Callable[[int], str]
 ) -> pd.DataFrame:
     if not len(table):
         raise _Empty("an empty list of lengths: nothing to plan")
