@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effkit.padding import fit_cost, fit_memory
+from effkit.padding import fit_memory
+from effkit.padding.calibration import fit_cost
 
 CANARY = Path(__file__).resolve().parents[1] / "data" / "canary1b_buckets.csv"
 CORNERS = pd.DataFrame({"input_length": [400.0, 400.0, 4000.0, 4000.0], "output_length": [30, 50, 250, 480]})

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_padding_planning import spread
 
 from effkit.account import Account
-from effkit.padding import fit_cost, fit_memory, plan, predict, whatif
+from effkit.padding import fit_memory, plan, predict, whatif
 from effkit.padding.accounting import EPOCH_TIME, companions, epoch_rows, setting_of
-from effkit.padding.calibration import Calibration
+from effkit.padding.calibration import Calibration, fit_cost
 
 TRUE_TIME = np.array([1e6, 900, 400, 0.03, 0.8])  # c0, BT, BU, BT², BUT [ns]
 TRUE_PEAK = np.array([2e8, 3e4, 2e4, 0, 20])  # fixed, BT, BU, BUT, BT² [bytes]

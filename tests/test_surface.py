@@ -39,8 +39,8 @@ PUBLIC = {
         "whatif",
     ],
     "effkit.padding": [
-        "CostModel", "MemoryModel", "Plan", "STRATEGIES", "Watch", "account", "fit_cost", "fit_memory", "lengths",
-        "measure", "plan", "predict", "watch", "whatif",
+        "MemoryModel", "Plan", "STRATEGIES", "Watch", "account", "fit_memory", "lengths", "measure", "plan", "predict",
+        "watch", "whatif",
     ],
     "effkit.moe": [
         "Setting", "account", "balanced_placement", "best_degrees", "imbalance", "link",

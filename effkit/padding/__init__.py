@@ -12,7 +12,7 @@ from effkit.lazy import lazily
 from effkit.padding.accounting import EPOCH_CELLS as EPOCH_CELLS
 from effkit.padding.accounting import PEAK as PEAK
 from effkit.padding.accounting import account
-from effkit.padding.calibration import CostModel, MemoryModel, fit_cost, fit_memory
+from effkit.padding.calibration import MemoryModel, fit_memory
 from effkit.padding.loader_audit import Watch, watch
 from effkit.padding.planning import STRATEGIES, plan
 from effkit.padding.plans import Plan
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from effkit.padding.live import measure
 
 __all__ = [
-    "STRATEGIES", "CostModel", "MemoryModel", "Plan", "Watch", "account", "fit_cost", "fit_memory", "lengths",
-    "measure", "plan", "predict", "watch", "whatif",
+    "STRATEGIES", "MemoryModel", "Plan", "Watch", "account", "fit_memory", "lengths", "measure", "plan", "predict",
+    "watch", "whatif",
 ]  # fmt: skip
 
 __getattr__ = lazily(__name__, {"live": ["measure"]})  # torch is only needed there

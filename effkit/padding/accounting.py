@@ -84,7 +84,8 @@ def epoch_rows(plan: Plan, cost: CostModel, world_size: int = 1) -> tuple[dict[s
     steps = shares(plan, times, world_size, of_piece)
     overhead = cost.coefficients[0] * len(steps)
     names = ("input_real", "output_real", "input_squared_real", "cross_real")
-    real = cost.real_ns(*(float(np.sum(frame.get(name, 0))) for name in names)) / world_size
+    cells = [float(np.sum(frame.get(name, 0))) for name in names]
+    real = float(np.dot(cost.coefficients[1:], cells)) / world_size  # no fixed part
     mean, slowest = float(steps.mean(axis=1).sum()), float(steps.max(axis=1).sum())
     rows = {"step overhead": round(overhead), "real": round(real), "padding": round(mean - overhead - real)}
     if world_size > 1:

@@ -13,7 +13,6 @@ from effkit.lab import SPREAD, Hull, Trust, rms
 from effkit.least_squares import Floats, nonnegative
 from effkit.padding.plans import Plan
 
-ATTENTION = ("padded", "block_mask", "varlen")
 _SHAPE = ("num_rows", "input_length", "output_length")
 # Student's t that nine of ten draws stay within, by how many rows there are more than coefficients; 2 or less from 5
 _STUDENT = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13}
@@ -23,26 +22,15 @@ _STUDENT = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13}
 class CostModel:
     """A step takes ``c0 + a·BT + b·BU + q·BT² + e·BUT`` nanoseconds.
 
-    Attributes
-    ----------
-    coefficients
-        ``(c0, a, b, q, e)`` [ns, ns per cell, …], none negative.
-    attention
-        The attention path that was measured: ``padded`` rows, packed rows under a dense ``block_mask``, or packed
-        rows with ``varlen`` kernels. Paths cost differently; a model of one says nothing certain of another.
-    num_steps
-        How many steps were measured.
-    largest
-        The largest ``input_length``, ``output_length`` and ``BT`` that were measured.
-    left_out
-        For each measured step, the coefficients without it.
+    ``attention`` is the path that was measured: ``padded`` rows, packed ones under a dense ``block_mask``, or packed
+    ones with ``varlen`` kernels. Paths cost differently; a model of one says nothing certain of another.
     """
 
-    coefficients: tuple[float, ...]
+    coefficients: tuple[float, ...]  # (c0, a, b, q, e) [ns, ns per cell, …], none negative
     attention: str
-    num_steps: int
-    largest: tuple[float, float, float]
-    left_out: tuple[tuple[float, ...], ...]
+    num_steps: int  # that were measured
+    largest: tuple[float, float, float]  # input length, output length and BT among them
+    left_out: tuple[tuple[float, ...], ...]  # for each of them, the coefficients without it
 
     def step_ns(self, rows: Any, input_length: Any, output_length: Any = 0) -> Floats:
         """Time of a batch of ``rows`` padded to these lengths [ns]. Broadcasts."""
@@ -59,10 +47,6 @@ class CostModel:
         ratios = (fits @ sums[0]) / (fits @ sums[1])
         error_frac = float(np.sqrt((len(fits) - 1) * np.var(ratios)) / np.mean(ratios))
         return error_frac * by_chance(len(fits) - sum(1 for cost in self.coefficients if cost))
-
-    def real_ns(self, input_real: float, output_real: float, input_squared: float, cross: float) -> float:
-        """Time of the real cells alone, given their sums [ns]; no fixed part."""
-        return float(np.dot(self.coefficients[1:], [input_real, output_real, input_squared, cross]))
 
     def doublings(self, rows: Any, input_length: Any, output_length: Any = 0) -> float:
         """By how many doublings the largest of these batches lies beyond what was measured; 0 within.
@@ -82,21 +66,10 @@ def by_chance(num_free: int) -> float:
 
 
 def fit_cost(measured_steps: pd.DataFrame, *, attention: str = "padded") -> CostModel:
-    """Fit the cost model to measured steps, each weighted by its relative error.
-
-    ValueError with fewer than three steps, or a column missing.
-
-    Parameters
-    ----------
-    measured_steps
-        Columns ``num_rows``, ``input_length`` and, where there are outputs, ``output_length`` [cells]; ``dur_ns``.
-    attention
-        Which attention path they ran.
-    """
+    """Fit the cost model to measured steps, each weighted by its relative error: columns ``num_rows``, ``input_length``
+    and, where there are outputs, ``output_length`` [cells]; ``dur_ns``."""
     names = ("num_rows", "input_length", "output_length", "dur_ns")
     rows, inputs, outputs, times = _columns(measured_steps, names, "fit_cost", "measured steps")
-    if attention not in ATTENTION:
-        raise ValueError(f"attention is one of {', '.join(ATTENTION)}; given: {attention!r}")
     design = _step_terms(rows, inputs, outputs) / times[:, None]
 
     def fitted(steps: Floats) -> tuple[float, ...]:

@@ -67,19 +67,18 @@ def plan(
     >>> [batch.tolist() for batch in plan(lengths, "sorted", batch_size=2).batches]
     [[1, 3], [2, 0]]
     """
-    limits = {
-        "batch_size": batch_size, "max_input_cells": max_input_cells, "num_buckets": num_buckets,
-        "num_output_buckets": num_output_buckets, "quadratic": quadratic, "memory": memory, "edges": edges,
-        "output_edges": output_edges, "put_back": put_back, "pad_to_multiple_of": pad_to_multiple_of,
-        "seed": seed,
-    }  # fmt: skip
+    limits = {name: limit for name, limit in locals().items() if name not in ("lengths", "strategy")}
     _check(lengths, strategy, limits)
     inputs = lengths["input_length"].to_numpy()
     used = LIMITS[strategy]
     kept = {name: limit for name, limit in limits.items() if name in used and limit is not None}
     if strategy == "pack":
         assert max_input_cells is not None
-        return _packed(lengths, kept, inputs, int(max_input_cells), batch_size or 1)
+        row = best_fit_decreasing(inputs, int(max_input_cells))
+        order, row_starts = np.argsort(row, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
+        starts = np.arange(0, len(row_starts), batch_size or 1)
+        table = pd.DataFrame({"input_length": [int(max_input_cells)]})
+        return Plan(lengths, strategy, kept, order, row_starts, starts, np.zeros_like(starts), table, plan)
     if strategy in ("sorted", "token_budget"):
         columns = [lengths[name].to_numpy() for name in ("output_length", "input_length") if name in lengths]
         order = np.lexsort(columns)
@@ -118,7 +117,14 @@ _WHOLE = {"batch_size": 1, "num_buckets": 1, "num_output_buckets": 1, "pad_to_mu
 
 
 def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> None:
-    _check_lengths(lengths, strategy)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    if not isinstance(lengths, pd.DataFrame) or "input_length" not in lengths or not len(lengths):
+        raise ValueError("plan() takes a non-empty frame with the column input_length; padding.lengths() makes one")
+    if strategy == "bucket2d" and "output_length" not in lengths:
+        raise ValueError("bucket2d needs output lengths, and these lengths have none; use strategy='bucket'")
+    if (shortest := lengths["input_length"].min()) < 1:
+        raise ValueError(f"the shortest length is {shortest}; a length is at least 1: mend or drop what is shorter")
     cells, size = limits["max_input_cells"], limits["batch_size"]
     if strategy in ("pack", "token_budget") and cells is None:
         raise ValueError(
@@ -134,32 +140,10 @@ def _check(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> N
             checked_amount(name, limits[name])
     if not isinstance(size, (int, np.integer, type(None))) and strategy not in BUCKETED:
         raise ValueError(f"one batch_size per bucket goes with a bucket strategy; {strategy} takes a single number")
-    longest = lengths["input_length"].max()
-    _check_longest(float(longest if strategy == "pack" else padded(longest, limits)), strategy, limits)
-
-
-def check_whole(limits: Mapping[str, Any]) -> None:
-    """Refuse a limit that has to be a whole number and is none; ``batch_size`` may be several."""
-    for name, least in _WHOLE.items():
-        for value in () if limits.get(name) is None else np.ravel(limits[name]).tolist():
-            checked_whole(name, value, least)
-
-
-def _check_lengths(lengths: pd.DataFrame, strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
-    if not isinstance(lengths, pd.DataFrame) or "input_length" not in lengths or not len(lengths):
-        raise ValueError("plan() takes a non-empty frame with the column input_length; padding.lengths() makes one")
-    if strategy == "bucket2d" and "output_length" not in lengths:
-        raise ValueError("bucket2d needs output lengths, and these lengths have none; use strategy='bucket'")
-    if (shortest := lengths["input_length"].min()) < 1:
-        raise ValueError(f"the shortest length is {shortest}; a length is at least 1: mend or drop what is shorter")
-
-
-def _check_longest(longest: float, strategy: str, limits: Mapping[str, Any]) -> None:
-    cells = limits["max_input_cells"]
     if cells is None or not (limits["put_back"] or strategy == "pack"):
         return
+    longest = lengths["input_length"].max()
+    longest = float(longest if strategy == "pack" else padded(longest, limits))
     penalty = limits["quadratic"] if "quadratic" in LIMITS[strategy] else None
     effective = longest + (longest**2 / penalty if penalty else 0)
     if effective > cells:
@@ -167,6 +151,13 @@ def _check_longest(longest: float, strategy: str, limits: Mapping[str, Any]) -> 
             f"the longest example counts {effective:,.0f} cells and max_input_cells is {cells:,}: raise the limit "
             "or filter the list"
         )
+
+
+def check_whole(limits: Mapping[str, Any]) -> None:
+    """Refuse a limit that has to be a whole number and is none; ``batch_size`` may be several."""
+    for name, least in _WHOLE.items():
+        for value in () if limits.get(name) is None else np.ravel(limits[name]).tolist():
+            checked_whole(name, value, least)
 
 
 def _bucketed(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> tuple[Ints, pd.DataFrame]:
@@ -240,12 +231,3 @@ def _starts(sizes: list[int], fitting: Callable[[int], int], cap: int, put_back:
             begin = i
         longest, end = size, begin + rows
     return starts
-
-
-def _packed(lengths: pd.DataFrame, limits: Mapping[str, Any], inputs: Ints, capacity: int, rows_per_batch: Any) -> Plan:
-    row = best_fit_decreasing(inputs, capacity)
-    order = np.argsort(row, kind="stable")
-    row_starts = np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
-    batch_starts = np.arange(0, len(row_starts), rows_per_batch)
-    edges = pd.DataFrame({"input_length": [capacity]})
-    return Plan(lengths, "pack", limits, order, row_starts, batch_starts, np.zeros_like(batch_starts), edges, plan)
