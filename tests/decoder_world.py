@@ -81,8 +81,9 @@ def measured(model, setting: Setting, costs: Costs = COSTS):
 
     runs = [run(one, counted.step_size(one), costs) for one in (setting, *probes(model, setting))]
     known = calibrate(
-        runs, lattice(model, setting), counted, 0.01, {}, {}, READ_BYTES_PER_S, dict.fromkeys(DTYPES, PRODUCTS)
-    )
+        runs, lattice(model, setting), memory=counted, seconds_per_cell=0.01, launches={}, apart={},
+        read_bytes_per_s=READ_BYTES_PER_S, products=dict.fromkeys(DTYPES, PRODUCTS),
+    )  # fmt: skip
     rows, phases = accounting.measured_rows(runs[0])
     account = accounting.generation_account(
         rows, phases, setting, total_ns=runs[0].total_ns, weight_bytes=counted.weight_bytes(setting),

@@ -12,11 +12,11 @@ from test_decoder_module_timers import MODELS, SMALL
 
 import effkit as ek
 from effkit import decoder
-from effkit.decoder import calibration, floors, live, module_timers, operator_times
+from effkit.decoder import calibration, live, module_timers, operator_times
 from effkit.decoder.generating import prepared, setting_of
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.operator_times import Call, Framework, Launches, Operators, step_times
-from effkit.decoder.product_costs import product_cost
+from effkit.decoder.product_costs import product_cost, reading_rate
 from effkit.device import Device
 
 PARTS = [SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT]
@@ -155,12 +155,12 @@ def test_a_deeper_model_launches_in_proportion():
 
 
 def test_small_weights_are_read_no_more_slowly_than_large_ones():
-    small, large = (floors.reading_rate(size, torch.float32, torch.device("cpu")) for size in (2**18, 2**26))
+    small, large = (reading_rate(size, torch.float32, torch.device("cpu")) for size in (2**18, 2**26))
     assert large > 1e8
     assert small > 0.5 * large
     for dtype in (torch.bfloat16, torch.float16):
-        assert floors.reading_rate(2**16, dtype, torch.device("cpu")) > 0
-    assert floors.reading_rate(1, torch.float32, torch.device("cpu")) > 0, "of less than one row too"
+        assert reading_rate(2**16, dtype, torch.device("cpu")) > 0
+    assert reading_rate(1, torch.float32, torch.device("cpu")) > 0, "of less than one row too"
 
 
 def test_what_a_weight_costs():

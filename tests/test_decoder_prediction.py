@@ -96,7 +96,7 @@ def test_what_no_run_has_seen_is_out_of_range_and_has_a_wider_band(world, change
     guess = decoder.predict(base, **changes)
     assert guess.in_range is in_range
     width = guess.high / guess.total - 1
-    assert width == pytest.approx(wider * base.calibration.band_frac if wider else 0.3, rel=0.02)
+    assert width == pytest.approx(wider * base.calibration.trust.band_frac if wider else 0.3, rel=0.02)
     assert ("outside the calibrated range" in repr(guess)) is not in_range
 
 

@@ -102,17 +102,18 @@ class GenerationStudy(Study):
         if self.call.cache == "on" or self.call.num_beams > 1:
             return []
         found = f"use_cache=False: each of {self.call.num_steps} steps computes all tokens before it anew"
+
+        def run() -> Account:
+            """The call as it was made, and with a cache, in turn."""
+            calls = {"now": self._again, "then": partial(self._again, use_cache=True)}
+            times = interleaved_ns(calls, self.repeats, min)
+            total = round(self.base.total * times["then"] / times["now"])
+            return Account.of(SAME_TOKENS, "ns", {"generation": total}, total=total,
+                              source="the wall clock, relative to the call as it is, run in turn")  # fmt: skip
+
         lever = self._lever("cache", "keep keys and values", found, {"cache": "on"},
                             "model.generate(**inputs, use_cache=True)", (), lambda: {"use_cache": True})  # fmt: skip
-        return [replace(lever, run=self._with_cache)]
-
-    def _with_cache(self) -> Account:
-        """The call as it was made, and with a cache, in turn."""
-        calls = {"now": self._again, "then": partial(self._again, use_cache=True)}
-        times = interleaved_ns(calls, self.repeats, min)
-        total = round(self.base.total * times["then"] / times["now"])
-        return Account.of(SAME_TOKENS, "ns", {"generation": total}, total=total,
-                          source="the wall clock, relative to the call as it is, run in turn")  # fmt: skip
+        return [replace(lever, run=run)]
 
     def _rebalanced(self) -> list[Lever]:
         setting = self.known.calibration.setting
@@ -155,7 +156,7 @@ class GenerationStudy(Study):
 
         predicted = _scaled(decoder.predict(self.known, **wanted), scale)
         if not predicted.predicted:  # the calibration's own rest: what it measured is known as well as its repetitions
-            half = self.known.calibration.band_frac * predicted.total
+            half = self.known.calibration.trust.band_frac * predicted.total
             predicted = replace(predicted, low=round(predicted.total - half), high=round(predicted.total + half))
         return Lever(kind, name, found, _scaled(self.base, 1.0), predicted, code, effects, group=kind, run=run, use=use,
                      keep=self.receipts.append)  # fmt: skip
@@ -220,9 +221,8 @@ def observed(generate: Any, model: Any, inputs: Any) -> Call:
 
 def _scaled(account: Account, scale: float) -> Account:
     """A generation as time of the tokens that the base makes."""
-    rows = {str(item): round(scale * value) for item, value in account.frame["value"].items()}
     band = {} if account.low is None or account.high is None else {
         "low": int(scale * account.low), "high": -int(-scale * account.high // 1)}  # fmt: skip
-    return Account.of(SAME_TOKENS, "ns", rows, total=round(scale * account.total), source=account.source,
-                      basis=dict(account.frame["basis"]), in_range=account.in_range, setting=dict(account.setting),
-                      **band)  # fmt: skip
+    frame = account.frame.assign(value=(scale * account.frame["value"]).round().astype("int64"))
+    return replace(account, title=SAME_TOKENS, frame=frame, total=round(scale * account.total), companions=(),
+                   calibration=None, **band)  # fmt: skip

@@ -11,7 +11,6 @@ from effkit.account import Account
 from effkit.decoder.costs import PREFILL, START, Run
 from effkit.decoder.memory import CacheBytes
 from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.module_timers import Watched
 from effkit.decoder.setting import Setting
 
 TIME = "Time of one generation"
@@ -21,25 +20,19 @@ PHASES, WEIGHTS, CACHE = "Prefill and decode", "Weights", "Key-value cache"
 WHOLE = "generation"  # the one row where no part is told
 
 
-def rows_ns(watched: Watched, coded: bool) -> dict[str, int]:
-    """The rows of one generation [ns]; with no encoder the first forward is its prefill."""
-    steps = watched.steps if coded else watched.steps.iloc[1:]
-    rows = {ENCODER: watched.encoder_ns} if coded else {PREFILL: int(watched.steps.iloc[0].sum())}
-    rows |= {str(part): int(value) for part, value in steps.sum().items()} | {START: watched.start_ns}
-    return {part: rows[part] for part in ROWS if rows.get(part)}
-
-
-def phases_ns(watched: Watched) -> dict[str, int]:
-    """Up to the first token, and after it [ns]."""
-    first = watched.encoder_ns + int(watched.steps.iloc[0].sum()) + watched.start_ns
-    return {"prefill": first, "decode": watched.wall_ns - first}
-
-
 def measured_rows(run: Run) -> tuple[dict[str, int], dict[str, int]]:
-    """Rows and phases of a run [ns]; of a run that could not be watched, one row and no phases."""
+    """Rows of a run, and its time up to the first token and after it [ns]; with no encoder the first forward is its
+    prefill. Of a run that could not be watched, one row and no phases."""
     if not run.watched:
         return {WHOLE: run.total_ns}, {}
-    return rows_ns(run.fastest, run.setting.encoder_layers > 0), phases_ns(run.fastest)
+    watched, coded = run.fastest, run.setting.encoder_layers > 0
+    first = int(watched.steps.iloc[0].sum())
+    rows = {ENCODER: watched.encoder_ns} if coded else {PREFILL: first}
+    rows |= {str(part): int(value) for part, value in watched.steps.iloc[0 if coded else 1 :].sum().items()}
+    rows[START] = watched.start_ns
+    phases = {"prefill": watched.encoder_ns + first + watched.start_ns}
+    phases["decode"] = watched.wall_ns - phases["prefill"]
+    return {part: rows[part] for part in ROWS if rows.get(part)}, phases
 
 
 def generation_account(
@@ -54,7 +47,6 @@ def generation_account(
     total = round(total_ns)
     span = (1.0, 1.0) if band_frac is None else (1 / (1 + band_frac), 1 + band_frac)
     more: dict[str, Any] = {"setting": setting.plain(), "basis": basis}
-
     companions: list[Account] = []
 
     def add(title: str, unit: str, values: Mapping[str, float], source: str, low: float, high: float) -> None:

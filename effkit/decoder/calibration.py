@@ -22,6 +22,7 @@ _TOO_LARGE_BYTES = 2**31  # of weights: no deeper model is built then
 # Knobs whose effect no probe has shown
 _UNSEEN: Mapping[str, Any] = {"cache": "on", "num_beams": 1, "compiled": "off", "weight_bits": 0}
 _SAME = ("width", "kv_heads", "dtype")
+_SIZES = ("depth", "encoder_layers", "batch", "num_steps", "input_length")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,47 +34,20 @@ class Observed:
 
 @dataclass(frozen=True, eq=False)
 class Calibration(Observed):
-    """What a measurement found, and all that :func:`effkit.decoder.predict` needs.
+    """What a measurement found, and all that :func:`effkit.decoder.predict` needs. ``observed`` is the first of
+    ``runs``, unless it was measured with a base."""
 
-    Attributes
-    ----------
-    observed
-        The generation that the account was measured from: the first of ``runs``, unless it was measured with a base.
-    runs
-        Those that the costs were fitted on: the base first, then the probes.
-    costs
-        Costs of all parts, through these runs.
-    memory
-        Bytes at any setting.
-    seconds_per_cell
-        Of sound, per cell of the input; None where the input is no sound.
-    anchor
-        Measured over modelled time of what was observed.
-    error_frac
-        Root mean square error of runs between the nodes of the lattice, each left out of the fit in turn.
-    noise_frac
-        How far repetitions of one run lay apart.
-    launches
-        Part -> operators that one step launches, views not counted.
-    apart
-        ``operators`` and ``framework`` -> part -> its time in one step [ns], run without the other.
-    read_bytes_per_s
-        Highest rate at which this device reads weights of this size.
-    products
-        Data type -> what a weight costs in products on this device.
-    """
-
-    runs: tuple[Run, ...]
-    costs: Costs
-    memory: Memory
-    seconds_per_cell: float | None
-    anchor: float
-    error_frac: float
-    noise_frac: float
-    launches: Mapping[str, int]
-    apart: Mapping[str, Mapping[str, int]]
-    read_bytes_per_s: float
-    products: Mapping[str, ProductCost]
+    runs: tuple[Run, ...]  # those that the costs were fitted on: the base first, then the probes
+    costs: Costs  # of all parts, through these runs
+    memory: Memory  # bytes at any setting
+    seconds_per_cell: float | None  # of sound, per cell of the input; None where the input is no sound
+    anchor: float  # measured over modelled time of what was observed
+    error_frac: float  # root mean square error of runs between the nodes, each left out of the fit in turn
+    noise_frac: float  # how far repetitions of one run lay apart
+    launches: Mapping[str, int]  # part -> operators that one step launches, views not counted
+    apart: Mapping[str, Mapping[str, int]]  # operators, framework -> part -> time in one step, alone [ns]
+    read_bytes_per_s: float  # highest rate at which this device reads weights of this size
+    products: Mapping[str, ProductCost]  # data type -> what a weight costs in products on this device
 
     @property
     def setting(self) -> Setting:
@@ -91,11 +65,6 @@ class Calibration(Observed):
         # a measurement is told relative to the base: three figures are as noisy, its own, that of the base beside it,
         # and that of the base in the fit
         return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns) / 3)
-
-    @property
-    def band_frac(self) -> float:
-        """Half the width of a prediction's band."""
-        return self.trust.band_frac
 
     def resolved(self, setting: Setting) -> Setting:
         """With parameters held, the setting with the encoder layers that keep the base's number of them."""
@@ -116,28 +85,22 @@ class Calibration(Observed):
 
     def doublings(self, setting: Setting) -> float:
         """By how many doublings its sizes lie beyond those of the probes; 0 between them."""
-        sizes = [_sizes(run.setting) for run in self.runs]
+
+        def sizes_of(one: Setting) -> dict[str, int]:
+            return {name: getattr(one, name) for name in _SIZES}
+
+        sizes = [sizes_of(run.setting) for run in self.runs]
         # fewer steps, or fewer layers of the encoder, are parts of a run
         return Hull.of([*sizes, sizes[0] | {"num_steps": 1, "encoder_layers": min(1, sizes[0]["encoder_layers"])}]
-                       ).doublings(_sizes(setting))  # fmt: skip
+                       ).doublings(sizes_of(setting))  # fmt: skip
 
 
-def _sizes(setting: Setting) -> dict[str, int]:
-    names = ("encoder_layers", "batch", "num_steps", "input_length")
-    return {"depth": setting.depth} | {name: getattr(setting, name) for name in names}
-
-
-def calibrate(
-    runs: Sequence[Run], nodes: Lattice, memory: Memory, seconds_per_cell: float | None, launches: Mapping[str, int],
-    apart: Mapping[str, Mapping[str, int]], read_bytes_per_s: float, products: Mapping[str, ProductCost],
-) -> Calibration:  # fmt: skip
-    """Fit the costs; the first run is the base."""
-
-    costs, error_frac = fit(runs, nodes), _held_out_error_frac(runs, nodes)
+def calibrate(runs: Sequence[Run], nodes: Lattice, **known: Any) -> Calibration:
+    """Fit the costs; the first run is the base. ``known`` are the fields that no fit gives."""
+    costs = fit(runs, nodes)
     return Calibration(
-        runs[0], tuple(runs), costs, memory, seconds_per_cell, anchor=_ratio(runs[0], costs), error_frac=error_frac,
-        noise_frac=noise(run.plain_ns for run in runs), launches=launches, apart=apart,
-        read_bytes_per_s=read_bytes_per_s, products=products,
+        runs[0], tuple(runs), costs, anchor=_ratio(runs[0], costs), error_frac=_held_out_error_frac(runs, nodes),
+        noise_frac=noise(run.plain_ns for run in runs), **known,
     )  # fmt: skip
 
 

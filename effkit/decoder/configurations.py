@@ -97,7 +97,8 @@ def check_positions(sizes: Sizes, prompt_cells: int, num_steps: int) -> None:
 
 
 def _set_layers(config: Any, name: str, number: int) -> None:
-    owner, last = _owner(config, name)
+    above, _, last = name.rpartition(".")  # a dotted name leads into a part's own
+    owner = attrgetter(above)(config) if above else config
     setattr(owner, last, number)
     if kinds := getattr(owner, "layer_types", None):
         owner.layer_types = [kinds[i % len(kinds)] for i in range(number)]
@@ -113,12 +114,6 @@ def _set_width(config: Any, name: str, before: int, width: int) -> None:
     setattr(config, name, width)
     for key, size in along.items():
         setattr(config, key, size * width // before)
-
-
-def _owner(config: Any, name: str) -> tuple[Any, str]:
-    """Whose attribute a dotted name is, and what it is called there."""
-    above, _, last = name.rpartition(".")
-    return (attrgetter(above)(config) if above else config), last
 
 
 def _read(config: Any, names: tuple[str, ...]) -> int:

@@ -126,31 +126,16 @@ class BulkCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of all parts [ns].
+    """Costs of all parts [ns]."""
 
-    Attributes
-    ----------
-    lattice
-        Where the costs of a step are known.
-    layer, step
-        Part -> its cost per decoder layer of a step, and per step.
-    keys_values
-        Cross-attention keys and values, per decoder layer.
-    front, encoder_layer
-        The encoder but for its layers, and one of them.
-    prefill
-        Of a decoder-only model: the first forward, per layer and part, over the prompt.
-    start
-        Before and after the steps [ns], and so much per cell and decoder layer: a cache is laid out and freed.
-    """
-
-    lattice: Lattice
-    layer: Mapping[str, StepCost]
-    step: Mapping[str, StepCost]
-    keys_values: BulkCost
-    front: BulkCost
-    encoder_layer: BulkCost
-    prefill: Mapping[str, BulkCost]
+    lattice: Lattice  # where the costs of a step are known
+    layer: Mapping[str, StepCost]  # part -> its cost per decoder layer of a step
+    step: Mapping[str, StepCost]  # part -> its cost per step
+    keys_values: BulkCost  # of cross-attention, per decoder layer
+    front: BulkCost  # the encoder but for its layers
+    encoder_layer: BulkCost  # one of them
+    prefill: Mapping[str, BulkCost]  # of a decoder-only model: the first forward, per layer and part, over the prompt
+    # before and after the steps, and so much per cell and decoder layer: a cache is laid out and freed
     start: tuple[float, float] = (0.0, 0.0)
 
     def part_ns(self, part: str, setting: Setting, cells: float | Floats = 0.0, rows: int = 0) -> Any:

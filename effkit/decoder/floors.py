@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
 import numpy as np
 import pandas as pd
-import torch
 
 from effkit.account import Account
 from effkit.decoder.calibration import Calibration
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
 from effkit.decoder.operator_times import FRAMEWORK, LAUNCHES, OPERATORS
 from effkit.decoder.setting import DTYPES
-from effkit.device import Device, fastest_ns
+from effkit.device import Device
 from effkit.lab import calibration_of
 from effkit.progress_bar import working
 
 READING, ARITHMETIC = "reading", "arithmetic"
 _PARTS = (SELF, CROSS, FFN, NORMS, EMBEDDING, OUTPUT)
-_COLUMNS = 1024  # of the matrices that are read
-_SECONDS = 0.05
-
-
-def reading_rate(size_bytes: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Bytes per second at which a matrix of this size is multiplied with a vector, again and again: the fastest of
-    many. One that the caches hold is read far more quickly than memory is. ``size_bytes`` is all that a step reads:
-    weights, keys and values.
-    """
-    rows = max(1, size_bytes // (_COLUMNS * torch.empty(0, dtype=dtype).element_size()))
-    # several matrices, as a model has: one large product could be split among threads otherwise than they are
-    matrix = torch.ones(rows, _COLUMNS, dtype=dtype, device=device)
-    pieces = matrix.split(max(1, -(-rows // 64)))
-    vector = torch.ones(_COLUMNS, dtype=dtype, device=device)
-    with torch.no_grad():
-        times = [fastest_ns(partial(_read, matrices, vector), seconds=_SECONDS) for matrices in (pieces, (matrix,))]
-    return matrix.nbytes / min(times) * 1e9
-
-
-def _read(pieces: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
-    for piece in pieces:
-        torch.mv(piece, vector)
 
 
 @working("Measuring the floors of a step")

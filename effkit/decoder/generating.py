@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from effkit.arguments import checked_model, described
 from effkit.decoder import configurations
 from effkit.decoder.early_exit import exit_at
-from effkit.decoder.setting import Setting
+from effkit.decoder.setting import DTYPES, Setting
 
 _NEVER = 10**9  # no vocabulary has it
 _DEFAULT_LENGTH = {"input_features": 400, "input_ids": 32}
@@ -43,7 +43,10 @@ def setting_of(model: Any, inputs: Any = None, **changes: Any) -> Setting:
     checked_model(model)
     sizes, name = configurations.sizes(model.config), model.main_input_name
     own_length = None if inputs is None else _named(inputs, name)[name].shape[_length_axis(model, name)]
-    length = changes.pop("input_length", None) or own_length or _default_length(model, name)
+    length = changes.pop("input_length", None) or own_length
+    if not length:  # Whisper takes inputs of one length only
+        whisper = hasattr(model.config, "num_mel_bins")
+        length = 2 * int(model.config.max_source_positions) if whisper else _DEFAULT_LENGTH.get(name, 0)
     own_sizes = {size: getattr(sizes, size) for size in _SIZES}
     setting = Setting(**own_sizes, input_length=length, dtype=str(model.dtype).removeprefix("torch."))
     return checked(model, setting.change(**changes))
@@ -66,14 +69,15 @@ def prepared(model: Any, inputs: Any, setting: Setting, built: dict[Any, Any] | 
     Raises ValueError when it cannot be run this way, and says why.
     """
     checked_model(model)
-    if setting.weight_bits and setting.weight_bits != 8 * torch.empty(0, dtype=_dtype(setting)).element_size():
+    if setting.weight_bits not in (0, 8 * DTYPES[setting.dtype]):
         raise ValueError("weight_bits is a prediction from bytes alone; nothing here runs on weights of fewer bits")
     ready = _sized(model, setting, {} if built is None else built)
     batch = make_inputs(ready, inputs, setting)
     how = generation_config(ready, setting)
 
     def call() -> Any:
-        with torch.no_grad(), _quiet(), _exited(ready, setting):
+        exited = exit_at(ready, setting.exit_layer) if setting.exit_layer else nullcontext()
+        with torch.no_grad(), _quiet(), exited:
             return ready.generate(**batch, **_own_cache(ready, setting), generation_config=how)
 
     return Ready(ready, setting, call)
@@ -93,24 +97,17 @@ def _own_cache(model: Any, setting: Setting) -> dict[str, Any]:
 def _sized(model: Any, setting: Setting, before: dict[Any, Any]) -> Any:
     sizes = configurations.sizes(model.config)
     changes = {name: size for name in _SIZES if (size := getattr(setting, name)) not in (0, getattr(sizes, name))}
-    if not changes and model.dtype == _dtype(setting):
+    dtype = getattr(torch, setting.dtype)
+    if not changes and model.dtype == dtype:
         return model
     key = (*changes.items(), setting.dtype)
     if key not in before:
-        before[key] = _built(model, configurations.changed(model.config, **changes), setting)
+        config = configurations.changed(model.config, **changes)
+        with torch.random.fork_rng():
+            built = type(model)(config).to(device=next(model.parameters()).device, dtype=dtype)
+        before[key] = built.eval()
         before[key].generation_config = copy.deepcopy(model.generation_config)
     return before[key]
-
-
-def _built(model: Any, config: Any, setting: Setting) -> Any:
-    device = next(model.parameters()).device
-    with torch.random.fork_rng():
-        return type(model)(config).to(device=device, dtype=_dtype(setting)).eval()
-
-
-def _dtype(setting: Setting) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, setting.dtype)
-    return dtype
 
 
 def generation_config(model: Any, setting: Setting) -> Any:
@@ -120,8 +117,7 @@ def generation_config(model: Any, setting: Setting) -> Any:
     changes: dict[str, Any] = {
         "max_new_tokens": setting.num_steps, "min_new_tokens": None, "max_length": None, "min_length": 0,
         "eos_token_id": _NEVER, "forced_eos_token_id": None, "pad_token_id": how.pad_token_id or 0, "do_sample": False,
-        "num_beams": setting.num_beams, "use_cache": setting.cache == "on",
-        "return_dict_in_generate": True,
+        "num_beams": setting.num_beams, "use_cache": setting.cache == "on", "return_dict_in_generate": True,
     }  # fmt: skip
     if setting.compiled == "on":
         from transformers import CompileConfig
@@ -145,10 +141,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _exited(model: Any, setting: Setting) -> Any:
-    return exit_at(model, setting.exit_layer) if setting.exit_layer else ExitStack()
 
 
 def make_inputs(model: Any, inputs: Any, setting: Setting) -> dict[str, torch.Tensor]:
@@ -188,12 +180,6 @@ def _named(inputs: Any, name: str) -> Mapping[str, Any]:
 
 def _length_axis(model: Any, name: str) -> int:
     return -1 if name == "input_features" and hasattr(model.config, "num_mel_bins") else 1
-
-
-def _default_length(model: Any, name: str) -> int:
-    if hasattr(model.config, "num_mel_bins"):  # Whisper takes inputs of one length only
-        return 2 * int(model.config.max_source_positions)
-    return _DEFAULT_LENGTH.get(name, 0)
 
 
 def _random(model: Any, name: str, setting: Setting) -> dict[str, torch.Tensor]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from effkit.account import Account
@@ -15,20 +17,20 @@ from effkit.arguments import checked_whole
 from effkit.decoder import accounting, configurations
 from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes
 from effkit.decoder.costs import Run
-from effkit.decoder.floors import reading_rate
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
 from effkit.decoder.module_timers import Watched, watch
 from effkit.decoder.operator_times import LAUNCHES, step_times
-from effkit.decoder.product_costs import product_cost
+from effkit.decoder.product_costs import product_cost, reading_rate
 from effkit.decoder.scaling_rules import rows_ns
 from effkit.decoder.setting import DTYPES, Setting
-from effkit.decoder.stepping import measure_step
+from effkit.device import synchronize
 from effkit.lab import Progress, calibration_of, tell
 from effkit.progress_bar import working
 from effkit.timing import elapsed_ns
 from effkit.training import evaluating
 
+Step = Callable[[Any, Any], tuple[Any, Any]]
 _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
 
 
@@ -94,7 +96,9 @@ def _measured(
     """The setting alone, or with the runs that predictions rest on."""
     if setting.hold_parameters == "on":
         raise ValueError("hold_parameters keeps the parameters of a base: give base=, or the layers themselves")
-    settings = [setting, *(probes(model, setting) if calibrated and _plain(setting) else ())]
+    # the costs are those of greedy steps with a cache
+    plain = setting.compiled == "off" and setting.cache == "on" and setting.num_beams == 1
+    settings = [setting, *(probes(model, setting) if calibrated and plain else ())]
     built: dict[Any, Any] = {}  # one model for all settings of its sizes
     ready = [prepared(model, inputs, setting, built) for setting in settings]
     with evaluating(*(generation.model for generation in ready)):
@@ -125,16 +129,6 @@ def _measured_beside(
     return _accounted(runs[1], ready[1], caches[1], scale=scale, calibration=moved)
 
 
-def _plain(setting: Setting) -> bool:
-    """The costs are those of greedy steps with a cache."""
-    return _watchable(setting) and setting.cache == "on" and setting.num_beams == 1
-
-
-def _watchable(setting: Setting) -> bool:
-    """A compiled step has no modules left."""
-    return setting.compiled == "off"
-
-
 def _run(
     ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None
 ) -> tuple[list[Run], list[CacheBytes | None], Memory]:
@@ -157,7 +151,7 @@ def _run(
             for inside in (repeat % 2, 1 - repeat % 2):  # which of the two comes first takes turns
                 if not inside:
                     plain[number].append(elapsed_ns(generation.call))
-                elif _watchable(generation.setting):
+                elif generation.setting.compiled == "off":  # else a step has no modules left
                     watched[number].append(watch(generation.model, generation.call))
             tell(progress, next(done), total)
     runs = [Run(generation.setting, tuple(parts), tuple(times), memory.step_size(generation.setting))
@@ -181,11 +175,12 @@ def _calibrated(ready: Ready, runs: Sequence[Run], memory: Memory) -> Calibratio
     step_bytes = runs[0].step.read_bytes
     shape = (ready.setting.width, configurations.sizes(ready.model.config).ffn)
     parameter, nodes = next(ready.model.parameters()), lattice(ready.model, runs[0].setting)
+    products = {name: product_cost(*shape, step_bytes, nodes.rows, getattr(torch, name), parameter.device)
+                for name in DTYPES}  # fmt: skip
     return calibrate(
-        runs, nodes, memory, _seconds_per_cell(ready.model), launches, times.to_dict(),
-        reading_rate(step_bytes, parameter.dtype, parameter.device),
-        {name: product_cost(*shape, step_bytes, nodes.rows, getattr(torch, name), parameter.device)
-         for name in DTYPES},
+        runs, nodes, memory=memory, seconds_per_cell=_seconds_per_cell(ready.model), launches=launches,
+        apart=times.to_dict(), read_bytes_per_s=reading_rate(step_bytes, parameter.dtype, parameter.device),
+        products=products,
     )  # fmt: skip
 
 
@@ -204,4 +199,46 @@ def _accounted(
         seconds_per_cell=_seconds_per_cell(ready.model), calibration=calibration or Observed(run),
         source=f"the wall clock of {len(run.plain_ns)} generations without clocks inside{overhead}"
         + ("; relative to the base measured in turn" if scale != 1.0 else ""),
+    )  # fmt: skip
+
+
+def measure_step(
+    step: Step, first: Any, *, num_steps: int = 20, batch: int = 1, repeats: int = 3,
+    progress: Progress | None = None,
+) -> Account:  # fmt: skip
+    """Call ``step`` for every token; rows are the first step, with no cache yet, and the later ones.
+
+    What a step does inside is not visible here. ``batch`` says how many sequences the tokens hold. ValueError for no
+    steps, or a step that does not return (token, cache).
+    """
+    if num_steps < 1 or batch < 1:
+        raise ValueError(f"a generation has num_steps >= 1 and batch >= 1; given: {num_steps} and {batch}")
+    walls, times = [], []
+    with torch.no_grad():
+        for turn in range(-1, repeats):  # the first time is not counted
+            synchronize()
+            start = time.perf_counter_ns()
+            marks, token, cache = [start], first, None
+            for _ in range(num_steps):
+                result = step(token, cache)
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise ValueError(f"a step returns (token, cache); given: {type(result).__name__}")
+                token, cache = result
+                synchronize()
+                marks.append(time.perf_counter_ns())
+            if turn >= 0:
+                walls.append(time.perf_counter_ns() - start)
+                times.append(np.diff(marks))
+            tell(progress, turn + 2, repeats + 1)
+    middle = int(np.argsort(walls)[len(walls) // 2])  # rows and total of one generation: they add up whatever disturbs
+    total, rows = walls[middle], {"first step": int(times[middle][0]), "later steps": int(times[middle][1:].sum())}
+    token_ns, rate = round(total / num_steps), round(batch * num_steps / total * 1e9)
+    companions = (
+        Account.of(accounting.PER_TOKEN, "ns", {"token": token_ns}, total=token_ns, source="time over steps"),
+        Account.of(accounting.RATE, "tokens/s", {"tokens": rate}, total=rate, source="tokens of all rows over time"),
+    )
+    return Account.of(
+        accounting.TIME, "ns", rows, total=total, source=f"the wall clock of the middle one of {repeats} generations",
+        companions=companions, setting={"num_steps": num_steps, "batch": batch},
+        calibration=np.median(times, axis=0),  # time of every step, for positions()
     )  # fmt: skip

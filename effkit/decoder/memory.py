@@ -183,7 +183,7 @@ class Memory:
 
     def weight_bytes(self, setting: Setting) -> int:
         number = self.parameters(setting).total(setting.encoder_layers, setting.decoder_layers)
-        return number * _weight_bits(setting) // 8
+        return int(number * setting.bytes_per_weight)
 
     def prompt(self, setting: Setting) -> int:
         """Tokens before the first generated one."""
@@ -194,7 +194,7 @@ class Memory:
         prompt = self.prompt(setting)
         of_part, cache = self.parameters(setting).of_part, self.cache(setting)
         layer = sum(of_part[part] for part in (module_roles.SELF, module_roles.CROSS, module_roles.FFN))
-        weights = (setting.depth * layer + of_part[module_roles.OUTPUT]) * _weight_bits(setting) // 8
+        weights = int((setting.depth * layer + of_part[module_roles.OUTPUT]) * setting.bytes_per_weight)
         last = prompt + setting.num_steps - 1
         mean = cache.self_attention * (prompt + last) // (2 * last)
         return StepSize(prompt, weights + mean + cache.cross_attention)
@@ -215,10 +215,6 @@ class Memory:
         for _ in range(self.halvings or 0):
             length = (length - 1) // 2 + 1
         return length
-
-
-def _weight_bits(setting: Setting) -> int:
-    return setting.weight_bits or 8 * DTYPES[setting.dtype]
 
 
 def halvings(length: int, cells: int) -> int | None:

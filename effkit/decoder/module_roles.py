@@ -72,12 +72,9 @@ def layers(model: Any) -> nn.ModuleList:
 
 def like_layers(stack: nn.Module) -> nn.ModuleList | None:
     """The longest list of layers of one class with an attention or a feed-forward in them."""
-    lists = [module for module in stack.modules() if isinstance(module, nn.ModuleList) and _alike(module)]
+    lists = [module for module in stack.modules() if isinstance(module, nn.ModuleList)
+             and len({type(layer) for layer in module}) == 1 and any(True for _ in of_layer(module[0]))]  # fmt: skip
     return max(lists, key=len) if lists else None
-
-
-def _alike(modules: nn.ModuleList) -> bool:
-    return len({type(module) for module in modules}) == 1 and any(True for _ in of_layer(modules[0]))
 
 
 def of_layer(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -76,17 +77,11 @@ def watch(model: nn.Module, generate: Callable[[], object], clock: Clock | None 
 def _clocked(parts: Sequence[Part], clock: Clock) -> Iterator[list[tuple[int, Any, Any]]]:
     """Within it, every call of a part's forward is marked: (number of the part, begin, end)."""
     marks: list[tuple[int, Any, Any]] = []
-    before = [part.module.__dict__.get("forward") for part in parts]
-    try:
+    with ExitStack() as stack:
         for number, part in enumerate(parts):
-            part.module.forward = _timed(part.module.forward, number, marks, clock.mark)
+            timed = _timed(part.module.forward, number, marks, clock.mark)
+            stack.enter_context(mock.patch.object(part.module, "forward", timed))
         yield marks
-    finally:
-        for part, own in reversed(list(zip(parts, before, strict=True))):
-            if own is None:
-                part.module.__dict__.pop("forward", None)
-            else:
-                part.module.forward = own
 
 
 def _timed(forward: Any, number: int, marks: list[tuple[int, Any, Any]], mark: Callable[[], Any]) -> Any:
@@ -113,18 +108,13 @@ def _by_part(parts: Sequence[Part], marks: Sequence[tuple[int, Any, Any]], clock
         raise ValueError("the generation never ran the model: is it the model that generate() belongs to?")
     step = np.searchsorted(top_begin, begin, side="right") - 1
     encoder_ns, layers_ns = (int((end - begin)[names == part].sum()) for part in (ENCODER, module_roles.ENCODER_LAYER))
-    sums = {}
-    for part in (*OF_LAYER, module_roles.LAYER, OUTPUT):
-        own = np.flatnonzero((names == part) & (step >= 0))
-        # several modules of one part in one layer: from the first's begin to the last's end
-        stretch = own if part == CROSS_KV else step[own] * (layers.max(initial=0) + 2) + layers[own]
-        _, first, stretch = np.unique(stretch, return_index=True, return_inverse=True)
-        begun, ended = begin[own][first], end[own][first]
-        np.minimum.at(begun, stretch, begin[own])
-        np.maximum.at(ended, stretch, end[own])
-        sums[part] = np.zeros(len(top_begin), dtype=np.int64)
-        np.add.at(sums[part], step[own][first], ended - begun)
-    steps = pd.DataFrame(sums).rename_axis("step")
+    # several modules of one part in one layer: from the first's begin to the last's end; keys and values each alone
+    place = np.where(names == CROSS_KV, -2 - np.arange(len(names)), layers)
+    marked = pd.DataFrame({"part": names, "step": step, "place": place, "begin": begin, "end": end})[step >= 0]
+    spans = marked.groupby(["part", "step", "place"]).agg({"begin": "min", "end": "max"})
+    sums = (spans["end"] - spans["begin"]).groupby(["part", "step"]).sum().unstack("part", fill_value=0)
+    steps = sums.reindex(range(len(top_begin)), columns=[*OF_LAYER, module_roles.LAYER, OUTPUT], fill_value=0)
+    steps = steps.rename_axis(index="step", columns=None)
     top_ns, layer_ns = top_end - top_begin, steps.pop(module_roles.LAYER)
     steps[CROSS] -= steps[CROSS_KV]
     steps[NORMS] = layer_ns - steps[[SELF, CROSS_KV, CROSS, FFN]].sum(axis=1)

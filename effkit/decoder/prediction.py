@@ -52,19 +52,16 @@ def predict(base: Account, **setting: Any) -> Account:
     first = sum(rows.get(row, 0.0) for row in (ENCODER, CROSS_KV, PREFILL, START))
     if wanted.encoder_layers:  # the first token comes with a step of its own
         first += (total - first) / wanted.num_steps
+    runs = [run.setting for run in calibration.runs]
+    depths, batches = ([getattr(one, name) for one in runs] for name in ("decoder_layers", "batch"))
     return accounting.generation_account(
         rows, {"prefill": first, "decode": total - first}, wanted, total_ns=total,
         weight_bytes=memory.weight_bytes(wanted), cache=memory.cache(wanted),
-        seconds_per_cell=calibration.seconds_per_cell, source=f"the parts' costs in {_runs(calibration)}",
-        basis="derived", band_frac=band, in_range=seen and not doublings, calibration=calibration,
+        source=f"the parts' costs in {len(runs)} runs ({min(depths)} to {max(depths)} layers, {min(batches)} to "
+               f"{max(batches)} sequences)",
+        seconds_per_cell=calibration.seconds_per_cell, basis="derived", band_frac=band,
+        in_range=seen and not doublings, calibration=calibration,
     )  # fmt: skip
-
-
-def _runs(calibration: Calibration) -> str:
-    """How many there were, of which depths and batches."""
-    settings = [run.setting for run in calibration.runs]
-    depths, batches = ([getattr(setting, name) for setting in settings] for name in ("decoder_layers", "batch"))
-    return f"{len(settings)} runs ({min(depths)} to {max(depths)} layers, {min(batches)} to {max(batches)} sequences)"
 
 
 def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = None, *, repeats: int = 3) -> WhatIf:

@@ -13,7 +13,6 @@ from effkit.account import Account
 from effkit.captured import Capture
 from effkit.decoder.accounting import PHASES
 from effkit.decoder.calibration import Observed
-from effkit.decoder.stepping import Steps
 from effkit.operators import ATTENTION, PRODUCTS
 from effkit.panes.families import NOT_VISIBLE
 from effkit.panes.steps import phases
@@ -137,8 +136,8 @@ def positions(measured: Account) -> pd.DataFrame:
         over repetitions, as they were timed (of a measurement with a base: not relative to it).
     """
     calibration = None if measured.predicted else measured.calibration
-    if isinstance(calibration, Steps):
-        times = calibration.step_ns
+    if isinstance(calibration, np.ndarray):  # of a step function
+        times = calibration
     elif isinstance(calibration, Observed) and (watched := calibration.observed.watched):
         times = np.median([w.steps.sum(axis=1).to_numpy() for w in watched], axis=0)
         times[0] += np.median([w.encoder_ns for w in watched])

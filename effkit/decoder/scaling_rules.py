@@ -31,9 +31,8 @@ def _altered(calibration: Calibration, setting: Setting) -> tuple[Costs, StepSiz
     """Weights more or fewer cost what this device takes for a weight in a product, of one row or of several."""
     base, costs = calibration.setting, calibration.costs
     now, then = calibration.memory.parameters(setting), calibration.memory.parameters(base)
-    value_bytes, bytes_before = _value_bytes(setting), _value_bytes(base)
     size = calibration.memory.step_size(setting)
-    same = (setting.width, setting.kv_heads, value_bytes) == (base.width, base.kv_heads, bytes_before)
+    same = all(getattr(setting, name) == getattr(base, name) for name in ("width", "kv_heads", "bytes_per_weight"))
     if same and setting.compiled == "off":
         return costs, size
     old, new = _products(calibration, base), _products(calibration, setting)
@@ -71,12 +70,8 @@ def _products(calibration: Calibration, setting: Setting) -> Floats:
     """Time per weight at the lattice's rows [ns]. Of fewer bits than any type here has: reading them is all that a
     product costs beyond its arithmetic."""
     times = np.asarray(calibration.products[setting.dtype].times_ns)
-    fewer = min(1.0, _value_bytes(setting) / DTYPES[setting.dtype])
+    fewer = min(1.0, setting.bytes_per_weight / DTYPES[setting.dtype])
     return times - (1 - fewer) * times[0]
-
-
-def _value_bytes(setting: Setting) -> float:
-    return (setting.weight_bits or 8 * DTYPES[setting.dtype]) / 8
 
 
 def _without_cache(costs: Costs, setting: Setting, size: StepSize, rows: dict[str, float]) -> dict[str, float]:

@@ -73,6 +73,11 @@ class Setting:
         return asdict(self)
 
     @property
+    def bytes_per_weight(self) -> float:
+        """As ``weight_bits`` says, or else ``dtype``."""
+        return (self.weight_bits or 8 * DTYPES[self.dtype]) / 8
+
+    @property
     def rows(self) -> int:
         """Sequences that a step computes."""
         return self.batch * self.num_beams
