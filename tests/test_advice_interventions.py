@@ -9,14 +9,15 @@ import torch
 import torch.utils.checkpoint as checkpointing
 
 import effkit as ek
-from effkit.advice.interventions import (
+from effkit.advice.step_hooks import (
+    ASKS,
     gradients_to_none,
     in_bfloat16,
+    listening,
     nothing_recomputed,
     numbers_not_waited_for,
     without_intervening,
 )
-from effkit.advice.step_hooks import ASKS, listening
 from effkit.recording import peak_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")

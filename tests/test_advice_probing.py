@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effkit.advice import probing
-from effkit.advice.interventions import gradients_to_none, nothing_recomputed, without_intervening
 from effkit.advice.probing import PLAIN, Peaks, Saving, cut, parts, probes, rows_of, savings
+from effkit.advice.step_hooks import gradients_to_none, nothing_recomputed, without_intervening
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_heap")
 PLAIN_NS = (400_000.0, 800_000.0)

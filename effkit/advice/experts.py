@@ -75,16 +75,15 @@ def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Expert
         return None
     counts: list[list[Array]] = [[] for _ in layers]
     chosen: dict[int, int] = {}
-    begun: dict[int, int] = {}
-    spent = [0]
+    marks: list[int] = []  # begins of calls below 0, ends above it: they sum to the time in these layers
 
-    def before(module: torch.nn.Module, _: Any) -> None:
+    def before(*_: Any) -> None:
         synchronize()
-        begun[id(module)] = time.perf_counter_ns()
+        marks.append(-time.perf_counter_ns())
 
     def after(number: int, module: Any, *_: Any) -> None:
         synchronize()
-        spent[0] += time.perf_counter_ns() - begun[id(module)]
+        marks.append(time.perf_counter_ns())
         if isinstance(module, ExpertParallel):
             counts[number].append(module.kept_counts.numpy().copy())
             chosen[number] = module.top_k
@@ -116,7 +115,7 @@ def watched(model: torch.nn.Module, steps: list[Callable[[], object]]) -> Expert
     loads, top_k = np.stack(counts[worst]), chosen[worst]
     num, hidden, ffn = _sizes(layers[worst])
     tokens = round(loads.sum(axis=1).mean() / top_k)
-    return Experts(len(layers), num, top_k, hidden, ffn, tokens, loads, spent[0] / len(steps))
+    return Experts(len(layers), num, top_k, hidden, ffn, tokens, loads, sum(marks) / len(steps))
 
 
 def _gate(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from effkit import activations, lab
-from effkit.advice.interventions import Intervention, gradients_to_none, without_intervening
+from effkit.advice.step_hooks import Intervention, gradients_to_none, without_intervening
 from effkit.lab import Trust
 from effkit.recording import steady_peak
 from effkit.timing import elapsed_ns, interleaved_ns

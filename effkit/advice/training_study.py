@@ -13,10 +13,10 @@ import torch
 from effkit import activations
 from effkit.account import Account
 from effkit.activations import TIME, Levers
-from effkit.advice import batch_levers, expert_levers, families, interventions, probing
-from effkit.advice.interventions import Intervention
+from effkit.advice import batch_levers, expert_levers, families, probing, step_hooks
 from effkit.advice.leaks import detached_after, growth_bytes
 from effkit.advice.levers import LEFT, Advice, Lever, banded, limit_bytes, ranked
+from effkit.advice.step_hooks import Intervention
 from effkit.advice.training_loop import TrainingLoop
 from effkit.device import Device
 from effkit.units import readable
@@ -58,7 +58,7 @@ class _Idea:
 
     @property
     def raises_memory(self) -> bool:
-        return self.intervention is interventions.nothing_recomputed
+        return self.intervention is step_hooks.nothing_recomputed
 
 
 def _ideas(study: TrainingLoop) -> list[_Idea]:
@@ -70,18 +70,18 @@ def _ideas(study: TrainingLoop) -> list[_Idea]:
             f"a step asks for {heard.num_asked:,} numbers with item(), float() or tolist(), {times:,} of them in "
             f"{place}: each waits for the device",
             "total = total + loss.detach()   # and total.item() once, when it is shown",
-            interventions.numbers_not_waited_for,
+            step_hooks.numbers_not_waited_for,
         ))  # fmt: skip
     if heard.zeroed:
         ideas.append(_Idea(
             "gradients", "let go of gradients", "zero_grad(set_to_none=False) writes zeros, and backward adds to them",
-            "optimizer.zero_grad(set_to_none=True)", interventions.gradients_to_none,
+            "optimizer.zero_grad(set_to_none=True)", step_hooks.gradients_to_none,
         ))  # fmt: skip
     if heard.num_recomputed:
         ideas.append(_Idea(
             "recomputation", "keep activations", f"{heard.num_recomputed} modules are computed again in backward",
             "model.gradient_checkpointing_disable()   # or call the block, not checkpoint(block)",
-            interventions.nothing_recomputed,
+            step_hooks.nothing_recomputed,
         ))  # fmt: skip
     rates, share = Device.here().rate_flops_per_s, families.share_of_products(study.rows_ns)
     faster = rates["bfloat16"] / rates["float32"]
@@ -91,7 +91,7 @@ def _ideas(study: TrainingLoop) -> list[_Idea]:
             "precision", "bfloat16 products",
             f"products take {share:.0%} of the step, in float32; this device multiplies {faster:.1f} times as fast in "
             "bfloat16", f"with torch.autocast('{weight.device.type}', torch.bfloat16): ...  # around the forward",
-            interventions.in_bfloat16, ("values are rounded to 8 bits: watch the loss",),
+            step_hooks.in_bfloat16, ("values are rounded to 8 bits: watch the loss",),
         ))  # fmt: skip
     return ideas
 
@@ -132,7 +132,7 @@ def _lever(
     def run() -> Account:
         """Every batch with the intervention and without it, in turn."""
         now, then = ([way(study.model)(partial(study.step, batch)) for batch in study.batches]
-                     for way in (interventions.without_intervening, idea.intervention))  # fmt: skip
+                     for way in (step_hooks.without_intervening, idea.intervention))  # fmt: skip
         return study.in_turn(now, then)
 
     predicted = banded(base, {LEFT: round(base.total - saved)}, base.total - saved, doubt,
@@ -140,7 +140,7 @@ def _lever(
                        in_range=seen)  # fmt: skip
     return Lever(
         idea.kind, idea.name, idea.found, base, predicted, idea.code, tuple(effects),
-        run=run, use=None if idea.intervention is interventions.numbers_not_waited_for else  # measures, cannot train
+        run=run, use=None if idea.intervention is step_hooks.numbers_not_waited_for else  # measures, cannot train
         partial(idea.intervention, study.model), keep=study.receipts.append,
     )  # fmt: skip
 
@@ -203,7 +203,7 @@ def _gradients(study: TrainingLoop) -> Lever | None:
     if not study.heard.zeroed:
         return None
     tried = probing.probes([study.largest], [0])
-    intervention = interventions.gradients_to_none
+    intervention = step_hooks.gradients_to_none
     with study.held():
         study.step(study.largest)
         peak, margin = study.peaks.at_full(tried, study.largest, intervention)
