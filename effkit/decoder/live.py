@@ -15,14 +15,13 @@ import torch
 from effkit.account import Account
 from effkit.arguments import checked_whole
 from effkit.decoder import accounting, configurations
-from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes
+from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes, rows_ns
 from effkit.decoder.costs import Run
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
 from effkit.decoder.module_timers import Watched, watch
 from effkit.decoder.operator_times import LAUNCHES, step_times
 from effkit.decoder.product_costs import product_cost, reading_rate
-from effkit.decoder.scaling_rules import rows_ns
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.device import synchronize
 from effkit.lab import Progress, calibration_of, tell

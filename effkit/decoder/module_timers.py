@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -49,20 +49,14 @@ def where(model: nn.Module) -> str:
     return next((parameter.device.type for parameter in model.parameters() if parameter.device.type != "cpu"), "cpu")
 
 
-class Clock(Protocol):
-    """Whatever can be read at any moment, and tells how far apart two moments were."""
-
-    def mark(self) -> Any: ...
-    def ns(self, marks: Sequence[Any]) -> Ints: ...
-
-
-def watch(model: nn.Module, generate: Callable[[], object], clock: Clock | None = None) -> Watched:
+def watch(model: nn.Module, generate: Callable[[], object], clock: Any = None) -> Watched:
     """Run one generation of this model with a clock around every part.
 
     On an accelerator the clocks are events on its stream: its own time is told, and nothing waits for it. The
     models' own code runs unchanged; what the clocks cost shows as the difference to a run without them. ``generate()``
-    runs ``model``; another ``clock`` may count something else than time. ValueError when the model has no layers that
-    can be told, or ``generate`` never calls it.
+    runs ``model``; another ``clock`` may count something else than time, with ``mark()`` and ``ns(marks)`` as a
+    :class:`~effkit.timing.Stopwatch` has them. ValueError when the model has no layers that can be told, or
+    ``generate`` never calls it.
     """
     parts = [Part(_STEP, -1, model), *module_roles.parts(model)]
     clock = clock or Stopwatch(where(model))
@@ -74,7 +68,7 @@ def watch(model: nn.Module, generate: Callable[[], object], clock: Clock | None 
 
 
 @contextmanager
-def _clocked(parts: Sequence[Part], clock: Clock) -> Iterator[list[tuple[int, Any, Any]]]:
+def _clocked(parts: Sequence[Part], clock: Any) -> Iterator[list[tuple[int, Any, Any]]]:
     """Within it, every call of a part's forward is marked: (number of the part, begin, end)."""
     marks: list[tuple[int, Any, Any]] = []
     with ExitStack() as stack:
@@ -96,7 +90,7 @@ def _timed(forward: Any, number: int, marks: list[tuple[int, Any, Any]], mark: C
     return run
 
 
-def _by_part(parts: Sequence[Part], marks: Sequence[tuple[int, Any, Any]], clock: Clock) -> Watched:
+def _by_part(parts: Sequence[Part], marks: Sequence[tuple[int, Any, Any]], clock: Any) -> Watched:
     """The marks as times; the first pair of them encloses the generation and belongs to no part."""
     numbers, begins, ends = zip(*marks, strict=True)
     begin, end = (clock.ns([begins[0], *moments])[1:] for moments in (begins, ends))

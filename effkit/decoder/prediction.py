@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from effkit.account import Account
 from effkit.decoder import accounting, configurations
-from effkit.decoder.calibration import Calibration
+from effkit.decoder.calibration import Calibration, rows_ns
 from effkit.decoder.costs import PREFILL, START
 from effkit.decoder.module_roles import CROSS_KV, ENCODER
-from effkit.decoder.scaling_rules import rows_ns
 from effkit.decoder.setting import DTYPES, SWITCH
 from effkit.lab import Progress, calibration_of
 

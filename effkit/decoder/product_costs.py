@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,7 +32,8 @@ def product_cost(
 ) -> ProductCost:
     """From products of so many rows with matrices [ffn, width], as many as have ``size_bytes`` together: the fastest of
     some turns through all of them."""
-    like, size = {"dtype": dtype, "device": device}, ffn * width
+    like: dict[str, Any] = {"dtype": dtype, "device": device}
+    size = ffn * width
     matrices = [torch.full((ffn, width), 0.01, **like) for _ in range(max(1, size_bytes // (size * dtype.itemsize)))]
     again = -(-(_LEAST_PRODUCTS if device.type == "cpu" else _ON_ACCELERATOR) // len(matrices))
 
