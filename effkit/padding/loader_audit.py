@@ -108,7 +108,6 @@ class Watch:
 
     @property
     def _longest(self) -> Any:
-        """The longest row of each batch [cells]."""
         return np.array([rows.max() for rows in self._inputs])
 
     def _grouping(self) -> str | None:

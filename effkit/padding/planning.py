@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,11 +12,9 @@ import pandas as pd
 from effkit.arguments import checked_amount, checked_whole
 from effkit.padding import buckets
 from effkit.padding.buckets import Ints
+from effkit.padding.calibration import MemoryModel
 from effkit.padding.packing import best_fit_decreasing
 from effkit.padding.plans import Plan, padded, taken
-
-if TYPE_CHECKING:
-    from effkit.padding.calibration import MemoryModel
 
 BUCKETED = ("bucket", "bucket2d", "optimal")
 STRATEGIES = ("random", "sorted", "bucket", "bucket2d", "optimal", "token_budget", "pack")
@@ -70,13 +68,14 @@ def plan(
     limits = {name: limit for name, limit in locals().items() if name not in ("lengths", "strategy")}
     _check(lengths, strategy, limits)
     inputs = lengths["input_length"].to_numpy()
+    sizes: Any = batch_size
     used = LIMITS[strategy]
     kept = {name: limit for name, limit in limits.items() if name in used and limit is not None}
     if strategy == "pack":
         assert max_input_cells is not None
         row = best_fit_decreasing(inputs, int(max_input_cells))
         order, row_starts = np.argsort(row, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
-        starts = np.arange(0, len(row_starts), batch_size or 1)
+        starts: Ints = np.arange(0, len(row_starts), sizes or 1)
         table = pd.DataFrame({"input_length": [int(max_input_cells)]})
         return Plan(lengths, strategy, kept, order, row_starts, starts, np.zeros_like(starts), table, plan)
     if strategy in ("sorted", "token_budget"):
@@ -90,7 +89,6 @@ def plan(
         if len(table) > 1:
             order = order[np.argsort(bucket[order], kind="stable")]
         group = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=len(table)))[:-1]])
-    sizes: Any = batch_size
     if memory is not None and "memory" in used:
         fitting = memory.largest_batches(table.assign(input_length=padded(table["input_length"], kept)))
         sizes = fitting if batch_size is None else np.minimum(fitting, batch_size)
