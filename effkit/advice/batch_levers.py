@@ -72,8 +72,14 @@ def _lever(
         now, then = ([partial(study.step, batch) for batch in batches] for batches in (study.batches, planned))
         return study.in_turn(now, then)
 
-    return Lever(kind, name, found, study.account, _of_epoch(study, epoch, predicted), code, tuple(effects),
-                 group="batches", use=use, keep=study.receipts.append, run=run)  # fmt: skip
+    # as time per step of the loop as it is
+    scale = study.computing_ns / epoch.total
+    assert predicted.high is not None
+    total = scale * predicted.total + study.waiting_ns
+    half = scale * (predicted.high - predicted.total) + _LEAST_DOUBT_FRAC * study.computing_ns
+    promised = banded(study.account, {LEFT: round(total)}, total, half, predicted.source, in_range=predicted.in_range)
+    return Lever(kind, name, found, study.account, promised, code, tuple(effects), group="batches", use=use,
+                 keep=study.receipts.append, run=run)  # fmt: skip
 
 
 def _cut(loader: Any) -> Any:
@@ -166,15 +172,6 @@ def _workers(study: TrainingLoop, examples: Examples) -> Lever | None:
         run=lambda: _with_workers(study, examples, num), keep=study.receipts.append,
         use=lambda: rebuilt(examples.loader, num_workers=num),
     )  # fmt: skip
-
-
-def _of_epoch(study: TrainingLoop, epoch: Account, predicted: Account) -> Account:
-    """The padding lab's prediction of these examples, as time per step of the loop as it is."""
-    scale = study.computing_ns / epoch.total
-    assert predicted.high is not None
-    total = scale * predicted.total + study.waiting_ns
-    half = scale * (predicted.high - predicted.total) + _LEAST_DOUBT_FRAC * study.computing_ns
-    return banded(study.account, {LEFT: round(total)}, total, half, predicted.source, in_range=predicted.in_range)
 
 
 def _with_workers(study: TrainingLoop, examples: Examples, num: int) -> Account:

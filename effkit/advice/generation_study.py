@@ -9,8 +9,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import pandas as pd
-
 from effkit import decoder
 from effkit.account import Account
 from effkit.advice.levers import Advice, Lever, ranked
@@ -18,6 +16,7 @@ from effkit.advice.overviews import Overview, beside, described
 from effkit.advice.studies import Study
 from effkit.decoder import CACHE, WEIGHTS
 from effkit.device import synchronize
+from effkit.lab import banded
 from effkit.timing import interleaved_ns
 from effkit.training import evaluating
 from effkit.units import readable
@@ -70,8 +69,7 @@ class GenerationStudy(Study):
                                "(greedy, so many steps, warmed up)")  # fmt: skip
 
     def _look(self) -> Overview:
-        held = {account.title: account.total for title in (WEIGHTS, CACHE)
-                for account in self.base.companions if account.title == title}  # fmt: skip
+        held = {one.title: one.total for one in self.base.companions if one.title in (WEIGHTS, CACHE)}
         memory = Account.of("Memory of one generation", "bytes", held, total=sum(held.values()),
                             source="the parameters and the cache that the generation left")  # fmt: skip
         others = tuple(account for account in self.base.companions if account.title not in held)
@@ -80,16 +78,12 @@ class GenerationStudy(Study):
                  + ("greedy" if self.call.num_beams == 1 else f"{self.call.num_beams} beams")]  # fmt: skip
         if getattr(self.model.config, "is_encoder_decoder", False):
             found.append("an encoder that runs once, and a decoder that runs at every step")
-        return Overview((self.base, memory, *others[:2]), self._ceilings(), tuple(found), tuple(self.unseen))
-
-    def _ceilings(self) -> pd.DataFrame:
-        """How far a step is from its floor, part by part."""
-        floors = decoder.roofline(self.known)
         definition = ("the largest of: launches x their overhead, bytes over the rate of reading, FLOPs over the "
                       "matrix rate; over the time of the part in one step")  # fmt: skip
-        return beside({str(part): (row["floor_ns"], row["time_ns"],
+        ceilings = beside({str(part): (row["floor_ns"], row["time_ns"],
                                    f"{readable(round(row['time_ns']), 'ns')}, bound by {row['binds']}", definition)
-                       for part, row in floors.iterrows()})  # fmt: skip
+                       for part, row in decoder.roofline(self.known).iterrows()})  # fmt: skip
+        return Overview((self.base, memory, *others[:2]), ceilings, tuple(found), tuple(self.unseen))
 
     def _advise(self, goal: str, budget_bytes: int | None, **more: Any) -> Advice:
         if goal == "memory":
@@ -156,8 +150,7 @@ class GenerationStudy(Study):
 
         predicted = _scaled(decoder.predict(self.known, **wanted), scale)
         if not predicted.predicted:  # the calibration's own rest: what it measured is known as well as its repetitions
-            half = self.known.calibration.trust.band_frac * predicted.total
-            predicted = replace(predicted, low=round(predicted.total - half), high=round(predicted.total + half))
+            predicted = banded(predicted, self.known.calibration.trust.band_frac)
         return Lever(kind, name, found, _scaled(self.base, 1.0), predicted, code, effects, group=kind, run=run, use=use,
                      keep=self.receipts.append)  # fmt: skip
 
@@ -221,7 +214,7 @@ def observed(generate: Any, model: Any, inputs: Any) -> Call:
 
 def _scaled(account: Account, scale: float) -> Account:
     """A generation as time of the tokens that the base makes."""
-    band = {} if account.low is None or account.high is None else {
+    band: dict[str, Any] = {} if account.low is None or account.high is None else {
         "low": int(scale * account.low), "high": -int(-scale * account.high // 1)}  # fmt: skip
     frame = account.frame.assign(value=(scale * account.frame["value"]).round().astype("int64"))
     return replace(account, title=SAME_TOKENS, frame=frame, total=round(scale * account.total), companions=(),

@@ -169,9 +169,6 @@ class Advice(Record, Sequence[Lever]):
     def __len__(self) -> int:
         return len(self.levers)
 
-    def __iter__(self) -> Iterator[Lever]:
-        return iter(self.levers)
-
     @property
     def frame(self) -> pd.DataFrame:
         """One row per lever.

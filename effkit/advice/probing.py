@@ -29,14 +29,11 @@ PLAIN = ""
 
 @dataclass(frozen=True)
 class Saving:
-    """Time that an intervention saved in the steps that were tried: each ``plain_ns``, and ``saved_ns`` of it.
+    """Time that an intervention saved in the steps that were tried."""
 
-    ``noise_frac`` is how far repeats of one step lay apart, ``num_repeats`` how many there were.
-    """
-
-    plain_ns: tuple[float, ...]
+    plain_ns: tuple[float, ...]  # of each without it
     saved_ns: tuple[float, ...]
-    noise_frac: float
+    noise_frac: float  # how far repeats of one step lay apart
     num_repeats: int = 1
 
     def over(self, steps_ns: Sequence[float]) -> tuple[float, float]:

@@ -29,14 +29,12 @@ Intervention = Callable[[torch.nn.Module], "_GeneratorContextManager[None]"]
 
 @dataclass
 class Heard:
-    """What one step did.
-
-    ``let_go``: no parameter had a gradient when backward began, also where the step before had left some. False where
-    gradients stay, and backward adds to them; None where there was no backward.
-    """
+    """What one step did."""
 
     asked: Counter[str] = field(default_factory=Counter)  # place in the user's code -> how often it asked for a number
     num_recomputed: int = 0  # modules whose forward ran in backward
+    # no parameter had a gradient when backward began, also where the step before had left some; False where gradients
+    # stay, and backward adds to them; None where there was no backward
     let_go: bool | None = None
     zeroed: bool = False  # zero_grad was told to write zeros
     autocast: bool = False  # a module ran under autocast

@@ -80,8 +80,7 @@ def study(
     if not any(True for _ in model.parameters()):
         raise TypeError(f"{type(model).__name__} has no parameters: give model= the one that step() trains")
     checked_step(step, loader)
-    assert step is not None
-    assert not isinstance(step, str)
+    assert callable(step)
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:

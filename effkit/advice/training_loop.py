@@ -65,13 +65,14 @@ class TrainingLoop(Study):
         self.examples: Examples | None = None
         self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
         with self.held() as optimizers:
-            first = None if loader is None else self._first()
+            first = self._drawn(1)[0]
             self.step(first)  # the optimizer makes its state, libraries choose their ways
             at_once = bool(optimizers)
             with listening(model) as self.heard:
                 taken = elapsed_ns(partial(self.step, first))
             self.repeats = _REPEATS if taken < _SLOW_NS else _REPEATS - 1
-            self.batches = self._draw(num_batches, taken)
+            usual = _FEWEST if loader is None else max(_FEWEST, min(_MOST, _BUDGET_NS // taken))
+            self.batches = self._drawn(num_batches or usual)
             if not (each_time := at_once and "optimizer" in self.heard.phases):
                 with listening(model) as self.heard:
                     self.step(self.batches[-1])
@@ -79,7 +80,12 @@ class TrainingLoop(Study):
             # the padding lab's account of these batches, which predicts other ones
             lengths_seen = self.examples is not None and self.examples.watched is not None
             self.epoch = self.measured_plan(None) if lengths_seen else None
-            self.steps_ns = self._times()
+            if self.epoch is not None:
+                steps = self.epoch.calibration.steps
+                self.steps_ns = [int(value) for value in steps[steps["whole"]].sort_values("batch")["dur_ns"]]
+            else:
+                calls = {number: partial(self.step, batch) for number, batch in enumerate(self.batches)}
+                self.steps_ns = list(interleaved_ns(calls, self.repeats, min).values())
             self.waiting_ns, self.loop_ns = (
                 (0.0, self.computing_ns) if loader is None else wait_ns(self.step, loader, len(self.batches))
             )
@@ -105,25 +111,16 @@ class TrainingLoop(Study):
         """The batch that takes longest."""
         return self.batches[max(range(len(self.batches)), key=self.steps_ns.__getitem__)]
 
-    def _first(self) -> Any:
-        why = why_not_drawn(self.loader)
-        first = drawn(self.loader, 1).batches if why is None else list(islice(self.loader, 1))
-        if not first:
-            raise ValueError("the loader is empty: there is no batch to study")
-        return first[0]
-
-    def _draw(self, num_batches: int | None, step_ns: int) -> list[Any]:
+    def _drawn(self, num: int) -> list[Any]:
+        """So many batches, and the examples that they were made of, where these can be put together anew."""
         if self.loader is None:
-            self.unseen.append(
-                "padding and the input pipeline: step() draws its own batches; give loader=, step(batch)"
-            )
-            return [None] * (num_batches or _FEWEST)
-        num = num_batches or max(_FEWEST, min(_MOST, _BUDGET_NS // step_ns))
-        if (why := why_not_drawn(self.loader)) is not None:
-            self.unseen.append(why)
-            return list(islice(self.loader, num))
-        self.examples = drawn(self.loader, num)
-        return self.examples.batches
+            return [None] * num
+        if why_not_drawn(self.loader) is None:
+            self.examples = drawn(self.loader, num)
+            return self.examples.batches
+        if not (batches := list(islice(self.loader, num))):
+            raise ValueError("the loader is empty: there is no batch to study")
+        return batches
 
     def _say_what_is_unseen(self) -> None:
         told = {
@@ -136,8 +133,10 @@ class TrainingLoop(Study):
             "what uneven experts cost: on one rank they cost nothing; give num_ranks=":
                 self.num_ranks < 2 and bool(experts.layers_of(self.model)),
         }  # fmt: skip
-        unseen = [] if self.examples is None or self.examples.watched is not None else [self.examples.why_unseen]
-        self.unseen += [*unseen, *(sentence for sentence, is_so in told.items() if is_so)]
+        why: str | None = "padding and the input pipeline: step() draws its own batches; give loader=, step(batch)"
+        if self.loader is not None:
+            why = why_not_drawn(self.loader) if self.examples is None else self.examples.why_unseen
+        self.unseen += filter(None, [why, *(sentence for sentence, is_so in told.items() if is_so)])
 
     def measured_plan(self, also: padding.Plan | None) -> Account:
         """The batches as they were delivered, by the padding lab; with larger ones in the calibration, if given."""
@@ -146,13 +145,6 @@ class TrainingLoop(Study):
             self.examples.plan, self.model, make_batch=self.examples.make_batch, step=self.step, repeats=self.repeats,
             also=also, num_batches=None if also is None else min(_FEW, len(self.batches)),
         )  # fmt: skip
-
-    def _times(self) -> list[int]:
-        if self.epoch is not None:
-            steps = self.epoch.calibration.steps
-            return [int(value) for value in steps[steps["whole"]].sort_values("batch")["dur_ns"]]
-        calls = {number: partial(self.step, batch) for number, batch in enumerate(self.batches)}
-        return list(interleaved_ns(calls, self.repeats, min).values())
 
     def _rows(self) -> tuple[dict[str, float], int]:
         """Where a step's time goes, by what operators do [ns], and how many it runs, on a device how often it launches:

@@ -257,22 +257,16 @@ def _lab_lever(study: TrainingLoop, base: Account, predicted: Account, changes: 
     effects = [f"a step takes {after / before - 1:+.0%}, predicted"]
     if not levers.lossless:
         effects.append("gradients or updates are no longer exact")
+    lines = [f"with Levers({', '.join(f'{k}={v!r}' for k, v in changes.items())}).applied(model):  # forward"]
     if levers.micro_batches > 1:
         apart = base.calibration.parts_error
         effects.append(f"two micro-batches move this model's gradient by {apart:.2g} of its length, dropout left out")
-    return Lever(
-        "activation memory", words, f"the peak is {readable(base.total, 'bytes')}, of which "
-        f"{base.share.get('saved activation', 0.0):.0%} are saved activations", base, predicted, _code(changes),
-        tuple(effects), group="peak", keep=study.receipts.append, use=lambda: levers.applied(study.model),
-        run=lambda: activations.measure(study.model, study.largest, base=base, **changes),
-    )  # fmt: skip
-
-
-def _code(changes: Mapping[str, Any]) -> str:
-    levers = Levers(**changes)
-    lines = [f"with Levers({', '.join(f'{k}={v!r}' for k, v in changes.items())}).applied(model):  # forward"]
-    if levers.micro_batches > 1:
         lines.append(f"# cut the batch into {levers.micro_batches}, one backward each, one optimizer step")
     if levers.optimizer_states != "float32":
         lines.append(f"optimizer = activations.LowBitAdamW(model.parameters(), states={levers.optimizer_states!r})")
-    return "\n".join(lines)
+    return Lever(
+        "activation memory", words, f"the peak is {readable(base.total, 'bytes')}, of which "
+        f"{base.share.get('saved activation', 0.0):.0%} are saved activations", base, predicted, "\n".join(lines),
+        tuple(effects), group="peak", keep=study.receipts.append, use=lambda: levers.applied(study.model),
+        run=lambda: activations.measure(study.model, study.largest, base=base, **changes),
+    )  # fmt: skip
