@@ -21,7 +21,7 @@ from lhotse.dataset import DynamicBucketingSampler
 from test_padding_peers import MAX_CELLS, bins, fixed_sizes, one_dimensional, quiet, spoken, to_cuts, two_dimensional
 
 from effkit.padding import plan
-from effkit.padding.packing import best_fit_decreasing
+from effkit.padding.planning import best_fit_decreasing
 
 __all__ = ["quiet"]  # the fixture that silences Lhotse's warnings
 

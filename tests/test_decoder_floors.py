@@ -12,10 +12,10 @@ from test_decoder_module_timers import MODELS, SMALL
 
 import effkit as ek
 from effkit import decoder
-from effkit.decoder import calibration, live, module_timers, operator_times
+from effkit.decoder import calibration, live, module_timers
 from effkit.decoder.generating import prepared, setting_of
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.operator_times import Call, Framework, Launches, Operators, step_times
+from effkit.decoder.module_timers import Call, Framework, Launches, Operators, step_times
 from effkit.decoder.product_costs import product_cost, reading_rate
 from effkit.device import Device
 
@@ -210,7 +210,7 @@ def test_operators_and_framework_are_told_apart_and_nothing_is_changed():
 
 def test_operators_of_an_accelerator_take_its_time_and_not_that_of_their_launches(monkeypatch):
     queue = accelerators.installed(monkeypatch, "cuda")
-    monkeypatch.setattr(operator_times, "occupy", lambda kind, time_ns: queue.give(time_ns / 1e9))
+    monkeypatch.setattr(module_timers, "occupy", lambda kind, time_ns: queue.give(time_ns / 1e9))
 
     def launch(seconds):
         time.sleep(0.005)  # the host needs longer than the work

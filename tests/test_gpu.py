@@ -237,7 +237,7 @@ def test_a_ceiling_is_what_events_on_the_stream_tell():
 
 
 def test_operators_take_the_time_of_their_kernels_and_not_of_their_launches(tmp_path):
-    from effkit.decoder.operator_times import Operators
+    from effkit.decoder.module_timers import Operators
 
     x, tiny = torch.randn(2048, 2048, device="cuda"), torch.ones(8, device="cuda")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import pack_dataset
 
-from effkit.padding.packing import best_fit_decreasing
+from effkit.padding.planning import best_fit_decreasing
 
 
 def one_at_a_time(lengths, capacity):

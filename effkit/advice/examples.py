@@ -107,16 +107,15 @@ def drawn(loader: DataLoader[Any], num_batches: int) -> Examples:
         made.append(loader.collate_fn(fetched))
         items += fetched
     loading = (time.perf_counter_ns() - wall) // len(groups), (time.process_time_ns() - cpu) // len(groups)
-    watched, why = None, ""
+    watched, why = watch(made), ""
     try:
-        watched = watch(made).run()
-        if sum(map(len, groups)) != len(watched.lengths):
-            watched, why = None, "the batches have other rows than their examples: padding is not visible"
+        if sum(map(len, groups)) != len(watched.run().lengths):
+            why = "the batches have other rows than their examples: padding is not visible"
         elif watched.padded_to is None:
-            watched, why = None, "rows are wider than the longest, by no multiple: what padding costs is not visible"
+            why = "rows are wider than the longest, by no multiple: what padding costs is not visible"
     except ValueError as error:
         why = str(error)
-    return Examples(loader, items, tuple(map(tuple, groups)), watched, why, *loading)
+    return Examples(loader, items, tuple(map(tuple, groups)), None if why else watched, why, *loading)
 
 
 def wait_ns(step: Step, loader: Any, num_batches: int) -> tuple[float, float]:

@@ -37,13 +37,10 @@ def measured_rows(run: Run) -> tuple[dict[str, int], dict[str, int]]:
 
 def generation_account(
     rows: Mapping[str, float], phases: Mapping[str, float], setting: Setting, *,
-    total_ns: float, weight_bytes: int, cache: CacheBytes | None, seconds_per_cell: float | None, source: str,
+    total_ns: float, weight_bytes: int, cache: CacheBytes, seconds_per_cell: float | None, source: str,
     basis: str = "measured", band_frac: float | None = None, in_range: bool = True, calibration: Any = None,
 ) -> Account:  # fmt: skip
-    """One generation, with time per token, rates, phases, weights and cache as companions; all with its band.
-
-    A cache of None is not visible.
-    """
+    """One generation, with time per token, rates, phases, weights and cache as companions; all with its band."""
     total = round(total_ns)
     span = (1.0, 1.0) if band_frac is None else (1 / (1 + band_frac), 1 + band_frac)
     more: dict[str, Any] = {"setting": setting.plain(), "basis": basis}
@@ -68,9 +65,8 @@ def generation_account(
     if phases:
         add(PHASES, "ns", phases, "the end of the first step", *span)
     add(WEIGHTS, "bytes", {"weights": weight_bytes}, "the parameters", 1, 1)
-    if cache is not None:
-        attention = {SELF: cache.self_attention, CROSS: cache.cross_attention}
-        add(CACHE, "bytes", attention, "keys and values", 1, 1)
+    attention = {SELF: cache.self_attention, CROSS: cache.cross_attention}
+    add(CACHE, "bytes", attention, "keys and values", 1, 1)
     return Account.of(
         TIME, "ns", {row: round(value) for row, value in rows.items()}, total=total, source=source,
         companions=tuple(companions), calibration=calibration, in_range=in_range, **_band(total, band_frac, *span),

@@ -26,18 +26,16 @@ _POSITIONS = ("max_target_positions", "max_position_embeddings", "n_positions")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Counts of layers (``encoder_layers`` is 0 without an encoder) and of heads; values per token, per head and
-    inside the decoder's feed-forward; ``positions``: the longest sequence of the decoder [tokens], None where nothing
-    limits it."""
+    """Counts of layers and heads, and numbers of values."""
 
-    encoder_layers: int
+    encoder_layers: int  # 0 without an encoder
     decoder_layers: int
-    width: int
+    width: int  # per token
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
-    positions: int | None
+    ffn: int  # inside the decoder's feed-forward
+    positions: int | None  # longest sequence of the decoder [tokens], None where nothing limits it
 
 
 def sizes(config: Any) -> Sizes:

@@ -8,7 +8,7 @@ import pandas as pd
 from effkit.account import Account
 from effkit.decoder.calibration import Calibration
 from effkit.decoder.module_roles import CROSS, EMBEDDING, FFN, NORMS, OUTPUT, SELF
-from effkit.decoder.operator_times import FRAMEWORK, LAUNCHES, OPERATORS
+from effkit.decoder.module_timers import FRAMEWORK, LAUNCHES, OPERATORS
 from effkit.decoder.setting import DTYPES
 from effkit.device import Device
 from effkit.lab import calibration_of

@@ -19,8 +19,7 @@ from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice
 from effkit.decoder.costs import Run
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
-from effkit.decoder.module_timers import Watched, watch
-from effkit.decoder.operator_times import LAUNCHES, step_times
+from effkit.decoder.module_timers import LAUNCHES, Watched, step_times, watch
 from effkit.decoder.product_costs import product_cost, reading_rate
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.device import synchronize
@@ -130,19 +129,18 @@ def _measured_beside(
 
 def _run(
     ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None
-) -> tuple[list[Run], list[CacheBytes | None], Memory]:
+) -> tuple[list[Run], list[CacheBytes], Memory]:
     """Every setting ``repeats`` times, in turn, with clocks inside and without; the cache that each leaves; and the
     memory of such models. ``config`` is that of the model that was given."""
     done, total = itertools.count(1), len(ready) * (1 + repeats)
-    caches: list[CacheBytes | None] = []
-    prompts = []
+    caches: list[CacheBytes] = []
     for generation in ready:  # untimed: memory is laid out, code is loaded (or compiled)
-        output, setting = generation.call(), generation.setting
+        output = generation.call()
         caches.append(in_cache(getattr(output, "past_key_values", None)))
-        length = output.sequences.shape[1] if hasattr(output, "sequences") else 0
-        prompts.append(max(1, length - setting.num_steps))
+        if len(caches) == 1:
+            length = output.sequences.shape[1] if hasattr(output, "sequences") else 0
+            memory = _memory(generation, config, caches[0], max(1, length - generation.setting.num_steps))
         tell(progress, next(done), total)
-    memory = _memory(ready[0], config, caches[0], prompts[0])
     watched: list[list[Watched]] = [[] for _ in ready]
     plain: list[list[int]] = [[] for _ in ready]
     for repeat in range(repeats):
@@ -158,11 +156,11 @@ def _run(
     return runs, caches, memory
 
 
-def _memory(ready: Ready, config: Any, cache: CacheBytes | None, prompt_cells: int) -> Memory:
+def _memory(ready: Ready, config: Any, cache: CacheBytes, prompt_cells: int) -> Memory:
     setting = ready.setting
     run = configurations.changed(ready.model.config, decoder_layers=setting.depth)
     per_cell = kv_cache_bytes(run, setting.rows, 0, encoder_cells=1, dtype=setting.dtype).cross_attention
-    cells = cache.cross_attention // per_cell if cache and per_cell else 0
+    cells = cache.cross_attention // per_cell if per_cell else 0
     halved = halvings(setting.input_length, cells) if cells else None
     # a copy: exit_layer changes the live one while it runs
     return Memory(type(ready.model), copy.deepcopy(config), prompt_cells, halved)
@@ -188,7 +186,7 @@ def _seconds_per_cell(model: Any) -> float | None:
 
 
 def _accounted(
-    run: Run, ready: Ready, cache: CacheBytes | None, *, scale: float = 1.0, calibration: Calibration | None = None
+    run: Run, ready: Ready, cache: CacheBytes, *, scale: float = 1.0, calibration: Calibration | None = None
 ) -> Account:
     rows, phases = accounting.measured_rows(run)
     overhead = f"; clocks inside cost {overhead_frac([run]):+.1%}" if run.watched else ""

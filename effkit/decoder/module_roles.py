@@ -45,7 +45,8 @@ def parts(model: Any) -> list[Part]:
     layers.
     """
     modules = []
-    if (whole := encoder(model)) is not None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        whole = model.get_encoder()
         modules.append(Part(ENCODER, -1, whole))
         modules += [Part(ENCODER_LAYER, number, layer) for number, layer in enumerate(like_layers(whole) or ())]
     for number, layer in enumerate(layers(model)):
@@ -53,11 +54,6 @@ def parts(model: Any) -> list[Part]:
         modules += [Part(name, number, module) for name, module in of_layer(layer)]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return modules if output is None else [*modules, Part(OUTPUT, -1, output)]
-
-
-def encoder(model: Any) -> nn.Module | None:
-    """The encoder of an encoder-decoder, or None."""
-    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
 
 
 def layers(model: Any) -> nn.ModuleList:

@@ -103,9 +103,7 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
         Slider("exit_layer", "Exit after layer [number]", 0, rest.decoder_layers, 1, "0: after the last"),
     ]
     if not coded:
-        knobs += [
-            Slider("kv_heads", "Key-value heads [count]", 1, sizes.heads, 1, "Fewer than query heads share them"),
-        ]
+        knobs += [Slider("kv_heads", "Key-value heads [count]", 1, sizes.heads, 1, "Fewer than query heads share them")]
 
     def run(progress: Progress, **setting: Any) -> Account:
         from effkit.decoder.live import measure

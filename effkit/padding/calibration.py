@@ -202,23 +202,17 @@ def _row_terms(input_length: Any, output_length: Any) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What a measurement found, and all that :func:`~effkit.padding.predict` needs.
+    """What a measurement found, and all that :func:`~effkit.padding.predict` needs."""
 
-    ``plan`` was measured; ``cost`` and ``memory`` are time and peak memory of a step as functions of its shape.
-    ``steps`` has a row per measured batch: ``num_rows, input_length, output_length`` [cells], ``whole`` (False for one
-    that was cut down) and its number ``batch`` in the plan (-1), ``dur_ns``, ``peak_bytes``, and ``times_ns``, its
-    times in the order they were run. ``noise_frac``: how far steps on the same batch lay apart
-    (:func:`effkit.lab.noise`). ``anchor``: measured over modelled time of those batches, 1.0 when the model fits
-    perfectly. ``shapes`` are those of the model's parameters, where they are known.
-    """
-
-    plan: Plan
-    cost: CostModel
-    memory: MemoryModel
+    plan: Plan  # that was measured
+    cost: CostModel  # the time of a step as a function of its shape
+    memory: MemoryModel  # its peak memory
+    # A row per measured batch: num_rows, input_length, output_length [cells]; whole, False for one that was cut down,
+    # and its number in the plan, batch (-1); dur_ns, peak_bytes; times_ns, in the order in which they were run
     steps: pd.DataFrame
-    noise_frac: float
-    anchor: float
-    shapes: Sequence[tuple[int, ...]] = ()
+    noise_frac: float  # how far steps on the same batch lay apart (effkit.lab.noise)
+    anchor: float  # measured over modelled time of those batches, 1.0 when the model fits perfectly
+    shapes: Sequence[tuple[int, ...]] = ()  # of the model's parameters, where they are known
 
     def trust(self, frame: pd.DataFrame) -> Trust:
         """In the time of an epoch of these steps (``frame`` of a plan), which is predicted in relation to the measured

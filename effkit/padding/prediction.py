@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effkit.account import Account
-from effkit.lab import Trust, asked, calibration_of, interval
+from effkit.lab import Progress, Trust, asked, calibration_of, interval
 from effkit.padding.accounting import EPOCH_TIME, LIMIT_KNOBS, PEAK, companions, epoch_rows
 from effkit.padding.calibration import Calibration
 from effkit.padding.planning import BUCKETED, LIMITS, STRATEGIES, check_whole, plan
@@ -17,7 +17,6 @@ from effkit.padding.plans import Plan
 if TYPE_CHECKING:
     import torch
 
-    from effkit.lab import Progress
     from effkit.whatif import WhatIf
 
 _OF_THE_EPOCH = ("strategy", "memory_bytes", "max_length", "world_size")
@@ -109,7 +108,6 @@ def plan_at(base: Account, setting: dict[str, Any]) -> Plan:
     changed = {name for name in setting if setting[name] != base.setting.get(name)}
     if setting["strategy"] not in STRATEGIES and changed <= {"pad_to_multiple_of", "world_size"}:
         return replace(measured, limits=limits)  # the same batches, padded in another way
-    longest = int(lengths["input_length"].max())
     if setting.get("memory_bytes"):
         budget = replace(calibration.memory, budget=float(setting["memory_bytes"]))
         if setting["strategy"] in BUCKETED:
@@ -121,7 +119,7 @@ def plan_at(base: Account, setting: dict[str, Any]) -> Plan:
         size = limits.pop("batch_size", None)
         if not isinstance(size, int):
             raise ValueError("token_budget needs max_input_cells here: what was measured had no one batch size")
-        limits["max_input_cells"] = size * longest
+        limits["max_input_cells"] = size * int(lengths["input_length"].max())
     return plan(lengths, setting["strategy"], **limits)
 
 

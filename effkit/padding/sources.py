@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 
+from effkit.padding.loader_audit import watch
 from effkit.padding.real_cells import IGNORED_LABEL, real_cells
 
 FRAMES_PER_SECOND = 100  # 10 ms, the usual step of speech features
@@ -73,8 +74,6 @@ def lengths(
         columns = {name: list(source[name]) for name in source.column_names if name in chosen}
         source = pd.DataFrame(columns or {name: [] for name in source.column_names}, index=range(len(source)))
     if hasattr(source, "batch_sampler") and hasattr(source, "dataset"):  # a DataLoader
-        from effkit.padding.loader_audit import watch
-
         return watch(source).run().lengths
     if not isinstance(source, pd.DataFrame):
         array = np.asarray(source)
