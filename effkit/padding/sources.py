@@ -25,12 +25,9 @@ INPUT_COLUMNS = ("input_length", "num_frames", "duration", "duration_s", "input_
 OUTPUT_COLUMNS = ("output_length", "output_tokens", "num_output_tokens", "tokens", "labels", "text")
 _MASK = "attention_mask"
 _LFS = b"version https://git-lfs"
+_LISTS = (list, tuple, np.ndarray)
 
 _Output = str | Literal[False] | None
-
-
-class _Empty(ValueError):
-    """Raised where a file has no row, to be said with its name."""
 
 
 def lengths(
@@ -78,7 +75,7 @@ def lengths(
     if not isinstance(source, pd.DataFrame):
         array = np.asarray(source)
         if not array.size:
-            raise _Empty("an empty list of lengths: nothing to plan")
+            raise ValueError("an empty list of lengths: nothing to plan")
         if array.ndim not in (1, 2) or array.dtype == object or (array.ndim == 2 and array.shape[1] not in (1, 2)):
             raise ValueError(
                 f"lengths() takes numbers of shape [examples] or [examples, 2]; given: shape {array.shape}"
@@ -92,24 +89,28 @@ def _from_file(path: Path, input: str | None, output: _Output, tokenize: Any, ra
     if not path.is_file():
         raise FileNotFoundError(f"no list of lengths at {path}")
     name = path.name.removesuffix(".gz")
+    if not name.endswith((".jsonl", ".json", ".csv", ".tsv")):
+        raise ValueError(
+            f"{path.name}: lengths() reads .csv, .tsv, .jsonl, .json, and these with .gz; convert it first"
+        )
+    mark = "\t" if name.endswith(".tsv") else ","
+    lines: list[int] | None = None
     try:
         if name.endswith((".jsonl", ".json")):
             table, lines = _manifest(path, input, output)
-            return _tidy(table, input, output, tokenize, rate, lambda row: f"{path.name}, line {lines[row]}")
-        if name.endswith((".csv", ".tsv")):
-            mark = "\t" if name.endswith(".tsv") else ","
-            # words like "null" and "NA" are text; a number that is missing shows when it is read as one
+        else:  # words like "null" and "NA" are text; a number that is missing shows when it is read as one
             table = pd.read_csv(path, sep=mark, skip_blank_lines=False, keep_default_na=False)
-            return _tidy(
-                table, input, output, tokenize, rate, lambda row: f"{path.name}, line {_line(path, mark, row)}"
-            )
-    except _Empty as error:
-        raise ValueError(f"{path.name} holds an empty list of lengths: nothing to plan") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path.name} is not a whole gzip file: {error}") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} cannot be read as a table: {error}") from error
-    raise ValueError(f"{path.name}: lengths() reads .csv, .tsv, .jsonl, .json, and these with .gz; convert it first")
+    if not len(table):
+        raise ValueError(f"{path.name} holds an empty list of lengths: nothing to plan")
+
+    def where(row: int) -> str:
+        return f"{path.name}, line {_line(path, mark, row) if lines is None else lines[row]}"
+
+    return _tidy(table, input, output, tokenize, rate, where)
 
 
 def _line(path: Path, mark: str, row: int) -> int:
@@ -182,7 +183,7 @@ def _tidy(
     table: pd.DataFrame, input: str | None, output: _Output, tokenize: Any, rate: float, where: Callable[[int], str]
 ) -> pd.DataFrame:
     if not len(table):
-        raise _Empty("an empty list of lengths: nothing to plan")
+        raise ValueError("an empty list of lengths: nothing to plan")
     chosen_in = _choose(table.columns, input, INPUT_COLUMNS)
     # labels that are no lists are classes
     usual = tuple(name for name in OUTPUT_COLUMNS if name != "labels" or (name in table and _are_lists(table[name])))
@@ -222,7 +223,7 @@ def _cells(column: pd.Series[Any], name: str, tokenize: Any, rate: float) -> tup
     present = column[column.notna()]
     if not pd.api.types.is_numeric_dtype(column) and len(present):
         if _are_lists(column):
-            sizes = [np.count_nonzero(np.asarray(t) != IGNORED_LABEL) if _is_list(t) else np.nan for t in column]
+            sizes = [(np.asarray(t) != IGNORED_LABEL).sum() if isinstance(t, _LISTS) else np.nan for t in column]
             return np.array(sizes, dtype="float64"), "tokens"
         if pd.to_numeric(present, errors="coerce").notna().mean() < 0.5:  # mostly words: text, not damaged numbers
             told = [(tokenize(t) if tokenize else t) if isinstance(t, str) else np.nan for t in column]
@@ -233,9 +234,5 @@ def _cells(column: pd.Series[Any], name: str, tokenize: Any, rate: float) -> tup
     return (values * rate, f"frames of {1000 / rate:g} ms") if seconds else (values, "cells")
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray))
-
-
 def _are_lists(column: pd.Series[Any]) -> bool:
-    return bool(column.dropna().head(1).map(_is_list).any())
+    return bool(column.dropna().head(1).map(lambda value: isinstance(value, _LISTS)).any())
