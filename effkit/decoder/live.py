@@ -214,8 +214,7 @@ def measure_step(
     with torch.no_grad():
         for turn in range(-1, repeats):  # the first time is not counted
             synchronize()
-            start = time.perf_counter_ns()
-            marks, token, cache = [start], first, None
+            marks, token, cache = [time.perf_counter_ns()], first, None
             for _ in range(num_steps):
                 result = step(token, cache)
                 if not isinstance(result, tuple) or len(result) != 2:
@@ -224,7 +223,7 @@ def measure_step(
                 synchronize()
                 marks.append(time.perf_counter_ns())
             if turn >= 0:
-                walls.append(time.perf_counter_ns() - start)
+                walls.append(time.perf_counter_ns() - marks[0])
                 times.append(np.diff(marks))
             tell(progress, turn + 2, repeats + 1)
     middle = int(np.argsort(walls)[len(walls) // 2])  # rows and total of one generation: they add up whatever disturbs

@@ -101,8 +101,6 @@ class CacheBytes(NamedTuple):
 
 def in_cache(cache: Any) -> CacheBytes:
     """What a transformers cache holds [bytes]; zeros for None."""
-    if cache is None:
-        return CacheBytes(0, 0)
     own = getattr(cache, "self_attention_cache", cache)
     return CacheBytes(_held(own), _held(getattr(cache, "cross_attention_cache", None)))
 
@@ -149,25 +147,20 @@ def kv_cache_bytes(
 
 @dataclass(frozen=True)
 class StepSize:
-    """What a step has to do with: tokens before the first generated one, and bytes that it reads, of weights and of
-    keys and values, the mean over the steps."""
+    """What a step has to do with."""
 
-    prompt_cells: int
-    read_bytes: int
+    prompt_cells: int  # tokens before the first generated one
+    read_bytes: int  # of weights and of keys and values, the mean over the steps
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What weights and cache of a model take at any setting [bytes].
-
-    ``halvings`` is how often the encoder's convolutions halve the input's length; None where its cells do not follow
-    from the length that way.
-    """
+    """What weights and cache of a model take at any setting [bytes]."""
 
     kind: type
     config: Any
     prompt_cells: int
-    halvings: int | None
+    halvings: int | None  # of the input's length by the encoder's convolutions; None where that does not give its cells
     _counted: dict[tuple[int, int], Parameters] = field(default_factory=dict, repr=False, compare=False)
 
     def parameters(self, setting: Setting) -> Parameters:
