@@ -36,21 +36,20 @@ def levers(study: TrainingLoop, budget_bytes: int | None) -> list[Lever]:
     if examples is None:
         return []
     levers: list[Lever | None] = []
-    if study.epoch is not None and examples.watched is not None:
-        findings = examples.watched.findings
-        grouping = next((sentence for sentence in findings if "grouping" in sentence), None)
-        levers += [_padded_to_longest(study, examples, study.epoch), _bucketed(study, examples, study.epoch, grouping),
+    if study.epoch is not None and (watched := examples.watched) is not None:
+        grouping = next((sentence for sentence in watched.findings if "grouping" in sentence), None)
+        if (fixed := watched.fixed_width) is not None:
+            levers.append(_padded_to_longest(study, examples, study.epoch, fixed))
+        levers += [_bucketed(study, examples, study.epoch, grouping, cut=fixed is not None),
                    _larger(study, examples, study.epoch, grouping, budget_bytes)]  # fmt: skip
     if study.waiting_ns >= _WAITING_FRAC * study.account.total:
         levers.append(_workers(study, examples))
     return [lever for lever in levers if lever is not None]
 
 
-def _padded_to_longest(study: TrainingLoop, examples: Examples, epoch: Account) -> Lever | None:
-    if examples.fixed_width is None:
-        return None
+def _padded_to_longest(study: TrainingLoop, examples: Examples, epoch: Account, fixed: str) -> Lever:
     predicted = padding.predict(epoch, pad_to_multiple_of=1)
-    found = f"{examples.fixed_width} ({_left(epoch):.0%} of the cells are padding, and {_left(predicted):.0%} would be)"
+    found = f"{fixed} ({_left(epoch):.0%} of the cells are padding, and {_left(predicted):.0%} would be)"
     return _lever(
         study, examples, epoch, predicted, "padding", "pad to the longest row", found,
         "tokenize without padding='max_length', and let the collate function pad: padding='longest'",
@@ -86,19 +85,20 @@ def _cut(loader: Any) -> Any:
     return rebuilt(loader, collate_fn=partial(collated_to_longest, loader.collate_fn))
 
 
-def _bucketed(study: TrainingLoop, examples: Examples, epoch: Account, grouping: str | None) -> Lever | None:
+def _bucketed(
+    study: TrainingLoop, examples: Examples, epoch: Account, grouping: str | None, *, cut: bool
+) -> Lever | None:
     share = _left(epoch)
     if not share:
         return None
     size = epoch.setting["batch_size"]
     counts = [num for num in _BUCKETS if num * size <= len(examples.items)] or [1]
-    cut = {} if examples.fixed_width is None else {"pad_to_multiple_of": 1}
-    best = min((padding.predict(epoch, strategy="bucket", batch_size=size, num_buckets=num, **cut) for num in counts),
-               key=lambda predicted: predicted.total)  # fmt: skip
+    wanted = {"strategy": "bucket", "batch_size": size} | ({"pad_to_multiple_of": 1} if cut else {})
+    best = min((padding.predict(epoch, num_buckets=num, **wanted) for num in counts), key=lambda one: one.total)
     found = f"{share:.0%} of the input cells are padding, and {_left(best):.0%} would be"
     if _groups(examples.loader) and grouping is not None:
         found = f"{grouping}; in buckets {_left(best):.0%} would be"
-    effects = ["batches hold examples of like length"] + ["they are padded to their longest row"] * bool(cut)
+    effects = ["batches hold examples of like length"] + ["they are padded to their longest row"] * cut
     before, after = epoch.companion(PEAK).total, best.companion(PEAK).total
     if after > 1.01 * before:
         effects.append(f"the peak rises by {after / before - 1:.0%}")
@@ -129,8 +129,8 @@ def _larger(
     # beyond what was run so far: a few batches of that size join the calibration
     with study.held():
         calibrated = study.measured_plan(padding.plan(epoch.calibration.plan.lengths, "random", batch_size=fitting[-1]))
-    best = min((padding.predict(calibrated, batch_size=larger, **strategy) for larger in fitting),
-               key=lambda predicted: predicted.total)  # fmt: skip
+    bests = (padding.predict(calibrated, batch_size=larger, **strategy) for larger in fitting)
+    best = min(bests, key=lambda one: one.total)
     largest = best.setting["batch_size"]
     effects = [f"{largest // size} times fewer optimizer steps: the learning rate has to follow"]
     grown = best.companion(PEAK).total - epoch.companion(PEAK).total

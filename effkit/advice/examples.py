@@ -50,12 +50,7 @@ class Examples:
         numbers = np.concatenate(list(rows)).tolist()
         whole = numbers in map(list, self._delivered)
         batch = self.batch(numbers)
-        return batch if whole or self.fixed_width is None else to_longest(batch)
-
-    @property
-    def fixed_width(self) -> str | None:
-        """The finding that every batch has one width, beyond its longest row; None where it is not so."""
-        return None if self.watched is None else self.watched.fixed_width
+        return batch if whole or self.watched is None or self.watched.fixed_width is None else to_longest(batch)
 
     @property
     def batches(self) -> list[Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from effkit import moe
@@ -35,30 +34,29 @@ def levers(study: TrainingLoop) -> list[Lever]:
         "ranks wait for the one that holds it"
     )
     replicas = max(1, study.num_ranks // 2)
-    ideas: list[tuple[str, str, str, dict[str, Any], str, tuple[str, ...], Any]] = [
-        ("hot expert", "experts placed by load", found, {"placement": "balanced"},
-         "owner = moe.balanced_placement(loads, num_ranks)   # models.expert_parallel(owner=owner, ...)",
-         ("goes by lasting popularity: watch that it lasts",),
-         lambda: moe.balanced_placement(experts.loads, study.num_ranks)),
-        ("hot expert", f"{replicas} expert{'s' * (replicas > 1)} on every rank", found, {"num_replicas": replicas},
-         "owner[busiest] = -1   # models.expert_parallel(owner=owner, ...)",
-         ("its gradients are summed over the ranks", "its weights are on every rank"), None),
-        ("hot expert", f"a capacity of {_CAPACITY}", found, {"capacity_factor": _CAPACITY},
-         f"models.expert_parallel(capacity_factor={_CAPACITY}, ...)", ("tokens beyond it are dropped",), None),
-    ]  # fmt: skip
-    ideas += [
-        ("overlap", f"the exchange in {num} pieces", "experts wait for whole messages", {"num_chunks": num},
-         f"models.expert_parallel(num_chunks={num}, ...)", (), None) for num in _CHUNKS
-    ]  # fmt: skip
 
-    def run(changes: Mapping[str, Any]) -> Account:
-        return _step(study, experts, moe.measure(base=layer, **changes))
+    def lever(
+        kind: str, name: str, seen: str, changes: Mapping[str, Any], code: str, effects: tuple[str, ...] = (),
+        use: Callable[[], Any] | None = None,
+    ) -> Lever:  # fmt: skip
+        return Lever(
+            kind, name, seen, base, _step(study, experts, _predicted(layer, changes)), code, effects,
+            group="experts" if kind == "hot expert" else kind, use=use, keep=study.receipts.append,
+            run=lambda: _step(study, experts, moe.measure(base=layer, **changes)),
+        )  # fmt: skip
 
     return [
-        Lever(kind, name, seen, base, _step(study, experts, _predicted(layer, changes)), code, effects,
-              group="experts" if kind == "hot expert" else kind, use=use, run=partial(run, changes),
-              keep=study.receipts.append)
-        for kind, name, seen, changes, code, effects, use in ideas
+        lever("hot expert", "experts placed by load", found, {"placement": "balanced"},
+              "owner = moe.balanced_placement(loads, num_ranks)   # models.expert_parallel(owner=owner, ...)",
+              ("goes by lasting popularity: watch that it lasts",),
+              lambda: moe.balanced_placement(experts.loads, study.num_ranks)),
+        lever("hot expert", f"{replicas} expert{'s' * (replicas > 1)} on every rank", found, {"num_replicas": replicas},
+              "owner[busiest] = -1   # models.expert_parallel(owner=owner, ...)",
+              ("its gradients are summed over the ranks", "its weights are on every rank")),
+        lever("hot expert", f"a capacity of {_CAPACITY}", found, {"capacity_factor": _CAPACITY},
+              f"models.expert_parallel(capacity_factor={_CAPACITY}, ...)", ("tokens beyond it are dropped",)),
+        *(lever("overlap", f"the exchange in {num} pieces", "experts wait for whole messages", {"num_chunks": num},
+                f"models.expert_parallel(num_chunks={num}, ...)") for num in _CHUNKS),
     ]  # fmt: skip
 
 

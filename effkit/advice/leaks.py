@@ -46,9 +46,8 @@ def kept(step: Step, batch: Any, parameters: Iterable[torch.nn.Parameter] = (), 
         held = [tensor for tensor in left if id(tensor) in names] or left  # the others are held by the graphs of these
         distinct = {tuple(storage_keys(tensor)): tensor for tensor in held}
         own = size_bytes(distinct.values()) // _STEPS
-        return Kept(
-            growth, -(-len(held) // _STEPS), own, tuple(dict.fromkeys(names[id(tensor)] for tensor in held if names))
-        )
+        holders = dict.fromkeys(names[id(tensor)] for tensor in held if names)
+        return Kept(growth, -(-len(held) // _STEPS), own, tuple(holders))
 
 
 def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Parameter] = (), period: int = 1) -> int:

@@ -182,14 +182,13 @@ def described(model: torch.nn.Module) -> str:
     'Sequential: 1 attention, 1 recurrent'
     """
     parts: list[str] = []
+    # without transformers.pytorch_utils: its Conv1D is a linear layer
+    names = {path: type(module).__name__.lower() for path, module in model.named_modules()
+             if module is not model and type(module).__module__ != "transformers.pytorch_utils"}  # fmt: skip
     for kind, words in _KINDS:
         inside: list[str] = []
-        for path, module in model.named_modules():
-            name = type(module).__name__.lower()
-            if any(path.startswith(outer + ".") for outer in inside) or module is model:
-                continue
-            # transformers' GPT-2 calls its linear layers Conv1D
-            if any(word in name for word in words) and type(module).__module__ != "transformers.pytorch_utils":
+        for path, name in names.items():
+            if any(word in name for word in words) and not any(path.startswith(outer + ".") for outer in inside):
                 inside.append(path)
         parts += [f"{len(inside)} {kind}"] * bool(inside)
     config: Any = getattr(model, "config", None)

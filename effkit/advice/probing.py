@@ -120,18 +120,13 @@ def savings(
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peaks of somebody's step, on any batch.
-
-    ``let_go``: the step lets go of its gradients before it makes others; ``settle`` runs as many as make the next a
-    steady one, unless one is enough. The profiler of a CPU does not see that blocks from before it began are freed, so
-    they go before.
-    """
+    """Peaks of somebody's step, on any batch."""
 
     step: Step
     model: torch.nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
-    let_go: bool
-    settle: Step | None = None
+    let_go: bool  # the step lets go of its gradients before it makes others
+    settle: Step | None = None  # runs as many as make the next a steady one, unless one is enough
 
     def of(self, batch: Any, intervention: Intervention = without_intervening) -> int:
         """What is in memory at the most [bytes], what is there all through the step included."""
@@ -147,7 +142,7 @@ class Peaks:
 
     def there(self, batch: Any, *, let_go: bool) -> dict[str, list[torch.Tensor]]:
         """What is in memory all through a steady step, by category: gradients too, unless they are let go of, now."""
-        if let_go:
+        if let_go:  # before: the profiler of a CPU does not see that older blocks are freed
             drop_gradients(self.model.parameters())
         resident = residents(self.model, self.optimizers, batch)
         held = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]

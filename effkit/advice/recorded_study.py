@@ -70,8 +70,8 @@ class RecordedStudy(Study):
     def __init__(
         self, trace: Files | Capture | None, snapshot: str | Path | Capture | None, *, step: str | None = None
     ) -> None:
-        self.capture = None if trace is None else _opened(trace)
-        memory = None if snapshot is None else _opened(snapshot)
+        opened = (one if one is None or isinstance(one, Capture) else load(one) for one in (trace, snapshot))
+        self.capture, memory = opened
         named = [_named(path) for path in (trace, snapshot) if path is not None]
         super().__init__(f"a recording, {' and '.join(named)}")
         self.step = step
@@ -260,10 +260,6 @@ def of_file(path: str | Path) -> RecordedStudy:
     capture = load(path)
     without_time = capture.overview().empty if isinstance(capture, Fleet) else capture.events.empty
     return RecordedStudy(None, capture) if without_time else RecordedStudy(capture, None)
-
-
-def _opened(given: Files | Capture) -> Capture:
-    return given if isinstance(given, Capture) else load(given)
 
 
 def _named(path: Files | Capture) -> str:

@@ -170,18 +170,15 @@ def _leak(study: TrainingLoop, num_steps: int) -> Lever | None:
     if not kept.num_tensors:
         return None
     peak = study.memory
-    title = f"Memory after {num_steps:,} steps"
-
-    def rows(growth: int) -> dict[str, int]:
-        return {"peak of one step": peak.total, "kept from step to step": growth * num_steps}
 
     def after(growth: int, source: str) -> Account:
-        return Account.of(title, "bytes", rows(growth), total=sum(rows(growth).values()), source=source)
+        rows = {"peak of one step": peak.total, "kept from step to step": growth * num_steps}
+        return Account.of(f"Memory after {num_steps:,} steps", "bytes", rows, total=sum(rows.values()), source=source)
 
     base = after(kept.growth_bytes, "the allocator, over three steps, times their number")
-    left = rows(min(kept.own_bytes, kept.growth_bytes))
+    left = after(min(kept.own_bytes, kept.growth_bytes), "what these tensors themselves hold")
     slack = num_steps * max(round(0.02 * kept.growth_bytes), 512)
-    predicted = banded(base, left, sum(left.values()), slack, "what these tensors themselves hold")
+    predicted = banded(base, left.frame["value"].to_dict(), left.total, slack, left.source)
     held = f" in {', '.join(kept.holders)}" if kept.holders else ""
 
     def run() -> Account:
@@ -230,28 +227,22 @@ def _fitting(study: TrainingLoop, limit: float, notes: list[str]) -> list[Lever]
     except ValueError as error:
         notes.append(f"levers on activations are not visible: {error}")
         return []
-    found: list[Lever] = []
-    smallest: Lever | None = None
+    tried: list[Lever] = []
     for lossless in (True, False):  # what changes gradients only where nothing else fits
         table = activations.front(base, lossless=lossless)
-        table = table[table["on_front"] & (table["setting"] != "plain")]
-        for name in table["setting"]:
-            changes = table.attrs["settings"][name]
-            predicted = activations.predict(base, **changes)
-            lever = _lab_lever(study, base, predicted, changes)
-            smallest = lever if smallest is None or predicted.total < smallest.predicted.total else smallest
-            if (predicted.high or predicted.total) <= limit:
-                found.append(lever)
-        if found:
-            break
-    if not found and smallest is not None:
-        notes.append(f"nothing fits into {readable(round(limit), 'bytes')}: the nearest is shown; use a smaller batch")
-        return [smallest]
-    return found[:_SHOWN]
+        names = table["setting"][table["on_front"] & (table["setting"] != "plain")]
+        levers = [_lab_lever(study, base, table.attrs["settings"][name]) for name in names]
+        if found := [lever for lever in levers if (lever.predicted.high or lever.predicted.total) <= limit]:
+            return found[:_SHOWN]
+        tried += levers
+    if not tried:
+        return []
+    notes.append(f"nothing fits into {readable(round(limit), 'bytes')}: the nearest is shown; use a smaller batch")
+    return [min(tried, key=lambda lever: lever.predicted.total)]
 
 
-def _lab_lever(study: TrainingLoop, base: Account, predicted: Account, changes: Mapping[str, Any]) -> Lever:
-    levers = Levers(**changes)
+def _lab_lever(study: TrainingLoop, base: Account, changes: Mapping[str, Any]) -> Lever:
+    levers, predicted = Levers(**changes), activations.predict(base, **changes)
     words = ", ".join(f"{name}={value}" for name, value in changes.items())
     before, after = (account.companion(TIME).total for account in (base, predicted))
     effects = [f"a step takes {after / before - 1:+.0%}, predicted"]
