@@ -115,6 +115,28 @@ def test_worlds_that_cannot_be_are_refused(how, said):
     assert not dist.is_initialized()
 
 
+def test_advice_on_memory_proposes_ranks_and_measures_them():
+    model = model_of("gpt")
+    batch = model.random_batch(2, 32)
+    update = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(batch):
+        update.zero_grad()
+        model(**batch).loss.backward()
+        update.step()
+
+    study = ek.study(step=step, model=model, loader=[batch] * 4)
+    with pytest.raises(ValueError, match="it goes with goal='memory'"):
+        study.advise(num_ranks=2)
+    advice = study.advise("memory", num_ranks=2)
+    levers = [lever for lever in advice if lever.kind == "sharding"]
+    sent = [lever.predicted.companion(SENT_BYTES).total for lever in levers]
+    assert "zero2" in levers[0].name or "zero3" in levers[-1].name
+    assert sent == sorted(sent)
+    receipt = levers[-1].measure()
+    assert abs(receipt.error) < 0.005
+
+
 def test_a_rank_is_told_to_forecast_elsewhere():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -1,12 +1,14 @@
 """The activation-memory analysis: what fills the peak of a training step, and what each lever gives back.
 
 Beside the public names, ``effkit.advice`` asks to ``observe`` a step of its own (an ``Observation``, in the phases
-``FORWARD``, ``BACKWARD`` and ``OPTIMIZER``), for ``rows`` of a batch, and for the titles ``PEAK`` and ``TIME``.
+``FORWARD``, ``BACKWARD`` and ``OPTIMIZER``), for ``rows`` of a batch, and for the titles ``PEAK``, ``TIME`` and
+``SENT_BYTES``.
 """
 
 from __future__ import annotations
 
 from effkit.activations.checkpointing import blocks, checkpoint
+from effkit.activations.communication import SENT_BYTES as SENT_BYTES
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error
 from effkit.activations.levers import Levers

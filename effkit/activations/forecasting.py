@@ -73,7 +73,7 @@ class Forecaster:
         self.basis = "assumed" if elsewhere else "derived"
         self.assumptions = ASSUMED if elsewhere else ""
         self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
-        self.loss, self.make_optimizer = loss or own_loss, optimizer
+        self.loss, self.make_optimizer, self.plan = loss or own_loss, optimizer, plan
         self._batch, self._make = batch, make_batch
         self._length: stepping.Length | None = None  # while each is tried
         num_rows, found = stepping.rows(batch), stepping.lengths(batch)

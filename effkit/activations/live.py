@@ -113,17 +113,9 @@ def measure(
     size, levers = parted(wanted)
     if levers.world_size > 1:
         return on_ranks.measured(
-            model,
-            forecaster.batch(size),
-            levers,
-            wanted,
-            loss=forecaster.loss,
-            optimizer=optimizer,
-            plan=plan,
-            repeats=repeats,
-            progress=progress,
-            calibration=earlier or forecaster,
-        )
+            model, forecaster.batch(size), levers, wanted, loss=forecaster.loss, optimizer=forecaster.make_optimizer,
+            plan=plan or forecaster.plan, repeats=repeats, progress=progress, calibration=earlier or forecaster,
+        )  # fmt: skip
     if not earlier:
         forecaster.size = size  # predictions are around what is measured
     alone = _single(model, size, optimizer) if time_levers and not earlier else []

@@ -29,6 +29,8 @@ class Study(Record):
         Of every lever that was measured, oldest first.
     """
 
+    _spreads = False  # whether ranks can share what is studied
+
     def __init__(self, what: str) -> None:
         self.what = what
         self.receipts: list[Receipt] = []
@@ -45,7 +47,7 @@ class Study(Record):
     @working("Looking for what would help")
     def advise(
         self, goal: str = "time", *, budget_bytes: int | None = None, price_per_hour: float | None = None,
-        num_steps: int | None = None, num_devices: int = 1,
+        num_steps: int | None = None, num_devices: int = 1, num_ranks: int = 1,
     ) -> Advice:  # fmt: skip
         """What would help, ranked by predicted gain; nothing whose band includes "no gain".
 
@@ -62,6 +64,9 @@ class Study(Record):
         price_per_hour, num_steps, num_devices
             Of one device, in your currency; steps of the whole run; devices that run it: for GPU-hours and money. What
             leaks is counted over ``num_steps``, 1,000 unless given.
+        num_ranks
+            With goal ``"memory"`` of a training step: ranks that may share it. Ways to do that are suggested, the one
+            that sends least first.
         """
         if goal not in GOALS:
             raise ValueError(f"goal is one of {', '.join(GOALS)}; given: {goal!r}")
@@ -70,6 +75,10 @@ class Study(Record):
         for name, value in run.items():
             if value is not None:
                 run[name] = checked_whole(name, value, 1) if name.startswith("num") else checked_amount(name, value)
+        if checked_whole("num_ranks", num_ranks, 1) > 1:
+            if goal != "memory" or not self._spreads:
+                raise ValueError("num_ranks= asks what ranks of a training step would hold: it goes with goal='memory'")
+            run["num_ranks"] = num_ranks
         if goal == "cost" and (price_per_hour is None or num_steps is None):
             raise ValueError("goal='cost' takes price_per_hour= and num_steps=, to count hours and money with")
         self._advised[goal] = self._advise(goal, **run)

@@ -12,7 +12,7 @@ import torch
 
 from effkit import activations
 from effkit.account import Account
-from effkit.activations import TIME, Levers
+from effkit.activations import SENT_BYTES, TIME, Levers
 from effkit.advice import batch_levers, expert_levers, families, probing, step_hooks
 from effkit.advice.leaks import detached_after, growth_bytes
 from effkit.advice.levers import LEFT, Advice, Lever, banded, limit_bytes, ranked
@@ -25,11 +25,14 @@ _MANY_NUMBERS = 32  # asked for in a step, on a CPU, where nothing is waited for
 _WORTH_CASTING_FRAC = 0.15  # of the time in products
 _FASTER = 1.2  # bfloat16 products than float32 ones
 _LEAK_STEPS = 1000  # over which a leak is counted, unless their number is given
+_SHARDS = ("zero1", "zero2", "zero3")
 _SHOWN = 6
 
 
 class TrainingStudy(TrainingLoop):
     """A training loop, with all levers on its time and memory that there is a reason to try, useful or not."""
+
+    _spreads = True
 
     @cached_property
     def _tried(self) -> dict[int | None, list[Lever]]:
@@ -145,8 +148,9 @@ def _lever(
     )  # fmt: skip
 
 
-def _on_memory(study: TrainingLoop, budget_bytes: int | None, **more: Any) -> Advice:
-    """Waste first, by what it saves; then, where the peak exceeds the budget, the quickest way to get below it."""
+def _on_memory(study: TrainingLoop, budget_bytes: int | None, num_ranks: int = 1, **more: Any) -> Advice:
+    """Waste first, by what it saves; then, where the peak exceeds the budget, the quickest way to get below it; and
+    ways to share the step over ranks."""
     looked = _leak(study, more["num_steps"] or _LEAK_STEPS), _gradients(study)
     wasted = sorted((lever for lever in looked if lever is not None), key=lambda lever: -lever.gain_frac)
     notes: list[str] = []
@@ -160,7 +164,7 @@ def _on_memory(study: TrainingLoop, budget_bytes: int | None, **more: Any) -> Ad
     else:
         notes.append(f"the peak, {readable(study.memory.total, 'bytes')}, is within {readable(round(limit), 'bytes')}: "
                      "nothing that costs time or accuracy is suggested")  # fmt: skip
-    found = [*wasted, *fitting]
+    found = [*wasted, *fitting, *(_shared(study, num_ranks, limit, notes) if num_ranks > 1 else ())]
     return Advice("memory", tuple(lever for lever in found if lever.helps),
                   tuple(lever for lever in found if not lever.helps), tuple(notes), **more)  # fmt: skip
 
@@ -239,6 +243,31 @@ def _fitting(study: TrainingLoop, limit: float, notes: list[str]) -> list[Lever]
         return []
     notes.append(f"nothing fits into {readable(round(limit), 'bytes')}: the nearest is shown; use a smaller batch")
     return [min(tried, key=lambda lever: lever.predicted.total)]
+
+
+def _shared(study: TrainingLoop, num_ranks: int, limit: float, notes: list[str]) -> list[Lever]:
+    """Ways to share the step over ranks: those that fit first, and of these the one that sends least."""
+    try:
+        base = study.lab_base
+        found = [(shard, activations.predict(base, world_size=num_ranks, shard=shard)) for shard in _SHARDS]
+    except ValueError as error:
+        notes.append(f"what ranks would hold is not visible: {error}")
+        return []
+    levers = []
+    for shard, predicted in found:
+        change: dict[str, Any] = {"world_size": num_ranks, "shard": shard}
+        sent = readable(predicted.companion(SENT_BYTES).total, "bytes")
+        levers.append(Lever(
+            "sharding", f"share the step over {num_ranks} ranks: {shard}",
+            f"the peak is {readable(base.total, 'bytes')}; a rank holds all of its own batch's, and a part of the rest",
+            base, predicted, f"model, make = activations.spread(model, Sharding(**{change}), torch.optim.AdamW)",
+            (f"collectives of {sent} in every step, whose time is not predicted",), group="peak",
+            keep=study.receipts.append,
+            run=partial(activations.measure, study.model, study.largest, base=base, **change),
+        ))  # fmt: skip
+    return sorted(
+        levers, key=lambda lever: (lever.predicted.total > limit, lever.predicted.companion(SENT_BYTES).total)
+    )
 
 
 def _lab_lever(study: TrainingLoop, base: Account, changes: Mapping[str, Any]) -> Lever:
