@@ -6,11 +6,7 @@ import warnings
 from typing import Any
 
 from transformers import CompileConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
-)
+from transformers.models.auto import modeling_auto
 
 from effkit.decoder.configurations import changed, sizes
 from effkit.decoder.memory import count, num_parameters, without_memory
@@ -22,7 +18,8 @@ def model_class(config: PreTrainedConfig) -> Any:
     Raises ValueError when transformers has none.
     """
     for mapping in (
-        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     ):  # fmt: skip
         for kind in type(config).__mro__:
             if kind in mapping:
