@@ -23,12 +23,9 @@ class Comparison(Picture[Account, Receipt | None]):
 
     def __init__(self, base: Account) -> None:
         self._base = base
-        many = len(base.frame) > _ONE_LINE  # then the legend takes several lines
-        columns = legend_columns(list(base.frame.index), _COLUMNS)
-        height = 1.9 + (0.17 * math.ceil(len(base.frame) / columns) if many else 0.0)
-        self.figure = Figure(figsize=(7.4, height))
-        self._ax = self.figure.add_axes((0.155, 0.04, 0.84, 1.48 / height))
-        self._columns = columns if many else None
+        self.figure = Figure()
+        self._ax = self.figure.add_axes((0.155, 0.04, 0.84, 0.8))
+        self._fit(list(base.frame.index))
         self._ax.set_ylim(-0.6, 2.6)
         self._ax.axis("off")
         self._items: dict[str, list[Rectangle]] = {}
@@ -66,6 +63,13 @@ class Comparison(Picture[Account, Receipt | None]):
         self._ax.set_xlim(0, reach * 1.32)
         return self.figure
 
+    def _fit(self, items: list[str]) -> None:
+        """Room above the bars for a legend of these rows, of which many take several lines."""
+        self._columns = legend_columns(items, _COLUMNS) if len(items) > _ONE_LINE else None
+        height = 1.9 + (0.17 * math.ceil(len(items) / self._columns) if self._columns else 0.0)
+        self.figure.set_size_inches(7.4, height)
+        self._ax.set_position((0.155, 0.04, 0.84, 1.48 / height))
+
     def _bar(self, row: int, bar: Account | None) -> None:
         values = {} if bar is None else {**bar.frame["value"], "residual": bar.residual}
         for item in [item for item in values if item not in self._items]:
@@ -85,11 +89,11 @@ class Comparison(Picture[Account, Receipt | None]):
         if shown == self._shown:
             return
         self._shown = shown
-        columns = self._columns or (legend_columns(shown, _COLUMNS) if len(shown) > _ONE_LINE else None)
+        self._fit(max(shown, list(self._base.frame.index), key=len))
         for old in self.figure.legends[:]:
             old.remove()
         self.figure.legend(
             [self._items[item][0] for item in shown], [label(item) for item in shown], loc="upper left",
-            ncols=columns or max(1, len(shown)), frameon=False, fontsize=8 if columns else 9,
+            ncols=self._columns or max(1, len(shown)), frameon=False, fontsize=8 if self._columns else 9,
             bbox_to_anchor=(0.145, 1.03), handlelength=1.0,
         )  # fmt: skip
