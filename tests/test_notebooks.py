@@ -99,13 +99,22 @@ TINY_TAGS = {4: canonical.IGNORED, 6: canonical.RAISES}
 ASSERTING = 4  # the place of the cell that asserts, after the title; it prints nothing
 
 
+# Neither what other plugins import nor a grammar of addresses, which no notebook has and whose compilation takes longer
+# than a small notebook does.
+PYTEST = """
+import sys
+sys.modules["rfc3987_syntax"] = None
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
 def run_whole(command: list[str], root: Path, limit_s: float = LIMIT_S) -> tuple[int, str]:
     """Exit status and output of a command that finds the package of `root` before the installed one.
 
     Past the limit it is ended with its kernels, and that fails: a kernel leads a process group of its own.
-    No bytecode is written, since a fault of the same length in the same second would not replace it.
     """
-    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}
+    env = {**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=root, env=env, start_new_session=True, **pipes) as process:
         try:
@@ -127,7 +136,7 @@ def strict_nbval(notebook: Path, root: Path, *options: str) -> tuple[int, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--color=no"]
+        command = [sys.executable, "-c", PYTEST, "-p", "nbval.plugin", "--nbval", "--nbval-current-env", "--color=no"]
         command += ["--nbval-sanitize-with", str(REPO / "notebooks" / "sanitize.cfg")]
         command += ["-p", "no:cacheprovider", f"--junitxml={results}", *options, str(notebook)]
         _, text = run_whole(command, root)
@@ -147,8 +156,13 @@ def num_code_cells(notebook: Path) -> int:
 
 
 def inject(fault: Fault, root: Path) -> None:
-    """Break one thing, or say loudly that the fault no longer fits the code."""
+    """Break one thing, or say loudly that the fault no longer fits the code.
+
+    Its bytecode goes: Python would take it for that of a fault of the same length in the same second.
+    """
     file = root / fault.file
+    for compiled in file.parent.glob(f"__pycache__/{file.stem}.*"):
+        compiled.unlink()
     text = file.read_text("utf-8")
     num_found = text.count(fault.old)
     assert num_found == 1, f"{fault.name}: {fault.old!r} occurs {num_found} times in {fault.file}, not once"
@@ -193,7 +207,8 @@ def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
 def lab_copy(tmp_path: Path) -> Path:
     """The package, the notebooks and their data in a folder of their own, to be broken."""
     for part in ("effkit", "notebooks", "data"):
-        shutil.copytree(REPO / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        # with their bytecode, but not with what another process is just writing of it
+        shutil.copytree(REPO / part, tmp_path / part, ignore=shutil.ignore_patterns("*.pyc.*", ".*"))
     return tmp_path
 
 
