@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from peers import RECORDED, ask, why_not
+from peers import RECORDED, ask, end_all, why_not
 
 import effkit as ek
 
@@ -39,6 +39,12 @@ TODAYS = [name for name in ON_DEVICE if name != RESNET]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def peers_end():
+    yield
+    end_all()
+
+
 @cache
 def find(name: str) -> Path:
     (path,) = (RECORDED / "traces").rglob(f"{name}.*")
@@ -51,13 +57,16 @@ def load(name: str) -> ek.Capture:
 
 
 @cache
+def once(peer: str, path: Path, *options: str) -> dict:
+    return ask(peer, path, *options)
+
+
 def hta(name: str, *options: str) -> dict:
-    return ask("hta", find(name), *options)
+    return once("hta", find(name), *options)
 
 
-@cache
 def tb(name: str) -> dict:
-    return ask("tb", find(name))
+    return once("tb", find(name))
 
 
 def covered(starts, ends) -> int:
@@ -105,7 +114,7 @@ def without_earlier_work(name: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ON_DEVICE)
 def test_idle_compute_and_overlap_are_those_of_hta(name, tmp_path):
-    theirs = ask("hta", without_earlier_work(name, tmp_path), *ALL_STEPS)
+    theirs = once("hta", without_earlier_work(name, tmp_path), *ALL_STEPS)
     (times,), (overlap,) = theirs["temporal"], theirs["overlap"]
     overview = load(name).overview().sum()
     here = device(name)[~before_the_steps(name)]

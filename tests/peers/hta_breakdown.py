@@ -1,6 +1,7 @@
 """Holistic Trace Analysis of one trace, or of a folder with a trace per rank, as JSON: what effkit is compared with.
 
-``python hta_breakdown.py [--time] TRACE_OR_FOLDER``, in the peers' own environment (``make .venv/.peers``).
+``python hta_breakdown.py [--time] TRACE_OR_FOLDER``, in the peers' own environment (``make .venv/.peers``). Without
+arguments, it reads them from its input, a JSON list on a line, and answers each on a line.
 Each answer stands alone, for HTA may give one and crash on the next: ``{"error": …}`` in its place says how.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from hta.configs.env_options import HTAEnvOptions
 from hta.trace_analysis import TraceAnalysis
-from spent import spent
+from spent import asked_in_turn, spent
 
 
 def records(frame: pd.DataFrame) -> list[dict]:
@@ -49,26 +50,28 @@ def breakdowns(analysis: TraceAnalysis) -> dict:
     }
 
 
+def answer(options: argparse.Namespace) -> str:
+    HTAEnvOptions.instance().set_disable_ns_rounding(options.unrounded)
+    if options.time:  # no answer to catch an error for: a crash must not look fast
+        analysis = parsed(options.path, last_step=options.last_step)
+        analysis.get_temporal_breakdown(visualize=False)
+        analysis.get_comm_comp_overlap(visualize=False)
+        return spent()
+    try:
+        found = breakdowns(parsed(options.path, last_step=options.last_step))
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    return json.dumps(found, allow_nan=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("--time", action="store_true", help="only parse, both breakdowns, and what that cost")
     parser.add_argument("--last-step", action="store_true", help="keep the last profiler step")
     parser.add_argument("--unrounded", action="store_true", help="do not round to whole microseconds, inwards")
-    options = parser.parse_args()
-    HTAEnvOptions.instance().set_disable_ns_rounding(options.unrounded)
     logging.disable(logging.CRITICAL)
-    if options.time:  # no answer to catch an error for: a crash must not look fast
-        analysis = parsed(options.path, last_step=options.last_step)
-        analysis.get_temporal_breakdown(visualize=False)
-        analysis.get_comm_comp_overlap(visualize=False)
-        print(spent())
-        return
-    try:
-        found = breakdowns(parsed(options.path, last_step=options.last_step))
-    except Exception as error:
-        found = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(found, allow_nan=False))
+    asked_in_turn(parser, answer)
 
 
 if __name__ == "__main__":

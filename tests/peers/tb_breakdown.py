@@ -1,6 +1,7 @@
 """torch-tb-profiler without TensorBoard: what it would show of one trace, or of a run folder, as JSON.
 
-``python tb_breakdown.py [--time] TRACE_OR_FOLDER``, in the peers' own environment (``make .venv/.peers``).
+``python tb_breakdown.py [--time] TRACE_OR_FOLDER``, in the peers' own environment (``make .venv/.peers``). Without
+arguments, it reads them from its input, a JSON list on a line, and answers each on a line.
 A folder gives an entry per worker file that the plugin would accept by its name, and its distributed view.
 """
 
@@ -11,7 +12,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from spent import spent
+from spent import asked_in_turn, spent
 from torch_tb_profiler.consts import WORKER_PATTERN
 from torch_tb_profiler.profiler.data import DistributedRunProfileData, RunProfileData
 from torch_tb_profiler.profiler.event_parser import ProfileRole
@@ -80,18 +81,20 @@ def answer(path: Path, cache: str) -> dict:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
+def said(options: argparse.Namespace) -> str:
+    with tempfile.TemporaryDirectory() as cache:
+        if options.time:
+            parsed(options.path, cache)
+            return spent()
+        return json.dumps(without_nan(answer(options.path, cache)), default=str)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("--time", action="store_true", help="only parse, and what that cost")
-    options = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as cache:
-        if options.time:
-            parsed(options.path, cache)
-            print(spent())
-        else:
-            print(json.dumps(without_nan(answer(options.path, cache)), default=str))
+    asked_in_turn(parser, said)
 
 
 if __name__ == "__main__":
