@@ -46,9 +46,9 @@ app: .venv/.app  ## open the what-if page as an app without code, for a class
 	$(BIN)/python notebooks/app
 
 test: .venv/.test .venv/.browser .venv/.peers lint  ## everything that CI runs: what is timed last, two ranks alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not timed and not alone" --durations=25
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m timed --durations=15
-	$(BIN)/python -m pytest -m alone --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist worksteal -m "not timed and not alone" --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist worksteal -m timed --durations=15
+	$(BIN)/python -m pytest -p no:nbval -m alone --durations=15
 
 quick: .venv/.test lint  ## for daily work: lint, and the tests that take no longer than ten seconds and use no clock
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not timed and not alone and not slow" -q

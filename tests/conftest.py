@@ -3,10 +3,13 @@
 import gc
 import json
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+sys.modules.setdefault("rfc3987_syntax", None)  # a grammar of addresses, which jsonschema compiles for a second or more
 
 with suppress(ImportError):  # a machine that is lent for its GPU may have neither; what runs there needs none
     import matplotlib
@@ -32,10 +35,22 @@ SLOW = {
     "test_padding_peers", "test_padding_sampling", "test_site",
     "test_recorded_by_others", "test_recording", "test_snapshot_hostile", "test_unchanged_figures",
 }  # fmt: skip
+SOME_CLOCKED = "test_notebooks"  # the one file of which single tests are timed, or run alone
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Where only timed tests are asked for, or those that run alone, no other file need be imported."""
+    wanted = {"timed": TIMED, "alone": ALONE}.get(config.option.markexpr)
+    if wanted and collection_path.suffix == ".py":
+        return True if collection_path.stem not in {*wanted, SOME_CLOCKED} else None
+    return None
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        own = {mark.name for mark in item.iter_markers()} & {"timed", "alone"}
+        if own and item.path.stem != SOME_CLOCKED:
+            raise pytest.UsageError(f"{item.nodeid} is {', '.join(own)}: name its file in TIMED or ALONE")
         if item.path.stem in TIMED:
             item.add_marker("timed")
         if item.path.stem in ALONE:
