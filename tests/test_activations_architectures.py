@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
@@ -18,7 +19,8 @@ torch.set_num_threads(1)
 MEDIAN_FRAC, WORST_FRAC = 0.002, 0.03
 TINY = {"layers": 1, "hidden": 32, "heads": 2, "device": "cpu"}
 AUTOCAST, CHECKPOINT = {"autocast": "bfloat16"}, {"checkpoint_every": 1}
-SETTINGS = (AUTOCAST, AUTOCAST | CHECKPOINT, CHECKPOINT, AUTOCAST | {"micro_batches": 2}, {"optimizer_states": "int8"})
+SINGLE = (AUTOCAST, CHECKPOINT, {"optimizer_states": "int8"}, {"batch_size": 3})  # rows: so many times as many
+PAIRS = (AUTOCAST | CHECKPOINT, AUTOCAST | {"micro_batches": 2}, AUTOCAST | {"batch_size": 2})
 
 
 def square(output):
@@ -157,6 +159,11 @@ ARCHITECTURES = {  # how to build it, an example, its loss
 }  # fmt: skip
 
 
+PAIR_OF = dict(zip(ARCHITECTURES, itertools.cycle(PAIRS), strict=False))  # one each: each is met five times or more
+# of each kind of operator one: the search asks nothing of a model but its peaks
+SEARCHED = ("Fourier neural operator", "neural ODE", "MLP in bfloat16", "GPT", "U-Net", "LSTM")
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_peaks_after_a_plain_measurement_and_the_largest_batch(name):
     torch.manual_seed(0)
@@ -171,16 +178,20 @@ def test_peaks_after_a_plain_measurement_and_the_largest_batch(name):
         size, levers = parted(complete(base.setting, setting))
         return recorded_peak(model, make(size), levers, loss=loss)
 
+    settings = [*SINGLE, PAIR_OF[name]]
+    if name == "LSTM":  # it has no blocks
+        settings = [setting for setting in (*SINGLE, *PAIRS) if "checkpoint_every" not in setting]
     errors = {}
-    for setting in (*SETTINGS, {"batch_size": 3 * rows}, {"batch_size": 2 * rows} | AUTOCAST):
-        if name == "LSTM" and "checkpoint_every" in setting:
-            continue  # it has no blocks
+    for setting in settings:
+        if "batch_size" in setting:
+            setting = setting | {"batch_size": setting["batch_size"] * rows}
         predicted = activations.predict(base, **setting)
         if predicted.in_range:
             errors[str(setting)] = abs(predicted.total / truth(**setting) - 1)
     assert len(errors) >= 5
     assert statistics.median(errors.values()) <= MEDIAN_FRAC, errors
     assert max(errors.values()) <= WORST_FRAC, errors
-    budget = truth(batch_size=3 * rows) + 100
-    fits = activations.largest_batch(model, batch, budget, loss=loss)
-    assert 3 * rows - 1 <= fits <= 3 * rows
+    if name in SEARCHED:
+        budget = truth(batch_size=3 * rows) + 100
+        fits = activations.largest_batch(model, batch, budget, loss=loss)
+        assert 3 * rows - 1 <= fits <= 3 * rows
