@@ -124,13 +124,15 @@ def test_a_rank_that_hangs_ends_within_the_limit(folder):
     with Ranks(2, WORK) as ranks:
         ranks.run({"num_meetings": 1})
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match="the ranks were not done after 4 s and were ended; the log is "):
-            ranks.run({"num_meetings": 10**6}, timeout_s=4, progress=stop)
+        with pytest.raises(RuntimeError, match="the ranks were not done after 2 s and were ended; the log is "):
+            ranks.run({"num_meetings": 10**6}, timeout_s=2, progress=stop)
     assert time.monotonic() - start < 12
     assert nobody_is_left(folder)
 
 
-def test_ranks_that_are_done_need_no_goodbye(folder):
+def test_ranks_that_are_done_need_no_goodbye(folder, monkeypatch):
+    monkeypatch.setattr(launching, "_GOODBYE_S", 1.0)
+
     def stop_the_router(done, total):
         if done and (router := router_of(folder)):
             router.suspend()
