@@ -79,14 +79,19 @@ def test_no_link_within_the_site_is_broken(pages):
     assert not broken
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The page that a report is."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    recorded = REPO / "data" / "captures" / "text_amd-epyc.zip"
+    subprocess.run([sys.executable, "-m", "effkit", "report", recorded, "-o", path], cwd=REPO, check=True)
+    return path
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(bool(why_no_browser()), reason=str(why_no_browser()))
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_stands_out_from_its_ground(pages, tmp_path, scheme):
-    """Of the site, and of the page that a report is."""
-    report = tmp_path / "report.html"
-    recorded = REPO / "data" / "captures" / "text_amd-epyc.zip"
-    subprocess.run([sys.executable, "-m", "effkit", "report", recorded, "-o", report], cwd=REPO, check=True)
+def test_every_text_stands_out_from_its_ground(pages, report, scheme):
     lessons = [path for path in pages if path.stem in (*LESSONS, "effkit.Account", "accuracy", "README")]
     assert len(lessons) >= len(LESSONS) + 3
     script = (Path(__file__).parent / "contrast.js").read_text()
