@@ -28,7 +28,9 @@ SINGLES = [one for family in FAMILIES.values() for one in family]
 AMX = pytest.mark.xfail(
     torch.cpu._is_amx_tile_supported(), strict=False, reason="AMX kernels take workspace of their own"
 )
-PAIRS = [a | b for one, two in combinations(FAMILIES.values(), 2) for a in one for b in two]
+# Of any two families, each position with one of the other; and all of recomputation with half precision, which is hard.
+PAIRS = [one[i % len(one)] | two[i % len(two)]
+         for one, two in combinations(FAMILIES.values(), 2) for i in range(max(len(one), len(two)))]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_every_pair_of_levers_is_forecast_within_one_percent_and_at_worst_five(g
     for pair in PAIRS:
         levers = Levers(**pair)
         errors[str(pair)] = abs(forecast(forecaster, levers) / recorded_peak(gpt, batch, levers) - 1)
-    assert len(errors) == 49
+    assert len(errors) == 34
     blind = [str({"checkpoint_every": 1, **more, "autocast": "bfloat16"}) for more in ({}, {"keep": "matmul"})]
     assert max(errors.pop(pair) for pair in blind) < 0.07  # see the test below
     assert statistics.median(errors.values()) <= 0.01, errors
