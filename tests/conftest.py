@@ -61,6 +61,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem != "test_notebooks"))
 
 
+def pytest_collection_finish():
+    """What is imported by now stays: the collector's sweeps, of which some tests ask for many, pass it by."""
+    gc.collect()
+    gc.freeze()
+
+
 def matmul_step():
     """A training step in miniature: allocates, computes, frees."""
     import torch
@@ -75,6 +81,8 @@ def small_heap():
     gc.freeze()
     yield
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
