@@ -132,86 +132,80 @@ def test_make_serves_what_is_tested_here():
     assert re.search(r"^app:.*\n\t\$\(BIN\)/python notebooks/app$", (REPO / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def app():
-    """The page, served once for several tests; nothing of it is left afterwards."""
-    before = started_by(os.getpid())
-    with served() as running:
-        yield running
-        family = started_by(os.getpid()) - before
-        assert running.process in family
-        assert "Traceback" not in running.log.read_text()
-    assert still_there(family) == []
-
-
-@pytest.mark.slow
-def test_nobody_gets_in_without_the_token(app):
-    before = started_by(app.process.pid)
-    listening = [one.laddr.ip for one in app.process.net_connections() if one.status == psutil.CONN_LISTEN]
-    assert set(listening) == {"127.0.0.1"}
-    _, url, text = answer(app.url)
-    assert "/login" in url
-    assert "effkit" not in text
-    assert answer(f"{app.url}?token=wrong")[1] != f"{app.url}?token=wrong"
-    for file in ("whatif.ipynb", "__main__.py", "template/index.html.j2"):
-        assert answer(f"{app.url}voila/files/{file}?token={app.token}")[0] in (403, 404), "no file is handed out"
-    stranger = urllib.request.Request(app.address, headers={"Host": "elsewhere.example"})
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(stranger, timeout=20)
-    assert started_by(app.process.pid) == before, "a kernel for nobody"
-
-
 @pytest.mark.browser
 @pytest.mark.slow
 @in_a_browser
-def test_a_class_opens_the_page_moves_a_slider_and_gets_a_receipt(app, capsys):
+def test_a_class_opens_the_page_moves_a_slider_and_gets_a_receipt(capsys):
     SCREENSHOTS.mkdir(exist_ok=True)
-    asked, start = [], time.perf_counter()
-    with app_page(app, asked) as page:
-        shown_s = time.perf_counter() - start
-        page.screenshot(path=SCREENSHOTS / "app_start.png")
-        try:
+    before, asked, start = started_by(os.getpid()), [], time.perf_counter()
+    with served() as app:
+        up_s = time.perf_counter() - start
+        with app_page(app, asked) as page:
+            shown_s = time.perf_counter() - start
+            page.screenshot(path=SCREENSHOTS / "app_start.png")
+            try:
+                choose(page, "Padding")
+                wait_until(page, lambda: "Measuring" in said(page), "the page said that it measures", 20)
+                wait_until(page, whatif(page).count, "the sliders were there", 120)
+                usable_s = time.perf_counter() - start
+                slider, sentence, picture = first_slider(page), status_text(page), svg_markup(page)
+                press_key(page, slider, "ArrowRight")
+                wait_until(page, lambda: status_text(page) != sentence, "the sentence followed the slider", 10)
+                wait_until(page, lambda: svg_markup(page) != picture, "the picture followed the slider", 10)
+                assert "receipt" not in status_text(page).lower(), "a receipt for a setting that nobody has run"
+                click_measure(page)
+                assert any(sign.isdigit() for sign in wait_for_receipt(page))
+                assert "Measuring" not in said(page)
+            finally:  # after a failure this is what the reader would be looking at
+                page.screenshot(path=SCREENSHOTS / "app_receipt.png")
+
+            for lab, knob in (("Activation memory", "checkpoint_every"), ("Decoder", "decoder_layers")):
+                choose(page, lab)
+                page.locator(f".effkit-control-{knob}").wait_for(timeout=120_000)
+                page.screenshot(path=SCREENSHOTS / f"app_{knob}.png")
             choose(page, "Padding")
-            wait_until(page, lambda: "Measuring" in said(page), "the page said that it measures", 20)
-            wait_until(page, whatif(page).count, "the sliders were there", 120)
-            usable_s = time.perf_counter() - start
-            slider, sentence, picture = first_slider(page), status_text(page), svg_markup(page)
-            press_key(page, slider, "ArrowRight")
-            wait_until(page, lambda: status_text(page) != sentence, "the sentence followed the slider", 10)
-            wait_until(page, lambda: svg_markup(page) != picture, "the picture followed the slider", 10)
-            assert "receipt" not in status_text(page).lower(), "a receipt for a setting that nobody has run"
-            click_measure(page)
-            assert any(sign.isdigit() for sign in wait_for_receipt(page))
-            assert "Measuring" not in said(page)
-        finally:  # after a failure this is what the reader would be looking at
-            page.screenshot(path=SCREENSHOTS / "app_receipt.png")
+            page.locator(".effkit-control-strategy").wait_for(timeout=20_000)
+            assert "receipt" in status_text(page).lower(), "what was measured before is still there"
 
-        for lab, knob in (("Activation memory", "checkpoint_every"), ("Decoder", "decoder_layers")):
-            choose(page, lab)
-            page.locator(f".effkit-control-{knob}").wait_for(timeout=120_000)
-            page.screenshot(path=SCREENSHOTS / f"app_{knob}.png")
-        choose(page, "Padding")
-        page.locator(".effkit-control-strategy").wait_for(timeout=20_000)
-        assert "receipt" in status_text(page).lower(), "what was measured before is still there"
+            assert page.locator(".jp-CodeCell .jp-InputArea, .jp-CodeMirrorEditor, .cm-editor, .highlight").count() == 0
+            for code in ("padding_lab", "import effkit", "set_num_threads"):
+                assert code not in page.content(), "the page is without its code"
+            widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+            assert widths[0] <= widths[1], "nothing hangs over the edge"
+            assert len(asked) > 10
+            assert [url for url in asked if OUTSIDE.match(url)] == [], "nothing may be asked of the network"
+            assert page.evaluate(REFUSED).startswith("connect-src"), "and the browser would refuse"
 
-        assert page.locator(".jp-CodeCell .jp-InputArea, .jp-CodeMirrorEditor, .cm-editor, .highlight").count() == 0
-        for code in ("padding_lab", "import effkit", "set_num_threads"):
-            assert code not in page.content(), "the page is without its code"
-        widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-        assert widths[0] <= widths[1], "nothing hangs over the edge"
-        assert len(asked) > 10
-        assert [url for url in asked if OUTSIDE.match(url)] == [], "nothing may be asked of the network"
-        assert page.evaluate(REFUSED).startswith("connect-src"), "and the browser would refuse"
-
-        assert started_by(app.process.pid), "no kernel was seen, so its end would prove nothing"
+            family = started_by(os.getpid()) - before
+            assert app.process in family
+            assert started_by(app.process.pid), "no kernel was seen, so its end would prove nothing"
+            assert "Traceback" not in app.log.read_text()
+    assert still_there(family) == []
     with capsys.disabled():
-        print(f"\npage after {shown_s:.1f} s, sliders after {usable_s:.1f} s")
+        print(f"\nserver up after {up_s:.1f} s, page after {shown_s:.1f} s, sliders after {usable_s:.1f} s")
 
 
 REFUSED = """() => new Promise(resolve => {
     document.addEventListener("securitypolicyviolation", event => resolve(event.violatedDirective), {once: true});
     fetch("https://outside.invalid/").catch(() => setTimeout(() => resolve("nothing refused it"), 500));
 })"""
+
+
+@pytest.mark.slow
+def test_nobody_gets_in_without_the_token():
+    with served() as app:
+        listening = [one.laddr.ip for one in app.process.net_connections() if one.status == psutil.CONN_LISTEN]
+        assert set(listening) == {"127.0.0.1"}
+        _, url, text = answer(app.url)
+        assert "/login" in url
+        assert "effkit" not in text
+        assert answer(f"{app.url}?token=wrong")[1] != f"{app.url}?token=wrong"
+        for file in ("whatif.ipynb", "__main__.py", "template/index.html.j2"):
+            assert answer(f"{app.url}voila/files/{file}?token={app.token}")[0] in (403, 404), "no file is handed out"
+        stranger = urllib.request.Request(app.address, headers={"Host": "elsewhere.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(stranger, timeout=20)
+        assert started_by(app.process.pid) == set(), "a kernel for nobody"
 
 
 @pytest.mark.browser

@@ -39,12 +39,13 @@ pytestmark = [
 ]
 
 
-def cut(name: str, last: str, folder: Path, **replaced: str) -> None:
-    """The notebook up to the first cell that has ``last``, in this folder.
+def cut(name: str, last: str, folder: Path, **replaced: str) -> str:
+    """The notebook up to the first cell that has ``last``, with the lessons, in this folder; what it is called there.
 
     ``replaced``: calls without arguments, by name, and the arguments that they get: a smaller model. The whole
     notebooks are run elsewhere.
     """
+    shutil.copytree(NOTEBOOKS / "lessons", folder / "lessons", ignore=shutil.ignore_patterns("__pycache__"))
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     place = next(place for place, cell in enumerate(notebook.cells) if last in cell.source)
     notebook.cells = notebook.cells[: place + 1]
@@ -53,39 +54,15 @@ def cut(name: str, last: str, folder: Path, **replaced: str) -> None:
         assert len(found) == 1, f"{call}() is in {len(found)} cells of {name}, not in one"
         found[0].source = found[0].source.replace(f"{call}()", f"{call}({arguments})")
     nbformat.write(notebook, folder / name)
+    return name
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """JupyterLab with the beginnings of three notebooks, and the whole of others; nothing of it is left afterwards."""
-    folder = tmp_path_factory.mktemp("notebooks")
-    shutil.copytree(NOTEBOOKS / "lessons", folder / "lessons", ignore=shutil.ignore_patterns("*.pyc.*"))
-    for notebook in NOTEBOOKS.glob("06*.ipynb"):
-        shutil.copy(notebook, folder)
-    cut("00_start_here.ipynb", 'controls["moment"].value = 0', folder)
-    cut("01_padding.ipynb", ".whatif(", folder, speech="encoder_layers=1, decoder_layers=1, hidden=32")
-    cut("06_claims.ipynb", "claims_browser.browse()", folder)
-    SCREENSHOTS.mkdir(exist_ok=True)
-    before = started_by(os.getpid())
-    with jupyterlab(folder) as running:
-        yield running
-        family = started_by(os.getpid()) - before
-        assert running.process in family
-        assert "Traceback" not in running.log.read_text()
-    assert still_there(family) == []
-
-
-@pytest.fixture
-def blocked():
-    """Addresses that were asked of the network: none."""
-    asked: list[str] = []
-    yield asked
-    assert asked == [], "nothing may be asked of the network"
-
-
-def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt(lab, blocked):
+def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt(tmp_path):
     name = "01_padding"
-    with notebook_page(lab, f"{name}.ipynb", blocked) as page:
+    notebook = cut(f"{name}.ipynb", ".whatif(", tmp_path, speech="encoder_layers=1, decoder_layers=1, hidden=32")
+    SCREENSHOTS.mkdir(exist_ok=True)
+    before, blocked = started_by(os.getpid()), []
+    with jupyterlab(tmp_path) as lab, notebook_page(lab, notebook, blocked) as page:
         try:
             run_all_cells(page, timeout_s=300)
             slider, sentence, picture = first_slider(page), status_text(page), svg_markup(page)
@@ -101,15 +78,23 @@ def test_a_reader_runs_the_notebook_moves_a_slider_and_gets_a_receipt(lab, block
             whatif(page).screenshot(path=SCREENSHOTS / f"{name}_receipt.png")
 
             assert errors(page) == []
-            assert started_by(lab.process.pid), "no kernel was seen, so its end would prove nothing"
+            assert "Traceback" not in lab.log.read_text()
+            assert blocked == [], "nothing may be asked of the network"
         finally:  # after a failure this is what the reader would be looking at
             if whatif(page).count():
                 whatif(page).evaluate("element => element.scrollIntoView({block: 'center'})")
             page.screenshot(path=SCREENSHOTS / f"{name}_page.png")
+        family = started_by(os.getpid()) - before
+        assert lab.process in family
+        assert started_by(lab.process.pid), "no kernel was seen, so its end would prove nothing"
+    assert still_there(family) == []
 
 
-def test_a_reader_of_the_first_notebook_picks_a_moment_of_the_memory(lab, blocked):
-    with notebook_page(lab, "00_start_here.ipynb", blocked) as page:
+def test_a_reader_of_the_first_notebook_picks_a_moment_of_the_memory(tmp_path):
+    SCREENSHOTS.mkdir(exist_ok=True)
+    blocked: list[str] = []
+    notebook = cut("00_start_here.ipynb", 'controls["moment"].value = 0', tmp_path)
+    with jupyterlab(tmp_path) as lab, notebook_page(lab, notebook, blocked) as page:
         run_all_cells(page, timeout_s=300)
         browser = page.locator(".effkit-memory").first
         sentence = browser.locator("[role=status]")
@@ -124,11 +109,17 @@ def test_a_reader_of_the_first_notebook_picks_a_moment_of_the_memory(lab, blocke
         )
         browser.screenshot(path=SCREENSHOTS / "memory_moment.png")
         assert errors(page) == []
+        assert blocked == [], "nothing may be asked of the network"
 
 
-def test_a_reader_of_the_claims_chooses_a_theme_and_follows_a_row_to_its_cell(lab, blocked):
+def test_a_reader_of_the_claims_chooses_a_theme_and_follows_a_row_to_its_cell(tmp_path):
     """Without running all that the page runs: its first cells, beside the notebooks that its rows lead to."""
-    with notebook_page(lab, "06_claims.ipynb", blocked) as page:
+    SCREENSHOTS.mkdir(exist_ok=True)
+    for notebook in NOTEBOOKS.glob("06*.ipynb"):
+        shutil.copy(notebook, tmp_path)
+    cut("06_claims.ipynb", "claims_browser.browse()", tmp_path)
+    blocked: list[str] = []
+    with jupyterlab(tmp_path) as lab, notebook_page(lab, "06_claims.ipynb", blocked) as page:
         run_all_cells(page, timeout_s=120)
         claims = page.locator(".effkit-claims").first
         sentence = claims.locator("[role=status]")
@@ -143,6 +134,7 @@ def test_a_reader_of_the_claims_chooses_a_theme_and_follows_a_row_to_its_cell(la
         heading = opened.value.locator(".jp-RenderedMarkdown h2", has_text="MoMa: do experts of their own")
         heading.wait_for(state="attached", timeout=60_000)
         assert errors(page) == []
+        assert blocked == [], "nothing may be asked of the network"
 
 
 KILLED = """
