@@ -123,7 +123,7 @@ def capture_once(
 def _captured(profiler: Any, facts: dict[str, Any], peak_bytes: int | None) -> Capture:
     """What the profiler saw; ``peak_bytes`` is the accelerator's own counter, None where there is none."""
     options, kind = facts["options"], accelerator()
-    read = trace.read(_exported(profiler), details=trace.DETAIL_COLUMNS, stacks=options["stacks"])
+    read = trace.read(profiler.exported(), details=trace.DETAIL_COLUMNS, stacks=options["stacks"])
     allocations, of_memory = snapshot.from_trace(read.memory, stacks=nesting.callers(read.events, read.memory))
     source = "profiler's Total Allocated; allocations made before the window are not visible"
     if counter := peak_counter():
@@ -186,7 +186,7 @@ def memory_events(step: Callable[[], object], *, operators: bool = True) -> trac
     with _alone("memory_events()"), gc_disabled(), _profiler(operators=operators, profile_memory=True) as profiler:
         step()
         synchronize()
-    return trace.read(_exported(profiler))
+    return trace.read(profiler.exported())
 
 
 def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4, shapes: bool = False) -> bytes:
@@ -219,7 +219,7 @@ def steps_traced(
                 profiler.step()
                 if left:
                     yield None
-    yield _exported(profiler)
+    yield profiler.exported()
 
 
 class _profiler(PutBack):
@@ -254,9 +254,23 @@ class _profiler(PutBack):
     def put_back(self) -> None:
         self._profile.stop()
 
-    def export_chrome_trace(self, path: str) -> None:
-        """Write what was recorded."""
-        self._profile.export_chrome_trace(path)
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if any(error):
+            self._let_go()
+
+    def exported(self) -> bytes:
+        """What was recorded (JSON); to be asked once."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self._profile.export_chrome_trace(str(path))
+            self._let_go()
+            return path.read_bytes()
+
+    def _let_go(self) -> None:
+        """Of the results, now: where the collector finds them during a later recording, Kineto ends the process."""
+        if (of_torch := self._profile.profiler) is not None:
+            of_torch.kineto_results = None
 
 
 def _peak(memory: pd.DataFrame) -> int:
@@ -314,10 +328,3 @@ class _alone(PutBack):
         _own.clear()
         _givers.clear()
         _recording.release()
-
-
-def _exported(profiler: Any) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return path.read_bytes()

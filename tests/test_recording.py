@@ -1,5 +1,6 @@
 """capture() sees what ran and disturbs nothing; a saved Capture comes back as it was, and nothing else comes in."""
 
+import gc
 import io
 import json
 import os
@@ -332,3 +333,17 @@ def test_the_peak_of_a_step_on_an_accelerator_is_its_allocators(monkeypatch):
     assert recording.peak_memory(lambda: setattr(queue, "peak_bytes", 512), resident_bytes=7) == (
         512, "torch.xpu.max_memory_allocated"
     )  # fmt: skip
+
+
+def test_no_result_of_the_profiler_is_left_to_the_collector():
+    """Kineto ends the process where one dies while another is recorded."""
+
+    def step():
+        torch.ones(4).sum()
+
+    ek.capture(step, steps=1, warmup=0)
+    recording.memory_events(step)
+    with pytest.raises(ZeroDivisionError):
+        recording.memory_events(lambda: 1 / 0)
+    results = [one.kineto_results for one in gc.get_objects() if type(one) is torch.autograd.profiler.profile]
+    assert not any(results)

@@ -63,6 +63,7 @@ def growth_bytes(step: Callable[[], object], parameters: Iterable[torch.nn.Param
         gc.collect()
 
     drop_gradients(parameters)
+    gc.collect()  # also of a profiler's old results, whose end during a recording Kineto does not survive
     if counter := peak_counter():
         run(1)
         before = counter.memory_allocated()
