@@ -38,6 +38,23 @@ def in_notebook(name, first_lines, **names):
     return check
 
 
+def test_the_cells_of_lesson_02b_accept_the_right_answer_alone():
+    totals = {"ddp": 8, "zero1": 6, "zero2": 5, "zero3": 4}
+
+    def predict(base, *, world_size, shard="fsdp2"):
+        return SimpleNamespace(total=totals.get(shard, 4) * 10 if shard in totals else 40 + 60 / world_size)
+
+    names = {"activations": SimpleNamespace(predict=predict), "base": SimpleNamespace(total=100), "strategies": totals}
+    check = in_notebook("02b_sharded_memory", "my_ranks = 1\n", **names)
+    check("my_ranks = 4\n")  # 40 + 60 / 4 is the first below two thirds of 100
+    refused(check, *(f"my_ranks = {n}\n" for n in (1, 2, 8, 16, 3)))
+
+    first = 'def my_smallest(base, ranks):\n    return "ddp"  # two or three lines of yours\n'
+    check = in_notebook("02b_sharded_memory", first, **names)
+    check("def my_smallest(base, ranks):\n    return 'zero3'\n")
+    refused(check, *(f"def my_smallest(base, ranks):\n    return '{name}'\n" for name in ("ddp", "zero1", "zero2")))
+
+
 def test_the_cells_of_lesson_04_accept_the_right_answer_alone():
     def predict(base, *, decoder_layers, hold_parameters):
         return SimpleNamespace(total=3 * decoder_layers + 11)  # 13 layers take 50, which is half of 101
