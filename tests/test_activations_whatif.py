@@ -1,5 +1,7 @@
 """The sliders of the activation lab, without a browser."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ def panel(base, gpt, batch):
 
 
 def test_every_slider_rests_on_the_measurement(panel, base):
-    assert panel.setting == dict(base.setting)
+    assert panel.setting.items() <= base.setting.items()
+    assert base.setting.keys() - panel.setting.keys() == {field.name for field in fields(activations.Sharding)}
     assert panel.result is base
     assert panel.shown().startswith("Peak memory of one step: ")
     assert "measured. Move a control to ask what if." in panel.shown()

@@ -141,4 +141,5 @@ def parted(setting: Mapping[str, Any]) -> tuple[Size, Levers]:
     cells = setting.get("length")
     if cells is not None:
         cells = max(1, round(cells * setting["keep_frac"]))
-    return Size(setting["batch_size"], cells), Levers(**{name: setting[name] for name in KNOBS})
+    # of an account that was kept from before there was a knob, that rests
+    return Size(setting["batch_size"], cells), Levers(**{name: setting[name] for name in KNOBS if name in setting})

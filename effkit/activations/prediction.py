@@ -57,7 +57,7 @@ def predict(base: Account, **setting: Any) -> Account:
     """
     calibration = calibration_of(base, Calibration, "activations")
     wanted = complete(base.setting, setting)
-    if wanted == dict(base.setting):
+    if wanted == complete(base.setting, {}):
         return base
     return _predicted(calibration.forecaster, wanted, calibration)
 

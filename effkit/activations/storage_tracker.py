@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch._guards import active_fake_mode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
 
 from effkit.activations import op_costs, saved_tensor_hooks
@@ -278,6 +278,8 @@ class Follower(TorchDispatchMode):
         really = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+            if self not in _get_current_dispatch_mode_stack():  # fake tensors do so inside an operator
+                return really(storage, num_bytes)
             key, number = storage._cdata, len(self._ops)
             one = self._living.pop(key, None)
             if one is not None:
