@@ -14,8 +14,8 @@ from bench_table import row
 
 import effkit as ek
 from effkit.activations import on_ranks
-from effkit.activations.communication import SENT_BYTES
 from effkit.activations.levers import parted
+from effkit.activations.on_ranks import SENT_BYTES
 from effkit.ranks.launching import Ranks
 from effkit.training import own_loss
 from lessons import spiking

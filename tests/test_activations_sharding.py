@@ -8,8 +8,8 @@ from torch import nn
 
 import effkit as ek
 from effkit.activations import Sharding, on_ranks
-from effkit.activations.communication import SENT_BYTES
 from effkit.activations.levers import parted
+from effkit.activations.on_ranks import SENT_BYTES
 from effkit.ranks.launching import Ranks
 from effkit.training import own_loss
 

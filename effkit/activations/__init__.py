@@ -8,13 +8,13 @@ Beside the public names, ``effkit.advice`` asks to ``observe`` a step of its own
 from __future__ import annotations
 
 from effkit.activations.checkpointing import blocks, checkpoint
-from effkit.activations.communication import SENT_BYTES as SENT_BYTES
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error
 from effkit.activations.levers import Levers
 from effkit.activations.live import account, measure
 from effkit.activations.low_bit import LowBitAdamW
 from effkit.activations.offloading import offloaded
+from effkit.activations.on_ranks import SENT_BYTES as SENT_BYTES
 from effkit.activations.on_ranks import TIME as TIME
 from effkit.activations.planning import cheapest, front
 from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif

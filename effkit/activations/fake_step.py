@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from effkit.activations import compressing, gpu_assumptions, stepping
 from effkit.activations.fake_tensors import DYNAMIC, Results, Valued
 from effkit.activations.levers import Levers
-from effkit.activations.sharding import Sharding, averaged, buckets, same_buffers, spread, world
+from effkit.activations.sharding import Sharding, buckets, same_buffers, spread, world
 from effkit.activations.storage_tracker import Call, Follower, Stretch, call_of
 from effkit.activations.timeline import SENT, Signature, Timeline
 from effkit.idle import give_way
@@ -174,8 +175,9 @@ class Replayer:
 
         def entered(phase: str) -> None:
             self._mode.updates = phase == stepping.OPTIMIZER
-            if self._buckets and phases[-1] == stepping.BACKWARD:
-                averaged(self._buckets)
+            # DistributedDataParallel averages gradients after backward, and before forward makes buffers the same
+            for bucket in self._buckets if phases[-1] == stepping.BACKWARD else ():
+                dist.all_reduce(bucket)
             enter(phase)
             phases.append(phase)
             if self._buckets and phase == stepping.FORWARD:

@@ -1,4 +1,4 @@
-"""A training step on real ranks of this machine: what they are sent, what each does, and the account of what they saw.
+"""A training step on real ranks of this machine: what they are sent, do and send, and the account of what they saw.
 
 Each rank runs :func:`main`, as :mod:`effkit.ranks` says.
 """
@@ -6,8 +6,10 @@ Each rank runs :func:`main`, as :mod:`effkit.ranks` says.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import tempfile
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,17 +22,23 @@ from torch.utils._pytree import tree_map_only
 
 from effkit.account import Account
 from effkit.activations import stepping
-from effkit.activations.communication import SENT_BYTES, collective_bytes
 from effkit.activations.levers import Levers
 from effkit.activations.real_step import observe
 from effkit.activations.sharding import Sharding, spread
-from effkit.activations.timeline import PEAK
+from effkit.activations.timeline import PEAK, Timeline
 from effkit.lab import Progress
 from effkit.ranks.group import joined
 from effkit.ranks.launching import Ranks
 from effkit.training import Loss, MakeOptimizer, residents, still
 
-TIME, BY_RANK = "Time of one step", "Peak memory by rank"
+TIME, BY_RANK, SENT_BYTES = "Time of one step", "Peak memory by rank", "Communication of one step"
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST = "all-reduce", "all-gather", "reduce-scatter", "broadcast"
+_COLLECTIVES = {  # which of the operator's tensors is whole: the one that no rank has only a part of
+    "c10d::_allgather_base_": (ALL_GATHER, 0), "c10d::_reduce_scatter_base_": (REDUCE_SCATTER, 1),
+    "c10d::allreduce_": (ALL_REDUCE, 0), "c10d::broadcast_": (BROADCAST, 0),
+    "_c10d_functional::all_reduce": (ALL_REDUCE, 0), "_c10d_functional::all_reduce_": (ALL_REDUCE, 0),
+    "_c10d_functional::reduce_scatter_tensor": (REDUCE_SCATTER, 0), "_c10d_functional::broadcast": (BROADCAST, 0),
+}  # fmt: skip
 _TIMEOUT_S = 600.0
 
 
@@ -63,11 +71,30 @@ def measured(
         companions=(
             Account.of(TIME, "ns", phases, total=sum(phases.values()), setting=setting,
                        source=f"wall time of the slowest rank, fastest of {repeats}"),
-            Account.of(SENT_BYTES, "bytes", fullest["sent"], total=sum(fullest["sent"].values()),
-                       source="the collectives of the step"),
+            sent_account(fullest["sent"]),
             Account.of(BY_RANK, "bytes", peaks, total=sum(peaks.values()), source=fullest["source"]),
         ),
     )  # fmt: skip
+
+
+def sent_account(sent: dict[str, int], **more: Any) -> Account:
+    """What :func:`collective_bytes` says of a step."""
+    return Account.of(SENT_BYTES, "bytes", sent, total=sum(sent.values()), source="the collectives of the step", **more)
+
+
+def collective_bytes(timeline: Timeline, micro_batches: int = 1) -> dict[str, int]:
+    """Bytes of the whole tensors of all collectives in a step, by kind, the largest first.
+
+    On a ring of n ranks each sends (n - 1) / n of that in an all-gather and in a reduce-scatter, twice as much in an
+    all-reduce.
+    """
+    amounts: Counter[str] = Counter()
+    for signature, count in zip(timeline.signatures, timeline.times_run(micro_batches), strict=True):
+        if signature.name in _COLLECTIVES:
+            kind, whole = _COLLECTIVES[signature.name]
+            shape, _, dtype = signature.given[whole]
+            amounts[kind] += int(count) * math.prod(shape) * getattr(torch, dtype.removeprefix("torch.")).itemsize
+    return dict(amounts.most_common())
 
 
 def _packed(job: dict[str, Any]) -> bytes:

@@ -10,12 +10,11 @@ import pandas as pd
 
 from effkit.account import Account
 from effkit.activations import lossy_gradients
-from effkit.activations.communication import sent_account
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, Levers, Size, complete, parted
 from effkit.activations.live import Calibration, check_trains, measure, saved_account
 from effkit.activations.low_bit import STATES
-from effkit.activations.on_ranks import TIME
+from effkit.activations.on_ranks import TIME, collective_bytes, sent_account
 from effkit.activations.sharding import SHARDS, WRAPS
 from effkit.activations.timeline import CATEGORIES, FORWARD_PEAK, PEAK, REQUESTED, RESERVED, RESIDENTS, Timeline
 from effkit.arguments import checked_amount, described
@@ -248,7 +247,8 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     frac = trust.beyond(peak.doublings, peak.seen)
     companions = _counters(forecaster, size, levers, frac) if forecaster.on_gpu and size == forecaster.size else []
     if levers.world_size > 1:
-        companions.append(sent_account(forecaster.timeline(size, levers), levers, basis=forecaster.basis))
+        sent = collective_bytes(forecaster.timeline(size, levers), levers.micro_batches)
+        companions.append(sent_account(sent, basis=forecaster.basis))
     elif calibration is not None and (clock := calibration.clock) is not None:
         time_ns = round(forecaster.step_ns(size, levers, clock))
         known, beyond = clock.knows(levers), clock.sizes.doublings({"growth": forecaster.growth(size)})

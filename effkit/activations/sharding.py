@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -139,14 +139,8 @@ def buckets(model: nn.Module) -> list[torch.Tensor]:
             for dtype, parameter in {one.dtype: one.detach() for one in trained}.items()]  # fmt: skip
 
 
-def averaged(of_gradients: Sequence[torch.Tensor]) -> None:
-    """What DistributedDataParallel sends when a backward pass has ended."""
-    for bucket in of_gradients:
-        dist.all_reduce(bucket)
-
-
 def same_buffers(model: nn.Module) -> None:
-    """What it sends when a forward pass begins."""
+    """What DistributedDataParallel sends when a forward pass begins."""
     from torch._C._distributed_c10d import _broadcast_coalesced
 
     if held := list(model.buffers()):  # all in one flat copy
