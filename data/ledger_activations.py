@@ -16,8 +16,8 @@ from ledger_rows import begun, failed, going_on, replace_rows
 import effkit as ek
 from effkit import activations
 from effkit.activations import stepping
+from effkit.activations.gradients import NOISE
 from effkit.activations.levers import complete, parted
-from effkit.activations.lossy_gradients import NOISE
 from effkit.activations.on_ranks import TIME
 from effkit.activations.timeline import PEAK
 from effkit.device import provenance, synchronize

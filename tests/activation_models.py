@@ -13,9 +13,8 @@ import torch
 from effkit import models
 from effkit.activations import stepping
 from effkit.activations.levers import Levers
-from effkit.activations.op_costs import FEATURES, MOVED
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
-from effkit.activations.timeline import CATEGORIES, Segment, Signature, Timeline
+from effkit.activations.timeline import CATEGORIES, FEATURES, MOVED, Segment, Signature, Timeline
 from effkit.models.building import random_tokens
 from effkit.recording import peak_memory
 from effkit.restoring import unchanged

@@ -10,9 +10,8 @@ from zoo import ZOO
 
 import effkit as ek
 from effkit import activations
-from effkit.activations.gradients import gradient_error
+from effkit.activations.gradients import gradient_error, parts_error
 from effkit.activations.levers import Levers
-from effkit.activations.lossy_gradients import parts_error
 from effkit.training import own_loss
 
 ROUNDING_FRAC = 1e-5  # of sums of float32 in another order

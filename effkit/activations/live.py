@@ -11,7 +11,7 @@ import torch
 
 from effkit import lab
 from effkit.account import Account
-from effkit.activations import lossy_gradients, on_ranks, stepping
+from effkit.activations import gradients, on_ranks, stepping
 from effkit.activations.checkpointing import blocks
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import COMPRESSIONS, Levers, Size, complete, parted
@@ -130,15 +130,15 @@ def measure(
         batch = steps[0][0]
         step = forecaster.observe(model, *steps[0])  # before another optimizer has its state
         spent, clock = _timed(forecaster, model, settings, steps, repeats, tell, len(timed) if alone else 0)
-        noise = lossy_gradients.noise(model, batch, forecaster.loss) if any(map(lossy_gradients.lossy, timed)) else ()
+        noise = gradients.noise(model, batch, forecaster.loss) if any(map(gradients.lossy, timed)) else ()
         if earlier:
             calibration = replace(earlier, observed=step)
         else:
             error = _calibrated(forecaster, size, levers, step)
-            of_levers = lossy_gradients.calibrated(model, batch, alone, forecaster.loss) if alone else {}
+            of_levers = gradients.calibrated(model, batch, alone, forecaster.loss) if alone else {}
             calibration = Calibration(forecaster, step, clock, error, noise=noise, **of_levers)
-        lossy = lossy_gradients.lossy(levers)
-        changed = [lossy_gradients.measured(model, batch, levers, forecaster.loss), *noise] if lossy else []
+        lossy = gradients.lossy(levers)
+        changed = [gradients.error(model, batch, levers, forecaster.loss), *noise] if lossy else []
     phases = min(spent[0], key=lambda phases: sum(phases.values()))
     companions = [
         Account.of(TIME, "ns", phases, total=sum(phases.values()), setting=wanted,

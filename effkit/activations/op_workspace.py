@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from effkit.activations.op_costs import MOVED
 from effkit.activations.real_step import Recording, mark
 from effkit.activations.storage_tracker import Call, Like
-from effkit.activations.timeline import Signature, Timeline
+from effkit.activations.timeline import MOVED, Signature, Timeline
 from effkit.recording import memory_events
 from effkit.training import storage_keys, storages
 

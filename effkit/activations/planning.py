@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from effkit.account import Account
-from effkit.activations import lossy_gradients
+from effkit.activations import gradients
 from effkit.activations.levers import Levers, parted
 from effkit.activations.live import Calibration
 from effkit.activations.on_ranks import TIME
-from effkit.activations.op_costs import MOVED
 from effkit.activations.prediction import predict
+from effkit.activations.timeline import MOVED
 from effkit.arguments import checked_amount
 from effkit.lab import calibration_of
 from effkit.progress_bar import working
@@ -103,7 +103,7 @@ def cheapest(base: Account, budget_bytes: int, *, levers: Sequence[str] = LEVERS
 
 
 def _lossless(base: Account, levers: Levers) -> bool:
-    return levers.lossless and not (levers.micro_batches > 1 and lossy_gradients.parts_change(base.calibration))
+    return levers.lossless and not (levers.micro_batches > 1 and gradients.parts_change(base.calibration))
 
 
 def _name(levers: Levers) -> str:

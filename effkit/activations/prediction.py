@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from effkit.account import Account
-from effkit.activations import lossy_gradients
+from effkit.activations import gradients
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, Levers, Size, complete, parted
 from effkit.activations.live import Calibration, check_trains, measure, saved_account
@@ -257,7 +257,7 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
             basis="derived", **interval(time_ns, time_half_width), setting=wanted,
             in_range=peak.covered and known and not beyond,
-        ), *lossy_gradients.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
+        ), *gradients.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
     title = PEAK if forecaster.trains else FORWARD_PEAK
     return Account.of(
         title, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, total * frac),

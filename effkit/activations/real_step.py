@@ -14,10 +14,9 @@ from torch._C._profiler import _RecordFunctionFast
 from torch.nn.parallel import DistributedDataParallel
 
 from effkit.activations.gpu_assumptions import held_by_cublas
-from effkit.activations.op_costs import FLOPS, HALF_FLOPS
 from effkit.activations.sharding import buckets
 from effkit.activations.storage_tracker import Follower
-from effkit.activations.timeline import CATEGORIES, REQUESTED, RESERVED, SENT, Ints, Timeline
+from effkit.activations.timeline import CATEGORIES, FLOPS, HALF_FLOPS, REQUESTED, RESERVED, SENT, Ints, Timeline
 from effkit.device import synchronize
 from effkit.recording import memory_events
 from effkit.trace.tidying import Trace

@@ -20,11 +20,13 @@ from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
 
-from effkit.activations import op_costs, saved_tensor_hooks
+from effkit.activations import saved_tensor_hooks
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
 from effkit.activations.timeline import (
     CATEGORIES,
     GATHERED,
+    HALF,
+    MOVED,
     ON_RANKS,
     SENT,
     WHOLE_GRADIENT,
@@ -32,6 +34,7 @@ from effkit.activations.timeline import (
     Segment,
     Signature,
     Timeline,
+    work_of,
 )  # fmt: skip
 from effkit.training import storage_keys, storages
 
@@ -195,7 +198,7 @@ class Follower(TorchDispatchMode):
             took_ns = time.perf_counter_ns() - begun
         made = [leaf for leaf in (out if isinstance(out, tuple | list) else (out,)) if isinstance(leaf, torch.Tensor)]
         if (known := self._known.get(looks)) is None:
-            known = _signature(func, leaves, given), op_costs.work(func, args, kwargs, out, given, made)
+            known = _signature(func, leaves, given), work_of(func, args, kwargs, out, given, made)
             if not parts and torch.Tag.dynamic_output_shape not in func.tags:
                 self._known[looks] = known
         first = len(self._made)
@@ -239,7 +242,7 @@ class Follower(TorchDispatchMode):
     def _latest(self) -> int:
         """The model's operator that has just run."""
         backwards = range(len(self._ops) - 1, -1, -1)
-        return next((i for i in backwards if self._ops[i].work[op_costs.MOVED] and not self._ops[i].aside), 0)
+        return next((i for i in backwards if self._ops[i].work[MOVED] and not self._ops[i].aside), 0)
 
     def _leave(self) -> None:
         if self._modules:
@@ -343,7 +346,7 @@ class Follower(TorchDispatchMode):
         signatures, rows, aside, _ = zip(*self._ops, strict=True)
         ops, work = tuple(one.name for one in signatures), np.array(rows, dtype="int64")
         # an operator of the model's that does more than show a tensor in another shape
-        working = np.flatnonzero((work[:, op_costs.MOVED] > 0) & ~np.array(aside))
+        working = np.flatnonzero((work[:, MOVED] > 0) & ~np.array(aside))
         made_for = np.searchsorted(working, np.array([one.saver[1] for one in self._made], dtype="int64"))
         frame = pd.DataFrame({
             "size_bytes": np.array([one.size_bytes for one in self._made], dtype="int64"),
@@ -397,7 +400,7 @@ def call_of(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], tuple[Any, ..
 def _signature(func: Any, leaves: list[Any], given: list[torch.Tensor]) -> Signature:
     others = [func._overloadname, *(leaf if isinstance(leaf, _TELLING) else type(leaf).__name__ for leaf in leaves)]
     looks = tuple((tuple(t.shape), _stride(t), str(t.dtype)) for t in given)
-    half = bool(given) and given[0].dtype in op_costs.HALF
+    half = bool(given) and given[0].dtype in HALF
     return Signature(func._schema.name.removeprefix("aten::"), looks, str(others), half)
 
 

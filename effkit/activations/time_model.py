@@ -10,8 +10,7 @@ import numpy as np
 
 from effkit.activations.levers import NONE, Levers
 from effkit.activations.low_bit import STATES
-from effkit.activations.op_costs import FLOPS, HALF_FLOPS, MOVED
-from effkit.activations.timeline import Ints, Timeline
+from effkit.activations.timeline import FLOPS, HALF_FLOPS, MOVED, Ints, Timeline
 from effkit.lab import Hull, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
 

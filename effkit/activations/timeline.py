@@ -1,4 +1,4 @@
-"""Timeline: what is alive during each operator of a step, and the peak that follows."""
+"""Timeline: what each operator of a step does, what is alive during it, and the peak that follows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from effkit.activations.stepping import BACKWARD
+from effkit.training import size_bytes
 
 PEAK, FORWARD_PEAK = "Peak memory of one step", "Peak memory of a forward pass"
 # on a GPU the peak counts whole blocks; beside it, what tensors ask for, and what the allocator holds, free or not
@@ -21,7 +24,18 @@ CATEGORIES = (
     "recomputed activation", *ON_RANKS, "workspace",
 )  # fmt: skip
 RESIDENTS = CATEGORIES[:4]
+HALF = (torch.bfloat16, torch.float16)
+# what a step's time is made of; all of them add up over operators
+FEATURES = ("num_operators", "flops", "half_flops", "moved_bytes")
+FLOPS, HALF_FLOPS, MOVED = map(FEATURES.index, FEATURES[1:])
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+# torch counts attention on GPUs only
+_COUNTS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda query, key, value, *_, **more: sdpa_flop_count(query.shape, key.shape, value.shape),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **more: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape),
+}  # fmt: skip
 
 
 class Segment(NamedTuple):
@@ -63,7 +77,7 @@ class Timeline:
     segments
         The phases, in order.
     work
-        What each operator does: shape [num_ops, len(counting.FEATURES)].
+        What each operator does: shape [num_ops, len(FEATURES)].
     signatures
         What each operator is called on.
     aside
@@ -168,3 +182,18 @@ class Timeline:
 def rows_at(levels: Any) -> dict[str, int]:
     """Bytes by category, those that are there at all."""
     return {name: int(amount) for name, amount in zip(CATEGORIES, levels, strict=True) if amount}
+
+
+def work_of(
+    func: Any, args: Any, kwargs: Any, out: Any, given: list[torch.Tensor], made: list[torch.Tensor]
+) -> tuple[int, int, int, int]:
+    """One operator, its FLOPs in single and in half precision, and the bytes of what it reads and writes.
+
+    FLOPs are torch's own count of matrix products, convolutions and attention; a view moves nothing.
+    """
+    sizes = (one.nbytes if one.layout == torch.strided else size_bytes([one]) for one in (*given, *made))
+    moved = 0 if func.is_view else sum(sizes)
+    count = _COUNTS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+    flops = int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
+    half = bool(flops) and given[0].dtype in HALF
+    return 1, 0 if half else flops, flops if half else 0, moved
