@@ -126,9 +126,8 @@ def _within_recomputing() -> bool:
 
 def _contexts(block: nn.Module, keep: str | None, random_state: bytes | None) -> tuple[Any, Any]:
     """Contexts of the first run and of the second."""
-    if keep is None:
-        return nullcontext(), _Recomputing(block, random_state)
-    first, second = create_selective_checkpoint_contexts(_policy)
+    plain = nullcontext(), nullcontext()
+    first, second = plain if keep is None else create_selective_checkpoint_contexts(_policy)
     return first, _Recomputing(block, random_state, second)
 
 
@@ -146,28 +145,23 @@ class _Recomputing:
     """The second run: on copies of the running statistics, which the first run has updated, with the random state that
     it began with (``None``: torch sees to that), and with what it kept."""
 
-    def __init__(self, block: nn.Module, random_state: bytes | None, kept: Any = None) -> None:
+    def __init__(self, block: nn.Module, random_state: bytes | None, kept: Any) -> None:
         self.block, self.random_state, self.kept = block, random_state, kept
 
     def __enter__(self) -> None:
-        if self.random_state is not None:
-            self.later = _random_state()
-            _set_random_state(self.random_state)
-        norms = [module for module in self.block.modules() if isinstance(module, _NormBase)]
-        # not under the mode that hands out what was kept, which would count these copies among the block's operations
-        self.originals = [(norm, dict(norm._buffers)) for norm in norms]
-        for norm, buffers in self.originals:
-            norm._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
-        if self.kept is not None:
-            self.kept.__enter__()
+        with ExitStack() as stack:
+            if self.random_state is not None:
+                stack.callback(_set_random_state, _random_state())
+                _set_random_state(self.random_state)
+            # not under the mode that hands out what was kept, which would count these copies among the operations
+            for norm in (module for module in self.block.modules() if isinstance(module, _NormBase)):
+                stack.callback(setattr, norm, "_buffers", norm._buffers)
+                norm._buffers = {name: one if one is None else one.clone() for name, one in norm._buffers.items()}
+            stack.enter_context(self.kept)
+            self.before = stack.pop_all()
 
     def __exit__(self, *raised: Any) -> None:
-        if self.kept is not None:
-            self.kept.__exit__(*raised)
-        for norm, buffers in self.originals:
-            norm._buffers = buffers
-        if self.random_state is not None:
-            _set_random_state(self.later)
+        self.before.__exit__(*raised)
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from torch import Tensor, strided
+from torch import Tensor
 
-from effkit.activations.saved_tensor_hooks import Place, is_weight, stage
+from effkit.activations.saved_tensor_hooks import Place, stage, stays
 from effkit.activations.storage_views import Kept, Once, PerStorage, Region
 from effkit.arguments import checked_whole
 from effkit.quantisation import Quantised, check_options, dequantise, quantise
@@ -59,23 +59,13 @@ def compressed(
         return quantise(flat.view(-1, original.shape[-1]), dtype, group, num_heads)
 
     def pack(original: Tensor, kept: Kept) -> Kept:
-        if not _worth_it(original, min_elements):
+        if stays(original, min_elements) or not original.is_floating_point() or original.element_size() == 1:
             return kept
         region = Region.of(original, in_order=group == "head")
         return Compressed(region, cache.once(region, lambda: in_region(original, region)))
 
     with stage(Place.COMPRESS, pack, _restore):
         yield
-
-
-def _worth_it(tensor: Tensor, min_elements: int) -> bool:
-    return (
-        tensor.numel() >= max(1, min_elements)
-        and tensor.is_floating_point()
-        and tensor.element_size() > 1
-        and tensor.layout == strided
-        and not is_weight(tensor)
-    )
 
 
 def _restore(kept: Kept) -> Kept:

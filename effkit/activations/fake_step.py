@@ -149,11 +149,12 @@ class Replayer:
 
     def forward(self, batch: Any) -> None:
         """Replay the forward pass of a batch and its loss, no more; ValueError as in :meth:`replay`."""
-        uninterrupted(partial(self._forward, batch))
 
-    def _forward(self, batch: Any) -> None:
-        with self._faking():
-            self._loss(forward(self._model, tree_map_only(torch.Tensor, self._mode.valued, batch)))
+        def run() -> None:
+            with self._faking():
+                self._loss(forward(self._model, tree_map_only(torch.Tensor, self._mode.valued, batch)))
+
+        uninterrupted(run)
 
     def _update(self, batch: Any, levers: Levers) -> torch.optim.Optimizer | None:
         """The optimizer, its state in place; none for a forward pass alone."""

@@ -82,8 +82,7 @@ class Forecaster:
         self.workspace, self.shapes = Workspace(), shapes(model)
         self.runs_operators = not elsewhere and not any(parameter.is_meta for parameter in model.parameters())
         self._requested: dict[tuple[Size, Levers], Timeline] = {}
-        self._timelines: dict[tuple[Size, Levers], Timeline] = {}
-        self._reserved_bytes: dict[tuple[Size, Levers], int] = {}
+        self._placed: dict[tuple[Size, Levers], tuple[Timeline, int]] = {}
         self._surfaces: dict[Levers, Surface | str] = {}  # or why there is none
         self._times: dict[Levers, Any] = {}
 
@@ -111,12 +110,15 @@ class Forecaster:
 
     def timeline(self, size: Size, levers: Levers) -> Timeline:
         """The replay at exactly this setting; on a GPU, in the blocks of its allocator."""
+        return self.placed(size, levers)[0]
+
+    def placed(self, size: Size, levers: Levers) -> tuple[Timeline, int]:
+        """The same, and what the allocator holds for it, in use or not [bytes]."""
         key = (size, levers)
-        if key not in self._timelines:
+        if key not in self._placed:
             requested = self.requested(size, levers)
-            placed = in_blocks(requested, self._workspaces) if self.on_gpu else (requested, 0)
-            self._timelines[key], self._reserved_bytes[key] = placed
-        return self._timelines[key]
+            self._placed[key] = in_blocks(requested, self._workspaces) if self.on_gpu else (requested, 0)
+        return self._placed[key]
 
     def requested(self, size: Size, levers: Levers) -> Timeline:
         """The same in the bytes that tensors ask for."""
@@ -130,11 +132,6 @@ class Forecaster:
         else:
             self._requested[key] = self._taught(self._replayer.replay(self.batch(size), levers))
         return self._requested[key]
-
-    def reserved_bytes(self, size: Size, levers: Levers) -> int:
-        """What the allocator holds for a step, in use or not."""
-        self.timeline(size, levers)
-        return self._reserved_bytes[size, levers]
 
     def _taught(self, replayed: Timeline) -> Timeline:
         """A replay with what its operators allocate inside themselves; on a GPU, with what cuBLAS holds, and without
@@ -154,7 +151,7 @@ class Forecaster:
         replayed = self._replayer.replay(self.batch(size), levers)
         self.workspace.watch(observed, replayed)
         self._requested[size, levers] = self._taught(replayed)
-        self._timelines.pop((size, levers), None)
+        self._placed.pop((size, levers), None)
         return self.timeline(size, levers)
 
     def surface(self, levers: Levers) -> Surface:

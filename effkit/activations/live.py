@@ -20,7 +20,7 @@ from effkit.activations.on_ranks import TIME
 from effkit.activations.real_step import Observation
 from effkit.activations.storage_tracker import OUTSIDE
 from effkit.activations.time_model import Clock, Run
-from effkit.activations.timeline import PEAK, Ints, Timeline
+from effkit.activations.timeline import PEAK, Timeline
 from effkit.arguments import checked_same_model, checked_training, checked_whole
 from effkit.captured import Capture
 from effkit.lab import Progress, calibration_of
@@ -175,19 +175,6 @@ def check_trains(model: Any, loss: Any, optimizer: Any, make_batch: Any, *, runs
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
 
 
-def _clock(
-    settings: Sequence[tuple[Size, Levers]], followed: Sequence[tuple[Timeline, Ints]], spent: Sequence[Steps],
-    num_fitted: int,
-) -> Clock:  # fmt: skip
-    """What steps cost, from the time that each phase of each repeat took [ns]; those after the first ``num_fitted``
-    check it."""
-    runs = []
-    for (size, levers), step, phases in zip(settings, followed, spent, strict=True):
-        repeats = tuple(sum(phase.values()) for phase in phases)
-        runs.append(Run(levers, *step, min(repeats), repeats, size.num_rows / settings[0][0].num_rows))
-    return Clock.fit(runs[:num_fitted], runs[num_fitted:])
-
-
 def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: Any) -> Account:
     """What forward leaves for backward, by ``operator`` or ``module``, the largest first."""
     retained = timeline.retained
@@ -238,7 +225,7 @@ def _timed(
     num_fitted: int,
 ) -> tuple[list[Steps], Clock | None]:  # fmt: skip
     """Nanoseconds of each phase of each of these steps, all run in turn; and a clock, if the first ``num_fitted`` are
-    each lever alone: then repeats end when one more would hardly make its band narrower."""
+    each lever alone, and the rest check it: then repeats end when one more would hardly make its band narrower."""
     followed = []
     for number, one in enumerate(steps if num_fitted else []):
         tell(1 + number)
@@ -251,7 +238,11 @@ def _timed(
             batch, levers, update = one
             of_one.append(stepping.phases_ns(model, batch, forecaster.loss, update, levers))
         if num_fitted and turn + 1 >= min(_FEWEST_REPEATS, repeats):
-            clock = _clock(settings, followed, spent, num_fitted)
+            runs = []
+            for (size, levers), step, phases in zip(settings, followed, spent, strict=True):
+                totals = tuple(sum(phase.values()) for phase in phases)
+                runs.append(Run(levers, *step, min(totals), totals, size.num_rows / settings[0][0].num_rows))
+            clock = Clock.fit(runs[:num_fitted], runs[num_fitted:])
             if not clock.trust.shrinks(turn + 2):
                 break
     return spent, clock

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from effkit.activations.saved_tensor_hooks import Place, is_weight, stage, tensors_in
+from effkit.activations.saved_tensor_hooks import Place, stage, stays, tensors_in
 from effkit.activations.storage_views import Away, Kept, Once, PerStorage, Region
 from effkit.arguments import checked_whole
 from effkit.lab.knobs import checked_share
@@ -59,21 +59,28 @@ def offloaded(frac: float = 1.0, *, min_elements: int = _MIN_ELEMENTS) -> Iterat
         Tensors with fewer stay.
     """
     frac, min_elements = checked_share("frac", frac), checked_whole("min_elements", min_elements, 0)
-    regions, decided, share, lane = PerStorage(), WeakSet[Once](), _Share(frac), _Lane()
+    regions, decided, share = PerStorage(), WeakSet[Once](), _Share(frac)
+    last: weakref.ref[_Sent] | None = None
+
+    def send(kept: Kept) -> _Sent:
+        nonlocal last  # it knows what was sent before, without keeping any of it
+        sent = _Sent(kept, last)
+        last = weakref.ref(sent)
+        return sent
 
     def pack(original: Tensor, kept: Kept) -> Kept:
-        if original.numel() < max(1, min_elements) or original.layout != torch.strided or is_weight(original):
+        if stays(original, min_elements):
             return kept
         if isinstance(kept, Tensor):
             region = Region.of(kept)
             num_bytes = region.numel * kept.element_size()
-            values = regions.once(region, lambda: lane.send(region.cut(kept)) if share.takes(num_bytes) else None)
+            values = regions.once(region, lambda: send(region.cut(kept)) if share.takes(num_bytes) else None)
             return Staying(kept, values) if values.kept is None else Offloaded(region, values)
         for values in (leaf for leaf in tree_leaves(kept) if isinstance(leaf, Once)):
             if values not in decided:
                 decided.add(values)
                 if share.takes(sum(tensor.nbytes for tensor in tensors_in(values.kept))):
-                    values.kept = lane.send(values.kept)
+                    values.kept = send(values.kept)
         return kept
 
     with stage(Place.OFFLOAD, pack, _fetch):
@@ -101,22 +108,10 @@ class _Share:
         return goes
 
 
-class _Lane:
-    """The way to the host. It knows what was sent before what, without keeping any of it."""
-
-    def __init__(self) -> None:
-        self.last: Callable[[], _Sent | None] = lambda: None
-
-    def send(self, kept: Kept) -> _Sent:
-        sent = _Sent(kept, self.last)
-        self.last = weakref.ref(sent)
-        return sent
-
-
 class _Sent(Away):
     """Tensors that were sent to the host, with the stream that brings them there and back."""
 
-    def __init__(self, kept: Kept, previous: Callable[[], _Sent | None]) -> None:
+    def __init__(self, kept: Kept, previous: weakref.ref[_Sent] | None) -> None:
         self.device, self.previous = tensors_in(kept)[0].device, previous
         self.stream = _stream_of(self.device)
         self.ahead: Kept = None
@@ -137,7 +132,7 @@ class _Sent(Away):
             current.wait_event(self.arrival)
             for tensor in tensors_in(kept):
                 tensor.record_stream(current)
-            previous = self.previous()
+            previous = self.previous() if self.previous else None
             if previous is not None and previous.ahead is None and not previous.was_back:
                 previous._set_out()
         return kept

@@ -52,8 +52,9 @@ class Workspace:
         """Run alone those operators of a replay that may hide something, and were not run yet."""
         moves = dict(zip(timeline.signatures, timeline.work[:, MOVED], strict=True))
         new = [signature for signature, moved in moves.items()
-               if moved and signature in calls and signature not in self.sizes and not _shows(calls[signature])
-               and self._may_hide(signature, moved)]  # fmt: skip
+               if moved and signature in calls and signature not in self.sizes and self._may_hide(signature, moved)
+               # who is given a storage only makes a tensor show it
+               and not any(leaf is torch.UntypedStorage for leaf in calls[signature].leaves)]  # fmt: skip
         if not new:
             return
         tries: list[Signature] = []
@@ -165,8 +166,3 @@ def _device(calls: Iterable[Call]) -> torch.device:
     """Where these run: some of what runs on a GPU is given numbers of the CPU."""
     devices = [leaf.device for call in calls for leaf in call.leaves if isinstance(leaf, Like)]
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-
-
-def _shows(call: Call) -> bool:
-    """Whether this only makes a tensor show another storage."""
-    return any(leaf is torch.UntypedStorage for leaf in call.leaves)

@@ -94,8 +94,8 @@ def forecast(
         torch's own wrappers are replayed in a group of which no other rank exists. A companion has the bytes of its
         collectives.
     """
-    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, calibrate, setting, trains=trains,
-                             plan=plan)  # fmt: skip
+    forecaster = _forecaster(model, batch_like, setting, calibrate, loss=loss, optimizer=optimizer,
+                             make_batch=make_batch, device=device, trains=trains, plan=plan)  # fmt: skip
     return _predicted(forecaster, complete(forecaster.rest(), setting))
 
 
@@ -111,7 +111,8 @@ def largest_batch(
     """
     budget_bytes = checked_amount("budget_bytes", budget_bytes)
     setting = {**setting, "batch_size": max(setting.get("micro_batches") or 1, _FEW_ROWS)}
-    forecaster = _forecaster(model, batch_like, loss, optimizer, make_batch, device, None, setting)
+    forecaster = _forecaster(model, batch_like, setting, loss=loss, optimizer=optimizer, make_batch=make_batch,
+                             device=device)  # fmt: skip
     setting["batch_size"] = setting.get("micro_batches") or 1
 
     def peak_bytes(num_rows: int, exact: bool = False) -> int:
@@ -221,17 +222,11 @@ def whatif(
 
 
 def _forecaster(
-    model: torch.nn.Module, batch: Any, loss: Loss | None, optimizer: MakeOptimizer | None,
-    make_batch: MakeBatch | None, device: str | None, calibrate: bool | None, setting: Mapping[str, Any], *,
-    trains: bool = True, plan: Mapping[str, str] | None = None,
-) -> Forecaster:  # fmt: skip
+    model: torch.nn.Module, batch: Any, setting: Mapping[str, Any], calibrate: bool | None = None, **options: Any
+) -> Forecaster:
     """What forecasts around the size of this setting."""
-    check_trains(model, loss, optimizer, make_batch, runs=False)
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    forecaster = Forecaster(
-        model, batch, loss=loss, optimizer=optimizer, make_batch=make_batch, device=device, trains=trains,
-        plan=plan,
-    )  # fmt: skip
+    check_trains(model, options["loss"], options["optimizer"], options["make_batch"], runs=False)
+    forecaster = Forecaster(model, dict(batch) if isinstance(batch, Mapping) else batch, **options)
     forecaster.size, _ = parted(complete(forecaster.rest(), setting))
     if calibrate is not None:
         forecaster.runs_operators = calibrate
@@ -270,8 +265,9 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
 def _counters(forecaster: Forecaster, size: Size, levers: Levers, frac: float) -> list[Account]:
     """What else a GPU's allocator counts: bytes requested, and reserved. What of these is free depends on what ran
     before, and may be as much again, or nothing."""
-    requested, used = forecaster.requested(size, levers).peak_bytes, forecaster.timeline(size, levers).peak_bytes
-    reserved = max(used, forecaster.reserved_bytes(size, levers))
+    requested, (placed, held) = forecaster.requested(size, levers).peak_bytes, forecaster.placed(size, levers)
+    used = placed.peak_bytes
+    reserved = max(used, held)
     return [
         Account.of(name, "bytes", {name.split()[0].lower(): total}, total=total, basis=forecaster.basis,
                    source=f"a replay on fake tensors{forecaster.assumptions}", **interval(total, half_width))

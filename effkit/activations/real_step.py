@@ -22,6 +22,8 @@ from effkit.recording import memory_events
 from effkit.trace.tidying import Trace
 from effkit.training import size_bytes, storages
 
+Step = Callable[[Callable[[str], None]], None]
+Residents = Callable[[], dict[str, list[torch.Tensor]]]
 _MARK = "effkit::operator#"
 _COUNTERS = {REQUESTED: "requested", RESERVED: "reserved"}  # of torch.cuda.memory_stats
 
@@ -110,10 +112,7 @@ class Observation(NamedTuple):
         return int(work[:, FLOPS].sum()), int(work[:, HALF_FLOPS].sum())
 
 
-def observe(
-    step: Callable[[Callable[[str], None]], None], model: torch.nn.Module,
-    residents: Callable[[], dict[str, list[torch.Tensor]]],
-) -> Observation:  # fmt: skip
+def observe(step: Step, model: torch.nn.Module, residents: Residents) -> Observation:
     """Run ``step(enter)`` once, and twice more where it replaces what was there before it.
 
     On a GPU the peak is the allocator's own; on the CPU it is what the profiler's running total rose by, and what was
@@ -126,15 +125,11 @@ def observe(
     return _observed(step, model, residents, again=True) if seen.timeline.let_go and kind == "cpu" else seen
 
 
-def _observed(
-    step: Callable[[Callable[[str], None]], None], model: torch.nn.Module,
-    residents: Callable[[], dict[str, list[torch.Tensor]]], *, again: bool = False,
-) -> Observation:  # fmt: skip
+def _observed(step: Step, model: torch.nn.Module, residents: Residents, *, again: bool = False) -> Observation:
     """If ``again``, the recording has two steps, of which the second is followed."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
-    # asked for at once, which lets go of gradients: a recording would see the end of those that an earlier one has seen
-    # made
+    # asked for at once, which lets go of gradients: a recording would see the end of those that an earlier one saw made
     beyond = beyond_tensors(residents(), torch.cuda.memory_snapshot() if cuda else ())
     beyond[SENT] = size_bytes(buckets(model)) if isinstance(model, DistributedDataParallel) else 0
     followers: list[Follower] = []
@@ -172,11 +167,8 @@ def _observed(
     rows.update(beyond)
     source = "torch.cuda.max_memory_allocated"
     if counted is None:
-        counted = (
-            beyond[SENT]
-            + sum(timeline.resident_bytes.values())
-            + (max(0, int(levels[at + 1]) - before) if at >= 0 else 0)
-        )
+        above = max(0, int(levels[at + 1]) - before) if at >= 0 else 0
+        counted = beyond[SENT] + sum(timeline.resident_bytes.values()) + above
         source = "resident tensors + the profiler's Total Allocated"
     # nothing is kept for a backward pass that never comes
     backward = starts[timeline.backward : timeline.backward + 1]
@@ -191,11 +183,8 @@ def _observed(
 def beyond_tensors(residents: Mapping[str, Sequence[torch.Tensor]], segments: Sequence[Any]) -> dict[str, int]:
     """By how much the blocks of a GPU's allocator are larger than the residents in them [bytes], by category."""
     blocks = {block["address"]: block["size"] for segment in segments for block in segment["blocks"]}
-    held = {
-        category: [one for tensor in tensors for one in storages(tensor)] for category, tensors in residents.items()
-    }
-    return {category: sum(blocks.get(one.data_ptr(), one.nbytes()) - one.nbytes() for one in ones)
-            for category, ones in held.items()}  # fmt: skip
+    return {category: sum(blocks.get(one.data_ptr(), one.nbytes()) - one.nbytes() for held in tensors
+                          for one in storages(held)) for category, tensors in residents.items()}  # fmt: skip
 
 
 def _alive(memory: pd.DataFrame, follower: Follower, timeline: Timeline, op: int) -> dict[str, int]:

@@ -173,3 +173,8 @@ def is_weight(tensor: Tensor) -> bool:
             break
         node = node.next_functions[0][0]
     return isinstance(getattr(node, "variable", None), torch.nn.Parameter)
+
+
+def stays(tensor: Tensor, min_elements: int) -> bool:
+    """Whether no stage puts anything in the place of this: a weight, a sparse tensor, one with fewer elements."""
+    return tensor.numel() < max(1, min_elements) or tensor.layout != torch.strided or is_weight(tensor)

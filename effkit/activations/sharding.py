@@ -126,9 +126,8 @@ def spread(
         reshard = how.shard == ZERO3 or (how.shard == FSDP2 and how.reshard_after_forward)
         with suppress(ValueError):
             units = blocks(model) if how.wrap == BLOCKS else []
-        for block in units:
-            fully_shard(block, mesh=mesh["shard"], reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh["shard"], reshard_after_forward=reshard)
+        for unit in (*units, model):
+            fully_shard(unit, mesh=mesh["shard"], reshard_after_forward=reshard)
     return model, optimizer
 
 

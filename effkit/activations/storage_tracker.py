@@ -49,6 +49,7 @@ _OF_SHARDS = {
 }  # fmt: skip
 _RESIZE = Signature("resize of a storage")
 _MOST_WAIT_S = 0.02
+_BETWEEN = {"__torch_dispatch__", "_faked", "_replaced", "_fn", "inner"}  # our functions, and torch's around them
 _TELLING = (int, str, torch.dtype, torch.memory_format)  # arguments whose values decide what an operator allocates
 
 
@@ -417,13 +418,7 @@ def taken_as_it_is(func: Any, args: Any) -> torch.Tensor | None:
     if func is not torch.ops.aten.clone.default or not args[0].is_sparse:
         return None
     caller = sys._getframe(1)
-    while caller.f_code.co_name in (
-        "__torch_dispatch__",
-        "_faked",
-        "_replaced",
-        "_fn",
-        "inner",
-    ):  # ours, and torch's around them
+    while caller.f_code.co_name in _BETWEEN:
         caller = caller.f_back  # type: ignore[assignment]
     if caller.f_code.co_name != "_engine_run_backward":
         return None
