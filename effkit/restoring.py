@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import random
 import sys
@@ -11,6 +10,7 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -91,26 +91,26 @@ class Reached:
         if isinstance(one, torch.Tensor):
             yield from self._tensor(one)
         elif isinstance(one, torch.Generator):
-            self._steps.append(functools.partial(one.set_state, one.get_state()))
+            self._steps.append(partial(one.set_state, one.get_state()))
         elif isinstance(one, random.Random):
-            self._steps.append(functools.partial(one.setstate, one.getstate()))
+            self._steps.append(partial(one.setstate, one.getstate()))
         elif isinstance(one, np.random.RandomState):
-            self._steps.append(functools.partial(one.set_state, one.get_state()))
+            self._steps.append(partial(one.set_state, one.get_state()))
         elif isinstance(one, np.random.Generator):
-            self._steps.append(functools.partial(setattr, one.bit_generator, "state", one.bit_generator.state))
+            self._steps.append(partial(setattr, one.bit_generator, "state", one.bit_generator.state))
         elif isinstance(one, np.ndarray):
             yield from self._array(one)
         elif isinstance(one, types.FunctionType):
             yield from self._function(one)
         elif isinstance(one, types.MethodType | types.BuiltinFunctionType):
             yield from (one.__self__, getattr(one, "__func__", None))
-        elif isinstance(one, functools.partial):
+        elif isinstance(one, partial):
             yield from (one.func, *one.args, one.keywords)
         elif isinstance(one, types.CellType):
             yield from self._cell(one)
         elif isinstance(one, type):
             yield from self._class(one)
-        elif isinstance(one, property | staticmethod | classmethod | functools.cached_property):
+        elif isinstance(one, property | staticmethod | classmethod | cached_property):
             yield from (getattr(one, name, None) for name in ("fget", "fset", "__func__", "func"))
         elif isinstance(one, tuple | frozenset):
             yield from one
@@ -146,7 +146,7 @@ class Reached:
             yield from array.ravel()
         elif array.flags.writeable and array.nbytes <= self._left_bytes:
             self._left_bytes -= array.nbytes
-            self._steps.append(functools.partial(np.copyto, array, array.copy()))
+            self._steps.append(partial(np.copyto, array, array.copy()))
 
     def _function(self, function: types.FunctionType) -> Iterator[Any]:
         yield from (function.__closure__ or ())
@@ -158,7 +158,7 @@ class Reached:
         names = function.__globals__
         for name in _names(function.__code__):
             if name in names:
-                self._steps.append(functools.partial(_named_again, names, name, names[name], names.__setitem__))
+                self._steps.append(partial(_named_again, names, name, names[name], names.__setitem__))
                 yield self._drawn_from(names[name])
 
     def _class(self, kind: type) -> Iterator[Any]:
@@ -166,9 +166,7 @@ class Reached:
             yield from kind.__mro__[1:]
             for name, value in vars(kind).items():
                 if not name.startswith("__") or isinstance(value, types.FunctionType):
-                    self._steps.append(
-                        functools.partial(_named_again, vars(kind), name, value, functools.partial(setattr, kind))
-                    )
+                    self._steps.append(partial(_named_again, vars(kind), name, value, partial(setattr, kind)))
                     yield value
 
     def _cell(self, cell: types.CellType) -> Iterator[Any]:
@@ -176,7 +174,7 @@ class Reached:
             held = cell.cell_contents
         except ValueError:  # empty so far
             return
-        self._steps.append(functools.partial(setattr, cell, "cell_contents", held))
+        self._steps.append(partial(setattr, cell, "cell_contents", held))
         yield self._drawn_from(held)
 
     def _drawn_from(self, one: Any) -> Any:
@@ -188,12 +186,12 @@ class Reached:
         if isinstance(one, dict):
             own = OrderedDict if isinstance(one, OrderedDict) else dict
             items = list(own.items(one))
-            self._steps.append(functools.partial(_filled_again, one, own, items))
+            self._steps.append(partial(_filled_again, one, own, items))
             for key, value in items:
                 yield from (key, value)
         elif isinstance(one, list | deque | set):
             members = list(one)
-            self._steps.append(functools.partial(_gathered_again, one, members))
+            self._steps.append(partial(_gathered_again, one, members))
             yield from members
 
     def _attributes(self, one: Any) -> Iterator[Any]:
@@ -217,7 +215,7 @@ class Reached:
                 value = object.__getattribute__(one, name)
             except AttributeError:
                 continue
-            self._steps.append(functools.partial(object.__setattr__, one, name, value))
+            self._steps.append(partial(object.__setattr__, one, name, value))
             yield value
 
 

@@ -206,7 +206,9 @@ class Replayer:
             if self._at_once:
                 stack.enter_context(updating_at_once())
             stack.enter_context(random_numbers_kept(devices=[]))
-            before = [(module, name, value) for module in self._model.modules() for name, value in _held(module)]
+            # parameters and buffers are in dictionaries
+            before = [(module, name, value.copy() if isinstance(value, dict) else value)
+                      for module in self._model.modules() for name, value in vars(module).items()]  # fmt: skip
             try:
                 yield
             except Exception as error:
@@ -261,11 +263,6 @@ def _uncopied(*values: Any, seen: set[int]) -> Iterator[Any]:
                 copy.copy(value)
             except TypeError:
                 yield value
-
-
-def _held(module: torch.nn.Module) -> list[tuple[str, Any]]:
-    """What a module holds by name: dictionaries of parameters and buffers as copies."""
-    return [(name, value.copy() if isinstance(value, dict) else value) for name, value in vars(module).items()]
 
 
 def _frames(error: Exception) -> list[Any]:

@@ -59,8 +59,15 @@ def offloaded(frac: float = 1.0, *, min_elements: int = _MIN_ELEMENTS) -> Iterat
         Tensors with fewer stay.
     """
     frac, min_elements = checked_share("frac", frac), checked_whole("min_elements", min_elements, 0)
-    regions, decided, share = PerStorage(), WeakSet[Once](), _Share(frac)
+    regions, decided, gone, saved = PerStorage(), WeakSet[Once](), 0, 0
     last: weakref.ref[_Sent] | None = None
+
+    def takes(size: int) -> bool:
+        nonlocal gone, saved
+        saved += size
+        goes = gone + size / 2 <= frac * saved
+        gone += size * goes
+        return goes
 
     def send(kept: Kept) -> _Sent:
         nonlocal last  # it knows what was sent before, without keeping any of it
@@ -74,12 +81,12 @@ def offloaded(frac: float = 1.0, *, min_elements: int = _MIN_ELEMENTS) -> Iterat
         if isinstance(kept, Tensor):
             region = Region.of(kept)
             num_bytes = region.numel * kept.element_size()
-            values = regions.once(region, lambda: send(region.cut(kept)) if share.takes(num_bytes) else None)
+            values = regions.once(region, lambda: send(region.cut(kept)) if takes(num_bytes) else None)
             return Staying(kept, values) if values.kept is None else Offloaded(region, values)
         for values in (leaf for leaf in tree_leaves(kept) if isinstance(leaf, Once)):
             if values not in decided:
                 decided.add(values)
-                if share.takes(sum(tensor.nbytes for tensor in tensors_in(values.kept))):
+                if takes(sum(tensor.nbytes for tensor in tensors_in(values.kept))):
                     values.kept = send(values.kept)
         return kept
 
@@ -93,19 +100,6 @@ def _fetch(kept: Kept) -> Kept:
     if isinstance(kept, Offloaded):
         return kept.region.place(kept.values.restored(lambda flat: flat))
     return kept
-
-
-class _Share:
-    """Decides, size by size, so that what goes is as close to a share of all as it can be."""
-
-    def __init__(self, frac: float) -> None:
-        self.frac, self.gone, self.all = frac, 0, 0
-
-    def takes(self, size: int) -> bool:
-        self.all += size
-        goes = self.gone + size / 2 <= self.frac * self.all
-        self.gone += size * goes
-        return goes
 
 
 class _Sent(Away):

@@ -68,7 +68,9 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
     new = [Levers()]
     positions = {name: [one for one in POSITIONS[name] if _acts(base, Levers(**one))] for name in levers}
     while new:
-        tried |= {combination: _predicted(base, combination) for combination in new}
+        for combination in new:
+            account = predict(base, **asdict(combination))
+            tried[combination] = account.total, account.companion(TIME).total
         best = _on_front(tried)
         further = dict.fromkeys(more for combination in best for more in _further(combination, positions))
         new = [more for more in further
@@ -108,11 +110,6 @@ def _lossless(base: Account, levers: Levers) -> bool:
 
 def _name(levers: Levers) -> str:
     return ", ".join(f"{knob}={value}" for knob, value in levers.changed.items()) or "plain"
-
-
-def _predicted(base: Account, levers: Levers) -> tuple[int, int]:
-    account = predict(base, **asdict(levers))
-    return account.total, account.companion(TIME).total
 
 
 def _possible(base: Account, levers: Levers) -> bool:

@@ -137,19 +137,9 @@ class Follower(TorchDispatchMode):
         for category, tensors in residents.items():
             self._resident_bytes[category] = 0
             for storage in chain.from_iterable(map(storages, tensors)):
-                self._resides(storage, category)
-
-    def _resides(self, storage: torch.UntypedStorage, category: str) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
-
-        def dead(_: Any) -> None:
-            self._living.pop(key, None)
-            self._let_go.append((category, len(self._ops), num_bytes))
-
-        self._living[key] = None
-        self._refs.append(weakref.ref(storage, dead))
-        self._resident_bytes[category] += num_bytes
-        self._residents.append((category, num_bytes))
+                self._resident_bytes[category] += storage.nbytes()
+                self._residents.append((category, storage.nbytes()))
+                self._lives(storage, None, self._residents[-1])
 
     @contextmanager
     def following(self, model: torch.nn.Module) -> Iterator[None]:
@@ -266,11 +256,15 @@ class Follower(TorchDispatchMode):
         self._made.append(_Storage(size, number, place, self._category, (self._where, number), address))
         self._lives(storage, self._made[-1])
 
-    def _lives(self, storage: torch.UntypedStorage, one: _Storage) -> None:
+    def _lives(self, storage: torch.UntypedStorage, one: _Storage | None, resident: tuple[str, int] = ("", 0)) -> None:
+        """``None``: a resident, of this category and size."""
         key = storage._cdata
 
         def dead(_: Any) -> None:
-            if self._living.get(key) is one:  # and has not another size since
+            if one is None:
+                self._living.pop(key, None)
+                self._let_go.append((resident[0], len(self._ops), resident[1]))
+            elif self._living.get(key) is one:  # and has not another size since
                 del self._living[key]
                 one.death = len(self._ops)
 

@@ -96,19 +96,15 @@ class Once:
         return torch.tensor([], dtype=dtype, device=device).set_(storage, 0, shape, (1,))
 
 
-class PerStorage:
-    """Makes one :class:`Once` per region of a storage; it lives as long as something packed refers to it."""
+class PerStorage(weakref.WeakValueDictionary[Hashable, Once]):
+    """Makes one :class:`Once` per region of a storage; it lives as long as something packed refers to it.
 
-    def __init__(self) -> None:
-        # the key's weak reference reserves the storage's address, so that no later storage is taken for it
-        self._made: weakref.WeakValueDictionary[Hashable, Once] = weakref.WeakValueDictionary()
-
-    def __len__(self) -> int:
-        return len(self._made)
+    The weak reference in a region's key reserves the storage's address, so that no later storage is taken for it.
+    """
 
     def once(self, region: Region, make: Callable[[], Kept]) -> Once:
         """The one of this region, made now if there is none."""
-        values = self._made.get(region.key)
+        values = self.get(region.key)
         if values is None:
-            values = self._made[region.key] = Once(make())
+            values = self[region.key] = Once(make())
         return values

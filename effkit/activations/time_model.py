@@ -67,16 +67,6 @@ class Clock:
     @classmethod
     def fit(cls, runs: Sequence[Run], checks: Sequence[Run] = ()) -> Clock:
         """From a plain step, and one for each lever alone at full force; ``checks`` are combinations and sizes."""
-        clock = cls._fitted(runs)
-        errors = tuple(clock.step_ns(run.timeline, run.levers, run.growth) / run.step_ns - 1 for run in checks)
-        every = [*runs, *checks]
-        return replace(
-            clock, errors=errors, noise_frac=noise(run.repeats_ns for run in every),
-            num_repeats=max(1, len(runs[0].repeats_ns)), sizes=Hull.of({"growth": run.growth} for run in every),
-        )  # fmt: skip
-
-    @classmethod
-    def _fitted(cls, runs: Sequence[Run]) -> Clock:
         samples: dict[tuple[str, bool], list[tuple[Floats, float]]] = defaultdict(list)
         for run in runs:
             for key, features, duration in zip(*_features(run.timeline), run.durations_ns, strict=True):
@@ -90,7 +80,12 @@ class Clock:
         plain = next(short[i] for i, run in enumerate(runs) if not _forces(run.levers))
         corrections: dict[Hashable, float] = {None: float(plain)}
         corrections |= {lever: float(short[i] - plain) for i, run in enumerate(runs) for lever in _forces(run.levers)}
-        return cls(costs, weights, corrections)
+        clock, every = cls(costs, weights, corrections), [*runs, *checks]
+        errors = tuple(clock.step_ns(run.timeline, run.levers, run.growth) / run.step_ns - 1 for run in checks)
+        return replace(
+            clock, errors=errors, noise_frac=noise(run.repeats_ns for run in every),
+            num_repeats=max(1, len(runs[0].repeats_ns)), sizes=Hull.of({"growth": run.growth} for run in every),
+        )  # fmt: skip
 
     def step_ns(self, timeline: Timeline, levers: Levers, growth: float = 1.0) -> float:
         """The time of a replayed step, of a batch that holds ``growth`` times what the runs did."""
