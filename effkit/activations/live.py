@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -134,7 +135,10 @@ def measure(
         if earlier:
             calibration = replace(earlier, observed=step)
         else:
-            error = _calibrated(forecaster, size, levers, step)
+            error = float("nan")
+            with suppress(ValueError):  # it can be measured, not forecast; who asks for a forecast is told why
+                # teaches the forecaster which operators hide memory
+                error = forecaster.watch(step.timeline, size, levers).peak_bytes / step.peak_bytes - 1
             of_levers = gradients.calibrated(model, batch, alone, forecaster.loss) if alone else {}
             calibration = Calibration(forecaster, step, clock, error, noise=noise, **of_levers)
         lossy = gradients.lossy(levers)
@@ -183,15 +187,6 @@ def saved_account(timeline: Timeline, total: int, by: str, source: str, **more: 
         names = names.str.replace(r"\b\d+\b", "*", regex=True)  # layers of one kind together
     sizes = retained["size_bytes"].groupby(names).sum().sort_values(ascending=False, kind="stable")
     return Account.of(f"Saved activations by {by}", "bytes", sizes.to_dict(), total=total, source=source, **more)
-
-
-def _calibrated(forecaster: Forecaster, size: Size, levers: Levers, step: Observation) -> float:
-    """Teach the forecaster which operators hide memory; its error on the step that was measured."""
-    try:
-        predicted = forecaster.watch(step.timeline, size, levers).peak_bytes
-    except ValueError:  # this step can be measured, not forecast; who asks for a forecast is told why
-        return float("nan")
-    return predicted / step.peak_bytes - 1
 
 
 def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None) -> list[Levers]:

@@ -118,7 +118,11 @@ def spread(
     if how.replicates:
         if in_cpp:
             model = nn.parallel.DistributedDataParallel(model, process_group=mesh["shard"].get_group())
-        return model, partial(_partitioned, optimizer) if how.shard == ZERO1 else optimizer
+        if how.shard == ZERO1:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            return model, partial(ZeroRedundancyOptimizer, optimizer_class=optimizer or torch.optim.AdamW)  # type: ignore[arg-type]
+        return model, optimizer
     if how.num_shards > 1:
         from torch.distributed.fsdp import fully_shard
 
@@ -144,13 +148,6 @@ def same_buffers(model: nn.Module) -> None:
 
     if held := list(model.buffers()):  # all in one flat copy
         _broadcast_coalesced(dist.group.WORLD, held, _BROADCAST_BYTES, 0)  # type: ignore[arg-type]
-
-
-def _partitioned(optimizer: MakeOptimizer | None, parameters: Any) -> torch.optim.Optimizer:
-    """An optimizer each rank of which holds the states of some parameters."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    return ZeroRedundancyOptimizer(parameters, optimizer or torch.optim.AdamW)  # type: ignore[arg-type]
 
 
 def _split(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str] | None) -> None:
