@@ -100,8 +100,8 @@ class Replayer:
             update = self._update(fake, levers)
             if self._replaces:  # what this step finds there is what one like it has left
                 self._run(fake, update, levers)
-            own = residents(self._model, update, fake)
-            follower = Follower({**own, SENT: self._buckets} if self._buckets else own)
+            beside = {SENT: self._buckets} if self._buckets else {}
+            follower = Follower(residents(self._model, update, fake) | beside)  # nobody else may hold these
             once = partial(self._once, follower)
             with ExitStack() as stack:
                 for function in (quantise, dequantise):

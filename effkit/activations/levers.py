@@ -110,7 +110,8 @@ class Size:
 
 
 SIZE_KNOBS = ("batch_size", "length", "keep_frac")
-KNOBS = tuple(field.name for field in fields(Levers))
+_OF_RANKS = tuple(field.name for field in fields(Sharding))
+KNOBS = (*(field.name for field in fields(Levers) if field.name not in _OF_RANKS), *_OF_RANKS)
 
 
 def complete(rest: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
