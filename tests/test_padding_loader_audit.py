@@ -196,8 +196,8 @@ def test_the_account_of_a_plan():
 def test_account_errors_say_what_to_do():
     with pytest.raises(ValueError, match=r"padding is not visible in this capture.*Record it with"):
         account(Capture(pd.DataFrame()))
-    with pytest.raises(ValueError, match="only a plan knows 'output' cells"):
-        account([[1, 2]], "output")
+    with pytest.raises(ValueError, match="only a plan knows 'flops' cells"):
+        account([[1, 2]], "flops")
     for nothing in ([], [[1], []]):
         with pytest.raises(ValueError, match="one non-empty array of input lengths per batch"):
             account(nothing)

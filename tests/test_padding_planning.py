@@ -107,11 +107,12 @@ def test_every_account_closes_on_the_shapes(case, cells):
     lengths, strategy, limits = case
     planned = plan(lengths, strategy, **limits)
     account = planned.account(cells).closed()
-    assert account.unit == "cells"
+    assert account.unit == ("FLOPs" if cells == "flops" else "cells")
     assert (account.frame["value"] >= 0).all()
-    column, power = ("output_length", 1) if cells == "output" else ("input_length", 1 + (cells == "input_squared"))
-    assert account.frame.loc["real", "value"] == (lengths[column] ** power).sum()
-    assert account.total == sum(rows * longest**power for rows, longest in padded_shapes(planned, column))
+    if cells != "flops":
+        column, power = ("output_length", 1) if cells == "output" else ("input_length", 1 + (cells == "input_squared"))
+        assert account.frame.loc["real", "value"] == (lengths[column] ** power).sum()
+        assert account.total == sum(rows * longest**power for rows, longest in padded_shapes(planned, column))
 
 
 @given(asked(BUCKETED))
@@ -177,6 +178,18 @@ def test_without_put_back_one_example_may_overshoot_as_lhotse_does():
     largest = [int((f["num_rows"] * f["input_length"]).max()) for f in cells]
     assert largest[0] <= 400
     assert largest[1] > 2 * 400
+
+
+def test_flops_by_hand():
+    lengths = frame([(800, 10), (400, 5)])
+    h, rows, t, u = 2, 2, 100, 10  # T after 8x subsampling
+    encoder = 24 * h * h * t + 4 * h * t * t
+    decoder = 24 * h * h * u + 4 * h * u * u + 4 * h * h * (u + t) + 4 * h * u * t
+    planned = plan(lengths, "sorted", batch_size=2)
+    account = planned.account("flops", hidden=h, encoder_layers=3, decoder_layers=5, subsampling=8)
+    assert account.total == rows * (3 * encoder + 5 * decoder)
+    short = 3 * (24 * 4 * 50 + 8 * 50**2) + 5 * (24 * 4 * 5 + 8 * 25 + 16 * 55 + 8 * 5 * 50)
+    assert account.frame.loc["real", "value"] == 3 * encoder + 5 * decoder + short
 
 
 def test_memory_gives_each_bucket_what_fits():

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from effkit.padding.sampling import BatchSampler
 
-CELLS = ("input", "output", "input_squared")
+CELLS = ("input", "output", "input_squared", "flops")
 
 
 def padded(longest: Any, limits: Mapping[str, Any]) -> Any:
@@ -142,29 +142,34 @@ class Plan:
         real, *others = (self._ordered(each) for each in factors.get(name, [name.replace("real", "length")]))
         return np.add.reduceat(real * others[0] if others else real, self._examples[:-1])
 
-    def account(self, cells: str = "input") -> Account:
+    def account(self, cells: str = "input", **model: int) -> Account:
         """The cells of one epoch: rows ``real`` and ``padding``, total from the shapes of the batches.
 
         Parameters
         ----------
         cells
-            ``"input"`` or ``"output"`` cells; or ``"input_squared"``, the cells of full self-attention.
+            ``"input"`` or ``"output"`` cells; ``"input_squared"``, the cells of full self-attention; or ``"flops"``
+            of a forward pass (see :func:`effkit.padding.plans.forward_flops`, which takes the ``model`` keywords).
         """
         if cells not in CELLS:
             raise ValueError(f"cells is one of {', '.join(CELLS)}; given: {cells!r}")
         if cells == "output" and "output_length" not in self.lengths:
             raise ValueError("these lengths have no outputs to count; ask for cells='input'")
-        name = "output_length" if cells == "output" else "input_length"
-        shape, real = self._column(name), int(self._column(f"{cells}_real").sum())
-        if cells == "input_squared":
-            total = int((self._num_rows * shape**2).sum())
-            padding, kind = total - real, "Attention cells"
-        else:  # counted row by row, so that the account can fail to close
-            total = int((self._num_rows * shape).sum())
-            padding = int((np.repeat(shape, self._num_rows) - self._row_lengths(name)).sum())
-            kind = f"{cells.title()} cells"
+        if cells == "flops":
+            # a packed row is computed as one long example, which is what a dense mask does
+            real, total = forward_flops(self.lengths, **model), forward_flops(self.frame, **model)
+            padding = total - real
+        else:
+            name = "output_length" if cells == "output" else "input_length"
+            shape, real = self._column(name), int(self._column(f"{cells}_real").sum())
+            total = int((self._num_rows * (shape**2 if cells == "input_squared" else shape)).sum())
+            if cells == "input_squared":
+                padding = total - real
+            else:  # counted row by row, so that the account can fail to close
+                padding = int((np.repeat(shape, self._num_rows) - self._row_lengths(name)).sum())
+        kind = {"flops": "Forward FLOPs", "input_squared": "Attention cells"}.get(cells, f"{cells.title()} cells")
         return Account.of(
-            f"{kind} of one epoch", "cells", {"real": real, "padding": padding},
+            f"{kind} of one epoch", "FLOPs" if cells == "flops" else "cells", {"real": real, "padding": padding},
             total=total, source="the shapes of the batches", basis="derived",
             setting={"strategy": self.strategy, **self.limits},
         )  # fmt: skip
@@ -209,3 +214,21 @@ class Plan:
             f"Plan {self.strategy}({limits}): {len(self.order):,} examples in {len(self.batch_starts):,} batches, "
             f"{padding:.1%} of the input cells are padding"
         )
+
+
+def forward_flops(
+    shapes: pd.DataFrame, *, hidden: int = 1024, encoder_layers: int = 24, decoder_layers: int = 24,
+    subsampling: int = 8,
+) -> int:  # fmt: skip
+    """Forward FLOPs of an encoder-decoder transformer: of ``num_rows`` examples (one unless there) of each shape, all
+    padded to its ``input_length`` and ``output_length``.
+
+    Per layer and example 24·h²·T + 4·h·T² (Narayanan et al. 2021, arXiv 2104.04473, section 5.1, forward pass without
+    recomputation: 24·B·s·h² + 4·B·s²·h); a decoder layer adds cross-attention 4·h²·(U + T) + 4·h·U·T. ``T`` is the
+    input length after ``subsampling``. The defaults are Canary-1B's 24 + 24 layers of width 1024 with 8x subsampling
+    (arXiv 2503.05931, section 3); embeddings and output layer are left out.
+    """
+    t, u, h = np.asarray(shapes["input_length"]) / subsampling, np.asarray(shapes.get("output_length", 0)), hidden
+    encoder = encoder_layers * (24 * h * h * t + 4 * h * t * t)
+    decoder = decoder_layers * (24 * h * h * u + 4 * h * u * u + 4 * h * h * (u + t) + 4 * h * u * t)
+    return round(float((shapes.get("num_rows", 1) * (encoder + np.where(u > 0, decoder, 0))).sum()))
