@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -270,3 +271,16 @@ def test_what_stays_in_memory_is_said():
     found = studied(model, lambda x: (step(x), left.append(torch.zeros(1024)))).overview().found
     assert "4.0 KiB stay in memory after every step" in found
     assert not any("stay in memory" in one for one in studied(model).overview().found)
+
+
+def test_a_device_that_a_step_outruns_is_measured_anew(monkeypatch):
+    here, asked = ek.Device.here(), []
+
+    def stored(cls, *, refresh=False):
+        asked.append(refresh)
+        return here if refresh else replace(here, rate_flops_per_s=dict.fromkeys(here.rate_flops_per_s, 1.0))
+
+    monkeypatch.setattr(ek.Device, "here", classmethod(stored))
+    reached = studied(stack()).overview().ceilings["reached_frac"]["model FLOPs utilisation"]
+    assert 0 < reached <= 1
+    assert True in asked
