@@ -6,18 +6,15 @@ import itertools
 import resource
 import statistics
 import time
-from contextlib import suppress
 
 import pytest
 import torch
 from bench_table import row
+from sharding_receipts import predicted_and_measured
 
 import effkit as ek
-from effkit.activations import on_ranks
-from effkit.activations.levers import parted
 from effkit.activations.on_ranks import SENT_BYTES
 from effkit.ranks.launching import Ranks
-from effkit.training import own_loss
 from lessons import spiking
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -49,16 +46,11 @@ def test_forecasts_of_ranks():
                 make, sizes = MODELS[name]
                 model, setting = make(), {**strategy, **levers}
                 batch = model.random_batch(*sizes)
-                with suppress(ValueError):  # no plan for tensor parallel, no blocks to recompute
-                    predicted = None
-                    predicted = ek.activations.forecast(model, batch, world_size=num_ranks, **setting)
-                if predicted is None:
+                try:
+                    predicted, measured = predicted_and_measured(model, batch, ranks, **setting)
+                except ValueError:  # no plan for tensor parallel, no blocks to recompute
                     print(f"{num_ranks:>5} {name:<14}{setting!s:<62} not forecast")
                     continue
-                measured = on_ranks.measured(
-                    model, batch, parted(predicted.setting)[1], dict(predicted.setting), loss=own_loss, optimizer=None,
-                    plan=None, repeats=1, progress=None, calibration=None, ranks=ranks,
-                )  # fmt: skip
                 assert measured.residual == 0, (name, setting)
                 errors.append(abs(predicted.total / measured.total - 1))
                 bytes_sent = [

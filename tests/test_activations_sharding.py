@@ -4,14 +4,13 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from sharding_receipts import predicted_and_measured
 from torch import nn
 
 import effkit as ek
-from effkit.activations import Sharding, on_ranks
-from effkit.activations.levers import parted
+from effkit.activations import Sharding
 from effkit.activations.on_ranks import SENT_BYTES
 from effkit.ranks.launching import Ranks
-from effkit.training import own_loss
 
 # model, sizes of its batch, and how its step is spread
 STEPS = {
@@ -41,12 +40,7 @@ def test_a_forecast_of_a_rank_is_what_real_ranks_take(two_ranks, case):
     name, sizes, how = STEPS[case]
     model = model_of(name)
     batch = model.random_batch(*sizes)
-    predicted = ek.activations.forecast(model, batch, world_size=2, **how)
-    _, levers = parted(predicted.setting)
-    measured = on_ranks.measured(
-        model, batch, levers, dict(predicted.setting), loss=own_loss, optimizer=None, plan=None, repeats=1,
-        progress=None, calibration=None, ranks=two_ranks,
-    )  # fmt: skip
+    predicted, measured = predicted_and_measured(model, batch, two_ranks, **how)
     assert measured.residual == 0
     assert predicted.total == pytest.approx(measured.total, rel=0.005)
     assert dict(predicted.companion(SENT_BYTES).frame["value"]) == dict(measured.companion(SENT_BYTES).frame["value"])
@@ -78,6 +72,11 @@ def test_what_cannot_be_sent_is_said_before_a_rank_is_started():
     model.lock = __import__("threading").Lock()
     with pytest.raises(ValueError, match=r"ranks are processes of their own, .* cannot be"):
         ek.activations.measure(model, torch.randn(2, 4), loss=lambda output: output.mean(), world_size=2)
+
+
+def test_more_ranks_than_a_machine_starts_are_forecast_not_measured():
+    with pytest.raises(ValueError, match=r"at most 8 ranks; given: 16\. Ask forecast\(\)"):
+        ek.activations.measure(nn.Linear(4, 4), torch.ones(2, 4), loss=torch.sum, world_size=16)
 
 
 def test_a_rank_of_64_holds_a_64th_and_no_process_group_is_left():

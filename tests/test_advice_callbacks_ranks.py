@@ -14,6 +14,7 @@ import planted
 import pytest
 import test_advice_callbacks as alone
 import torch
+from child_ranks import end_well
 
 import effkit as ek
 from effkit.advice import callbacks, memory_history, recording_ranks
@@ -39,13 +40,7 @@ def trained_on_two_ranks(folder: Path, max_steps: int, num_batches: int) -> None
                          stderr=subprocess.STDOUT)
         for rank in RANKS
     ]  # fmt: skip
-    try:
-        said = [rank.communicate(timeout=200)[0].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    end_well(ranks, 200)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child_ranks import end_well
 from made_snapshots import Allocator, dump
 from made_traces import event, launched, note, op, written
 
@@ -415,13 +416,7 @@ def test_two_ranks_record_each_its_own(tmp_path):
     script.write_text(RANK)
     ranks = [subprocess.Popen([sys.executable, script, str(rank), folder, f"file://{tmp_path}/store"],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]  # fmt: skip
-    try:
-        said = [rank.communicate(timeout=100)[0].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    end_well(ranks, 100)
     assert sorted(path.name for path in folder.iterdir()) == [f"rank{rank}.pt.trace.json.gz" for rank in (0, 1)]
     study = ek.study(trace=folder)
     assert study.overview().found[-1].startswith("2 ranks, 2 steps each")
