@@ -20,11 +20,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import Dataset
 
 from effkit.interrupts import PutBack
-from effkit.training import drop_gradients, parts_of
+from effkit.training import drop_gradients, parts_of, wraps
 from effkit.units import readable
 
 # Never looked into: data are read, and a table of pandas is a value.
@@ -121,7 +120,7 @@ class Reached:
     def _tensor(self, tensor: torch.Tensor) -> Iterator[Any]:
         if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.is_inference() or tensor.layout != torch.strided:
             return
-        if is_traceable_wrapper_subclass(tensor):  # a shard is what this rank has of it
+        if wraps(type(tensor)):  # a shard is what this rank has of it
             yield from parts_of(tensor)
         elif tensor.untyped_storage().nbytes():  # else its owner has freed it, and fills it again when it is needed
             num_bytes = tensor.numel() * tensor.element_size()

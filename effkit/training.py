@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from effkit.arguments import OPTIMIZER, described
@@ -94,7 +94,7 @@ def residents(
 
 def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """Where its values lie; of a sparse tensor, its indices too; of a shard, this rank's part."""
-    if is_traceable_wrapper_subclass(tensor):
+    if wraps(type(tensor)):
         return [storage for part in parts_of(tensor) for storage in storages(part)]
     if tensor.layout == torch.strided:
         return [tensor.untyped_storage()]
@@ -102,8 +102,14 @@ def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
         return [getattr(tensor, part)().untyped_storage() for part in _PARTS.get(tensor.layout, ())]
 
 
+@cache  # asked of each tensor of each operator
+def wraps(kind: type) -> bool:
+    """Whether tensors of this class only wrap others, as a shard wraps this rank's part."""
+    return hasattr(kind, "__tensor_flatten__")
+
+
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that one is made of which only wraps others, such as a shard."""
+    """The tensors that one is made of which only :func:`wraps` others."""
     held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])  # type: ignore[attr-defined]
     return [one for one in held if isinstance(one, torch.Tensor)]
 

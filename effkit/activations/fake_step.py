@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from effkit.activations import compressing, gpu_assumptions, stepping
 from effkit.activations.fake_tensors import DYNAMIC, Results, Valued
 from effkit.activations.levers import Levers
-from effkit.activations.sharding import Sharding, buckets, same_buffers, spread, world
+from effkit.activations.sharding import buckets, same_buffers, spread, world
 from effkit.activations.storage_tracker import Call, Follower, Stretch, call_of
 from effkit.activations.timeline import SENT, Signature, Timeline
 from effkit.idle import give_way
@@ -113,7 +112,7 @@ class Replayer:
 
     def _on_ranks(self, batch: Any, levers: Levers) -> Timeline:
         """The same on rank 0 of several, whose shards are the largest."""
-        one, alone = copy.copy(self), replace(levers, **asdict(Sharding()), optimizer_states="float32")
+        one = copy.copy(self)
         one._updates, one._stretches = {}, {}
         with world(levers.world_size):
             with self._faking(), fake_tensor.FakeCopyMode(self._mode):
@@ -125,7 +124,7 @@ class Replayer:
                     model, levers, levers.optimizer(self._make), plan=self._plan, in_cpp=False
                 )
                 one._buckets = buckets(one._model) if levers.replicates else []
-            return one._replay(batch, alone)
+            return one._replay(batch, levers.within_a_rank)
 
     def _once(self, follower: Follower, function: Any, *args: Any) -> Any:
         """What a function returns that leaves nothing else: run once for arguments that look alike."""
@@ -172,15 +171,16 @@ class Replayer:
         self, batch: Any, update: torch.optim.Optimizer | None, levers: Levers,
         enter: stepping.Enter = lambda phase: None,
     ) -> None:  # fmt: skip
-        phases = [stepping.FORWARD]
+        before = ""
 
         def entered(phase: str) -> None:
+            nonlocal before
             self._mode.updates = phase == stepping.OPTIMIZER
             # DistributedDataParallel averages gradients after backward, and before forward makes buffers the same
-            for bucket in self._buckets if phases[-1] == stepping.BACKWARD else ():
+            for bucket in self._buckets if before == stepping.BACKWARD else ():
                 dist.all_reduce(bucket)
             enter(phase)
-            phases.append(phase)
+            before = phase
             if self._buckets and phase == stepping.FORWARD:
                 same_buffers(self._model)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ NONE = "none"
 COMPRESSIONS = (NONE, *FORMATS)
 KEEPS = (NONE, "matmul")
 AUTOCASTS = (NONE, "bfloat16")
+_OF_RANKS = tuple(field.name for field in fields(Sharding))
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ class Levers(Sharding):
     @property
     def sharding(self) -> dict[str, Any]:
         """How the step is spread over ranks."""
-        return {f.name: getattr(self, f.name) for f in fields(Sharding)}
+        return {name: getattr(self, name) for name in _OF_RANKS}
+
+    @property
+    def within_a_rank(self) -> Levers:
+        """Those that are left for each rank of a model that is spread, and whose optimizer is made."""
+        return replace(self, **asdict(Sharding()), optimizer_states="float32")
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -110,7 +116,6 @@ class Size:
 
 
 SIZE_KNOBS = ("batch_size", "length", "keep_frac")
-_OF_RANKS = tuple(field.name for field in fields(Sharding))
 KNOBS = (*(field.name for field in fields(Levers) if field.name not in _OF_RANKS), *_OF_RANKS)
 
 

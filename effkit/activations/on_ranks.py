@@ -11,7 +11,6 @@ import pickle
 import tempfile
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,19 @@ from effkit.account import Account
 from effkit.activations import stepping
 from effkit.activations.levers import Levers
 from effkit.activations.real_step import observe
-from effkit.activations.sharding import Sharding, spread
+from effkit.activations.sharding import spread
 from effkit.activations.timeline import PEAK, Timeline
 from effkit.lab import Progress
 from effkit.ranks.group import joined
-from effkit.ranks.launching import Ranks
+from effkit.ranks.launching import MOST_RANKS, Ranks
 from effkit.training import Loss, MakeOptimizer, residents, still
 
 TIME, BY_RANK, SENT_BYTES = "Time of one step", "Peak memory by rank", "Communication of one step"
-ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST = "all-reduce", "all-gather", "reduce-scatter", "broadcast"
 _COLLECTIVES = {  # which of the operator's tensors is whole: the one that no rank has only a part of
-    "c10d::_allgather_base_": (ALL_GATHER, 0), "c10d::_reduce_scatter_base_": (REDUCE_SCATTER, 1),
-    "c10d::allreduce_": (ALL_REDUCE, 0), "c10d::broadcast_": (BROADCAST, 0),
-    "_c10d_functional::all_reduce": (ALL_REDUCE, 0), "_c10d_functional::all_reduce_": (ALL_REDUCE, 0),
-    "_c10d_functional::reduce_scatter_tensor": (REDUCE_SCATTER, 0), "_c10d_functional::broadcast": (BROADCAST, 0),
+    "c10d::_allgather_base_": ("all-gather", 0), "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
+    "c10d::allreduce_": ("all-reduce", 0), "c10d::broadcast_": ("broadcast", 0),
+    "_c10d_functional::all_reduce": ("all-reduce", 0), "_c10d_functional::all_reduce_": ("all-reduce", 0),
+    "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", 0), "_c10d_functional::broadcast": ("broadcast", 0),
 }  # fmt: skip
 _TIMEOUT_S = 600.0
 
@@ -51,6 +49,8 @@ def measured(
 
     They are started for this, unless there are ``ranks`` whose work this module is.
     """
+    if levers.world_size > MOST_RANKS:
+        raise ValueError(f"measure() starts at most {MOST_RANKS} ranks; given: {levers.world_size}. Ask forecast()")
     job = {"model": model, "batch": batch, "levers": levers, "loss": loss, "optimizer": optimizer, "plan": plan}
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="effkit-job-"))) / "job"
@@ -99,10 +99,8 @@ def collective_bytes(timeline: Timeline, micro_batches: int = 1) -> dict[str, in
 
 def _packed(job: dict[str, Any]) -> bytes:
     """What is sent to the ranks, with functions and classes of a notebook as they are."""
-    try:
-        import cloudpickle
-    except ImportError:
-        raise ImportError("ranks are sent the model with cloudpickle: pip install cloudpickle") from None
+    import cloudpickle
+
     try:
         packed: bytes = cloudpickle.dumps(job)
     except (TypeError, pickle.PicklingError) as error:
@@ -120,7 +118,7 @@ def main(folder: Path, met: Path | None = None) -> None:
         model, make = spread(
             job["model"].to(member.device), levers, levers.optimizer(job["optimizer"]), plan=job["plan"]
         )
-        alone = replace(levers, **asdict(Sharding()), optimizer_states="float32")
+        alone = levers.within_a_rank
         update = still(model.parameters(), make)
         step = partial(stepping.run, model, batch, job["loss"], update, alone)
         for _ in range(2):  # the first makes the optimizer's state, and wrappers learn the order of layers

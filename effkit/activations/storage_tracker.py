@@ -20,23 +20,10 @@ from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
 
-from effkit.activations import saved_tensor_hooks
+from effkit.activations import saved_tensor_hooks, timeline
 from effkit.activations.stepping import BACKWARD, FORWARD, OPTIMIZER
-from effkit.activations.timeline import (
-    CATEGORIES,
-    GATHERED,
-    HALF,
-    MOVED,
-    ON_RANKS,
-    SENT,
-    WHOLE_GRADIENT,
-    Ints,
-    Segment,
-    Signature,
-    Timeline,
-    work_of,
-)  # fmt: skip
-from effkit.training import storage_keys, storages
+from effkit.activations.timeline import GATHERED, ON_RANKS, SENT, WHOLE_GRADIENT, Ints, Segment, Signature, Timeline
+from effkit.training import storage_keys, storages, wraps
 
 OUTSIDE = ""  # of any module
 DEVICE = torch.ops.prim.device.default
@@ -145,6 +132,7 @@ class Follower(TorchDispatchMode):
     def following(self, model: torch.nn.Module) -> Iterator[None]:
         """Follow what runs inside, module by module."""
         self._parameters, self._fakes = list(model.parameters()), active_fake_mode()
+        self._shards = of_shards(map(type, self._parameters))
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", self._resizing()))
             for name, module in model.named_modules():
@@ -173,12 +161,13 @@ class Follower(TorchDispatchMode):
             return taken
         if of_shards(types):
             return NotImplemented
-        if active_fake_mode() is not self._fakes:  # shards try what an operator's results will look like
+        if self._shards and active_fake_mode() is not self._fakes:  # they try what an operator's results will look like
             return func(*args, **(kwargs or {}))
         number, kwargs = len(self._ops), kwargs or {}
         leaves, looks = call_of(func, args, kwargs)
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self._wait_for_threads()
+        if self._sent:
+            self._wait_for_threads()
         if self._has_addresses and "c10d" in func.namespace:
             self._sent = [weakref.ref(tensor) for tensor in given]
         # a sparse tensor that is written into has other parts afterwards
@@ -189,7 +178,7 @@ class Follower(TorchDispatchMode):
             took_ns = time.perf_counter_ns() - begun
         made = [leaf for leaf in (out if isinstance(out, tuple | list) else (out,)) if isinstance(leaf, torch.Tensor)]
         if (known := self._known.get(looks)) is None:
-            known = _signature(func, leaves, given), work_of(func, args, kwargs, out, given, made)
+            known = _signature(func, leaves, given), timeline.work_of(func, args, kwargs, out, given, made)
             if not parts and torch.Tag.dynamic_output_shape not in func.tags:
                 self._known[looks] = known
         first = len(self._made)
@@ -198,9 +187,10 @@ class Follower(TorchDispatchMode):
             if key not in self._living and key not in parts and not _among(key, given):
                 self._birth(storage, tensor.device, number, len(self._made) - first)
         self._ops.append(_Op(*known, saved_tensor_hooks.at_work(), took_ns))
-        for category, of in zip(_OF_SHARDS.get(func._schema.name, ()), (*args, *kwargs.values()), strict=False):
-            for one in self._of(of if isinstance(of, list) else [of]) if category else ():
-                one.category = category
+        if (categories := _OF_SHARDS.get(func._schema.name)) is not None:
+            for category, of in zip(categories, (*args, *kwargs.values()), strict=False):
+                for one in self._of(of if isinstance(of, list) else [of]) if category else ():
+                    one.category = category
         if not self._has_addresses and known[0] not in self.calls and func.namespace == "aten":
             # of a storage only its type: who holds it keeps it alive
             plain = [torch.UntypedStorage if isinstance(leaf, torch.UntypedStorage) else leaf for leaf in leaves]
@@ -233,7 +223,7 @@ class Follower(TorchDispatchMode):
     def _latest(self) -> int:
         """The model's operator that has just run."""
         backwards = range(len(self._ops) - 1, -1, -1)
-        return next((i for i in backwards if self._ops[i].work[MOVED] and not self._ops[i].aside), 0)
+        return next((i for i in backwards if self._ops[i].work[timeline.MOVED] and not self._ops[i].aside), 0)
 
     def _leave(self) -> None:
         if self._modules:
@@ -341,7 +331,7 @@ class Follower(TorchDispatchMode):
         signatures, rows, aside, _ = zip(*self._ops, strict=True)
         ops, work = tuple(one.name for one in signatures), np.array(rows, dtype="int64")
         # an operator of the model's that does more than show a tensor in another shape
-        working = np.flatnonzero((work[:, MOVED] > 0) & ~np.array(aside))
+        working = np.flatnonzero((work[:, timeline.MOVED] > 0) & ~np.array(aside))
         made_for = np.searchsorted(working, np.array([one.saver[1] for one in self._made], dtype="int64"))
         frame = pd.DataFrame({
             "size_bytes": np.array([one.size_bytes for one in self._made], dtype="int64"),
@@ -350,7 +340,7 @@ class Follower(TorchDispatchMode):
             "module": [one.saver[0] for one in self._made],
             "operator": [ops[op] for op in working[made_for.clip(max=len(working) - 1)]],
         })  # fmt: skip
-        category = pd.Categorical(self._categories(frame), categories=CATEGORIES)
+        category = pd.Categorical(self._categories(frame), categories=timeline.CATEGORIES)
         return Timeline(
             ops, frame.assign(category=category), self._resident_bytes, tuple(self._segments), work, signatures,
             np.array(aside, dtype=bool), np.zeros(len(ops), dtype="int64"), tuple(self._let_go), tuple(self._residents),
@@ -371,7 +361,7 @@ class Follower(TorchDispatchMode):
 
 def of_shards(types: Any) -> bool:
     """Whether an operator is called on tensors that wrap this rank's part: they call it again with that."""
-    return any(hasattr(one, "__tensor_flatten__") for one in types)
+    return any(map(wraps, types))
 
 
 def call_of(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], tuple[Any, ...]]:
@@ -395,7 +385,7 @@ def call_of(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], tuple[Any, ..
 def _signature(func: Any, leaves: list[Any], given: list[torch.Tensor]) -> Signature:
     others = [func._overloadname, *(leaf if isinstance(leaf, _TELLING) else type(leaf).__name__ for leaf in leaves)]
     looks = tuple((tuple(t.shape), _stride(t), str(t.dtype)) for t in given)
-    half = bool(given) and given[0].dtype in HALF
+    half = bool(given) and given[0].dtype in timeline.HALF
     return Signature(func._schema.name.removeprefix("aten::"), looks, str(others), half)
 
 
