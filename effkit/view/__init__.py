@@ -3,11 +3,6 @@
 from effkit.view.accounts import account, page, plan
 from effkit.view.comparison import Comparison
 from effkit.view.panes import PANES, MemoryPicture
-from effkit.view.ranks import policies, timeline
-from effkit.view.steps import front, live_bytes, roofline
 from effkit.view.style import GREY, OKABE_ITO, colour
 
-__all__ = [
-    "GREY", "OKABE_ITO", "PANES", "Comparison", "MemoryPicture", "account", "colour", "front",
-    "live_bytes", "page", "plan", "policies", "roofline", "timeline",
-]  # fmt: skip
+__all__ = ["GREY", "OKABE_ITO", "PANES", "Comparison", "MemoryPicture", "account", "colour", "page", "plan"]
