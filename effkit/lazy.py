@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """A package's ``__getattr__``: ``homes`` says which of its modules holds which names.
+    """A package's ``__getattr__``: ``homes`` says which of its modules, or of its neighbours', holds which names.
 
     >>> lazily("effkit", {"units": ["readable"]})("readable").__name__
     'readable'
@@ -17,7 +17,7 @@ def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], 
 
     def of(name: str) -> Any:
         if name in home_of:
-            return getattr(import_module(f"{package}.{home_of[name]}"), name)
+            return getattr(import_module(f".{home_of[name]}", package), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return of

@@ -13,8 +13,8 @@ from bench_table import row
 from sharding_receipts import predicted_and_measured
 
 import effkit as ek
-from effkit.activations.on_ranks import SENT_BYTES
-from effkit.ranks.launching import Ranks
+from effkit.activations.on_ranks import SENT_BYTES, TIME
+from effkit.ranks.launching import Ranks, why_no_links
 from lessons import spiking
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -63,6 +63,52 @@ def test_forecasts_of_ranks():
     held = [row("forecast of ranks, median error of the peak", 100 * statistics.median(errors), 0.5, "%"),
             row("forecast of ranks, worst error of the peak", 100 * max(errors), 3, "%"),
             row("forecast of ranks, collectives exact", exact, 100, "% of settings", at_least=True)]  # fmt: skip
+    assert all(held)
+
+
+# neither a calibration nor the design has seen them
+TIMED = (
+    {"shard": "zero1", "micro_batches": 3}, {"reshard_after_forward": False, "micro_batches": 4},
+    {"shard": "ddp", "checkpoint_every": 2}, {"shard": "zero3", "wrap": "model", "micro_batches": 2},
+    {"shard": "zero2", "checkpoint_every": 1, "keep": "matmul"}, {"shard": "ddp", "micro_batches": 4, "batch_size": 12},
+    {"shard": "fsdp2", "batch_size": 5}, {"shard": "zero1", "batch_size": 16},
+)  # fmt: skip
+TIMED_MODELS = {
+    "gpt": (lambda: ek.models.gpt(layers=3, hidden=320, heads=4, device="cpu"), (8, 48)),
+    "recurrent": (lambda: ek.models.recurrent(layers=1, hidden=256, device="cpu"), (8, 24)),
+    "convolutional": (lambda: ek.models.convolutional(width=48, device="cpu"), (8,)),
+    "speech": (lambda: ek.models.speech(encoder_layers=3, decoder_layers=2, hidden=192, device="cpu"), (8, 96)),
+}
+
+
+@pytest.mark.skipif(bool(why_no_links()), reason=why_no_links())
+def test_times_of_steps_on_a_limited_link():
+    print(f"\n\n{'MB/s':>5} {'model':<14}{'setting':<62}{'predicted':>10}{'measured':>10}{'error':>8}{'band':>7}")
+    errors, within, bands = [], [], []
+    for rate in (60e6, 250e6):
+        links = ek.activations.links(2, link_bytes_per_s=rate, num_repeats=5)
+        for name, (make, sizes) in TIMED_MODELS.items():
+            model = make()
+            batch = model.random_batch(*sizes)
+            base = ek.activations.measure(model, batch, time_levers=True, links=links)
+            for setting in TIMED:
+                how = {"world_size": 2, **setting}
+                try:
+                    predicted = ek.activations.predict(base, **how).companion(TIME)
+                except ValueError:  # no blocks to recompute
+                    continue
+                measured = ek.activations.measure(model, batch, base=base, **how).companion(TIME)
+                errors.append(predicted.total / measured.total - 1)
+                within.append(predicted.low <= measured.total <= predicted.high)
+                bands.append((predicted.high - predicted.low) / 2 / predicted.total)
+                print(f"{rate / 1e6:>5.0f} {name:<14}{setting!s:<62}{predicted.total / 1e6:>8.1f}ms"
+                      f"{measured.total / 1e6:>8.1f}ms{errors[-1]:>+8.1%}{bands[-1]:>7.1%}", flush=True)  # fmt: skip
+    sizes_of_errors = [abs(error) for error in errors]
+    held = [row("time of ranks on a link, median error", 100 * statistics.median(sizes_of_errors), 8, "%"),
+            row("time of ranks on a link, worst error", 100 * max(sizes_of_errors), 20, "%"),
+            row("time of ranks on a link, in the band", 100 * statistics.mean(within), 90, "%", at_least=True),
+    ]  # fmt: skip
+    print(f"{len(errors)} settings, median band {statistics.median(bands):.1%}")
     assert all(held)
 
 

@@ -16,6 +16,7 @@ from effkit.activations.low_bit import LowBitAdamW
 from effkit.activations.offloading import offloaded
 from effkit.activations.on_ranks import SENT_BYTES as SENT_BYTES
 from effkit.activations.on_ranks import TIME as TIME
+from effkit.activations.pipelining import pipeline
 from effkit.activations.planning import cheapest, front
 from effkit.activations.prediction import forecast, largest_batch, live_bytes, predict, saved, whatif
 from effkit.activations.real_step import Observation as Observation
@@ -26,11 +27,12 @@ from effkit.activations.stepping import FORWARD as FORWARD
 from effkit.activations.stepping import OPTIMIZER as OPTIMIZER
 from effkit.activations.stepping import rows as rows
 from effkit.activations.timeline import PEAK as PEAK
+from effkit.ranks.links import links
 
 __all__ = [
     "Levers", "LowBitAdamW", "Sharding", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast",
-    "front", "gradient_error", "largest_batch", "live_bytes", "measure", "offloaded", "predict", "saved", "spread",
-    "whatif",
+    "front", "gradient_error", "largest_batch", "links", "live_bytes", "measure", "offloaded", "pipeline", "predict",
+    "saved", "spread", "whatif",
 ]  # fmt: skip
 
 __dir__ = __all__.copy  # what a reader's Tab shows

@@ -14,6 +14,7 @@ from effkit import lab
 from effkit.account import Account
 from effkit.activations import gradients, on_ranks, stepping
 from effkit.activations.checkpointing import blocks
+from effkit.activations.collectives import RanksClock
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import COMPRESSIONS, Levers, Size, complete, parted
 from effkit.activations.low_bit import STATES
@@ -26,6 +27,7 @@ from effkit.arguments import checked_same_model, checked_training, checked_whole
 from effkit.captured import Capture
 from effkit.lab import Progress, calibration_of
 from effkit.progress_bar import working
+from effkit.ranks.links import Link
 from effkit.restoring import unchanged
 from effkit.training import Loss, MakeOptimizer, still
 
@@ -40,7 +42,7 @@ class Calibration:
     ``observed`` is the step that was measured, ``clock`` the time of a step (``None`` where levers were not timed),
     ``error_frac`` the replay of the measured step over its measured peak, minus 1; ``errors`` and ``noise`` are the
     gradient's, of each lossy lever that was run and between half batches; ``parts_error`` is that of micro-batches,
-    beside the rounding of a number.
+    beside the rounding of a number; ``of_ranks`` is the time of a step on ranks, where their links were given.
     """
 
     forecaster: Forecaster
@@ -51,13 +53,15 @@ class Calibration:
     noise: tuple[Account, ...] = ()
     parts_error: float = float("nan")
     rounding_frac: float = 0.0
+    of_ranks: RanksClock | None = None
 
 
 @working("Measuring training steps")
 def measure(
     model: torch.nn.Module, batch: Any, *, loss: Loss | None = None, optimizer: MakeOptimizer | None = None,
     make_batch: MakeBatch | None = None, repeats: int = 3, time_levers: bool = False, base: Account | None = None,
-    plan: Mapping[str, str] | None = None, progress: Progress | None = None, **setting: Any,
+    plan: Mapping[str, str] | None = None, links: Mapping[str, Link] | None = None, progress: Progress | None = None,
+    **setting: Any,
 ) -> Account:  # fmt: skip
     """The peak memory of one steady training step, by what it is for; and the step's time.
 
@@ -86,6 +90,9 @@ def measure(
         An earlier account of this model: what its calibration found is used, and nothing is calibrated again.
     plan
         How layers are split over ranks of ``tensor_parallel``: see :func:`spread`.
+    links
+        What :func:`links` found. With ``time_levers``, ranks that are so connected run some steps too, so that the time
+        of any step spread over them can be predicted; with a base that has them, ranks are started on the same links.
     progress
         Called with (runs done, runs in all); what it raises ends the measurement.
     setting
@@ -102,6 +109,8 @@ def measure(
         error, beside its noise between two half batches.
     """
     check_trains(model, loss, optimizer, make_batch)
+    if links is not None and (not time_levers or base is not None):
+        raise ValueError("links go with time_levers=True, and with no base, which has its own")
     repeats = checked_whole("repeats", repeats, 1)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     earlier = None if base is None else calibration_of(base, Calibration, "activations")
@@ -113,10 +122,14 @@ def measure(
     wanted = complete(forecaster.rest() if base is None else base.setting, setting)
     size, levers = parted(wanted)
     if levers.world_size > 1:
-        return on_ranks.measured(
-            model, forecaster.batch(size), levers, wanted, loss=forecaster.loss, optimizer=forecaster.make_optimizer,
-            plan=plan or forecaster.plan, repeats=repeats, progress=progress, calibration=earlier or forecaster,
-        )  # fmt: skip
+        of_ranks = earlier.of_ranks if earlier else None
+        rate = of_ranks.link.nominal_bytes_per_s if of_ranks else 0.0
+        with on_ranks.of_one_step(levers.world_size, link_bytes_per_s=rate) as ranks:
+            return on_ranks.measured(
+                model, forecaster.batch(size), levers, wanted, loss=forecaster.loss, ranks=ranks, repeats=repeats,
+                optimizer=forecaster.make_optimizer, plan=plan or forecaster.plan, progress=progress,
+                calibration=earlier or forecaster,
+            )  # fmt: skip
     if not earlier:
         forecaster.size = size  # predictions are around what is measured
     alone = _single(model, size, optimizer) if time_levers and not earlier else []
@@ -141,6 +154,11 @@ def measure(
                 error = forecaster.watch(step.timeline, size, levers).peak_bytes / step.peak_bytes - 1
             of_levers = gradients.calibrated(model, batch, alone, forecaster.loss) if alone else {}
             calibration = Calibration(forecaster, step, clock, error, noise=noise, **of_levers)
+            if links is not None and clock is not None:
+                calibration = replace(calibration, of_ranks=on_ranks.clock_of_ranks(
+                    model, forecaster, clock, links, repeats, loss=forecaster.loss, optimizer=optimizer, plan=plan,
+                    progress=progress,
+                ))  # fmt: skip
         lossy = gradients.lossy(levers)
         changed = [gradients.error(model, batch, levers, forecaster.loss), *noise] if lossy else []
     phases = min(spent[0], key=lambda phases: sum(phases.values()))

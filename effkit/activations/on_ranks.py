@@ -6,11 +6,10 @@ Each rank runs :func:`main`, as :mod:`effkit.ranks` says.
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import tempfile
-from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,48 +20,32 @@ from torch.utils._pytree import tree_map_only
 
 from effkit.account import Account
 from effkit.activations import stepping
+from effkit.activations.collectives import RanksClock, RanksRun, collective_bytes
+from effkit.activations.forecasting import Forecaster
 from effkit.activations.levers import Levers
 from effkit.activations.real_step import observe
-from effkit.activations.sharding import spread
-from effkit.activations.timeline import PEAK, Timeline
+from effkit.activations.sharding import DDP, FSDP2, MODEL, ZERO1, ZERO2, spread
+from effkit.activations.time_model import Clock
+from effkit.activations.timeline import PEAK
 from effkit.lab import Progress
 from effkit.ranks.group import joined
 from effkit.ranks.launching import MOST_RANKS, Ranks
+from effkit.ranks.links import Link
 from effkit.training import Loss, MakeOptimizer, residents, still
 
 TIME, BY_RANK, SENT_BYTES = "Time of one step", "Peak memory by rank", "Communication of one step"
-_COLLECTIVES = {  # which of the operator's tensors is whole: the one that no rank has only a part of
-    "c10d::_allgather_base_": ("all-gather", 0), "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
-    "c10d::allreduce_": ("all-reduce", 0), "c10d::broadcast_": ("broadcast", 0),
-    "_c10d_functional::all_reduce": ("all-reduce", 0), "_c10d_functional::all_reduce_": ("all-reduce", 0),
-    "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", 0), "_c10d_functional::broadcast": ("broadcast", 0),
-}  # fmt: skip
 _TIMEOUT_S = 600.0
+Records = list[dict[str, Any]]  # of each rank
 
 
 def measured(
-    model: torch.nn.Module, batch: Any, levers: Levers, setting: dict[str, Any], *, loss: Loss,
-    optimizer: MakeOptimizer | None, plan: Any, repeats: int, progress: Progress | None, calibration: Any,
-    ranks: Ranks | None = None,
+    model: torch.nn.Module, batch: Any, levers: Levers, setting: dict[str, Any], *, calibration: Any, ranks: Ranks,
+    repeats: int, **job: Any,
 ) -> Account:  # fmt: skip
-    """The peak of the rank where it is highest, and what all ranks saw; ValueError for what cannot be sent to them.
-
-    They are started for this, unless there are ``ranks`` whose work this module is.
-    """
-    if levers.world_size > MOST_RANKS:
-        raise ValueError(f"measure() starts at most {MOST_RANKS} ranks; given: {levers.world_size}. Ask forecast()")
-    job = {"model": model, "batch": batch, "levers": levers, "loss": loss, "optimizer": optimizer, "plan": plan}
-    with ExitStack() as stack:
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="effkit-job-"))) / "job"
-        path.write_bytes(_packed(job))
-        ranks = ranks or stack.enter_context(Ranks(levers.world_size, __name__))
-        run = {"job": str(path), "repeats": repeats}
-        seen = ranks.run(run, timeout_s=_TIMEOUT_S, progress=progress, total=1 + repeats)
-        records = [json.loads((seen / f"rank{rank}.json").read_text()) for rank in range(levers.world_size)]
+    """The peak of the rank where it is highest, and what all ranks saw; see :func:`run`."""
+    (records,) = run(model, [(batch, levers)], ranks, repeats, **job)
     fullest = max(records, key=lambda record: int(record["peak_bytes"]))
-    slowest = [max(step, key=lambda phases: sum(phases.values()))
-               for step in zip(*(record["phases"] for record in records), strict=True)]  # fmt: skip
-    phases = min(slowest, key=lambda phases: sum(phases.values()))
+    phases = min(_slowest(records), key=lambda phases: sum(phases.values()))
     peaks = {f"rank {record['rank']}": record["peak_bytes"] for record in records}
     where = f"rank {fullest['rank']}, the fullest of {len(records)} on {fullest['where']}, {fullest['backend']}"
     return Account.of(
@@ -77,24 +60,69 @@ def measured(
     )  # fmt: skip
 
 
+def steps_ns(records: Records) -> list[int]:
+    """Each repeat of one setting, on the rank that took longest."""
+    return [sum(phases.values()) for phases in _slowest(records)]
+
+
+def clock_of_ranks(
+    model: torch.nn.Module, forecaster: Forecaster, clock: Clock, links: Mapping[str, Link], repeats: int, **job: Any
+) -> RanksClock:
+    """From a step of each wrapper on ranks that are connected as the links are, and others that check it."""
+    size, link = forecaster.size, next(iter(links.values()))
+    on = partial(Levers, world_size=link.num_ranks)
+    fitted = [(size, levers) for levers in (Levers(), on(shard=FSDP2), on(shard=DDP), on(shard=ZERO1))]
+    checks = [(size, on(wrap=MODEL))]
+    if size.num_rows > 1:
+        checks += [
+            (size, on(shard=ZERO2, micro_batches=2)),
+            (replace(size, num_rows=size.num_rows // 2), on(shard=DDP)),
+        ]
+    if clock.knows(recomputed := on(checkpoint_every=1)):
+        checks.append((size, recomputed))
+    steps = [*fitted, *checks]
+    with of_one_step(link.num_ranks, link_bytes_per_s=link.nominal_bytes_per_s) as ranks:
+        seen = run(model, [(forecaster.batch(rows), levers) for rows, levers in steps], ranks, repeats, **job)
+    runs = [RanksRun(levers, forecaster.timeline(rows, levers), steps_ns(records), forecaster.growth(rows))
+            for (rows, levers), records in zip(steps, seen, strict=True)]  # fmt: skip
+    return RanksClock.fit(clock, links, runs[: len(fitted)], runs[len(fitted) :])
+
+
+def _slowest(records: Records) -> list[dict[str, int]]:
+    return [max(step, key=lambda phases: sum(phases.values()))
+            for step in zip(*(record["phases"] for record in records), strict=True)]  # fmt: skip
+
+
+def run(
+    model: torch.nn.Module, steps: Sequence[tuple[Any, Levers]], ranks: Ranks, repeats: int, *, loss: Loss,
+    optimizer: MakeOptimizer | None, plan: Any, progress: Progress | None,
+) -> list[Records]:  # fmt: skip
+    """What each rank saw of each of these steps: of a batch, with levers, all repeated in turn.
+
+    A step whose levers are of one process is run by every rank at once, and nothing is sent. ValueError for what cannot
+    be sent to the ranks.
+    """
+    job = {"model": model, "steps": steps, "loss": loss, "optimizer": optimizer, "plan": plan}
+    with tempfile.TemporaryDirectory(prefix="effkit-job-") as folder:
+        path = Path(folder) / "job"
+        path.write_bytes(_packed(job))
+        told = {"job": str(path), "repeats": repeats}
+        total = len(steps) * (1 + repeats)
+        seen = ranks.run(told, timeout_s=_TIMEOUT_S, progress=progress, total=total)
+        records = [json.loads((seen / f"rank{rank}.json").read_text()) for rank in range(ranks.num_ranks)]
+    return [[{**record, **record["steps"][number]} for record in records] for number in range(len(steps))]
+
+
+def of_one_step(num_ranks: int, **on: Any) -> Ranks:
+    """Ranks that do this module's work; ValueError for more than are started here."""
+    if num_ranks > MOST_RANKS:
+        raise ValueError(f"measure() starts at most {MOST_RANKS} ranks; given: {num_ranks}. Ask forecast()")
+    return Ranks(num_ranks, __name__, **on)
+
+
 def sent_account(sent: dict[str, int], **more: Any) -> Account:
     """What :func:`collective_bytes` says of a step."""
     return Account.of(SENT_BYTES, "bytes", sent, total=sum(sent.values()), source="the collectives of the step", **more)
-
-
-def collective_bytes(timeline: Timeline, micro_batches: int = 1) -> dict[str, int]:
-    """Bytes of the whole tensors of all collectives in a step, by kind, the largest first.
-
-    On a ring of n ranks each sends (n - 1) / n of that in an all-gather and in a reduce-scatter, twice as much in an
-    all-reduce.
-    """
-    amounts: Counter[str] = Counter()
-    for signature, count in zip(timeline.signatures, timeline.times_run(micro_batches), strict=True):
-        if signature.name in _COLLECTIVES:
-            kind, whole = _COLLECTIVES[signature.name]
-            shape, _, dtype = signature.given[whole]
-            amounts[kind] += int(count) * math.prod(shape) * getattr(torch, dtype.removeprefix("torch.")).itemsize
-    return dict(amounts.most_common())
 
 
 def _packed(job: dict[str, Any]) -> bytes:
@@ -112,23 +140,28 @@ def _packed(job: dict[str, Any]) -> bytes:
 def main(folder: Path, met: Path | None = None) -> None:
     """Be one of the ranks."""
     with joined(folder, met) as member:
-        job = pickle.loads(Path(member.run["job"]).read_bytes())  # of the process that started this one
-        levers: Levers = job["levers"]
-        batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(member.device), job["batch"])
-        model, make = spread(
-            job["model"].to(member.device), levers, levers.optimizer(job["optimizer"]), plan=job["plan"]
-        )
-        alone = levers.within_a_rank
-        update = still(model.parameters(), make)
-        step = partial(stepping.run, model, batch, job["loss"], update, alone)
-        for _ in range(2):  # the first makes the optimizer's state, and wrappers learn the order of layers
-            step()
-        seen = observe(step, model, lambda: residents(model, update, batch))
-        member.tick()
-        phases = []
-        for _ in range(int(member.run["repeats"])):
-            dist.barrier()
-            phases.append(stepping.phases_ns(model, batch, job["loss"], update, alone))
+        packed = Path(member.run["job"]).read_bytes()
+        steps: list[tuple[Any, ...]] = []
+        seen: list[dict[str, Any]] = []
+        for number in range(len(pickle.loads(packed)["steps"])):  # of the process that started this one
+            job = pickle.loads(packed)  # spreading a model changes it
+            batch, levers = job["steps"][number]
+            batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(member.device), batch)
+            model, make = job["model"].to(member.device), levers.optimizer(job["optimizer"])
+            if levers.world_size > 1:
+                model, make = spread(model, levers, make, plan=job["plan"])
+            update = still(model.parameters(), make)
+            step = model, batch, job["loss"], update, levers.within_a_rank
+            for _ in range(2):  # the first makes the optimizer's state, and wrappers learn the order of layers
+                stepping.run(*step)
+            now = observe(partial(stepping.run, *step), model, partial(residents, model, update, batch))
+            steps.append(step)
+            seen.append({"rows": now.rows, "peak_bytes": now.peak_bytes, "source": now.source, "phases": [],
+                         "sent": collective_bytes(now.timeline, levers.within_a_rank)})  # fmt: skip
             member.tick()
-        member.write({"rows": seen.rows, "peak_bytes": seen.peak_bytes, "source": seen.source, "phases": phases,
-                      "sent": collective_bytes(seen.timeline)})  # fmt: skip
+        for _ in range(int(member.run["repeats"])):
+            for of_one, step in zip(seen, steps, strict=True):
+                dist.barrier()
+                of_one["phases"].append(stepping.phases_ns(*step))
+                member.tick()
+        member.write({"steps": seen})

@@ -13,8 +13,9 @@ from effkit.account import Account
 from effkit.activations import gradients
 from effkit.activations.levers import Levers, parted
 from effkit.activations.live import Calibration
-from effkit.activations.on_ranks import TIME
+from effkit.activations.on_ranks import SENT_BYTES, TIME
 from effkit.activations.prediction import predict
+from effkit.activations.sharding import BLOCKS, DDP, MODEL, ZERO1, ZERO2, ZERO3
 from effkit.activations.timeline import MOVED
 from effkit.arguments import checked_amount
 from effkit.lab import calibration_of
@@ -29,12 +30,17 @@ POSITIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "compress": ({"compress": "int8"},),
     "offload": ({"offload_frac": 0.5}, {"offload_frac": 1.0}),
     "optimizer_states": ({"optimizer_states": "int8"}, {"optimizer_states": "fp8_e4m3"}),
-}
+    "sharding": ({"shard": ZERO1, "wrap": BLOCKS}, {"shard": ZERO3, "wrap": MODEL}, {"shard": ZERO2, "wrap": BLOCKS},
+                 {"shard": ZERO3, "wrap": BLOCKS}),
+}  # fmt: skip
 LEVERS = ("checkpoint", "micro_batches", "autocast", "compress", "optimizer_states")  # that are combined
+ON_RANKS = ("sharding", "checkpoint", "micro_batches")
 
 
 @working("Comparing combinations of levers")
-def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = False) -> pd.DataFrame:
+def front(
+    base: Account, *, levers: Sequence[str] = (), lossless: bool = False, num_ranks: int = 1
+) -> pd.DataFrame:  # fmt: skip
     """Predicted time and peak memory of combinations of levers, at the size that was measured.
 
     The search begins with the plain step and adds one lever at a time to what is on the front so far (no other
@@ -46,53 +52,72 @@ def front(base: Account, *, levers: Sequence[str] = LEVERS, lossless: bool = Fal
     base
         What ``measure(..., time_levers=True)`` returned.
     levers
-        Which to combine, of :data:`POSITIONS`; those that change nothing in this step, such as checkpointing a model
-        that checkpoints already, are left out. ``"offload"`` frees nothing where host and device memory are one.
+        Which to combine, of :data:`POSITIONS`, :data:`LEVERS` or :data:`ON_RANKS` unless given; those that change
+        nothing in this step, such as checkpointing a model that checkpoints already, are left out. ``"offload"`` frees
+        nothing where host and device memory are one.
     lossless
         Leave out what changes gradients or updates; whether micro-batches do was tried on this model.
+    num_ranks
+        Of as many ranks as the base has links between, which share by ``"ddp"`` unless ``"sharding"`` says otherwise.
 
     Returns
     -------
     DataFrame
         One row per combination tried, by time: the levers' settings that differ from a plain step as a text
-        ``setting``, ``peak_bytes``, ``step_ns``, ``lossless`` and ``on_front``; ``attrs["settings"]`` has the
-        settings by that text.
+        ``setting``, ``peak_bytes``, ``step_ns``, ``lossless`` and ``on_front``; with ranks ``exposed_ns`` of the step,
+        in which a rank waits for others, and ``sent_bytes``, of whole tensors; ``attrs["settings"]`` has the settings
+        by that text.
     """
     if isinstance(levers, str):
         raise TypeError(f"levers is a list of names; given: {levers!r}")
+    levers = levers or (ON_RANKS if num_ranks > 1 else LEVERS)
     if unknown := set(levers) - set(POSITIONS):
         raise ValueError(f"no such lever: {', '.join(sorted(unknown))}; there are {', '.join(POSITIONS)}")
     if calibration_of(base, Calibration, "activations").clock is None:
         raise ValueError("the time of levers was not measured: measure(..., time_levers=True) does that")
+    of_ranks = base.calibration.of_ranks
+    if num_ranks > 1 and (of_ranks is None or of_ranks.link.num_ranks != num_ranks):
+        raise ValueError(f"the time of steps on {num_ranks} ranks was not measured: measure(..., time_levers=True, "
+                         f"links=links({num_ranks})) does that")  # fmt: skip
+    if "sharding" in levers and num_ranks == 1:
+        raise ValueError("sharding is between ranks: give num_ranks, or leave it out")
+    start = Levers(world_size=num_ranks, shard=DDP) if num_ranks > 1 else Levers()
     tried: dict[Levers, tuple[int, int]] = {}
-    new = [Levers()]
-    positions = {name: [one for one in POSITIONS[name] if _acts(base, Levers(**one))] for name in levers}
+    on_ranks: dict[Levers, tuple[int, ...]] = {}
+    new = [start]
+    positions = {name: [one for one in POSITIONS[name] if _acts(base, start, one)] for name in levers}
     while new:
         for combination in new:
             account = predict(base, **asdict(combination))
-            tried[combination] = account.total, account.companion(TIME).total
+            time = account.companion(TIME)
+            tried[combination] = account.total, time.total
+            if num_ranks > 1:
+                on_ranks[combination] = int(time.frame["value"].iloc[-1]), account.companion(SENT_BYTES).total
         best = _on_front(tried)
         further = dict.fromkeys(more for combination in best for more in _further(combination, positions))
         new = [more for more in further
                if more not in tried and (_lossless(base, more) or not lossless) and _possible(base, more)]  # fmt: skip
-    rows = [(_name(combination), *figures, _lossless(base, combination), combination in best)
-            for combination, figures in tried.items()]  # fmt: skip
-    table = pd.DataFrame(rows, columns=["setting", "peak_bytes", "step_ns", "lossless", "on_front"])
+    rows = [(_name(combination), *figures, _lossless(base, combination), combination in best,
+             *on_ranks.get(combination, ())) for combination, figures in tried.items()]  # fmt: skip
+    more = ["exposed_ns", "sent_bytes"] if on_ranks else []
+    table = pd.DataFrame(rows, columns=["setting", "peak_bytes", "step_ns", "lossless", "on_front", *more])
     table = table.sort_values("step_ns", kind="stable", ignore_index=True)
     table.attrs["settings"] = {_name(combination): combination.changed for combination in tried}
     return table
 
 
 @working("Looking for the quickest combination that fits")
-def cheapest(base: Account, budget_bytes: int, *, levers: Sequence[str] = LEVERS, lossless: bool = False) -> Account:
+def cheapest(
+    base: Account, budget_bytes: int, *, levers: Sequence[str] = (), lossless: bool = False, num_ranks: int = 1
+) -> Account:  # fmt: skip
     """The quickest combination of levers whose predicted peak, its band included, fits into a budget.
 
-    ``levers`` and ``lossless`` are those of :func:`front`. Measure its setting with ``measure(model, batch, base=base,
-    **changes)``, where the changes are ``front(base).attrs["settings"]``. ValueError when none fits: the smallest is
-    named.
+    ``levers``, ``lossless`` and ``num_ranks`` are those of :func:`front`; the budget is that of a rank. Measure its
+    setting with ``measure(model, batch, base=base, **changes)``; the changes are in ``front(base).attrs["settings"]``.
+    ValueError when none fits: the smallest is named.
     """
     budget_bytes = checked_amount("budget_bytes", budget_bytes)
-    table = front(base, levers=levers, lossless=lossless)
+    table = front(base, levers=levers, lossless=lossless, num_ranks=num_ranks)
     for name in table["setting"]:
         account = predict(base, **{**asdict(Levers()), **table.attrs["settings"][name]})
         if (account.high or account.total) <= budget_bytes:
@@ -116,12 +141,12 @@ def _possible(base: Account, levers: Levers) -> bool:
     return levers.micro_batches <= base.setting["batch_size"] and bool(base.calibration.clock.knows(levers))
 
 
-def _acts(base: Account, levers: Levers) -> bool:
-    """Whether they change which operators run: recomputing does not where the model checkpoints already."""
-    if not _possible(base, levers):
+def _acts(base: Account, start: Levers, position: Mapping[str, Any]) -> bool:
+    """Whether it changes which operators run: recomputing does not where the model checkpoints already."""
+    if not _possible(base, levers := replace(start, **position)):
         return False
     timelines = [base.calibration.forecaster.timeline(*parted({**base.setting, **asdict(one)}))
-                 for one in (levers, Levers())]  # fmt: skip
+                 for one in (levers, start)]  # fmt: skip
     run, plain = ([one.signatures[i] for i in np.flatnonzero(one.work[:, MOVED])] for one in timelines)  # no views
     return run != plain
 

@@ -10,11 +10,12 @@ import pandas as pd
 
 from effkit.account import Account
 from effkit.activations import gradients
+from effkit.activations.collectives import collective_bytes
 from effkit.activations.forecasting import Forecaster, MakeBatch
 from effkit.activations.levers import AUTOCASTS, COMPRESSIONS, KEEPS, Levers, Size, complete, parted
 from effkit.activations.live import Calibration, check_trains, measure, saved_account
 from effkit.activations.low_bit import STATES
-from effkit.activations.on_ranks import TIME, collective_bytes, sent_account
+from effkit.activations.on_ranks import TIME, sent_account
 from effkit.activations.sharding import SHARDS, WRAPS
 from effkit.activations.timeline import CATEGORIES, FORWARD_PEAK, PEAK, REQUESTED, RESERVED, RESIDENTS, Timeline
 from effkit.arguments import checked_amount, described
@@ -152,7 +153,7 @@ def saved(account: Account, by: str = "module") -> Account:
 def live_bytes(account: Account) -> pd.DataFrame:
     """What is alive during each operator of the account's step: ``phase``, ``operator``, and bytes by category.
 
-    Of a measured account as it was observed, of a predicted one as it is replayed. ``view.live_bytes`` draws it.
+    Of a measured account as it was observed, of a predicted one as it is replayed. the lessons draw it.
     """
     step = _timeline(account)
     levels = pd.DataFrame(step.levels().T, columns=list(CATEGORIES)).rename_axis("number")
@@ -242,8 +243,9 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
     frac = trust.beyond(peak.doublings, peak.seen)
     companions = _counters(forecaster, size, levers, frac) if forecaster.on_gpu and size == forecaster.size else []
     if levers.world_size > 1:
-        sent = collective_bytes(forecaster.timeline(size, levers), levers.micro_batches)
+        sent = collective_bytes(forecaster.timeline(size, levers), levers)
         companions.append(sent_account(sent, basis=forecaster.basis))
+        companions += _time_on_ranks(forecaster, size, levers, calibration, wanted)
     elif calibration is not None and (clock := calibration.clock) is not None:
         time_ns = round(forecaster.step_ns(size, levers, clock))
         known, beyond = clock.knows(levers), clock.sizes.doublings({"growth": forecaster.growth(size)})
@@ -260,6 +262,24 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
         in_range=peak.covered, setting=wanted, companions=tuple(companions),
         calibration=calibration or forecaster,
     )  # fmt: skip
+
+
+def _time_on_ranks(
+    forecaster: Forecaster, size: Size, levers: Levers, calibration: Calibration | None, wanted: dict[str, Any]
+) -> list[Account]:
+    """The step's time on as many ranks as links were measured between; none on others."""
+    of_ranks = calibration.of_ranks if calibration else None
+    if of_ranks is None or levers.world_size != of_ranks.link.num_ranks:
+        return []
+    timeline, growth = forecaster.timeline(size, levers), forecaster.growth(size)
+    computing, exposed = map(round, of_ranks.step_ns(timeline, levers, growth))
+    beyond = max(of_ranks.clock.sizes.doublings({"growth": growth}), of_ranks.doublings(timeline, levers))
+    known, total = of_ranks.clock.knows(levers) and levers.tensor_parallel == 1, computing + exposed
+    return [Account.of(
+        TIME, "ns", {"computing": computing, "exposed communication": exposed}, total=total, basis="derived",
+        source="the times of operators in steps that were run, and of collectives between ranks",
+        **interval(total, total * of_ranks.trust.beyond(beyond, known)), setting=wanted, in_range=known and not beyond,
+    )]  # fmt: skip
 
 
 def _counters(forecaster: Forecaster, size: Size, levers: Levers, frac: float) -> list[Account]:

@@ -19,7 +19,8 @@ from effkit.lab import check, flag, one_of, whole
 from effkit.training import MakeOptimizer
 
 FSDP2, DDP, ZERO1, ZERO2, ZERO3 = SHARDS = ("fsdp2", "ddp", "zero1", "zero2", "zero3")
-_BROADCAST_BYTES = 250 * 2**20  # DistributedDataParallel's own
+# DistributedDataParallel's own
+_FIRST_BUCKET_BYTES, _BUCKET_BYTES, _BROADCAST_BYTES = 2**20, 25 * 2**20, 250 * 2**20
 BLOCKS, MODEL = WRAPS = ("blocks", "model")
 
 
@@ -136,10 +137,12 @@ def spread(
 
 
 def buckets(model: nn.Module) -> list[torch.Tensor]:
-    """Like the buckets in which DistributedDataParallel averages gradients: as large as these, one per data type."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [parameter.new_empty(sum(one.numel() for one in trained if one.dtype == dtype))
-            for dtype, parameter in {one.dtype: one.detach() for one in trained}.items()]  # fmt: skip
+    """Like the buckets in which DistributedDataParallel averages gradients, the one that is ready first first."""
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad][::-1]
+    groups, _ = dist._compute_bucket_assignment_by_size(  # type: ignore[attr-defined]
+        trained, [_FIRST_BUCKET_BYTES, _BUCKET_BYTES]
+    )
+    return [trained[group[0]].new_empty(sum(trained[i].numel() for i in group)) for group in groups]
 
 
 def same_buffers(model: nn.Module) -> None:

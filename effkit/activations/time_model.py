@@ -10,6 +10,7 @@ import numpy as np
 
 from effkit.activations.levers import NONE, Levers
 from effkit.activations.low_bit import STATES
+from effkit.activations.stepping import BACKWARD
 from effkit.activations.timeline import FLOPS, HALF_FLOPS, MOVED, Ints, Timeline
 from effkit.lab import Hull, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
@@ -94,6 +95,12 @@ class Clock:
         grown = {lever: force if lever in _OF_THE_OPTIMIZER else force * growth for lever, force in forces.items()}
         return max(0.0, plain + sum(self.corrections.get(lever, 0.0) * force for lever, force in grown.items()))
 
+    def backward_frac(self, timeline: Timeline, levers: Levers) -> float:
+        """Which share of a step its backward passes take."""
+        inside, count = _inside(timeline, self.costs, levers)
+        times = count * (inside * self.weights[0] + self.weights[1])
+        return float(times[np.array(timeline.phases) == BACKWARD].sum() / times.sum())
+
     def knows(self, levers: Levers) -> bool:
         """Whether each of these levers was run."""
         return all(lever in self.corrections for lever in _forces(levers))
@@ -139,9 +146,14 @@ def _cost(points: Sequence[tuple[Floats, float]], floor_ns: float) -> Floats:
 def _parts(timeline: Timeline, costs: dict[tuple[str, bool], Floats], levers: Levers) -> tuple[float, float, float]:
     """Time inside operators [ns]; number of operators; number of those about which selective checkpointing decides. An
     operator that was never timed costs what the median one does."""
+    inside, count = _inside(timeline, costs, levers)
+    deciding = sum(count[: timeline.segments[-1].first]) if levers.checkpoint_every and levers.keep != NONE else 0
+    return float((inside * count).sum()), float(count.sum()), float(deciding)
+
+
+def _inside(timeline: Timeline, costs: dict[tuple[str, bool], Floats], levers: Levers) -> tuple[Floats, Ints]:
+    """Time inside each operator [ns], and how often it is run."""
     keys, features = _features(timeline)
     usual = np.median(np.array(list(costs.values())), axis=0)
     table = np.array([costs.get(key, usual) for key in keys])
-    count = timeline.times_run(levers.micro_batches)
-    deciding = sum(count[: timeline.segments[-1].first]) if levers.checkpoint_every and levers.keep != NONE else 0
-    return float(((table * features).sum(axis=1) * count).sum()), float(count.sum()), float(deciding)
+    return (table * features).sum(axis=1), timeline.times_run(levers.micro_batches)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from effkit.moe.accounting import UNSEEN as UNSEEN
     from effkit.moe.accounting import account
     from effkit.moe.balancing import worth_balancing
-    from effkit.moe.links import link
     from effkit.moe.live import measure, prepare
     from effkit.moe.loads import balanced_placement, imbalance
     from effkit.moe.prediction import best_degrees, predict, whatif
     from effkit.moe.rank_spans import timeline
     from effkit.moe.setting import Setting
+    from effkit.ranks.links import link
 
 __all__ = [
     "Setting", "account", "balanced_placement", "best_degrees", "imbalance", "link", "measure", "predict", "prepare",
@@ -29,7 +29,7 @@ __all__ = [
 
 __getattr__ = lazily(__name__, {
     "accounting": ["UNSEEN", "account"], "balancing": ["worth_balancing"],
-    "links": ["link"], "live": ["measure", "prepare"], "loads": ["balanced_placement", "imbalance"],
+    ".ranks.links": ["link"], "live": ["measure", "prepare"], "loads": ["balanced_placement", "imbalance"],
     "prediction": ["best_degrees", "predict", "whatif"], "rank_spans": ["timeline"], "setting": ["Setting"],
 })  # fmt: skip
 

@@ -13,10 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from effkit.moe import links
-from effkit.moe.live import WORK, run_settings
-from effkit.moe.setting import Setting
-from effkit.ranks import launching
+from effkit.ranks import launching, links
 from lessons.pair_delays import delays as delays_of_pairs
 from lessons.slow_ranks import find_slow
 
@@ -87,22 +84,29 @@ def test_held_out_sizes(num_ranks, rate, ranks_per_node):
         assert held_out.median() <= 0.17
 
 
-def test_nobody_is_left_after_twenty_runs_of_which_five_are_killed():
-    """Fifteen runs come to their end; five are killed with the process that started them, each at another moment."""
-    code = (
-        "from effkit.moe.live import WORK, run_settings\nfrom effkit.moe.setting import Setting\n"
-        "from effkit.ranks.launching import Ranks\n"
-        "run_settings(Ranks(2, WORK, link_bytes_per_s=50e6), [Setting(num_tokens=64)], num_rounds=400, num_steps=2)"
-    )
+MOE = (
+    "from effkit.moe.live import WORK, run_settings\nfrom effkit.moe.setting import Setting\n"
+    "from effkit.ranks.launching import Ranks\n"
+    "with Ranks(2, WORK, link_bytes_per_s=50e6) as ranks:\n"
+    "    run_settings(ranks, [Setting(num_tokens=64)], num_rounds={rounds}, num_steps=2)"
+)
+SHARDED = (
+    "import torch\nfrom effkit import activations\n"
+    "model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))\n"
+    "activations.measure(model, torch.randn(4, 8), loss=torch.sum, world_size=2, repeats={rounds})"
+)
+
+
+@pytest.mark.parametrize("code", [MOE, SHARDED], ids=["MoE", "sharded"])
+def test_nobody_is_left_after_twenty_runs_of_which_five_are_killed(code):
+    """Fifteen runs come to their end; five are killed, the process that starts the ranks, each at another moment."""
     for number in range(20):
-        if number % 4:
-            with launching.Ranks(2, WORK, link_bytes_per_s=50e6) as ranks:
-                run_settings(ranks, [Setting(num_tokens=64)], num_rounds=1, num_steps=2)
-            continue
-        starter = subprocess.Popen([sys.executable, "-c", code])
-        time.sleep(1.5 + 0.4 * number)
-        starter.kill()
-        starter.wait()
+        killed = number % 4 == 0
+        starter = subprocess.Popen([sys.executable, "-c", code.format(rounds=100_000 if killed else 1)])
+        if killed:
+            time.sleep(1.5 + 0.4 * number)
+            starter.kill()
+        assert starter.wait() == (-9 if killed else 0)
     deadline = time.monotonic() + 5
     while (left := _ranks()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,11 +1,12 @@
-"""What the links between ranks cost: an alpha and a bandwidth from live all-to-alls."""
+"""What the links between ranks cost: an alpha and a bandwidth of each collective, from live ones."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,19 @@ from effkit.ranks.group import joined
 from effkit.ranks.launching import Ranks
 from effkit.units import readable
 
+ALL_TO_ALL, ALL_REDUCE = "all-to-all", "all-reduce"
+# of each kind, on a flat tensor with a part for each rank, and one like it
+COLLECTIVES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    ALL_TO_ALL: lambda out, back: dist.all_to_all_single(back, out),
+    ALL_REDUCE: lambda out, back: dist.all_reduce(out),
+    "all-gather": lambda out, back: dist.all_gather_into_tensor(back, out[: len(out) // dist.get_world_size()]),
+    "reduce-scatter": lambda out, back: dist.reduce_scatter_tensor(back[: len(out) // dist.get_world_size()], out),
+    "broadcast": lambda out, back: dist.broadcast(out, 0),
+}
 _SIZES = tuple(2**power for power in range(10, 23))  # bytes to each other rank
 _SMALL_SIZES = _SIZES[:7]  # they scatter more, and cost less to repeat
 _FEWEST = 3  # sizes in a regime: one may be left out and a line is left
+_NEAR = 5  # neighbouring sizes, itself among them
 _CLEARLY_BETTER = 0.8  # two lines must leave this much of one line's error, or less
 
 
@@ -48,16 +59,19 @@ class Duration(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """What an all-to-all of equal messages takes: ``alpha + bytes that cross / bandwidth`` (Hockney's model).
+    """What a collective takes: ``alpha + bytes that cross / bandwidth`` (Hockney's model).
 
     Attributes
     ----------
+    kind
+        One of :data:`COLLECTIVES`. Of all but an all-to-all a message is a whole tensor's part for one rank, as a ring
+        sends it; in an all-reduce it crosses twice.
     num_ranks, ranks_per_node
         Between whom.
     nominal_bytes_per_s
         The rate that the link was limited to; 0: it was not.
     num_messages
-        Messages of one all-to-all that are counted as crossing. On a limited link those between different nodes, both
+        Messages of one collective that are counted as crossing. On a limited link those between different nodes, both
         ways, for they share one trunk: ``num_ranks * (num_ranks - ranks_per_node)``. Without a limit all that go from
         one rank to another, though the cores copy several at a time: the bandwidth is then that of the machine.
     regimes
@@ -82,6 +96,7 @@ class Link:
     frame: pd.DataFrame
     error_frac: float
     noise_frac: float = 0.0
+    kind: str = ALL_TO_ALL
 
     @property
     def alpha_ns(self) -> float:
@@ -98,18 +113,21 @@ class Link:
         """Whether the link was limited to a rate."""
         return self.nominal_bytes_per_s > 0
 
+    def doublings(self, size_bytes: float) -> float:
+        """How far a message lies beyond those that were measured; 0 among them."""
+        return Hull.of({"size_bytes": size} for size in self.frame.index).doublings({"size_bytes": size_bytes})
+
     def dur_ns(self, size_bytes: float) -> Duration:
-        """An all-to-all of ``size_bytes`` from each rank to each other, within two standard errors, and more beyond the
-        sizes that were measured; ValueError for a negative size."""
+        """One collective with messages of ``size_bytes``, within two standard errors, and more beyond the sizes that
+        were measured; ValueError for a negative size."""
         if not size_bytes >= 0:
             raise ValueError(f"size_bytes is the size of one message, 0 or more; given: {size_bytes}")
-        dur_ns = _at(self.regimes, size_bytes, self.num_messages)
-        doublings = Hull.of({"size_bytes": size} for size in self.frame.index).doublings({"size_bytes": size_bytes})
+        dur_ns, doublings = _at(self.regimes, size_bytes, self.num_messages), self.doublings(size_bytes)
         margin = Trust(self.error_frac, self.noise_frac).beyond(doublings) * dur_ns
         return Duration(dur_ns, max(0.0, dur_ns - margin), dur_ns + margin, doublings == 0)
 
     def __repr__(self) -> str:
-        where = f"An all-to-all of {self.num_ranks} ranks "
+        where = f"An {self.kind}".replace("An r", "A r").replace("An b", "A b") + f" of {self.num_ranks} ranks "
         if self.shaped:
             apart = "each on a node of its own" if self.ranks_per_node == 1 else f"{self.ranks_per_node} on a node"
             where += f"({apart}), through one trunk limited to {self.nominal_bytes_per_s / 1e6:,.0f} MB/s"
@@ -130,11 +148,12 @@ class Link:
 
 
 @working("Measuring the links between ranks")
-def link(
+def links(
     num_ranks: int = 2, *, link_bytes_per_s: float = 0.0, ranks_per_node: int = 0, num_repeats: int = 9,
-    backend: str = "auto", timeout_s: float = 120.0, progress: Progress | None = None,
-) -> Link:  # fmt: skip
-    """Time all-to-alls between ranks of their own, 1 KiB to 4 MiB to each, and fit an alpha and a bandwidth.
+    backend: str = "auto", timeout_s: float = 120.0, kinds: Sequence[str] = tuple(COLLECTIVES),
+    progress: Progress | None = None,
+) -> dict[str, Link]:  # fmt: skip
+    """Time collectives between ranks of their own, 1 KiB to 4 MiB to each, and fit each kind's alpha and bandwidth.
 
     The clock runs from the first rank's arrival to the last one's departure, for a rank that comes early may be sent to
     at once: started at the last arrival it would miss up to three quarters of the transfer. ValueError when such ranks
@@ -148,40 +167,60 @@ def link(
         A slower network, made for real: see :class:`effkit.ranks.launching.Ranks`. 0: this machine's loopback.
     num_repeats
         All sizes in turn, this many times.
+    kinds
+        Of :data:`COLLECTIVES`.
     """
     if num_repeats < 1:
         raise ValueError(f"num_repeats is at least 1; given: {num_repeats}")
     on: dict[str, Any] = {"link_bytes_per_s": link_bytes_per_s, "ranks_per_node": ranks_per_node, "backend": backend}
     with Ranks(num_ranks, __name__, **on) as ranks:
-        folder = ranks.run({"num_repeats": num_repeats}, timeout_s=timeout_s, progress=progress)
+        run = {"num_repeats": num_repeats, "kinds": list(kinds)}
+        folder = ranks.run(run, timeout_s=timeout_s * len(kinds), progress=progress)
         seen = [json.loads(path.read_text()) for path in folder.glob("rank*.json")]
-    times = np.array([rank["times"] for rank in seen])  # on one clock: [num_ranks, num_all_to_alls, 3]
-    durations = times[:, :, 2].max(axis=0) - times[:, :, 1].min(axis=0)
-    measured = pd.DataFrame({"size_bytes": times[0, :, 0], "dur_ns": durations})
-    return fit(measured, num_ranks, seen[0]["local_world_size"], link_bytes_per_s)
+    found = {}
+    for kind in kinds:
+        times = np.array([rank["times"][kind] for rank in seen])  # on one clock: [num_ranks, num_collectives, 3]
+        durations = times[:, :, 2].max(axis=0) - times[:, :, 1].min(axis=0)
+        measured = pd.DataFrame({"size_bytes": times[0, :, 0], "dur_ns": durations})
+        found[kind] = fit(measured, num_ranks, seen[0]["local_world_size"], link_bytes_per_s, kind)
+    return found
+
+
+def link(
+    num_ranks: int = 2, *, link_bytes_per_s: float = 0.0, ranks_per_node: int = 0, num_repeats: int = 9,
+    backend: str = "auto", timeout_s: float = 120.0, progress: Progress | None = None,
+) -> Link:  # fmt: skip
+    """That of all-to-alls, as :func:`links` finds it."""
+    return links(**locals(), kinds=(ALL_TO_ALL,))[ALL_TO_ALL]
 
 
 def main(folder: Path, met: Path) -> None:
-    """On each rank: all-to-alls of equal messages, all sizes in turn; each with its size, its start and its end."""
+    """On each rank: collectives of equal messages, all sizes in turn; each with its size, its start and its end."""
     with joined(folder, met) as member:
-        times = []
+        times: dict[str, list[Any]] = {kind: [] for kind in member.run["kinds"]}
         for repeat in range(-1, member.run["num_repeats"]):  # the first one warms up
-            for size in sorted([*_SIZES, *_SMALL_SIZES, *_SMALL_SIZES]):
-                out = torch.zeros(member.num_ranks, size, dtype=torch.uint8, device=member.travels_on)
+            for kind, size in itertools.product(times, sorted([*_SIZES, *_SMALL_SIZES, *_SMALL_SIZES])):
+                out = torch.zeros(member.num_ranks * size // 4, device=member.travels_on)  # in single precision
                 back = torch.zeros_like(out)
                 dist.barrier()
                 start = time.perf_counter_ns()
-                dist.all_to_all_single(back, out)
+                COLLECTIVES[kind](out, back)
                 synchronize()
                 if repeat >= 0:
-                    times.append([size, start, time.perf_counter_ns()])
+                    times[kind].append([size, start, time.perf_counter_ns()])
         member.write({"times": times})
 
 
-def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_bytes_per_s: float = 0.0) -> Link:
-    """A :class:`Link` from measured all-to-alls of four sizes or more: ``size_bytes`` (to each other rank), ``dur_ns``.
+def fit(
+    measured: pd.DataFrame,
+    num_ranks: int,
+    ranks_per_node: int,
+    nominal_bytes_per_s: float = 0.0,
+    kind: str = ALL_TO_ALL,
+) -> Link:
+    """A :class:`Link` from measured collectives of four sizes or more: ``size_bytes`` (to each other rank), ``dur_ns``.
 
-    Relative errors are minimised, in units of what the repeats leave uncertain (what they do at most sizes, at least):
+    Relative errors are minimised, in units of what the repeats leave uncertain (at most sizes near it, at least):
     small messages count as much as large ones, unless they scatter. Fewer sizes are a ValueError.
     """
     by_size = measured.groupby("size_bytes")["dur_ns"]
@@ -189,11 +228,12 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
     if len(frame) < _FEWEST + 1:
         raise ValueError(f"a fit that is also tested takes {_FEWEST + 1} sizes or more; given: {len(frame)}")
     between = nominal_bytes_per_s > 0 and ranks_per_node < num_ranks
-    num_messages = num_ranks * (num_ranks - (ranks_per_node if between else 1))
+    num_messages = num_ranks * (num_ranks - (ranks_per_node if between else 1)) * (1 + (kind == ALL_REDUCE))
     frame["spread_frac"] = by_size.agg(lambda times: noise([times.to_numpy()]))
     doubt = frame["spread_frac"] / np.sqrt(by_size.size())
-    # few repeats can agree by chance: no size is surer than most are
-    doubt = doubt.clip(lower=doubt.median()) if doubt.median() else doubt * 0.0 + 1.0
+    # few repeats can agree by chance: no size is surer than most of those near it
+    near = doubt.rolling(_NEAR, center=True, min_periods=1).median()
+    doubt = doubt.clip(lower=near) if near.all() else doubt * 0.0 + 1.0
     points = np.stack([frame.index.to_numpy(float), frame["dur_ns"].to_numpy(float), doubt.to_numpy(float)])
     regimes = _regimes(points, num_messages)
     frame["fitted_ns"] = [_at(regimes, size, num_messages) for size in points[0]]
@@ -203,7 +243,8 @@ def fit(measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_byt
     frame["held_out_error"] = frame["held_out_ns"] / frame["dur_ns"] - 1
     error_frac = rms(frame["held_out_error"].dropna())
     noise_frac = noise(times.to_numpy() for _, times in by_size) / by_size.size().median() ** 0.5
-    return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac, noise_frac)
+    return Link(num_ranks, ranks_per_node, nominal_bytes_per_s, num_messages, regimes, frame, error_frac, noise_frac,
+                kind)  # fmt: skip
 
 
 def _regimes(points: Floats, num_messages: int) -> tuple[Regime, ...]:

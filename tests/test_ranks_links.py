@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from effkit.moe.links import fit, link
 from effkit.ranks import launching
+from effkit.ranks.links import fit, link
 
 SIZES = [2**power for power in range(10, 23)]
 needs_links = pytest.mark.skipif(bool(launching.why_no_links()), reason=launching.why_no_links())

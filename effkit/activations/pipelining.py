@@ -1,0 +1,130 @@
+"""pipeline(): the peak of each rank that holds some of a model's blocks, by a formula over one replay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from effkit.activations.checkpointing import blocks
+from effkit.activations.forecasting import Forecaster
+from effkit.activations.levers import complete, parted
+from effkit.activations.live import check_trains
+from effkit.activations.timeline import Timeline
+from effkit.arguments import checked_whole
+from effkit.progress_bar import working
+from effkit.training import Loss, MakeOptimizer
+
+_PARAMETER, _STATE = "parameter", "optimizer state"
+
+
+@working("Forecasting the stages of a pipeline")
+def pipeline(
+    model: nn.Module, batch_like: Any, *, num_stages: int, num_micro_batches: int, num_chunks: int = 1,
+    loss: Loss | None = None, optimizer: MakeOptimizer | None = None, device: str | None = None, **setting: Any,
+) -> pd.DataFrame:  # fmt: skip
+    """What each rank of a pipeline needs, in the schedule 1F1B, from one replay of two micro-batches on one process.
+
+    Rank i of p runs forward p - i times before its first backward, and keeps that many micro-batches; with v chunks
+    2 (p - i - 1) + (v - 1) p + 1 micro-batches of a chunk each (Narayanan et al., arXiv 2104.04473). Its peak is what
+    it holds all through a step, the gradients, what all but one of these save for backward, and the fullest moment of
+    its part of the second micro-batch; or of the optimizer's step. What stages send each other is in it once.
+
+    Parameters
+    ----------
+    model, batch_like, loss, optimizer, device
+        As in :func:`forecast`; ``batch_like`` is one micro-batch.
+    num_stages
+        Ranks, each with as many of the model's :func:`blocks` as another, or one more; what comes before the blocks is
+        on the first, what comes after on the last, and a parameter that both use is on both.
+    num_micro_batches
+        Of a step.
+    num_chunks
+        Parts of the model on each rank, in turn (interleaved 1F1B).
+    setting
+        As in :func:`predict`; of a micro-batch, on ranks that share nothing else.
+
+    Returns
+    -------
+    DataFrame
+        By ``rank``: ``blocks`` (numbers of them, as a text), ``parameter_bytes``, ``held_bytes`` (with gradients and
+        optimizer states), ``in_flight`` [micro-batches of a chunk], ``saved_bytes`` of one of these, ``peak_bytes``.
+        ``attrs["idle_frac"]`` is the share of a step in which a rank waits, (p - 1) / (v m + p - 1), where all stages
+        take equally long.
+    """
+    check_trains(model, loss, optimizer, None, runs=False)
+    p, m, v = (checked_whole(name, value, 1) for name, value in (
+        ("num_stages", num_stages), ("num_micro_batches", num_micro_batches), ("num_chunks", num_chunks)))  # fmt: skip
+    parts = blocks(model)
+    if p * v > len(parts):
+        raise ValueError(f"{p} stages of {v} chunks take {p * v} blocks or more; this model has {len(parts)}")
+    if v > 1 and m % p:
+        raise ValueError(f"chunks take turns where the stages divide the micro-batches; given: {p} and {m}")
+    forecaster = Forecaster(model, batch_like, loss=loss, optimizer=optimizer, device=device)
+    size, levers = parted(complete(forecaster.rest(), setting))
+    if levers.world_size > 1 or levers.micro_batches > 1:
+        raise ValueError("a stage is forecast on its own: leave out world_size and micro_batches")
+    step = forecaster.timeline(replace(size, num_rows=2 * size.num_rows), replace(levers, micro_batches=2))
+    firsts = [number * len(parts) // (p * v) for number in range(p * v)]
+    afters = [*firsts[1:], len(parts)]
+    names = {id(module): name for name, module in model.named_modules()}
+    chunks = _chunks(step, [names[id(parts[first])] for first in firsts])
+    parameters = _parameters(model, [parts[first:after] for first, after in zip(firsts, afters, strict=True)])
+    updating = step.levels()[:, step.segments[-1].first :].sum(axis=0).max() - sum(step.resident_bytes.values())
+    trained = sum(one.nbytes for one in model.parameters() if one.requires_grad)
+    rows = []
+    for rank in range(p):
+        own = range(rank, p * v, p)
+        held_by = sum(parameters[chunk] for chunk in own)
+        share = held_by / step.resident_bytes[_PARAMETER]
+        held = held_by + share * (trained + step.resident_bytes.get(_STATE, 0)) + step.resident_bytes.get("input", 0)
+        flying = min(m * v, p - rank if v == 1 else 2 * (p - rank - 1) + (v - 1) * p + 1)
+        saved, fullest = (np.mean([chunks[chunk][what] for chunk in own]) for what in (0, 1))
+        peak = held + max((flying - 1) * saved + fullest, share * (updating - trained))
+        which = ", ".join(f"{firsts[chunk]} to {afters[chunk] - 1}" for chunk in own)
+        rows.append((which, held_by, round(held), flying, round(saved), round(peak)))
+    columns = ["blocks", "parameter_bytes", "held_bytes", "in_flight", "saved_bytes", "peak_bytes"]
+    frame = pd.DataFrame(rows, columns=columns).rename_axis("rank")
+    frame.attrs["idle_frac"] = (p - 1) / (v * m + p - 1)
+    return frame
+
+
+def _chunks(step: Timeline, names: list[str]) -> list[tuple[int, int]]:
+    """Bytes that each chunk saves for the second backward, and what it takes at its fullest moment beyond the gradients
+    of the first; a chunk begins with the block of this name."""
+    _, _, forward, backward, update = (segment.first for segment in step.segments)
+    frame = step.allocations
+    born, died, sizes = (frame[column].to_numpy() for column in ("birth", "death", "size_bytes"))
+    kept = (born >= forward) & (born < backward) & (died > backward)
+    inside = [((frame["module"] == name) | frame["module"].str.startswith(f"{name}.")) & kept for name in names[1:]]
+    begins = [forward, *(int(born[one].min()) for one in inside), backward]
+    ends = [update, *(int(died[one].max()) for one in inside), backward]
+    found = []
+    for chunk in range(len(names)):
+        parts = (begins[chunk], begins[chunk + 1]), (ends[chunk + 1], ends[chunk])
+        own, earlier = np.zeros(len(born), dtype=bool), np.zeros(len(born), dtype=bool)
+        for first, after in parts:
+            own |= (born >= first) & (born < after)
+            earlier |= (born < forward) & (died >= first) & (died < after)  # gradients that give way to their sums
+        change = np.zeros(len(step.ops) + 1, dtype="int64")
+        np.add.at(change, born[own], sizes[own])
+        np.add.at(change, died[own | earlier], -sizes[own | earlier])
+        level = change.cumsum()[:-1] + step.inside_bytes
+        found.append((int(sizes[own & kept].sum()), int(max(level[slice(*part)].max() for part in parts))))
+    return found
+
+
+def _parameters(model: nn.Module, parts: list[list[nn.Module]]) -> list[int]:
+    """Bytes of the parameters of each chunk: of its blocks, and of what stands before the first and after the last."""
+    where = {id(parameter): chunk for chunk, modules in enumerate(parts)
+             for module in modules for parameter in module.parameters()}  # fmt: skip
+    held: list[dict[int, torch.Tensor]] = [{} for _ in parts]
+    begun = False
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        begun = begun or id(parameter) in where
+        held[where.get(id(parameter), -1 if begun else 0)][id(parameter)] = parameter
+    return [sum(one.nbytes for one in of_one.values()) for of_one in held]
