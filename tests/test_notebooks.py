@@ -50,10 +50,10 @@ LAST, MODEL, SMALL = (
     "ek.models.speech()",
     "ek.models.speech(encoder_layers=1, decoder_layers=1, hidden=32)",
 )
-# The notebooks whose verdicts rest on a clock, and the one that starts ranks; 01 runs as the unharmed copy that faults
+# The notebooks whose verdicts rest on a clock, and the two that start ranks; 01 runs as the unharmed copy that faults
 # are planted in.
-CLOCKED = {"03": pytest.mark.alone, "04": pytest.mark.timed, "05": pytest.mark.timed}
-SHOWN = [pytest.param(path, marks=CLOCKED.get(path.name[:2], ())) for path in NOTEBOOKS if path != LAB]
+CLOCKED = {"02b": pytest.mark.alone, "03": pytest.mark.alone, "04": pytest.mark.timed, "05": pytest.mark.timed}
+SHOWN = [pytest.param(path, marks=CLOCKED.get(path.stem.split("_")[0], ())) for path in NOTEBOOKS if path != LAB]
 needs_lab = pytest.mark.skipif(not LAB.exists(), reason=f"{LAB.name} is not there")
 
 TINY_FAULTS = (

@@ -267,14 +267,14 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
 def _time_on_ranks(
     forecaster: Forecaster, size: Size, levers: Levers, calibration: Calibration | None, wanted: dict[str, Any]
 ) -> list[Account]:
-    """The step's time on as many ranks as links were measured between; none on others."""
+    """The step's time on as many ranks as links were measured between; none on others, nor of split layers."""
     of_ranks = calibration.of_ranks if calibration else None
-    if of_ranks is None or levers.world_size != of_ranks.link.num_ranks:
+    if of_ranks is None or levers.num_shards != of_ranks.link.num_ranks:
         return []
     timeline, growth = forecaster.timeline(size, levers), forecaster.growth(size)
     computing, exposed = map(round, of_ranks.step_ns(timeline, levers, growth))
     beyond = max(of_ranks.clock.sizes.doublings({"growth": growth}), of_ranks.doublings(timeline, levers))
-    known, total = of_ranks.clock.knows(levers) and levers.tensor_parallel == 1, computing + exposed
+    known, total = of_ranks.clock.knows(levers), computing + exposed
     return [Account.of(
         TIME, "ns", {"computing": computing, "exposed communication": exposed}, total=total, basis="derived",
         source="the times of operators in steps that were run, and of collectives between ranks",
