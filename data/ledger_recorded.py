@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
+import recorded_llama
 import torch
 from ledger_rows import RECORDED, everything, refresh_readme, unheld
 from recorded_decoder import OPTIMIZERS, Decoder
@@ -26,7 +27,9 @@ OWN_CODE = "code of its own"  # which nobody has read: such a decoder is forecas
 
 
 def forecast(setting: Mapping[str, Any]) -> ek.Account:
-    """The account of a recorded step: a training step, or without an optimizer a forward pass."""
+    """The account of a recorded step: a training step, on ranks or not, or without an optimizer a forward pass."""
+    if "ranks" in setting:
+        return recorded_llama.forecast(setting)
     trains = not setting["optimizer"].startswith("none")
     with torch.device("meta"):
         model = Decoder(setting["size"], setting["length"], setting["loss"], setting["recompute"],

@@ -18,6 +18,7 @@ STEPS = {
     "fsdp2, accumulated": ("gpt", (4, 32), {"shard": "fsdp2", "micro_batches": 2}),
     "zero2, checkpointed": ("gpt", (2, 32), {"shard": "zero2", "checkpoint_every": 1}),
     "fsdp2 around the whole": ("vision", (2,), {"wrap": "model"}),
+    "fsdp2 in bfloat16": ("gpt", (2, 32), {"param_dtype": "bfloat16"}),
     "ddp with buffers, accumulated": ("convolutional", (4,), {"shard": "ddp", "micro_batches": 2}),
     "zero1": ("recurrent", (4, 16), {"shard": "zero1"}),
     "tensor parallel": ("text", (2, 32), {"tensor_parallel": 2}),
@@ -92,7 +93,7 @@ def test_a_rank_of_64_holds_a_64th_and_no_process_group_is_left():
 
 
 def test_zero_3_shards_more_than_zero_2_and_that_more_than_zero_1():
-    model = ek.models.gpt(device="cpu", hidden=64, layers=8, heads=4, vocabulary=64, max_input_cells=16)
+    model = ek.models.gpt(device="cpu", hidden=64, layers=4, heads=4, vocabulary=64, max_input_cells=16)
     batch = model.random_batch(1, 8)
     totals = [ek.activations.forecast(model, batch, world_size=8, shard=shard).total
               for shard in ("zero3", "zero2", "zero1", "ddp")]  # fmt: skip
@@ -104,6 +105,7 @@ def test_zero_3_shards_more_than_zero_2_and_that_more_than_zero_1():
     ({"world_size": 4, "tensor_parallel": 3}, "tensor_parallel divides world_size; given: 3 and 4"),
     ({"world_size": 2, "shard": "fsdp1"}, "shard is one of fsdp2, ddp, zero1, zero2, zero3; given: 'fsdp1'"),
     ({"world_size": 2, "wrap": "layer"}, "wrap is one of blocks, model"),
+    ({"world_size": 2, "shard": "ddp", "param_dtype": "bfloat16"}, "ddp gathers no parameters: leave out param_dtype"),
     ({"world_size": 0}, "world_size is a whole number from 1 on"),
     ({"world_size": 2, "tensor_parallel": 2}, "has no tp_plan .* give plan="),
 ])  # fmt: skip

@@ -22,6 +22,7 @@ FSDP2, DDP, ZERO1, ZERO2, ZERO3 = SHARDS = ("fsdp2", "ddp", "zero1", "zero2", "z
 # DistributedDataParallel's own
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES, _BROADCAST_BYTES = 2**20, 25 * 2**20, 250 * 2**20
 BLOCKS, MODEL = WRAPS = ("blocks", "model")
+SAME, HALF = DTYPES = ("same", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Sharding:
         Of ``"fsdp2"``: whether gathered parameters are freed after forward and gathered again in backward.
     wrap
         What is gathered at once: each of the model's :func:`blocks`, or the whole ``"model"``, as of one that has none.
+    param_dtype
+        In which parameters are gathered and used (``fully_shard``'s mixed precision): ``"same"`` as they are kept, or
+        ``"bfloat16"``, with gradients reduced in float32. Not of ddp and zero1, which gather nothing.
     tensor_parallel
         Ranks that share each layer's matrix products; the rest of the world is for ``shard``. Without that, torch's own
         optimizers need ``foreach=False`` on a GPU.
@@ -51,12 +55,15 @@ class Sharding:
     shard: str = one_of(FSDP2, words=SHARDS)
     reshard_after_forward: bool = flag(True)
     wrap: str = one_of(BLOCKS, words=WRAPS)
+    param_dtype: str = one_of(SAME, words=DTYPES)
     tensor_parallel: int = whole(1)
 
     def __post_init__(self) -> None:
         check(self)
         if self.world_size % self.tensor_parallel:
             raise ValueError(f"tensor_parallel divides world_size; given: {self.tensor_parallel} and {self.world_size}")
+        if self.replicates and self.param_dtype != SAME:
+            raise ValueError(f"{self.shard} gathers no parameters: leave out param_dtype; autocast has bfloat16")
 
     @property
     def num_shards(self) -> int:
@@ -125,14 +132,15 @@ def spread(
             return model, partial(ZeroRedundancyOptimizer, optimizer_class=optimizer or torch.optim.AdamW)  # type: ignore[arg-type]
         return model, optimizer
     if how.num_shards > 1:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if how.param_dtype == HALF else ())
         units: list[nn.Module] = []
         reshard = how.shard == ZERO3 or (how.shard == FSDP2 and how.reshard_after_forward)
         with suppress(ValueError):
             units = blocks(model) if how.wrap == BLOCKS else []
         for unit in (*units, model):
-            fully_shard(unit, mesh=mesh["shard"], reshard_after_forward=reshard)
+            fully_shard(unit, mesh=mesh["shard"], reshard_after_forward=reshard, mp_policy=policy)
     return model, optimizer
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from effkit.activations.levers import NONE, Levers
 from effkit.activations.low_bit import STATES
+from effkit.activations.sharding import SAME
 from effkit.activations.stepping import BACKWARD
 from effkit.activations.timeline import FLOPS, HALF_FLOPS, MOVED, Ints, Timeline
 from effkit.lab import Hull, Trust, noise, rms
@@ -116,6 +117,7 @@ def _forces(levers: Levers) -> dict[Hashable, float]:
         "micro_batches": 2 * (1 - 1 / levers.micro_batches),
         ("autocast", levers.autocast): float(levers.autocast != NONE),
         ("optimizer_states", levers.optimizer_states): float(levers.optimizer_states != "float32"),
+        "param_dtype": float(levers.param_dtype != SAME),  # of ranks; no run has it
     }
     return {lever: force for lever, force in forces.items() if force}
 

@@ -15,13 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from effkit.models.gpt2 import Gpt
-    from effkit.models.llama import Text
-    from effkit.models.lstm import Recurrent
+    from effkit.models.images import Convolutional, Vision
+    from effkit.models.language import Gpt, Recurrent, Text
     from effkit.models.moe import ExpertParallel
-    from effkit.models.resnet import Convolutional
     from effkit.models.speech2text import Speech
-    from effkit.models.vit import Vision
 
 __all__ = ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "text", "vision"]
 
@@ -38,7 +35,7 @@ def convolutional(
     >>> convolutional(image=16).random_batch(2)["pixel_values"].shape
     torch.Size([2, 3, 16, 16])
     """
-    return _built("resnet.Convolutional", **locals())
+    return _built("images.Convolutional", **locals())
 
 
 def expert_parallel(
@@ -87,7 +84,7 @@ def gpt(
     ``ffn`` is 4 x hidden unless given. ``dropout`` is of embeddings, attention and residuals; 0 keeps steps repeatable.
     ``attention`` is ``"sdpa"`` (scores are never stored) or ``"eager"`` (scores [B, heads, T, T] are stored).
     """
-    return _built("gpt2.Gpt", **locals())
+    return _built("language.Gpt", **locals())
 
 
 def recurrent(
@@ -99,7 +96,7 @@ def recurrent(
     >>> recurrent(layers=1).random_batch(2, length=8)["input_ids"].shape
     torch.Size([2, 8])
     """
-    return _built("lstm.Recurrent", **locals())
+    return _built("language.Recurrent", **locals())
 
 
 def speech(
@@ -128,7 +125,7 @@ def text(
     >>> text(layers=1, vocabulary=50).random_batch(2, length=8)["input_ids"].shape
     torch.Size([2, 8])
     """
-    return _built("llama.Text", **locals())
+    return _built("language.Text", **locals())
 
 
 def vision(
@@ -141,7 +138,7 @@ def vision(
     Images have ``image`` x ``image`` pixels and ``channels``. ``ffn`` is 4 x hidden unless given; ``dropout`` 0 keeps
     steps repeatable; ``attention`` is ``"sdpa"`` or ``"eager"``.
     """
-    return _built("vit.Vision", **locals())
+    return _built("images.Vision", **locals())
 
 
 def _built(place: str, **knobs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A decoder-only language model whose rows may hold several packed documents, for profiling."""
+"""Language models for profiling: GPT-2, Llama, whose rows may hold several packed documents, and an LSTM."""
 
 from __future__ import annotations
 
@@ -6,9 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from torch import nn
+from torch.nn import functional
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from effkit.models.building import Knobs, random_tokens
+from effkit.models.building import Knobs, Output, random_tokens
+
+
+class Gpt(GPT2LMHeadModel):
+    """GPT-2 (Radford et al., 2019) that can make its own batches. Input cells are tokens."""
+
+    knobs = Knobs(
+        {"layers": "n_layer", "hidden": "n_embd", "ffn": "n_inner", "heads": "n_head", "vocabulary": "vocab_size",
+         "max_input_cells": "n_positions", "dropout": "resid_pdrop embd_pdrop attn_pdrop",
+         "attention": "attn_implementation"},
+        {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False},
+        loss="ForCausalLM",
+    )  # fmt: skip
+
+    def random_batch(self, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``labels`` [B, T]; ``length`` is T [tokens]."""
+        return random_tokens(self.config.vocab_size, batch_size, length, seed, self.device)
 
 
 class Text(LlamaForCausalLM):
@@ -57,3 +75,23 @@ class Text(LlamaForCausalLM):
     def random_batch(self, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``labels`` [B, T], without padding; ``length`` is T [tokens]."""
         return random_tokens(self.config.vocab_size, batch_size, length, seed, self.device)
+
+
+class Recurrent(nn.Module):
+    """Embedding, LSTM (torch.nn.LSTM, whose kernel is cuDNN's on a GPU), linear head. Input cells are tokens."""
+
+    def __init__(self, layers: int, hidden: int, vocabulary: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.lstm = nn.LSTM(hidden, hidden, layers, batch_first=True, dropout=dropout)
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Output:
+        """``input_ids`` and ``labels`` [B, T] to a mean cross-entropy of each next token and logits [B, T, V]."""
+        hidden, _ = self.lstm(self.embedding(input_ids))
+        logits = self.head(hidden)
+        return Output(functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits)
+
+    def random_batch(self, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``labels`` [B, T]; ``length`` is T [tokens]."""
+        return random_tokens(self.embedding.num_embeddings, batch_size, length, seed, self.head.weight.device)
