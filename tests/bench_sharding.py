@@ -31,7 +31,7 @@ MODELS = {
 }
 STRATEGIES = (
     {"shard": "ddp"}, {"shard": "fsdp2"}, {"shard": "fsdp2", "reshard_after_forward": False}, {"shard": "zero1"},
-    {"tensor_parallel": 2},
+    {"param_dtype": "bfloat16"}, {"num_replicas": 2}, {"tensor_parallel": 2},
 )  # fmt: skip
 LEVERS = ({}, {"checkpoint_every": 1}, {"micro_batches": 2})
 

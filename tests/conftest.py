@@ -25,7 +25,15 @@ with suppress(ImportError):
 # Their verdicts rest on a clock: `make test` runs them after the others, one on each core.
 TIMED = {"test_advice_planted", "test_decoder_measure", "test_timing"}
 # They time or stop ranks, or time all cores: last, one after another.
-ALONE = {"test_device", "test_ranks_links", "test_moe_measure", "test_moe_rank", "test_pair_delays", "test_ranks"}
+ALONE = {
+    "test_device",
+    "test_low_bandwidth",
+    "test_ranks_links",
+    "test_moe_measure",
+    "test_moe_rank",
+    "test_pair_delays",
+    "test_ranks",
+}
 # They take more than ten seconds each; with the lessons' own tests, what `make quick` leaves to `make test`.
 SLOW = {
     "test_activations_architectures", "test_activations_forecast", "test_activations_levers",

@@ -50,6 +50,20 @@ def test_a_forecast_of_a_rank_is_what_real_ranks_take(two_ranks, case):
         assert held[0] == pytest.approx(held[1], rel=0.001)  # zero1 gives another rank a norm's states more
 
 
+def test_replicas_gather_among_fewer_ranks_hold_more_and_average_the_rest():
+    model = model_of("gpt")
+    batch = model.random_batch(2, 32)
+    with Ranks(4, "effkit.activations.on_ranks") as ranks:
+        predicted, measured = predicted_and_measured(model, batch, ranks, num_replicas=2)
+    assert measured.residual == 0
+    assert predicted.total == pytest.approx(measured.total, rel=0.005)
+    sent = predicted.companion(SENT_BYTES).frame["value"]
+    assert dict(sent) == dict(measured.companion(SENT_BYTES).frame["value"])
+    whole = ek.activations.forecast(model, batch, world_size=4)
+    assert predicted.frame["value"]["parameter"] == pytest.approx(2 * whole.frame["value"]["parameter"], rel=0.05)
+    assert sent["all-reduce"] == pytest.approx(sent["reduce-scatter"] / 2, rel=0.05)  # of shards
+
+
 def test_measure_starts_ranks_sends_them_what_a_notebook_defines_and_leaves_none_behind():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(3)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -106,6 +120,7 @@ def test_zero_3_shards_more_than_zero_2_and_that_more_than_zero_1():
     ({"world_size": 2, "shard": "fsdp1"}, "shard is one of fsdp2, ddp, zero1, zero2, zero3; given: 'fsdp1'"),
     ({"world_size": 2, "wrap": "layer"}, "wrap is one of blocks, model"),
     ({"world_size": 2, "shard": "ddp", "param_dtype": "bfloat16"}, "ddp gathers no parameters: leave out param_dtype"),
+    ({"world_size": 4, "num_replicas": 3}, "num_replicas divides the ranks; given: 3 and 4"),
     ({"world_size": 0}, "world_size is a whole number from 1 on"),
     ({"world_size": 2, "tensor_parallel": 2}, "has no tp_plan .* give plan="),
 ])  # fmt: skip

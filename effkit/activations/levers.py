@@ -33,7 +33,7 @@ class Levers(Sharding):
 
     Attributes
     ----------
-    world_size, shard, reshard_after_forward, wrap, param_dtype, tensor_parallel
+    world_size, shard, reshard_after_forward, wrap, param_dtype, num_replicas, tensor_parallel
         As in :class:`Sharding`.
     checkpoint_every
         Every so many blocks, one is recomputed in backward; 0: none is.

@@ -267,9 +267,9 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
 def _time_on_ranks(
     forecaster: Forecaster, size: Size, levers: Levers, calibration: Calibration | None, wanted: dict[str, Any]
 ) -> list[Account]:
-    """The step's time on as many ranks as links were measured between; none on others, nor of split layers."""
+    """The step's time on as many ranks as links were measured between; none on others, nor of layers that are split."""
     of_ranks = calibration.of_ranks if calibration else None
-    if of_ranks is None or levers.num_shards != of_ranks.link.num_ranks:
+    if of_ranks is None or (levers.num_shards, levers.num_replicas) != (of_ranks.link.num_ranks, 1):
         return []
     timeline, growth = forecaster.timeline(size, levers), forecaster.growth(size)
     computing, exposed = map(round, of_ranks.step_ns(timeline, levers, growth))

@@ -46,6 +46,9 @@ class Sharding:
     param_dtype
         In which parameters are gathered and used (``fully_shard``'s mixed precision): ``"same"`` as they are kept, or
         ``"bfloat16"``, with gradients reduced in float32. Not of ddp and zero1, which gather nothing.
+    num_replicas
+        Groups of ranks that each hold the whole model, sharded among them; between groups gradients are averaged
+        (hybrid sharding, which gathers within a node). 1: all ranks share one. Not of ddp and zero1.
     tensor_parallel
         Ranks that share each layer's matrix products; the rest of the world is for ``shard``. Without that, torch's own
         optimizers need ``foreach=False`` on a GPU.
@@ -56,14 +59,17 @@ class Sharding:
     reshard_after_forward: bool = flag(True)
     wrap: str = one_of(BLOCKS, words=WRAPS)
     param_dtype: str = one_of(SAME, words=DTYPES)
+    num_replicas: int = whole(1)
     tensor_parallel: int = whole(1)
 
     def __post_init__(self) -> None:
         check(self)
         if self.world_size % self.tensor_parallel:
             raise ValueError(f"tensor_parallel divides world_size; given: {self.tensor_parallel} and {self.world_size}")
-        if self.replicates and self.param_dtype != SAME:
-            raise ValueError(f"{self.shard} gathers no parameters: leave out param_dtype; autocast has bfloat16")
+        if self.num_shards % self.num_replicas:
+            raise ValueError(f"num_replicas divides the ranks; given: {self.num_replicas} and {self.num_shards}")
+        if self.replicates and (self.param_dtype != SAME or self.num_replicas > 1):
+            raise ValueError(f"{self.shard} gathers no parameters: leave out param_dtype and num_replicas")
 
     @property
     def num_shards(self) -> int:
@@ -119,8 +125,8 @@ def spread(
     if how.world_size != dist.get_world_size():
         raise ValueError(f"the setting is of {how.world_size} ranks; this process group has {dist.get_world_size()}")
     kind = next(model.parameters()).device.type
-    sizes = (how.num_shards, how.tensor_parallel)
-    mesh = init_device_mesh(kind, sizes, mesh_dim_names=("shard", "tensor"))
+    sizes = (how.num_replicas, how.num_shards // how.num_replicas, how.tensor_parallel)
+    mesh = init_device_mesh(kind, sizes, mesh_dim_names=("replica", "shard", "tensor"))
     if how.tensor_parallel > 1:
         _split(model, mesh["tensor"], plan)
     if how.replicates:
@@ -135,12 +141,13 @@ def spread(
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if how.param_dtype == HALF else ())
+        among = mesh["replica", "shard"] if how.num_replicas > 1 else mesh["shard"]
         units: list[nn.Module] = []
         reshard = how.shard == ZERO3 or (how.shard == FSDP2 and how.reshard_after_forward)
         with suppress(ValueError):
             units = blocks(model) if how.wrap == BLOCKS else []
         for unit in (*units, model):
-            fully_shard(unit, mesh=mesh["shard"], reshard_after_forward=reshard, mp_policy=policy)
+            fully_shard(unit, mesh=among, reshard_after_forward=reshard, mp_policy=policy)
     return model, optimizer
 
 
