@@ -38,20 +38,22 @@ LEVERS = ({}, {"checkpoint_every": 1}, {"micro_batches": 2})
 
 def test_forecasts_of_ranks():
     print(f"\n\n{'ranks':>5} {'model':<14}{'setting':<62}{'error':>9}  bytes sent")
-    errors, sent = [], []
+    errors, sent, residuals = [], [], []
     for num_ranks, every in ((2, 1), (4, 3)):
         with Ranks(num_ranks, "effkit.activations.on_ranks") as ranks:
             cases = list(itertools.product(MODELS, STRATEGIES, LEVERS))[::every]
             for name, strategy, levers in cases:
                 make, sizes = MODELS[name]
                 model, setting = make(), {**strategy, **levers}
+                if name == "convolutional" and "param_dtype" in strategy:
+                    continue  # torch's batch norm on a CPU takes no bfloat16 weights beside float32 statistics
                 batch = model.random_batch(*sizes)
                 try:
                     predicted, measured = predicted_and_measured(model, batch, ranks, **setting)
                 except ValueError:  # no plan for tensor parallel, no blocks to recompute
                     print(f"{num_ranks:>5} {name:<14}{setting!s:<62} not forecast")
                     continue
-                assert measured.residual == 0, (name, setting)
+                residuals.append(measured.residual != 0)  # of gloo's threads, which allocate when they like
                 errors.append(abs(predicted.total / measured.total - 1))
                 bytes_sent = [
                     account.companion(SENT_BYTES).frame["value"].to_dict() for account in (predicted, measured)
@@ -62,6 +64,7 @@ def test_forecasts_of_ranks():
     exact = 100 * sum(sent) / len(sent)
     held = [row("forecast of ranks, median error of the peak", 100 * statistics.median(errors), 0.5, "%"),
             row("forecast of ranks, worst error of the peak", 100 * max(errors), 3, "%"),
+            row("measured ranks with a residual", sum(residuals), 0, "settings"),
             row("forecast of ranks, collectives exact", exact, 100, "% of settings", at_least=True)]  # fmt: skip
     assert all(held)
 

@@ -125,12 +125,12 @@ def test_a_step_on_ranks_has_a_time_and_what_of_it_is_exposed(base, model):
 
 
 def test_the_front_of_ranks_begins_with_ddp_and_the_quickest_that_fits_is_on_it(base):
-    table = ek.activations.front(base, num_ranks=2)
+    table = ek.activations.front(base, num_ranks=2, levers=["sharding"])
     assert {"exposed_ns", "sent_bytes"} <= set(table.columns)
     assert table["setting"].str.startswith("world_size=2").all()
     assert {"world_size=2, shard=ddp", "world_size=2, shard=zero3"} <= set(table["setting"])
     least = table["peak_bytes"].min()
-    fits = ek.activations.cheapest(base, round(1.02 * least), num_ranks=2)
+    fits = ek.activations.cheapest(base, round(1.02 * least), num_ranks=2, levers=["sharding"])
     assert fits.high <= 1.02 * least
     assert fits.setting["shard"] != "ddp"
     with pytest.raises(ValueError, match=r"on 4 ranks was not measured: .* links=links\(4\)"):
@@ -140,5 +140,9 @@ def test_the_front_of_ranks_begins_with_ddp_and_the_quickest_that_fits_is_on_it(
 
 
 def test_links_without_time_levers_are_refused():
+    layer, batch = nn.Linear(4, 4), torch.ones(2, 4)
     with pytest.raises(ValueError, match="links go with time_levers=True"):
-        ek.activations.measure(nn.Linear(4, 4), torch.ones(2, 4), loss=torch.sum, links=LINKS)
+        ek.activations.measure(layer, batch, loss=torch.sum, links=LINKS)
+    for given in (LINKS["all-gather"], {"all-gather": LINKS["all-gather"]}):
+        with pytest.raises(ValueError, match=r"links are what activations\.links\(\) found, of every kind"):
+            ek.activations.measure(layer, batch, loss=torch.sum, time_levers=True, links=given)

@@ -53,6 +53,11 @@ def test_every_run_is_given_back(clock):
         assert clock.step_ns(one.timeline, one.levers) == pytest.approx(one.step_ns, rel=1e-6)
 
 
+def test_backward_s_share_of_a_step_is_that_of_its_operators(clock):
+    each = durations(PLAIN) + PER_OPERATOR
+    assert clock.backward_frac(PLAIN, Levers()) == pytest.approx(each[6:-2].sum() / each.sum(), rel=0.05)
+
+
 def test_steps_without_corrections_are_found_to_be_of_that_law():
     runs = [run(Levers(), PLAIN), run(Levers(checkpoint_every=1), step(1000, extra=6))]
     exact = Clock.fit([*runs, run(Levers(micro_batches=2), step(500, extra=6))])

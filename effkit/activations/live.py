@@ -23,11 +23,11 @@ from effkit.activations.real_step import Observation
 from effkit.activations.storage_tracker import OUTSIDE
 from effkit.activations.time_model import Clock, Run
 from effkit.activations.timeline import PEAK, Timeline
-from effkit.arguments import checked_same_model, checked_training, checked_whole
+from effkit.arguments import checked_same_model, checked_training, checked_whole, described
 from effkit.captured import Capture
 from effkit.lab import Progress, calibration_of
 from effkit.progress_bar import working
-from effkit.ranks.links import Link
+from effkit.ranks.links import COLLECTIVES, Link
 from effkit.restoring import unchanged
 from effkit.training import Loss, MakeOptimizer, still
 
@@ -111,6 +111,8 @@ def measure(
     check_trains(model, loss, optimizer, make_batch)
     if links is not None and (not time_levers or base is not None):
         raise ValueError("links go with time_levers=True, and with no base, which has its own")
+    if links is not None and (not isinstance(links, Mapping) or set(links) != set(COLLECTIVES)):
+        raise ValueError(f"links are what activations.links() found, of every kind; given: {described(links)}")
     repeats = checked_whole("repeats", repeats, 1)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     earlier = None if base is None else calibration_of(base, Calibration, "activations")
