@@ -73,6 +73,21 @@ def test_chunks_keep_more_micro_batches_and_wait_less():
     assert interleaved.attrs["idle_frac"] == 3 / 19 < plain.attrs["idle_frac"] == 3 / 11
 
 
+def test_a_frozen_stage_holds_no_gradients_and_no_states():
+    model = ek.models.gpt(layers=4, hidden=64, heads=4, device="cpu")
+    batch, how = model.random_batch(2, 16), {"num_stages": 4, "num_micro_batches": 8}
+    learning = ek.activations.pipeline(model, batch, **how)
+    model.transformer.h[1].requires_grad_(False)
+    frozen = ek.activations.pipeline(model, batch, **how)
+    weights = frozen["parameter_bytes"][1]
+    assert learning["held_bytes"][1] - frozen["held_bytes"][1] == pytest.approx(3 * weights, rel=0.01)
+    assert frozen["held_bytes"].drop(1).tolist() == pytest.approx(learning["held_bytes"].drop(1).tolist(), rel=0.01)
+    model.transformer.requires_grad_(False)
+    model.transformer.ln_f.requires_grad_(True)
+    with pytest.raises(ValueError, match="a frozen one, cannot begin a stage"):
+        ek.activations.pipeline(model, batch, **how)
+
+
 @pytest.mark.parametrize(("how", "said"), [
     ({"num_stages": 8, "num_micro_batches": 8}, "8 stages of 1 chunks take 8 blocks or more; this model has 4"),
     ({"num_stages": 2, "num_micro_batches": 3, "num_chunks": 2}, "the stages divide the micro-batches; given: 2 and 3"),

@@ -19,7 +19,7 @@ from effkit.arguments import checked_whole
 from effkit.progress_bar import working
 from effkit.training import Loss, MakeOptimizer
 
-_PARAMETER, _STATE = "parameter", "optimizer state"
+_STATE = "optimizer state"
 
 
 @working("Forecasting the stages of a pipeline")
@@ -79,9 +79,9 @@ def pipeline(
     rows = []
     for rank in range(p):
         own = range(rank, p * v, p)
-        held_by = sum(parameters[chunk] for chunk in own)
-        share = held_by / step.resident_bytes[_PARAMETER]
-        held = held_by + share * (trained + step.resident_bytes.get(_STATE, 0)) + step.resident_bytes.get("input", 0)
+        held_by, learning = (sum(parameters[chunk][what] for chunk in own) for what in (0, 1))
+        share = learning / trained
+        held = held_by + learning + share * step.resident_bytes.get(_STATE, 0) + step.resident_bytes.get("input", 0)
         flying = min(m * v, p - rank if v == 1 else 2 * (p - rank - 1) + (v - 1) * p + 1)
         saved, fullest = (np.mean([chunks[chunk][what] for chunk in own]) for what in (0, 1))
         peak = held + max((flying - 1) * saved + fullest, share * (updating - trained))
@@ -101,6 +101,10 @@ def _chunks(step: Timeline, names: list[str]) -> list[tuple[int, int]]:
     born, died, sizes = (frame[column].to_numpy() for column in ("birth", "death", "size_bytes"))
     kept = (born >= forward) & (born < backward) & (died > backward)
     inside = [((frame["module"] == name) | frame["module"].str.startswith(f"{name}.")) & kept for name in names[1:]]
+    if not all(one.any() for one in inside):
+        raise ValueError(
+            "a block that saves nothing for backward, as a frozen one, cannot begin a stage: use fewer"
+        )
     begins = [forward, *(int(born[one].min()) for one in inside), backward]
     ends = [update, *(int(died[one].max()) for one in inside), backward]
     found = []
@@ -118,8 +122,9 @@ def _chunks(step: Timeline, names: list[str]) -> list[tuple[int, int]]:
     return found
 
 
-def _parameters(model: nn.Module, parts: list[list[nn.Module]]) -> list[int]:
-    """Bytes of the parameters of each chunk: of its blocks, and of what stands before the first and after the last."""
+def _parameters(model: nn.Module, parts: list[list[nn.Module]]) -> list[tuple[int, int]]:
+    """Bytes of the parameters of each chunk, and of those that learn: of its blocks, and of what stands before the
+    first and after the last."""
     where = {id(parameter): chunk for chunk, modules in enumerate(parts)
              for module in modules for parameter in module.parameters()}  # fmt: skip
     held: list[dict[int, torch.Tensor]] = [{} for _ in parts]
@@ -127,4 +132,5 @@ def _parameters(model: nn.Module, parts: list[list[nn.Module]]) -> list[int]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         begun = begun or id(parameter) in where
         held[where.get(id(parameter), -1 if begun else 0)][id(parameter)] = parameter
-    return [sum(one.nbytes for one in of_one.values()) for of_one in held]
+    return [(sum(one.nbytes for one in of_one.values()),
+             sum(one.nbytes for one in of_one.values() if one.requires_grad)) for of_one in held]  # fmt: skip
