@@ -102,9 +102,7 @@ def _chunks(step: Timeline, names: list[str]) -> list[tuple[int, int]]:
     kept = (born >= forward) & (born < backward) & (died > backward)
     inside = [((frame["module"] == name) | frame["module"].str.startswith(f"{name}.")) & kept for name in names[1:]]
     if not all(one.any() for one in inside):
-        raise ValueError(
-            "a block that saves nothing for backward, as a frozen one, cannot begin a stage: use fewer"
-        )
+        raise ValueError("a block that saves nothing for backward, as a frozen one, cannot begin a stage: use fewer")
     begins = [forward, *(int(born[one].min()) for one in inside), backward]
     ends = [update, *(int(died[one].max()) for one in inside), backward]
     found = []
