@@ -153,7 +153,7 @@ def saved(account: Account, by: str = "module") -> Account:
 def live_bytes(account: Account) -> pd.DataFrame:
     """What is alive during each operator of the account's step: ``phase``, ``operator``, and bytes by category.
 
-    Of a measured account as it was observed, of a predicted one as it is replayed. the lessons draw it.
+    Of a measured account as it was observed, of a predicted one as it is replayed.
     """
     step = _timeline(account)
     levels = pd.DataFrame(step.levels().T, columns=list(CATEGORIES)).rename_axis("number")
@@ -269,7 +269,7 @@ def _time_on_ranks(
 ) -> list[Account]:
     """The step's time on as many ranks as links were measured between; none on others, nor of layers that are split."""
     of_ranks = calibration.of_ranks if calibration else None
-    if of_ranks is None or (levers.num_shards, levers.num_replicas) != (of_ranks.link.num_ranks, 1):
+    if of_ranks is None or (levers.num_shards, levers.world_size, levers.num_replicas) != (*[of_ranks.link.num_ranks] * 2, 1):
         return []
     timeline, growth = forecaster.timeline(size, levers), forecaster.growth(size)
     computing, exposed = map(round, of_ranks.step_ns(timeline, levers, growth))
