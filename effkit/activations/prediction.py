@@ -269,7 +269,8 @@ def _time_on_ranks(
 ) -> list[Account]:
     """The step's time on as many ranks as links were measured between; none on others, nor of layers that are split."""
     of_ranks = calibration.of_ranks if calibration else None
-    if of_ranks is None or (levers.num_shards, levers.world_size, levers.num_replicas) != (*[of_ranks.link.num_ranks] * 2, 1):
+    alike = levers.tensor_parallel == levers.num_replicas == 1
+    if of_ranks is None or levers.world_size != of_ranks.link.num_ranks or not alike:
         return []
     timeline, growth = forecaster.timeline(size, levers), forecaster.growth(size)
     computing, exposed = map(round, of_ranks.step_ns(timeline, levers, growth))
