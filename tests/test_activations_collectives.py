@@ -143,6 +143,8 @@ def test_links_without_time_levers_are_refused():
     layer, batch = nn.Linear(4, 4), torch.ones(2, 4)
     with pytest.raises(ValueError, match="links go with time_levers=True"):
         ek.activations.measure(layer, batch, loss=torch.sum, links=LINKS)
+    with pytest.raises(ValueError, match="a step of one process"):
+        ek.activations.measure(layer, batch, loss=torch.sum, time_levers=True, links=LINKS, world_size=2)
     for given in (LINKS["all-gather"], {"all-gather": LINKS["all-gather"]}):
         with pytest.raises(ValueError, match=r"links are what activations\.links\(\) found, of every kind"):
             ek.activations.measure(layer, batch, loss=torch.sum, time_levers=True, links=given)

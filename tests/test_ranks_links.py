@@ -37,6 +37,12 @@ def test_one_line_is_fitted_as_one():
     )
 
 
+def test_other_ranks_are_connected_alike():
+    times = measured(lambda size: 300_000 + size)
+    assert fit(times, 4, 2, 8e9).between == {"link_bytes_per_s": 8e9, "ranks_per_node": 2}
+    assert fit(times, 2, 2).between == {"link_bytes_per_s": 0.0, "ranks_per_node": 0}  # of any number on one machine
+
+
 def test_noise_does_not_make_two_regimes_and_is_told():
     seen = fit(measured(lambda size: 300_000 + size, noise=0.1, repeats=9), 2, 2)
     assert len(seen.regimes) == 1

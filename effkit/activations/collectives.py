@@ -23,9 +23,8 @@ COLLECTIVES_OF = {  # which of the operator's tensors is whole: the one that no 
     "_c10d_functional::all_reduce": (ALL_REDUCE, 0), "_c10d_functional::all_reduce_": (ALL_REDUCE, 0),
     "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", 0), "_c10d_functional::broadcast": ("broadcast", 0),
 }  # fmt: skip
-
-
-_WRAPPER = {FSDP2: FSDP2, ZERO2: FSDP2, ZERO3: FSDP2, DDP: DDP, ZERO1: ZERO1}  # what torch has for it
+# whose overhead each strategy has: that of torch's wrapper for it
+_WRAPPER = {FSDP2: FSDP2, ZERO2: FSDP2, ZERO3: FSDP2, DDP: DDP, ZERO1: ZERO1}
 
 
 class Collective(NamedTuple):
@@ -98,7 +97,7 @@ class RanksClock:
         plain, *spread = runs
         slower = min(plain.repeats_ns) / clock.step_ns(plain.timeline, plain.levers)
         bare = cls(clock, links, slower)
-        added = {run.levers.shard: max(0.0, bare.short_ns(run)) for run in spread}
+        added = {run.levers.shard: max(0.0, bare._short_ns(run)) for run in spread}
         fitted = replace(bare, added_ns=added)
         errors = tuple(sum(fitted.step_ns(run.timeline, run.levers, run.growth)) / min(run.repeats_ns) - 1
                        for run in checks)  # fmt: skip
@@ -115,7 +114,7 @@ class RanksClock:
         """How far its times can be trusted."""
         return Trust(rms(self.errors), self.noise_frac, self.num_repeats)
 
-    def short_ns(self, run: RanksRun) -> float:
+    def _short_ns(self, run: RanksRun) -> float:
         """What the run took more than computing and waiting, for each of its collectives."""
         count = sum(one.times for one in collectives(run.timeline, run.levers))
         return (min(run.repeats_ns) - sum(self.step_ns(run.timeline, run.levers))) / max(1, count)
@@ -124,12 +123,14 @@ class RanksClock:
         """What a rank computes in such a step, and what it waits for the others beyond that: the exposed time."""
         sent = collectives(timeline, levers)
         computing = self.slower * self.clock.step_ns(timeline, levers, growth)
-        backward_ns = computing * self.clock.backward_frac(timeline, levers) / levers.micro_batches
         added = self.added_ns.get(_WRAPPER[levers.shard], 0.0) * sum(one.times for one in sent)
         waiting = sum(one.times * self._takes(one) for one in sent if not one.beside_backward)
         buckets = [one for one in sent if one.beside_backward]
         buckets = buckets[: len(buckets) // min(2, levers.micro_batches)]  # those of one backward pass
-        return computing + added, waiting + levers.micro_batches * self._exposed(buckets, backward_ns)
+        if buckets:
+            backward_ns = computing * self.clock.backward_frac(timeline, levers) / levers.micro_batches
+            waiting += levers.micro_batches * self._exposed(buckets, backward_ns)
+        return computing + added, waiting
 
     def _takes(self, one: Collective) -> float:
         return self.links[one.kind].dur_ns(self._message(one)).dur_ns

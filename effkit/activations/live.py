@@ -109,8 +109,8 @@ def measure(
         error, beside its noise between two half batches.
     """
     check_trains(model, loss, optimizer, make_batch)
-    if links is not None and (not time_levers or base is not None):
-        raise ValueError("links go with time_levers=True, and with no base, which has its own")
+    if links is not None and (not time_levers or base is not None or setting.get("world_size", 1) != 1):
+        raise ValueError("links go with time_levers=True, a step of one process, and no base, which has its own")
     if links is not None and (not isinstance(links, Mapping) or set(links) != set(COLLECTIVES)):
         raise ValueError(f"links are what activations.links() found, of every kind; given: {described(links)}")
     repeats = checked_whole("repeats", repeats, 1)
@@ -124,9 +124,8 @@ def measure(
     wanted = complete(forecaster.rest() if base is None else base.setting, setting)
     size, levers = parted(wanted)
     if levers.world_size > 1:
-        of_ranks = earlier.of_ranks if earlier else None
-        rate = of_ranks.link.nominal_bytes_per_s if of_ranks else 0.0
-        with on_ranks.of_one_step(levers.world_size, link_bytes_per_s=rate) as ranks:
+        between = earlier.of_ranks.link.between if earlier and earlier.of_ranks else {}
+        with on_ranks.of_one_step(levers.world_size, **between) as ranks:
             return on_ranks.measured(
                 model, forecaster.batch(size), levers, wanted, loss=forecaster.loss, ranks=ranks, repeats=repeats,
                 optimizer=forecaster.make_optimizer, plan=plan or forecaster.plan, progress=progress,

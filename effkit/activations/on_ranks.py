@@ -74,17 +74,16 @@ def clock_of_ranks(
     fitted = [(size, levers) for levers in (Levers(), on(shard=FSDP2), on(shard=DDP), on(shard=ZERO1))]
     checks = [(size, on(wrap=MODEL))]
     if size.num_rows > 1:
-        checks += [
-            (size, on(shard=ZERO2, micro_batches=2)),
-            (replace(size, num_rows=size.num_rows // 2), on(shard=DDP)),
-        ]
+        half = replace(size, num_rows=size.num_rows // 2)
+        checks += [(size, on(shard=ZERO2, micro_batches=2)), (half, on(shard=DDP))]
     if clock.knows(recomputed := on(checkpoint_every=1)):
         checks.append((size, recomputed))
     steps = [*fitted, *checks]
-    with of_one_step(link.num_ranks, link_bytes_per_s=link.nominal_bytes_per_s) as ranks:
+    timelines = [forecaster.timeline(rows, levers) for rows, levers in steps]  # first: what cannot be replayed is told
+    with of_one_step(link.num_ranks, **link.between) as ranks:
         seen = run(model, [(forecaster.batch(rows), levers) for rows, levers in steps], ranks, repeats, **job)
-    runs = [RanksRun(levers, forecaster.timeline(rows, levers), steps_ns(records), forecaster.growth(rows))
-            for (rows, levers), records in zip(steps, seen, strict=True)]  # fmt: skip
+    runs = [RanksRun(levers, timeline, steps_ns(records), forecaster.growth(rows))
+            for (rows, levers), timeline, records in zip(steps, timelines, seen, strict=True)]  # fmt: skip
     return RanksClock.fit(clock, links, runs[: len(fitted)], runs[len(fitted) :])
 
 
@@ -106,7 +105,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="effkit-job-") as folder:
         path = Path(folder) / "job"
         path.write_bytes(_packed(job))
-        told = {"job": str(path), "repeats": repeats}
+        told = {"job": str(path), "num_steps": len(steps), "repeats": repeats}
         total = len(steps) * (1 + repeats)
         seen = ranks.run(told, timeout_s=_TIMEOUT_S, progress=progress, total=total)
         records = [json.loads((seen / f"rank{rank}.json").read_text()) for rank in range(ranks.num_ranks)]
@@ -143,8 +142,8 @@ def main(folder: Path, met: Path | None = None) -> None:
         packed = Path(member.run["job"]).read_bytes()
         steps: list[tuple[Any, ...]] = []
         seen: list[dict[str, Any]] = []
-        for number in range(len(pickle.loads(packed)["steps"])):  # of the process that started this one
-            job = pickle.loads(packed)  # spreading a model changes it
+        for number in range(int(member.run["num_steps"])):
+            job = pickle.loads(packed)  # of the process that started this one; spreading a model changes it
             batch, levers = job["steps"][number]
             batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(member.device), batch)
             model, make = job["model"].to(member.device), levers.optimizer(job["optimizer"])

@@ -112,10 +112,8 @@ def _chunks(step: Timeline, names: list[str]) -> list[tuple[int, int]]:
         for first, after in parts:
             own |= (born >= first) & (born < after)
             earlier |= (born < forward) & (died >= first) & (died < after)  # gradients that give way to their sums
-        change = np.zeros(len(step.ops) + 1, dtype="int64")
-        np.add.at(change, born[own], sizes[own])
-        np.add.at(change, died[own | earlier], -sizes[own | earlier])
-        level = change.cumsum()[:-1] + step.inside_bytes
+        gone = tuple(("gradient", int(op), int(size)) for op, size in zip(died[earlier], sizes[earlier], strict=True))
+        level = replace(step, allocations=frame[own], resident_bytes={}, let_go=gone).levels().sum(axis=0)
         found.append((int(sizes[own & kept].sum()), int(max(level[slice(*part)].max() for part in parts))))
     return found
 

@@ -113,6 +113,12 @@ class Link:
         """Whether the link was limited to a rate."""
         return self.nominal_bytes_per_s > 0
 
+    @property
+    def between(self) -> dict[str, Any]:
+        """How other ranks are connected alike: keywords of :class:`effkit.ranks.launching.Ranks`."""
+        per_node = self.ranks_per_node if self.shaped else 0
+        return {"link_bytes_per_s": self.nominal_bytes_per_s, "ranks_per_node": per_node}
+
     def doublings(self, size_bytes: float) -> float:
         """How far a message lies beyond those that were measured; 0 among them."""
         return Hull.of({"size_bytes": size} for size in self.frame.index).doublings({"size_bytes": size_bytes})
@@ -127,7 +133,7 @@ class Link:
         return Duration(dur_ns, max(0.0, dur_ns - margin), dur_ns + margin, doublings == 0)
 
     def __repr__(self) -> str:
-        where = f"An {self.kind}".replace("An r", "A r").replace("An b", "A b") + f" of {self.num_ranks} ranks "
+        where = f"{'An' if self.kind.startswith('a') else 'A'} {self.kind} of {self.num_ranks} ranks "
         if self.shaped:
             apart = "each on a node of its own" if self.ranks_per_node == 1 else f"{self.ranks_per_node} on a node"
             where += f"({apart}), through one trunk limited to {self.nominal_bytes_per_s / 1e6:,.0f} MB/s"
@@ -212,12 +218,9 @@ def main(folder: Path, met: Path) -> None:
 
 
 def fit(
-    measured: pd.DataFrame,
-    num_ranks: int,
-    ranks_per_node: int,
-    nominal_bytes_per_s: float = 0.0,
+    measured: pd.DataFrame, num_ranks: int, ranks_per_node: int, nominal_bytes_per_s: float = 0.0,
     kind: str = ALL_TO_ALL,
-) -> Link:
+) -> Link:  # fmt: skip
     """A :class:`Link` from measured collectives of four sizes or more: ``size_bytes`` (to each other rank), ``dur_ns``.
 
     Relative errors are minimised, in units of what the repeats leave uncertain (at most sizes near it, at least):

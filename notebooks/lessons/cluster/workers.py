@@ -164,7 +164,7 @@ def measure(setting: Setting, mode: str) -> Account:
 
 
 def bars(runs: Mapping[str, Account], setting: Setting) -> pd.DataFrame:
-    """Time by the clock, for :func:`effkit.view.policies`: ``step_ns`` predicted and run; ``dropped_frac``, none."""
+    """Time by the clock, for :func:`lessons.drawing.policies`: ``step_ns`` predicted and run; none is dropped."""
     rows = {}
     for mode, run in runs.items():
         rows[f"{mode}, predicted"] = predict(setting, mode).total / setting.num_workers
