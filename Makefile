@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2
 WORKERS ?= 2
-# what is never imported need not be compiled
+# what is never imported need not be compiled; what is, once, and not in each process of a test
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: lab app test quick lint lowest notebooks site bench ledger record clean help

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
 
+from effkit.interrupts import deliver
+
+Progress = Callable[[int, int], None]  # (runs done, runs in all); what it raises ends the measurement
 SLOW_S = 2.0
 _EVERY_S = 0.25  # no oftener: whoever is timed must not wait for a screen
 
@@ -87,6 +90,17 @@ def hush() -> None:
     """From here on somebody else says how far the call has come."""
     if (bar := _bar.get()) is not None:
         bar.next = math.inf
+
+
+def tell(progress: Progress | None, done: int, total: int) -> None:
+    """Report to whoever listens, or else to the call's progress bar. A press of Ctrl-C that Python has lost ends the
+    measurement here."""
+    deliver()
+    if progress is None:
+        advance(done, total)
+    else:
+        hush()
+        progress(done, total)
 
 
 def _kernel() -> Any:

@@ -15,31 +15,32 @@ def layer():
     return nn.Sequential(nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU(), nn.Linear(4 * HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN))
 
 
-def run_alone(layers, in_flight):
-    """The peak of a stage that has run forward so often when backward begins, with gradients of an earlier backward."""
+def run_alone(layers, in_flight, num_micro_batches):
+    """The peak of a stage that has run forward ``in_flight`` times when its first backward begins, 1F1B from there."""
     stage = nn.Sequential(*layers)
     update = still(stage.parameters())
-    given = [torch.randn(ROWS, HIDDEN, requires_grad=True) for _ in range(in_flight + 1)]
+
+    def forward():
+        return stage(torch.ones(ROWS, HIDDEN, requires_grad=True)).sum()  # what it sends on is not kept
 
     def step(enter=lambda phase: None):
         enter("forward")
-        flying = [stage(one).sum() for one in given[:in_flight]]  # what it sends to the next stage is not kept
+        flying = [forward() for _ in range(in_flight)]
         enter("backward")
-        flying.pop(0).backward()
-        flying.append(stage(given[-1]).sum())
+        for _ in range(num_micro_batches - in_flight):
+            flying.pop(0).backward()
+            flying.append(forward())
         while flying:
             flying.pop(0).backward()
         enter("optimizer")
         update.step()
         update.zero_grad()
-        for one in given:
-            one.grad = None
 
     step()
-    return observe(step, stage, lambda: residents(stage, update, given))
+    return observe(step, stage, lambda: residents(stage, update, torch.empty(0)))
 
 
-@pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 4), (4, 8), (4, 5)])
+@pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 4), (4, 8), (4, 5), (4, 2), (2, 1), (1, 1)])
 def test_a_stage_needs_what_it_needs_when_it_is_run_alone(num_stages, num_micro_batches):
     model = nn.Sequential(*(layer() for _ in range(LAYERS)))
     batch = torch.randn(ROWS, HIDDEN)
@@ -48,7 +49,7 @@ def test_a_stage_needs_what_it_needs_when_it_is_run_alone(num_stages, num_micro_
     assert list(frame["in_flight"]) == [min(num_micro_batches, num_stages - rank) for rank in range(num_stages)]
     each = LAYERS // num_stages
     for rank, row in frame.iterrows():
-        alone = run_alone(model[rank * each : (rank + 1) * each], row["in_flight"])
+        alone = run_alone(model[rank * each : (rank + 1) * each], row["in_flight"], num_micro_batches)
         assert row["peak_bytes"] == pytest.approx(alone.peak_bytes, rel=0.03)
     assert frame.attrs["idle_frac"] == (num_stages - 1) / (num_micro_batches + num_stages - 1)
 
@@ -59,6 +60,42 @@ def test_parameters_of_all_stages_are_the_model_s_and_a_tied_one_is_on_both_ends
     tied = model.lm_head.weight.nbytes
     assert frame["parameter_bytes"].sum() == sum(one.nbytes for one in model.parameters()) + tied
     assert list(frame["blocks"]) == ["0 to 1", "2 to 3"]
+
+
+class Encoded(nn.Module):
+    """Two lists of layers, run one after the other, and a layer between; ``order`` is that of the first."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+        self.encoder = nn.ModuleList(layer() for _ in range(4))
+        self.between = nn.Linear(HIDDEN, HIDDEN)
+        self.decoder = nn.ModuleList(layer() for _ in range(4))
+
+    def forward(self, hidden):
+        for number in self.order:
+            hidden = self.encoder[number](hidden)
+        hidden = self.between(hidden)
+        for block in self.decoder:
+            hidden = block(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 1, 3)])
+def test_blocks_that_run_in_another_order_or_again_are_refused(order):
+    with pytest.raises(ValueError, match="blocks that run once, in the order in which the model holds them"):
+        ek.activations.pipeline(Encoded(order), torch.randn(ROWS, HIDDEN), num_stages=2, num_micro_batches=4,
+                                loss=torch.sum)  # fmt: skip
+
+
+def test_what_stands_between_blocks_is_where_they_are_and_a_shared_parameter_on_each_rank_that_uses_it():
+    model = Encoded(range(4))
+    batch, how = torch.randn(ROWS, HIDDEN), {"num_stages": 4, "num_micro_batches": 4, "loss": torch.sum}
+    weights = [sum(one.nbytes for one in model.encoder[0].parameters()) * 2] * 4
+    weights[1] += sum(one.nbytes for one in model.between.parameters())
+    assert ek.activations.pipeline(model, batch, **how)["parameter_bytes"].tolist() == weights
+    model.decoder[3][0].weight = model.encoder[0][0].weight
+    assert ek.activations.pipeline(model, batch, **how)["parameter_bytes"].tolist() == weights
 
 
 def test_chunks_keep_more_micro_batches_and_wait_less():

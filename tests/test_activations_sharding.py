@@ -119,6 +119,7 @@ def test_zero_3_shards_more_than_zero_2_and_that_more_than_zero_1():
     ({"world_size": 4, "tensor_parallel": 3}, "tensor_parallel divides world_size; given: 3 and 4"),
     ({"world_size": 2, "shard": "fsdp1"}, "shard is one of fsdp2, ddp, zero1, zero2, zero3; given: 'fsdp1'"),
     ({"world_size": 2, "wrap": "layer"}, "wrap is one of blocks, model"),
+    ({"param_dtype": "bfloat16"}, "param_dtype is that in which ranks gather parameters: give a larger world_size"),
     ({"world_size": 2, "shard": "ddp", "param_dtype": "bfloat16"}, "ddp gathers no parameters: leave out param_dtype"),
     ({"world_size": 4, "num_replicas": 3}, "num_replicas divides the ranks; given: 3 and 4"),
     ({"world_size": 0}, "world_size is a whole number from 1 on"),

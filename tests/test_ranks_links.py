@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from effkit.ranks import launching
-from effkit.ranks.links import fit, link
+from effkit.ranks.links import fit, link, links
 
 SIZES = [2**power for power in range(10, 23)]
 needs_links = pytest.mark.skipif(bool(launching.why_no_links()), reason=launching.why_no_links())
@@ -99,7 +99,9 @@ def test_beyond_the_sizes_that_were_measured_the_band_widens_with_the_doublings(
     [
         (lambda: fit(measured(float)[:3], 2, 2), "takes 4 sizes or more; given: 3"),
         (lambda: fit(measured(lambda size: 1 + size), 2, 2).dur_ns(-1), "0 or more; given: -1"),
-        (lambda: link(num_repeats=0), "num_repeats is at least 1; given: 0"),
+        (lambda: link(num_repeats=0), "num_repeats is a whole number from 1 on; given: 0"),
+        (lambda: links(kinds="all-reduce"), "kinds are some of all-to-all, .*, in a list; given: 'all-reduce'"),
+        (lambda: links(kinds=["all-reduce", "gather"]), "kinds are some of .*; given: .*'gather'"),
         (lambda: link(1), "num_ranks is 2 to 8"),
     ],
 )

@@ -80,11 +80,12 @@ HOUSE = [
     {"timing"},
     {"device"},
     {"datasheets"},
-    {"receipt", "least_squares", "gc_disabled", "idle", "interrupts", "operators"},
+    {"receipt", "least_squares", "gc_disabled", "idle", "operators"},
     {"account"},
     {"records"},
     {"markup", "whole_files"},
     {"arguments", "lazy", "progress_bar", "units"},
+    {"interrupts"},
 ]
 LONGEST_FILE = 450  # lines
 MOST_LINES = 26_092

@@ -74,7 +74,8 @@ class Forecaster:
         self.assumptions = ASSUMED if elsewhere else ""
         self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
         self.loss, self.make_optimizer, self.plan = loss or own_loss, optimizer, plan
-        self._batch, self._make = batch, make_batch
+        self._batch = batch = dict(batch) if isinstance(batch, Mapping) else batch  # whatever kind of mapping it is
+        self._make = make_batch
         self._length: stepping.Length | None = None  # while each is tried
         num_rows, found = stepping.rows(batch), stepping.lengths(batch)
         self._length = next((one for one in found if self._varies(num_rows, one)), None)

@@ -114,7 +114,6 @@ def measure(
     if links is not None and (not isinstance(links, Mapping) or set(links) != set(COLLECTIVES)):
         raise ValueError(f"links are what activations.links() found, of every kind; given: {described(links)}")
     repeats = checked_whole("repeats", repeats, 1)
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
     earlier = None if base is None else calibration_of(base, Calibration, "activations")
     if earlier:
         checked_same_model(model, earlier.forecaster.shapes)

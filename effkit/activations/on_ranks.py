@@ -72,12 +72,10 @@ def clock_of_ranks(
     size, link = forecaster.size, next(iter(links.values()))
     on = partial(Levers, world_size=link.num_ranks)
     fitted = [(size, levers) for levers in (Levers(), on(shard=FSDP2), on(shard=DDP), on(shard=ZERO1))]
-    checks = [(size, on(wrap=MODEL))]
-    if size.num_rows > 1:
-        half = replace(size, num_rows=size.num_rows // 2)
-        checks += [(size, on(shard=ZERO2, micro_batches=2)), (half, on(shard=DDP))]
-    if clock.knows(recomputed := on(checkpoint_every=1)):
-        checks.append((size, recomputed))
+    other = replace(size, num_rows=size.num_rows // 2 or 2)
+    checks = [(other, on(shard=DDP)), (size if size.num_rows > 1 else other, on(shard=ZERO2, micro_batches=2))]
+    if clock.knows(recomputed := on(checkpoint_every=1)):  # it has blocks
+        checks += [(size, recomputed), (size, on(wrap=MODEL))]
     steps = [*fitted, *checks]
     timelines = [forecaster.timeline(rows, levers) for rows, levers in steps]  # first: what cannot be replayed is told
     with of_one_step(link.num_ranks, **link.between) as ranks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ def pipeline(
 
     Rank i of p runs forward p - i times before its first backward, and keeps that many micro-batches; with v chunks
     2 (p - i - 1) + (v - 1) p + 1 micro-batches of a chunk each (Narayanan et al., arXiv 2104.04473). Its peak is what
-    it holds all through a step, the gradients, what all but one of these save for backward, and the fullest moment of
-    its part of the second micro-batch; or of the optimizer's step. What stages send each other is in it once.
+    it holds all through a step, what all but one of these save for backward, and the fullest moment of its part of one
+    more: of the first, or of a later one beside the gradients; or of the optimizer's step. What stages send each other
+    is in it once. ValueError for blocks that run more than once, or in another order than the model holds them.
 
     Parameters
     ----------
@@ -40,7 +42,7 @@ def pipeline(
         As in :func:`forecast`; ``batch_like`` is one micro-batch.
     num_stages
         Ranks, each with as many of the model's :func:`blocks` as another, or one more; what comes before the blocks is
-        on the first, what comes after on the last, and a parameter that both use is on both.
+        on the first, what comes after one is where it is, and a parameter that several ranks use is on each.
     num_micro_batches
         Of a step.
     num_chunks
@@ -69,11 +71,10 @@ def pipeline(
     if levers.world_size > 1 or levers.micro_batches > 1:
         raise ValueError("a stage is forecast on its own: leave out world_size and micro_batches")
     step = forecaster.timeline(replace(size, num_rows=2 * size.num_rows), replace(levers, micro_batches=2))
-    firsts = [number * len(parts) // (p * v) for number in range(p * v)]
-    afters = [*firsts[1:], len(parts)]
+    *firsts, _ = bounds = [number * len(parts) // (p * v) for number in range(p * v + 1)]
     names = {id(module): name for name, module in model.named_modules()}
-    chunks = _chunks(step, [names[id(parts[first])] for first in firsts])
-    parameters = _parameters(model, [parts[first:after] for first, after in zip(firsts, afters, strict=True)])
+    chunks = _chunks(step, [names[id(part)] for part in parts], firsts)
+    parameters = _parameters(model, [parts[first] for first in firsts])
     updating = step.levels()[:, step.segments[-1].first :].sum(axis=0).max() - sum(step.resident_bytes.values())
     trained = sum(one.nbytes for one in model.parameters() if one.requires_grad)
     rows = []
@@ -83,9 +84,11 @@ def pipeline(
         share = learning / trained
         held = held_by + learning + share * step.resident_bytes.get(_STATE, 0) + step.resident_bytes.get("input", 0)
         flying = min(m * v, p - rank if v == 1 else 2 * (p - rank - 1) + (v - 1) * p + 1)
-        saved, fullest = (np.mean([chunks[chunk][what] for chunk in own]) for what in (0, 1))
-        peak = held + max((flying - 1) * saved + fullest, share * (updating - trained))
-        which = ", ".join(f"{firsts[chunk]} to {afters[chunk] - 1}" for chunk in own)
+        saved, first, later = (np.mean([chunks[chunk][what] for chunk in own]) for what in (0, 1, 2))
+        beside = flying - 1 - (flying == m * v)  # before a later backward: the first of all that fly has ended its own
+        full = max((flying - 1) * saved + first - learning, beside * saved + later if m * v > 1 else 0)
+        peak = held + max(full, share * (updating - trained))
+        which = ", ".join(f"{bounds[chunk]} to {bounds[chunk + 1] - 1}" for chunk in own)
         rows.append((which, held_by, round(held), flying, round(saved), round(peak)))
     columns = ["blocks", "parameter_bytes", "held_bytes", "in_flight", "saved_bytes", "peak_bytes"]
     frame = pd.DataFrame(rows, columns=columns).rename_axis("rank")
@@ -93,40 +96,43 @@ def pipeline(
     return frame
 
 
-def _chunks(step: Timeline, names: list[str]) -> list[tuple[int, int]]:
-    """Bytes that each chunk saves for the second backward, and what it takes at its fullest moment beyond the gradients
-    of the first; a chunk begins with the block of this name."""
-    _, _, forward, backward, update = (segment.first for segment in step.segments)
-    frame = step.allocations
+def _chunks(step: Timeline, names: list[str], firsts: list[int]) -> list[tuple[int, int, int]]:
+    """Bytes that each chunk saves for backward, and what it takes at its fullest moment, of the first micro-batch and,
+    beyond the gradients of the first, of the second; ``firsts`` are the numbers of the blocks that chunks begin with.
+    """
+    starts, frame = [segment.first for segment in step.segments], step.allocations
     born, died, sizes = (frame[column].to_numpy() for column in ("birth", "death", "size_bytes"))
-    kept = (born >= forward) & (born < backward) & (died > backward)
-    inside = [((frame["module"] == name) | frame["module"].str.startswith(f"{name}.")) & kept for name in names[1:]]
-    if not all(one.any() for one in inside):
-        raise ValueError("a block that saves nothing for backward, as a frozen one, cannot begin a stage: use fewer")
-    begins = [forward, *(int(born[one].min()) for one in inside), backward]
-    ends = [update, *(int(died[one].max()) for one in inside), backward]
-    found = []
-    for chunk in range(len(names)):
-        parts = (begins[chunk], begins[chunk + 1]), (ends[chunk + 1], ends[chunk])
-        own, earlier = np.zeros(len(born), dtype=bool), np.zeros(len(born), dtype=bool)
-        for first, after in parts:
-            own |= (born >= first) & (born < after)
-            earlier |= (born < forward) & (died >= first) & (died < after)  # gradients that give way to their sums
-        gone = tuple(("gradient", int(op), int(size)) for op, size in zip(died[earlier], sizes[earlier], strict=True))
-        level = replace(step, allocations=frame[own], resident_bytes={}, let_go=gone).levels().sum(axis=0)
-        found.append((int(sizes[own & kept].sum()), int(max(level[slice(*part)].max() for part in parts))))
-    return found
+    inside = [((frame["module"] == name) | frame["module"].str.startswith(f"{name}.")).to_numpy() for name in names]
+    found: list[list[int]] = [[] for _ in firsts]
+    for forward, backward, after in (starts[:3], starts[2:]):  # of each micro-batch
+        kept = (born >= forward) & (born < backward) & (died > backward)
+        births = [np.sort(born[one & kept]) for one in inside]
+        if not all(len(births[first]) for first in firsts[1:]):
+            raise ValueError("a block that saves nothing for backward, as a frozen one, cannot begin a stage")
+        # a block's input may be older than what the block before saves last; most of what a block saves is not
+        if any(one[-1] > other[(len(other) - 1) // 2] for one, other in pairwise(filter(len, births))):
+            raise ValueError("a pipeline takes blocks that run once, in the order in which the model holds them")
+        begins = [forward, *(int(births[first][0]) for first in firsts[1:]), backward]
+        ends = [after, *(int(died[inside[first] & kept].max()) for first in firsts[1:]), backward]
+        for chunk, bytes_of in enumerate(found):
+            parts = (begins[chunk], begins[chunk + 1]), (ends[chunk + 1], ends[chunk])
+            own, earlier = np.zeros(len(born), dtype=bool), np.zeros(len(born), dtype=bool)
+            for begin, end in parts:
+                own |= (born >= begin) & (born < end)
+                earlier |= (born < forward) & (died >= begin) & (died < end)  # gradients that give way to their sums
+            gone = tuple(("gradient", int(op), int(size)) for op, size in zip(died[earlier], sizes[earlier]))  # noqa: B905
+            level = replace(step, allocations=frame[own], resident_bytes={}, let_go=gone).levels().sum(axis=0)
+            bytes_of += [int(sizes[own & kept].sum()), int(max(level[slice(*part)].max() for part in parts))]
+    return [(saved, first, later) for _, first, saved, later in found]
 
 
-def _parameters(model: nn.Module, parts: list[list[nn.Module]]) -> list[tuple[int, int]]:
-    """Bytes of the parameters of each chunk, and of those that learn: of its blocks, and of what stands before the
-    first and after the last."""
-    where = {id(parameter): chunk for chunk, modules in enumerate(parts)
-             for module in modules for parameter in module.parameters()}  # fmt: skip
-    held: list[dict[int, torch.Tensor]] = [{} for _ in parts]
-    begun = False
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        begun = begun or id(parameter) in where
-        held[where.get(id(parameter), -1 if begun else 0)][id(parameter)] = parameter
+def _parameters(model: nn.Module, begins: list[nn.Module]) -> list[tuple[int, int]]:
+    """Bytes of the parameters of each chunk, and of those that learn: from the block that it begins with to the next
+    such; the first has what stands before all blocks too."""
+    held: list[dict[int, torch.Tensor]] = [{} for _ in begins]
+    chunk = 0
+    for _, module in model.named_modules(remove_duplicate=False):
+        chunk = begins.index(module) if module in begins else chunk
+        held[chunk].update({id(one): one for one in module.parameters(recurse=False)})
     return [(sum(one.nbytes for one in of_one.values()),
              sum(one.nbytes for one in of_one.values() if one.requires_grad)) for of_one in held]  # fmt: skip

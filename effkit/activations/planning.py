@@ -17,7 +17,7 @@ from effkit.activations.on_ranks import SENT_BYTES, TIME
 from effkit.activations.prediction import predict
 from effkit.activations.sharding import BLOCKS, DDP, MODEL, ZERO1, ZERO2, ZERO3
 from effkit.activations.timeline import MOVED
-from effkit.arguments import checked_amount
+from effkit.arguments import checked_amount, checked_whole
 from effkit.lab import calibration_of
 from effkit.progress_bar import working
 from effkit.units import readable
@@ -70,6 +70,7 @@ def front(
     """
     if isinstance(levers, str):
         raise TypeError(f"levers is a list of names; given: {levers!r}")
+    num_ranks = checked_whole("num_ranks", num_ranks, 1)
     levers = levers or (ON_RANKS if num_ranks > 1 else LEVERS)
     if unknown := set(levers) - set(POSITIONS):
         raise ValueError(f"no such lever: {', '.join(sorted(unknown))}; there are {', '.join(POSITIONS)}")
@@ -82,25 +83,23 @@ def front(
     if "sharding" in levers and num_ranks == 1:
         raise ValueError("sharding is between ranks: give num_ranks, or leave it out")
     start = Levers(world_size=num_ranks, shard=DDP) if num_ranks > 1 else Levers()
-    tried: dict[Levers, tuple[int, int]] = {}
-    on_ranks: dict[Levers, tuple[int, ...]] = {}
+    tried: dict[Levers, tuple[int, ...]] = {}  # its peak and its time; with ranks what is exposed, and what is sent
     new = [start]
     positions = {name: [one for one in POSITIONS[name] if _acts(base, start, one)] for name in levers}
     while new:
         for combination in new:
             account = predict(base, **asdict(combination))
             time = account.companion(TIME)
-            tried[combination] = account.total, time.total
-            if num_ranks > 1:
-                on_ranks[combination] = int(time.frame["value"].iloc[-1]), account.companion(SENT_BYTES).total
+            sent = (int(time.frame["value"].iloc[-1]), account.companion(SENT_BYTES).total) if num_ranks > 1 else ()
+            tried[combination] = account.total, time.total, *sent
         best = _on_front(tried)
         further = dict.fromkeys(more for combination in best for more in _further(combination, positions))
         new = [more for more in further
                if more not in tried and (_lossless(base, more) or not lossless) and _possible(base, more)]  # fmt: skip
-    rows = [(_name(combination), *figures, _lossless(base, combination), combination in best,
-             *on_ranks.get(combination, ())) for combination, figures in tried.items()]  # fmt: skip
-    more = ["exposed_ns", "sent_bytes"] if on_ranks else []
-    table = pd.DataFrame(rows, columns=["setting", "peak_bytes", "step_ns", "lossless", "on_front", *more])
+    rows = [(_name(combination), *figures[:2], _lossless(base, combination), combination in best, *figures[2:])
+            for combination, figures in tried.items()]  # fmt: skip
+    columns = ["setting", "peak_bytes", "step_ns", "lossless", "on_front", "exposed_ns", "sent_bytes"]
+    table = pd.DataFrame(rows, columns=columns[: len(rows[0])])
     table = table.sort_values("step_ns", kind="stable", ignore_index=True)
     table.attrs["settings"] = {_name(combination): combination.changed for combination in tried}
     return table
@@ -158,10 +157,10 @@ def _further(levers: Levers, positions: Mapping[str, Sequence[Mapping[str, Any]]
             yield replace(levers, **{"keep": "none", **position} if name == "checkpoint" else position)
 
 
-def _on_front(points: Mapping[Levers, tuple[int, int]]) -> list[Levers]:
+def _on_front(points: Mapping[Levers, tuple[int, ...]]) -> list[Levers]:
     """Those than which no other is smaller and at least as quick, in order of time."""
     best: list[Levers] = []
-    for combination in sorted(points, key=lambda levers: points[levers][::-1]):
+    for combination in sorted(points, key=lambda levers: points[levers][1::-1]):
         if not best or points[combination][0] < points[best[-1]][0]:
             best.append(combination)
     return best

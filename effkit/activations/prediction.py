@@ -227,7 +227,7 @@ def _forecaster(
 ) -> Forecaster:
     """What forecasts around the size of this setting."""
     check_trains(model, options["loss"], options["optimizer"], options["make_batch"], runs=False)
-    forecaster = Forecaster(model, dict(batch) if isinstance(batch, Mapping) else batch, **options)
+    forecaster = Forecaster(model, batch, **options)
     forecaster.size, _ = parted(complete(forecaster.rest(), setting))
     if calibrate is not None:
         forecaster.runs_operators = calibrate

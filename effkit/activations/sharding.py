@@ -70,6 +70,8 @@ class Sharding:
             raise ValueError(f"num_replicas divides the ranks; given: {self.num_replicas} and {self.num_shards}")
         if self.replicates and (self.param_dtype != SAME or self.num_replicas > 1):
             raise ValueError(f"{self.shard} gathers no parameters: leave out param_dtype and num_replicas")
+        if self.num_shards == 1 and self.param_dtype != SAME:
+            raise ValueError("param_dtype is that in which ranks gather parameters: give a larger world_size")
 
     @property
     def num_shards(self) -> int:

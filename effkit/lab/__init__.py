@@ -5,7 +5,7 @@ from __future__ import annotations
 from effkit.lab.bands import OF_A_MEDIAN, SPREAD, Hull, Trust, banded, interval, noise, rms
 from effkit.lab.calibrated import calibration_of
 from effkit.lab.knobs import asked, changed, check, flag, number, one_of, share, whole
-from effkit.lab.progress import Progress, tell
+from effkit.progress_bar import Progress, tell
 
 __all__ = [
     "OF_A_MEDIAN", "SPREAD", "Hull", "Progress", "Trust", "asked", "banded", "calibration_of", "changed", "check",

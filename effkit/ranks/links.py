@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from effkit.arguments import checked_whole
 from effkit.device import synchronize
 from effkit.lab import Hull, Progress, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
@@ -176,8 +177,9 @@ def links(
     kinds
         Of :data:`COLLECTIVES`.
     """
-    if num_repeats < 1:
-        raise ValueError(f"num_repeats is at least 1; given: {num_repeats}")
+    num_repeats = checked_whole("num_repeats", num_repeats, 1)
+    if not isinstance(kinds, list | tuple) or not kinds or any(kind not in tuple(COLLECTIVES) for kind in kinds):
+        raise ValueError(f"kinds are some of {', '.join(COLLECTIVES)}, in a list; given: {kinds!r}")
     on: dict[str, Any] = {"link_bytes_per_s": link_bytes_per_s, "ranks_per_node": ranks_per_node, "backend": backend}
     with Ranks(num_ranks, __name__, **on) as ranks:
         run = {"num_repeats": num_repeats, "kinds": list(kinds)}
