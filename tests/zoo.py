@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -312,7 +313,7 @@ ZOO = {
     "normalizing flow": Kind(
         lambda: made(coupling, nets=nn.ModuleList(nn.Linear(8, 16) for _ in range(3))), values(32, 16), lambda x: x),
     "a lock inside": Kind(
-        lambda: made(locked, layers=stack(), lock=threading.Lock()), values(8, 32), square),
+        lambda: made(locked, layers=stack(), lock=threading.Lock(), library=math), values(8, 32), square),
     "memory bank": Kind(
         lambda: with_buffer(made(queue, encoder=nn.Linear(32, 16)), bank=torch.randn(64, 16)), values(8, 32), square),
     "vector quantised": Kind(

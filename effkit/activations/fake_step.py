@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -256,7 +257,7 @@ def _uncopied(*values: Any, seen: set[int]) -> Iterator[Any]:
         seen.add(id(value))
         if isinstance(value, dict | list | tuple):
             yield from _uncopied(*(value.values() if isinstance(value, dict) else value), seen=seen)
-        elif hasattr(value, "__dict__") and not isinstance(value, type | torch.Tensor):
+        elif hasattr(value, "__dict__") and not isinstance(value, type | torch.Tensor | ModuleType):
             yield from _uncopied(vars(value), seen=seen)
         elif not hasattr(value, "__next__"):  # a copy that draws from the same would use it up
             try:

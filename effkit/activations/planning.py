@@ -38,9 +38,7 @@ ON_RANKS = ("sharding", "checkpoint", "micro_batches")
 
 
 @working("Comparing combinations of levers")
-def front(
-    base: Account, *, levers: Sequence[str] = (), lossless: bool = False, num_ranks: int = 1
-) -> pd.DataFrame:  # fmt: skip
+def front(base: Account, *, levers: Sequence[str] = (), lossless: bool = False, num_ranks: int = 1) -> pd.DataFrame:
     """Predicted time and peak memory of combinations of levers, at the size that was measured.
 
     The search begins with the plain step and adds one lever at a time to what is on the front so far (no other
