@@ -27,7 +27,6 @@ TIMED = {"test_advice_planted", "test_decoder_measure", "test_timing"}
 # They time or stop ranks, or time all cores: last, one after another.
 ALONE = {
     "test_device",
-    "test_low_bandwidth",
     "test_ranks_links",
     "test_moe_measure",
     "test_moe_rank",
