@@ -189,9 +189,9 @@ def memory_events(step: Callable[[], object], *, operators: bool = True) -> trac
     return trace.read(profiler.exported())
 
 
-def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4, shapes: bool = False) -> bytes:
+def trace_of(step: Callable[[], object], *, warmup: int = 2, steps: int = 4, **recorded: Any) -> bytes:
     """Call ``step()`` ``warmup`` times, then ``steps`` times under the profiler, and return its trace (JSON)."""
-    with closing(steps_traced(warmup=warmup, steps=steps, shapes=shapes)) as recording:
+    with closing(steps_traced(warmup=warmup, steps=steps, **recorded)) as recording:
         while (trace := next(recording)) is None:
             step()
     return trace

@@ -41,8 +41,8 @@ def pipeline(
     model, batch_like, loss, optimizer, device
         As in :func:`forecast`; ``batch_like`` is one micro-batch.
     num_stages
-        Ranks, each with as many of the model's :func:`blocks` as another, or one more; what comes before the blocks is
-        on the first, what comes after one is where it is, and a parameter that several ranks use is on each.
+        Ranks, each with as many of the model's :func:`blocks` as another, or one more. What comes before all blocks is
+        on the first, what comes after a block on that block's rank, and a parameter that several ranks use on each.
     num_micro_batches
         Of a step.
     num_chunks
@@ -85,7 +85,7 @@ def pipeline(
         held = held_by + learning + share * step.resident_bytes.get(_STATE, 0) + step.resident_bytes.get("input", 0)
         flying = min(m * v, p - rank if v == 1 else 2 * (p - rank - 1) + (v - 1) * p + 1)
         saved, first, later = (np.mean([chunks[chunk][what] for chunk in own]) for what in (0, 1, 2))
-        beside = flying - 1 - (flying == m * v)  # before a later backward: the first of all that fly has ended its own
+        beside = flying - 1 - (flying == m * v)  # beside a later backward; where all were in flight, one has gone
         full = max((flying - 1) * saved + first - learning, beside * saved + later if m * v > 1 else 0)
         peak = held + max(full, share * (updating - trained))
         which = ", ".join(f"{bounds[chunk]} to {bounds[chunk + 1] - 1}" for chunk in own)
@@ -120,7 +120,7 @@ def _chunks(step: Timeline, names: list[str], firsts: list[int]) -> list[tuple[i
             for begin, end in parts:
                 own |= (born >= begin) & (born < end)
                 earlier |= (born < forward) & (died >= begin) & (died < end)  # gradients that give way to their sums
-            gone = tuple(("gradient", int(op), int(size)) for op, size in zip(died[earlier], sizes[earlier]))  # noqa: B905
+            gone = tuple(("gradient", int(died[i]), int(sizes[i])) for i in np.flatnonzero(earlier))
             level = replace(step, allocations=frame[own], resident_bytes={}, let_go=gone).levels().sum(axis=0)
             bytes_of += [int(sizes[own & kept].sum()), int(max(level[slice(*part)].max() for part in parts))]
     return [(saved, first, later) for _, first, saved, later in found]

@@ -24,7 +24,7 @@ _PATIENCE_S = 30.0  # with ranks whose files have not come when training has end
 
 
 def record(folder: str | Path, step: Callable[..., object], loader: Any = None, *, num_steps: int = 4) -> Path:
-    """Run a few training steps under the profiler, and write this rank's trace into a folder that all ranks share.
+    """Run a few training steps under the profiler, and write this rank's trace, with its memory, into a shared folder.
 
     Call it on every rank: it has no collective of its own, and each rank runs as many steps as the others, whatever
     collectives are in them. Without ``torch.distributed`` this is rank 0. The steps are real ones: the model learns.
@@ -60,7 +60,8 @@ def record(folder: str | Path, step: Callable[..., object], loader: Any = None, 
     num_steps = checked_whole("num_steps", num_steps, 1)
     batches = None if loader is None else _endless(loader)
     # a batch is drawn inside of the step, so that waiting for it is seen
-    trace = trace_of(step if batches is None else lambda: step(next(batches)), warmup=_WARM_UP, steps=num_steps)
+    run = step if batches is None else lambda: step(next(batches))
+    trace = trace_of(run, warmup=_WARM_UP, steps=num_steps, memory=True)
     return _written(_file(folder, place()[0]), trace)
 
 
