@@ -2,8 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2
-# one more than the cores: tests of browsers, ranks and kernels wait for these
-WORKERS ?= 3
+WORKERS ?= 2
 # what is never imported need not be compiled; what is, once, and not in each process of a test
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
@@ -49,7 +48,7 @@ app: .venv/.app  ## open the what-if page as an app without code, for a class
 
 test: .venv/.test .venv/.browser .venv/.peers lint  ## everything that CI runs: what is timed last, two ranks alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist worksteal -m "not timed and not alone" --durations=25
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n 2 --dist worksteal -m timed --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist worksteal -m timed --durations=15
 	$(BIN)/python -m pytest -p no:nbval -m alone --durations=15
 
 quick: .venv/.test lint  ## for daily work: lint, and the tests that take no longer than ten seconds and use no clock
