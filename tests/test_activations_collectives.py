@@ -1,5 +1,7 @@
 """The time that a rank waits for others, of made-up links and steps; and the doors to it."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import effkit as ek
+from effkit.activations import on_ranks
 from effkit.activations.collectives import COLLECTIVES_OF, RanksClock, RanksRun, collective_bytes
 from effkit.activations.levers import Levers
 from effkit.activations.timeline import Signature, Timeline
@@ -51,6 +54,28 @@ def test_what_is_sent_under_fsdp2_is_waited_for():
     computing, exposed = clock.step_ns(step((GATHER, 4096), (GATHER, 8192)), Levers(world_size=2))
     assert computing == 1.5 * COMPUTING_NS
     assert exposed == pytest.approx(takes(4096) + takes(8192))
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_clock_is_checked_by_steps_that_it_was_not_fitted_on(num_rows, blocks, monkeypatch):
+    """A model without blocks is wrapped as a whole, whatever is asked for."""
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)] if blocks else [nn.Linear(8, 8), nn.ReLU()]
+    model, ran = nn.Sequential(*layers), []
+
+    def run(model, steps, *_, **__):
+        ran.extend(steps)
+        return [[{"phases": [{"forward": COMPUTING_NS}]}] for _ in steps]
+
+    monkeypatch.setattr(on_ranks, "run", run)
+    monkeypatch.setattr(on_ranks, "of_one_step", lambda *_, **__: nullcontext())
+    base = ek.activations.measure(model, torch.ones(num_rows, 8), loss=torch.sum, time_levers=True, links=LINKS)
+    assert len(base.calibration.of_ranks.errors) == (4 if blocks else 2)
+    fitted, checks = ran[:4], ran[4:]
+    for batch, levers in checks:
+        same = [other for size, other in fitted if len(size) == len(batch)]
+        assert levers not in same
+        assert blocks or replace(levers, wrap="blocks") not in same
 
 
 def test_buckets_are_sent_while_backward_goes_on_and_the_last_one_after_it():

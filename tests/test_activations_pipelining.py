@@ -1,5 +1,7 @@
 """Stages of a pipeline: the formula beside a stage that is run alone, with as many micro-batches in flight."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,8 @@ def test_a_stage_needs_what_it_needs_when_it_is_run_alone(num_stages, num_micro_
 
 def test_parameters_of_all_stages_are_the_model_s_and_a_tied_one_is_on_both_ends():
     model = ek.models.gpt(layers=4, hidden=64, heads=4, device="cpu")
-    frame = ek.activations.pipeline(model, model.random_batch(2, 16), num_stages=2, num_micro_batches=4)
+    batch = UserDict(model.random_batch(2, 16))  # as a tokenizer's: a mapping that is no dict
+    frame = ek.activations.pipeline(model, batch, num_stages=2, num_micro_batches=4)
     tied = model.lm_head.weight.nbytes
     assert frame["parameter_bytes"].sum() == sum(one.nbytes for one in model.parameters()) + tied
     assert list(frame["blocks"]) == ["0 to 1", "2 to 3"]

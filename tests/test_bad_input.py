@@ -234,6 +234,7 @@ BAD = {
     "largest_batch: no end of memory": (lambda: largest(float("inf")), "budget_bytes is .*inf"),
     "front: an unknown lever": (lambda: activations.front(of_activations(), levers=["magic"]), "no such lever: magic"),
     "front: a lever as text": (lambda: activations.front(of_activations(), levers="offload"), "levers is a list"),
+    "front: half a rank": (lambda: activations.front(of_activations(), num_ranks=1.5), "num_ranks is a whole number"),
     "front: no account": (lambda: activations.front(3), "base is an Account, .*; given: 3"),
     "front: levers that were not timed": (lambda: activations.front(of_activations()), "time of levers was not"),
     "cheapest: a budget as text": (lambda: activations.cheapest(of_activations(), "8GB"), "budget_bytes is .*'8GB'"),
