@@ -145,11 +145,10 @@ def strict_nbval(notebook: Path, root: Path, *options: str) -> tuple[int, str]:
 
 
 def assert_shown(notebook: Path, root: Path) -> None:
-    """All cells show what the notebook shows. Some print a verdict on a time: those have a second look."""
-    looks = [strict_nbval(notebook, root)]
-    if looks[0][0] != num_code_cells(notebook):
-        looks.append(strict_nbval(notebook, root))
-    num_passed, text = looks[-1]
+    """All cells show what the notebook shows. A run that missed a verdict on a time has a second look."""
+    num_passed, text = strict_nbval(notebook, root)
+    if re.search(r", NOT (above|below) |the machine very busy", text):
+        num_passed, text = strict_nbval(notebook, root)
     assert num_passed == num_code_cells(notebook), text
 
 

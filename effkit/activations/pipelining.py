@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -97,33 +98,33 @@ def pipeline(
 
 
 def _chunks(step: Timeline, names: list[str], firsts: list[int]) -> list[tuple[int, int, int]]:
-    """Bytes that each chunk saves for backward, and what it takes at its fullest moment, of the first micro-batch and,
-    beyond the gradients of the first, of the second; ``firsts`` are the numbers of the blocks that chunks begin with.
-    """
-    starts, frame = [segment.first for segment in step.segments], step.allocations
+    """Bytes that each chunk saves for backward, its fullest moment in the first micro-batch, and in the second, beyond
+    the gradients of the first; ``firsts`` are the numbers of the blocks that chunks begin with."""
+    starts, modules = [segment.first for segment in step.segments], step.allocations["module"]
+    inside = [((modules == name) | modules.str.startswith(f"{name}.")).to_numpy() for name in names]
+    early, late = (_fullest(step, inside, firsts, *starts[begin : begin + 3]) for begin in (0, 2))
+    return [(saved, first, later) for (_, first), (saved, later) in zip(early, late, strict=True)]
+
+
+def _fullest(step: Timeline, inside: list[Any], firsts: list[int], *passes: int) -> Iterator[tuple[int, int]]:
+    """The same of one micro-batch: its forward, its backward and what follows begin with the operators ``passes``."""
+    (forward, backward, after), frame = passes, step.allocations
     born, died, sizes = (frame[column].to_numpy() for column in ("birth", "death", "size_bytes"))
-    inside = [((frame["module"] == name) | frame["module"].str.startswith(f"{name}.")).to_numpy() for name in names]
-    found: list[list[int]] = [[] for _ in firsts]
-    for forward, backward, after in (starts[:3], starts[2:]):  # of each micro-batch
-        kept = (born >= forward) & (born < backward) & (died > backward)
-        births = [np.sort(born[one & kept]) for one in inside]
-        if not all(len(births[first]) for first in firsts[1:]):
-            raise ValueError("a block that saves nothing for backward, as a frozen one, cannot begin a stage")
-        # a block's input may be older than what the block before saves last; most of what a block saves is not
-        if any(one[-1] > other[(len(other) - 1) // 2] for one, other in pairwise(filter(len, births))):
-            raise ValueError("a pipeline takes blocks that run once, in the order in which the model holds them")
-        begins = [forward, *(int(births[first][0]) for first in firsts[1:]), backward]
-        ends = [after, *(int(died[inside[first] & kept].max()) for first in firsts[1:]), backward]
-        for chunk, bytes_of in enumerate(found):
-            parts = (begins[chunk], begins[chunk + 1]), (ends[chunk + 1], ends[chunk])
-            own, earlier = np.zeros(len(born), dtype=bool), np.zeros(len(born), dtype=bool)
-            for begin, end in parts:
-                own |= (born >= begin) & (born < end)
-                earlier |= (born < forward) & (died >= begin) & (died < end)  # gradients that give way to their sums
-            gone = tuple(("gradient", int(died[i]), int(sizes[i])) for i in np.flatnonzero(earlier))
-            level = replace(step, allocations=frame[own], resident_bytes={}, let_go=gone).levels().sum(axis=0)
-            bytes_of += [int(sizes[own & kept].sum()), int(max(level[slice(*part)].max() for part in parts))]
-    return [(saved, first, later) for _, first, saved, later in found]
+    kept = (born >= forward) & (born < backward) & (died > backward)
+    births = [np.sort(born[one & kept]) for one in inside]
+    if not all(len(births[first]) for first in firsts[1:]):
+        raise ValueError("a block that saves nothing for backward, as a frozen one, cannot begin a stage")
+    # a block's input may be older than what the block before saves last; most of what a block saves is not
+    if any(one[-1] > other[(len(other) - 1) // 2] for one, other in pairwise(filter(len, births))):
+        raise ValueError("a pipeline takes blocks that run once, in the order in which the model holds them")
+    begins = [forward, *(int(births[first][0]) for first in firsts[1:]), backward]
+    ends = [after, *(int(died[inside[first] & kept].max()) for first in firsts[1:]), backward]
+    for parts in zip(pairwise(begins), (pair[::-1] for pair in pairwise(ends)), strict=True):
+        own, over = (np.any([(when >= begin) & (when < end) for begin, end in parts], axis=0) for when in (born, died))
+        summed = np.flatnonzero(over & (born < forward))  # gradients that give way to their sums
+        gone = tuple(("gradient", int(died[i]), int(sizes[i])) for i in summed)
+        level = replace(step, allocations=frame[own], resident_bytes={}, let_go=gone).levels().sum(axis=0)
+        yield int(sizes[own & kept].sum()), int(max(level[slice(*part)].max() for part in parts))
 
 
 def _parameters(model: nn.Module, begins: list[nn.Module]) -> list[tuple[int, int]]:

@@ -158,7 +158,7 @@ def _further(levers: Levers, positions: Mapping[str, Sequence[Mapping[str, Any]]
 def _on_front(points: Mapping[Levers, tuple[int, ...]]) -> list[Levers]:
     """Those than which no other is smaller and at least as quick, in order of time."""
     best: list[Levers] = []
-    for combination in sorted(points, key=lambda levers: points[levers][1::-1]):
+    for combination in sorted(points, key=lambda levers: (points[levers][1], points[levers][0])):
         if not best or points[combination][0] < points[best[-1]][0]:
             best.append(combination)
     return best

@@ -117,8 +117,7 @@ class Link:
     @property
     def between(self) -> dict[str, Any]:
         """How other ranks are connected alike: keywords of :class:`effkit.ranks.launching.Ranks`."""
-        per_node = self.ranks_per_node if self.shaped else 0
-        return {"link_bytes_per_s": self.nominal_bytes_per_s, "ranks_per_node": per_node}
+        return {"link_bytes_per_s": self.nominal_bytes_per_s, "ranks_per_node": self.ranks_per_node * self.shaped}
 
     def doublings(self, size_bytes: float) -> float:
         """How far a message lies beyond those that were measured; 0 among them."""
