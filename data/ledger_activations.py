@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,16 +14,11 @@ from ledger_rows import begun, failed, going_on, replace_rows
 
 import effkit as ek
 from effkit import activations
-from effkit.activations import stepping
 from effkit.activations.gradients import NOISE
-from effkit.activations.levers import complete, parted
 from effkit.activations.on_ranks import TIME
 from effkit.activations.timeline import PEAK
-from effkit.device import provenance, synchronize
-from effkit.restoring import unchanged
-from effkit.timing import elapsed_ns
-from effkit.training import still
-from lessons import spiking
+from effkit.device import provenance
+from lessons import small_models, spiking
 
 # Configuration and the (batch size, length) that is measured, on a CPU and on a GPU.
 _SMALL, _LARGE = {"layers": 2, "hidden": 128}, {"layers": 12, "hidden": 768, "heads": 12}
@@ -139,7 +133,7 @@ def _forecasts(gpu: bool) -> Iterator[Row]:
 
 
 def _forecast(name: str, configuration: dict[str, Any], usual: tuple[int, ...]) -> Iterator[Row]:
-    build = spiking.build if name == "spiking" else getattr(ek.models, name)
+    build = spiking.build if name == "spiking" else getattr(small_models, name, None) or getattr(ek.models, name)
     model = build(**configuration)
     example = model.random_batch(*usual)
     for times in SIZES:
@@ -173,17 +167,14 @@ def _predicted(name: str, configuration: dict[str, Any], usual: tuple[int, ...])
     base = activations.measure(model, batch, time_levers=True, repeats=REPEATS)
     held_out = [(knob, setting | _sized(setting, usual)) for knob, group in HELD_OUT.items() for setting in group]
     held_out = [(knob, {k: v for k, v in setting.items() if k in base.setting}) for knob, setting in held_out]
-    ratios = times_in_turn(model, base, [setting for _, setting in held_out])
-    for (knob, setting), ratio in zip(held_out, ratios, strict=True):
+    for knob, setting in held_out:
         with going_on(f"activations, {name}, {setting}"):
             predicted = activations.predict(base, **setting)
             # the noise that a gradient's error is held against is no prediction
             kept = tuple(companion for companion in predicted.companions if companion.title != NOISE)
             predicted = replace(predicted, companions=kept)
-            measured = activations.measure(model, batch, base=base, repeats=1, **setting)
-            receipt = ek.Receipt(
-                predicted, timed(measured, base, ratio), setting=dict(measured.setting), provenance=provenance()
-            )
+            measured = activations.measure(model, batch, base=base, repeats=ROUNDS, **setting)
+            receipt = ek.Receipt(predicted, measured, setting=dict(measured.setting), provenance=provenance())
             print(f"{name} {setting}: {receipt}", flush=True)
             yield name, knob, setting, receipt
 
@@ -192,46 +183,3 @@ def _sized(times: Mapping[str, Any], usual: Sequence[int]) -> dict[str, int]:
     """The sizes that these multiples mean, of a model whose usual size has them."""
     names = zip(("batch_size", "length"), usual, strict=False)
     return {name: round(size * times[name]) for name, size in names if name in times}
-
-
-def times_in_turn(
-    model: torch.nn.Module, base: ek.Account, settings: Sequence[Mapping[str, Any]], rounds: int = ROUNDS
-) -> list[float]:
-    """Time of a step at each setting over that of the base's step, median over the rounds.
-
-    The machine's speed drifts, and for moments it is elsewhere: each step is compared with the base's steps just
-    before and after it, and each round has all settings. The first round, which warms up, does not count.
-    """
-    forecaster = base.calibration.forecaster
-    steps = []
-    with unchanged(model):
-        updates: dict[str, torch.optim.Optimizer] = {}
-        for setting in [{}, *settings]:
-            size, levers = parted(complete(base.setting, setting))
-            if levers.optimizer_states not in updates:
-                make = levers.optimizer(forecaster.make_optimizer)
-                updates[levers.optimizer_states] = still(model.parameters(), make)
-            steps.append((forecaster.batch(size), forecaster.loss, updates[levers.optimizer_states], levers))
-
-        def step_ns(number: int) -> int:
-            return elapsed_ns(lambda: stepping.run(model, *steps[number], lambda phase: synchronize()))
-
-        ratios: list[list[float]] = [[] for _ in settings]
-        for turn in range(rounds + 1):
-            before = step_ns(0)
-            for number in range(1, len(steps)):
-                own, after = step_ns(number), step_ns(0)
-                if turn:
-                    ratios[number - 1].append(2 * own / (before + after))
-                before = after
-    return [statistics.median(of_one) for of_one in ratios]
-
-
-def timed(measured: ek.Account, base: ek.Account, ratio: float) -> ek.Account:
-    """The account with a step's time that is this multiple of the base's."""
-    whole = base.companion(TIME)
-    step_ns = round(ratio * whole.total)
-    source = f"wall time, relative to the base measured in turn, median of {ROUNDS}"
-    others = tuple(companion for companion in measured.companions if companion.title != TIME)
-    steady = ek.Account.of(TIME, "ns", {"step": step_ns}, total=step_ns, source=source, setting=measured.setting)
-    return replace(measured, companions=(steady, *others))

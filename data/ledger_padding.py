@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -26,7 +25,6 @@ HELD_OUT = (
     {"batch_size": 8},
     {"max_length": 800},
 )
-TRIES = 3
 BARS = (0.03, 0.08)  # median and worst error of an epoch's time
 MISSED_FRAC = 0.1  # of the times, outside their band
 
@@ -52,16 +50,8 @@ def record() -> str:
             wanted = {k: v * scale if k == "batch_size" else v for k, v in setting.items()}
             predicted = padding.predict(base, **wanted)
             full = complete(base, wanted)
-            ratios, measured = [], None
-            for _ in range(TRIES):  # the machine's speed drifts: only neighbours in time are compared
-                again = padding.measure(base_plan, model, num_batches=4, repeats=2, base=base)
-                measured = padding.measure(plan_at(base, full), model, num_batches=8, repeats=2, base=base)
-                ratios.append(measured.total / again.total)
-            steady = replace(
-                measured, total=round(statistics.median(ratios) * base.total),
-                source=f"{measured.source}; relative to the base measured in turn, median of {TRIES}",
-            )  # fmt: skip
-            receipt = ek.Receipt(predicted, steady, setting=full, provenance=provenance())
+            measured = padding.measure(plan_at(base, full), model, num_batches=8, base=base)
+            receipt = ek.Receipt(predicted, measured, setting=full, provenance=provenance())
             receipt.append_to(part, lab="padding", model="speech", knob=next(iter(setting)))
             receipts.append(receipt)
             counted = receipt.frame[receipt.frame["unit"].isin(["cells", "steps"])]

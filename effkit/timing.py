@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from effkit.device import synchronize
 from effkit.progress_bar import advance
 
 Key = TypeVar("Key", bound=Hashable)
+_BETWEEN = 4  # runs, at most, between two of a reference
 
 
 class Stopwatch:
@@ -69,3 +70,26 @@ def interleaved_ns(
         if turn and enough([taken[1:] for taken in times.values()]):
             break
     return {key: round(pick(taken[1:])) for key, taken in times.items()}
+
+
+def ratios_in_turn(
+    reference: Callable[[], int], others: Sequence[Callable[[], int]],
+    more: Callable[[Sequence[Sequence[float]]], Iterable[int]],
+) -> tuple[list[int], list[list[float]]]:  # fmt: skip
+    """Times of a reference [ns]; and of each other, run by run, its time over what the reference took around then.
+
+    A shared machine works at another speed for seconds at a time, often by a third, so that the fastest of a few runs
+    may lie within such a phase, or not. The reference is run again before and after every few others, and its times
+    are interpolated between. Each call returns its own time [ns]; ``more`` is told the ratios so far, and says which
+    others are run in the next turn: none ends it. The reference is run once before, which is not counted.
+    """
+    reference()
+    times, ratios = [reference()], [[] for _ in others]  # type: ignore[var-annotated]
+    while chosen := list(more(ratios)):
+        for first in range(0, len(chosen), _BETWEEN):
+            few = chosen[first : first + _BETWEEN]
+            taken = [others[i]() for i in few]
+            times.append(reference())
+            for place, (i, time_ns) in enumerate(zip(few, taken, strict=True)):
+                ratios[i].append(time_ns / np.interp(place + 0.5, (0, len(few)), times[-2:]))
+    return times, ratios

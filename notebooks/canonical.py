@@ -116,14 +116,17 @@ def clean(source: str) -> str:
 
 
 def canonical_form(notebook: NotebookNode) -> NotebookNode:
-    """The same notebook in canonical form. Counts are left alone: only a run may set them."""
+    """The same notebook in canonical form. Counts are left alone: only a run may set them.
+
+    What is nothing but a widget goes: a line of progress, which a reader would see as it last was.
+    """
     new = copy.deepcopy(notebook)
     for number, cell in enumerate(new.cells, 1):
         cell.id = f"cell-{number:02d}"
         cell.source = clean(cell.source)
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags" and v})
         if cell.cell_type == "code":
-            cell.outputs = merged(masked(cell.outputs))
+            cell.outputs = merged(masked([output for output in cell.outputs if list(output.get("data", {})) != [VIEW]]))
     state = new.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
     new.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     new.nbformat, new.nbformat_minor = 4, 5

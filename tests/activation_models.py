@@ -19,7 +19,7 @@ from effkit.models.building import random_tokens
 from effkit.recording import peak_memory
 from effkit.restoring import unchanged
 from effkit.training import own_loss, residents, size_bytes, still
-from lessons import spiking
+from lessons import small_models, spiking
 
 SMALL = {"hidden": 32, "heads": 2, "vocabulary": 100, "device": "cpu"}
 SPIKING = {"hidden": 32, "features": 40, "device": "cpu"}
@@ -53,9 +53,11 @@ TINY = {
         lambda: models.vision(layers=2, hidden=32, heads=2, image=16, device="cpu"), ((4, None), (2, None), (7, None))
     ),
     "convolutional": Tiny(
-        lambda: models.convolutional(width=8, stages=2, image=16, device="cpu"), ((5, None), (3, None), (8, None))
+        lambda: small_models.convolutional(width=8, stages=2, image=16, device="cpu"), ((5, None), (3, None), (8, None))
     ),
-    "recurrent": Tiny(lambda: models.recurrent(hidden=32, vocabulary=100, device="cpu"), ((4, 32), (3, 16), (6, 24))),
+    "recurrent": Tiny(
+        lambda: small_models.recurrent(hidden=32, vocabulary=100, device="cpu"), ((4, 32), (3, 16), (6, 24))
+    ),
     "spiking through time": Tiny(
         lambda: spiking.build(steps=4, learning="bptt", **SPIKING), ((8, None), (4, None), (32, None))
     ),

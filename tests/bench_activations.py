@@ -23,7 +23,6 @@ from effkit.activations.on_ranks import TIME
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
-from ledger_activations import times_in_turn
 
 # none of these was run by a calibration, nor is any in the ledger's grid
 COMBINED = (
@@ -113,6 +112,11 @@ def test_a_step_is_measured_while_one_waits():
     barred("measure(time_levers=True)", 8, [lambda: activations.measure(model, batch, time_levers=True)] * 3)
 
 
+def relative_time(model, batch, base, **setting):
+    """Time of a step at this setting over the base's."""
+    return step_ns(activations.measure(model, batch, base=base, repeats=9, **setting)) / step_ns(base)
+
+
 def test_the_first_prediction_of_a_lever_and_the_first_move_of_a_slider_take_half_a_second():
     model = ek.models.gpt()
     base = activations.measure(model, model.random_batch(8, 96), time_levers=True)
@@ -127,9 +131,9 @@ def test_the_first_prediction_of_a_lever_and_the_first_move_of_a_slider_take_hal
 
 
 def test_the_time_of_combined_levers_is_foretold(measured):
-    model, _, base = measured
+    model, batch, base = measured
     predicted = [step_ns(activations.predict(base, **setting)) / step_ns(base) for setting in COMBINED]
-    ratios = times_in_turn(model, base, COMBINED, rounds=9)
+    ratios = [relative_time(model, batch, base, **setting) for setting in COMBINED]
     errors = [guess / truth - 1 for guess, truth in zip(predicted, ratios, strict=True)]
     print(f"\n\ntime of a step over that of a plain step of {step_ns(base) / 1e6:.0f} ms: predicted, measured, error")
     for setting, guess, truth, error in zip(COMBINED, predicted, ratios, errors, strict=True):
@@ -143,7 +147,7 @@ def test_the_time_of_combined_levers_is_foretold(measured):
 
 def test_what_compression_costs(measured):
     model, batch, base = measured
-    (ratio,) = times_in_turn(model, base, [{"compress": "int8"}], rounds=9)
+    ratio = relative_time(model, batch, base, compress="int8")
     squeezed = activations.measure(model, batch, base=base, repeats=1, compress="int8")
     print("\n\nactivations saved in int8, beside a plain step")
     print(f"  time {ratio - 1:+.1%}, peak {squeezed.total / base.total - 1:+.1%}")

@@ -15,7 +15,7 @@ from sharding_receipts import predicted_and_measured
 import effkit as ek
 from effkit.activations.on_ranks import SENT_BYTES, TIME
 from effkit.ranks.launching import Ranks, why_no_links
-from lessons import spiking
+from lessons import small_models, spiking
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -25,8 +25,8 @@ MODELS = {
     "text": (lambda: ek.models.text(**SMALL, device="cpu"), (4, 32)),
     "speech": (lambda: ek.models.speech(encoder_layers=2, decoder_layers=2, device="cpu"), (4, 64)),
     "vision": (lambda: ek.models.vision(**SMALL, device="cpu"), (4,)),
-    "convolutional": (lambda: ek.models.convolutional(device="cpu"), (4,)),
-    "recurrent": (lambda: ek.models.recurrent(device="cpu"), (4, 16)),
+    "convolutional": (lambda: small_models.convolutional(device="cpu"), (4,)),
+    "recurrent": (lambda: small_models.recurrent(device="cpu"), (4, 16)),
     "spiking": (lambda: spiking.build(learning="bptt"), (4,)),
 }
 STRATEGIES = (
@@ -78,8 +78,8 @@ TIMED = (
 )  # fmt: skip
 TIMED_MODELS = {
     "gpt": (lambda: ek.models.gpt(layers=3, hidden=320, heads=4, device="cpu"), (8, 48)),
-    "recurrent": (lambda: ek.models.recurrent(layers=1, hidden=256, device="cpu"), (8, 24)),
-    "convolutional": (lambda: ek.models.convolutional(width=48, device="cpu"), (8,)),
+    "recurrent": (lambda: small_models.recurrent(layers=1, hidden=256, device="cpu"), (8, 24)),
+    "convolutional": (lambda: small_models.convolutional(width=48, device="cpu"), (8,)),
     "speech": (lambda: ek.models.speech(encoder_layers=3, decoder_layers=2, hidden=192, device="cpu"), (8, 96)),
 }
 

@@ -14,6 +14,7 @@ from torch import nn
 from effkit import activations, models
 from effkit.activations.levers import complete, parted
 from effkit.training import own_loss
+from lessons import small_models
 
 torch.set_num_threads(1)
 MEDIAN_FRAC, WORST_FRAC = 0.002, 0.03
@@ -155,7 +156,7 @@ ARCHITECTURES = {  # how to build it, an example, its loss
     ),
     "U-Net": (UNet, image(16), square),
     "ResNet": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Residual(8), Residual(8)), image(16), square),
-    "LSTM": (lambda: models.recurrent(hidden=32, vocabulary=100, device="cpu"), own(6, 24), own_loss),
+    "LSTM": (lambda: small_models.recurrent(hidden=32, vocabulary=100, device="cpu"), own(6, 24), own_loss),
 }  # fmt: skip
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from activation_models import TINY, batch_of, made_timeline, recorded_peak
 
-from effkit import activations, models
+from effkit import activations
 from effkit.activations.forecasting import Forecaster
 from effkit.activations.levers import Levers
 from effkit.activations.op_workspace import Workspace, places
+from lessons import small_models
 
 torch.set_num_threads(1)
 FLOAT = "torch.float32"
@@ -107,7 +108,7 @@ def test_an_operator_that_cannot_be_run_alone_is_out_of_range(monkeypatch):
 
 
 def test_a_recurrent_model_is_forecast_at_other_lengths_from_any_number_of_rows():
-    model = models.recurrent(hidden=32, vocabulary=100, device="cpu")
+    model = small_models.recurrent(hidden=32, vocabulary=100, device="cpu")
     base = activations.measure(model, model.random_batch(12, 32), repeats=1, make_batch=model.random_batch)
     for rows, cells in ((6, 24), (5, 16), (8, 48)):
         truth = recorded_peak(model, model.random_batch(rows, cells))

@@ -11,6 +11,7 @@ import effkit as ek
 from effkit.activations import Sharding
 from effkit.activations.on_ranks import SENT_BYTES
 from effkit.ranks.launching import Ranks
+from lessons import small_models
 
 # model, sizes of its batch, and how its step is spread
 STEPS = {
@@ -27,7 +28,7 @@ STEPS = {
 
 def model_of(name):
     sizes = {"hidden": 64, "layers": 2, "heads": 4} if name in ("gpt", "text") else {}
-    return getattr(ek.models, name)(device="cpu", **sizes)
+    return (getattr(small_models, name, None) or getattr(ek.models, name))(device="cpu", **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -238,29 +238,18 @@ def others_of_another_shape(saved: bytes) -> dict[str, bytes]:
     return made | {f"shape {name}.pickle": pickle.dumps(content) for name, content in pickles.items()}
 
 
-@pytest.fixture(scope="module")
-def sentinel(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("sentinel") / "ran"
-
-
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("healthy")
+def outcomes_of(folder: Path, sentinel: Path) -> dict[str, dict]:
+    """What came of each of the files, which a process of its own opens in this folder."""
     content = json.dumps(trace_of(1), indent=1).encode()
     saved = ek.load(write(folder / "trace.json", content)).save(folder / "saved.zip").read_bytes()
     packed = gzip.compress(content, mtime=0)
-    return {".json": content, ".json.gz": packed, ".zip": saved, ".pickle": pickle.dumps(snapshot())}
-
-
-@pytest.fixture(scope="module")
-def outcomes(healthy, sentinel, tmp_path_factory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp("damaged")
-    saved = healthy[".zip"]
+    healthy = {".json": content, ".json.gz": packed, ".zip": saved, ".pickle": pickle.dumps(snapshot())}
     files = damaged_copies(healthy) | hostile(sentinel) | bombs(saved)
     files |= traces_of_another_shape() | others_of_another_shape(saved)
+    (folder / "files").mkdir()
     for name, content in (files | {f"healthy{suffix}": content for suffix, content in healthy.items()}).items():
-        (folder / name).write_bytes(content)
-    command = [sys.executable, "-W", "ignore", "-c", OPENS, str(folder)]
+        (folder / "files" / name).write_bytes(content)
+    command = [sys.executable, "-W", "ignore", "-c", OPENS, str(folder / "files")]
     # pyarrow's own pool would reserve a gibibyte of addresses at once: that is not memory, and the limit counts it
     env = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
@@ -273,18 +262,18 @@ def starting(outcomes: dict[str, dict], *words: str) -> dict[str, dict]:
     return {name: outcome for name, outcome in outcomes.items() if name.startswith(words)}
 
 
-def test_the_undamaged_ones_load_and_show(outcomes):
+def the_undamaged_ones_load_and_show(outcomes):
     for name, outcome in starting(outcomes, "healthy").items():
         assert outcome["refusal"] is None, name
         assert not any(outcome["panes"].values()), outcome
 
 
-def test_there_are_two_hundred_and_each_is_quick(outcomes):
+def there_are_two_hundred_and_each_is_quick(outcomes):
     assert len(outcomes) >= 200 + 4
     assert {name: o["took"] for name, o in outcomes.items() if o["took"] > SECONDS} == {}
 
 
-def test_nothing_is_raised_but_one_line_that_names_the_file(outcomes):
+def nothing_is_raised_but_one_line_that_names_the_file(outcomes):
     for name, outcome in outcomes.items():
         for refusal in filter(None, (outcome["refusal"], outcome["in_list"])):
             kind, message, _ = refusal
@@ -295,28 +284,28 @@ def test_nothing_is_raised_but_one_line_that_names_the_file(outcomes):
             assert not message.endswith(": "), "a reason must be given"
 
 
-def test_nothing_was_executed(outcomes, sentinel):
+def nothing_was_executed(outcomes, sentinel):
     assert all(outcome["refusal"] for outcome in starting(outcomes, "hostile").values())
     assert not sentinel.exists()
     pickle.loads(hostile(sentinel)["hostile4.pickle"])
     assert sentinel.exists(), "the attack must work on an unpickler that does not look"
 
 
-def test_what_is_cut_off_or_something_else_is_always_refused(outcomes):
+def what_is_cut_off_or_something_else_is_always_refused(outcomes):
     accepted = [
         name for name, outcome in starting(outcomes, "cut", "empty", "picture").items() if not outcome["refusal"]
     ]
     assert accepted == []
 
 
-def test_bombs_are_refused_because_they_were_looked_at(outcomes):
+def bombs_are_refused_because_they_were_looked_at(outcomes):
     for name, outcome in starting(outcomes, "bomb").items():
         assert outcome["refusal"], name
         # many short lines that fit their file's size: that they do not fit into memory is seen only there
         assert outcome["refusal"][2] != "MemoryError" or "lines" in name, (name, outcome)
 
 
-def test_compressed_and_counted_files_notice_a_flipped_byte(outcomes):
+def compressed_and_counted_files_notice_a_flipped_byte(outcomes):
     flips = starting(outcomes, "flip").items()
     noticed = Counter(name[name.index(".") :] for name, outcome in flips if outcome["refusal"])
     assert noticed[".json.gz"] >= NUM_FLIPPED - 2, "its checksum; a flip in its time stamp is none of ours"
@@ -325,7 +314,7 @@ def test_compressed_and_counted_files_notice_a_flipped_byte(outcomes):
     assert 0 < noticed[".json"] < NUM_FLIPPED, "plain text has no checksum"
 
 
-def test_the_panes_of_what_was_loaded_raise_nothing_but_value_errors(outcomes):
+def the_panes_of_what_was_loaded_raise_nothing_but_value_errors(outcomes):
     broken = {
         (name, pane): error
         for name, outcome in outcomes.items()
@@ -333,3 +322,17 @@ def test_the_panes_of_what_was_loaded_raise_nothing_but_value_errors(outcomes):
         if error is not None and error[0] != "ValueError"
     }
     assert broken == {}
+
+
+def test_damaged_foreign_and_hostile_files(tmp_path):
+    """One test of all: the files are opened once, which takes half a minute."""
+    sentinel = tmp_path / "ran"
+    outcomes = outcomes_of(tmp_path, sentinel)
+    the_undamaged_ones_load_and_show(outcomes)
+    there_are_two_hundred_and_each_is_quick(outcomes)
+    nothing_is_raised_but_one_line_that_names_the_file(outcomes)
+    what_is_cut_off_or_something_else_is_always_refused(outcomes)
+    bombs_are_refused_because_they_were_looked_at(outcomes)
+    compressed_and_counted_files_notice_a_flipped_byte(outcomes)
+    the_panes_of_what_was_loaded_raise_nothing_but_value_errors(outcomes)
+    nothing_was_executed(outcomes, sentinel)

@@ -317,6 +317,7 @@ REFUSED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("is not canonical in its source", {"source": "x = 1 "}),
     ("is not canonical in its outputs", {"outputs": [new_output("stream", text="/home/me/x")]}),
     ("is not canonical in its outputs", {"outputs": [new_output("stream", text="1")] * 2}),
+    ("is not canonical in its outputs", {"outputs": [new_output("display_data", {canonical.VIEW: {"model_id": "1"}})]}),
     ("is empty", {"source": ""}),
     ("has 16 lines", {"source": "x = 1\n" * 16}),
     ("ends in a semicolon", {"source": "plot();"}),

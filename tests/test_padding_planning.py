@@ -280,7 +280,7 @@ def test_a_calibration_has_a_batch_whose_inputs_are_long_and_outputs_few():
     rng = np.random.default_rng(0)
     lengths = frame(list(zip(rng.integers(50, 600, 640), rng.integers(5, 100, 640), strict=True)))
     made = plan(lengths, "random", batch_size=16)
-    shapes = pd.DataFrame([probe.shape(made) for probe in choose(made, 8, cut_down=True)])
+    shapes = pd.DataFrame([probe.shape() for probe in choose(made, 8, cut_down=True)])
     shares = shapes["output_length"] / shapes["input_length"]
     assert len(shapes) == 8
     assert shares.min() < 0.5 * shares.drop(shares.idxmin()).min()

@@ -35,7 +35,7 @@ from plain_data import decode, encode
 
 import effkit as ek
 from effkit import activations, decoder, moe, padding
-from lessons import spiking
+from lessons import small_models, spiking
 
 LABS = {"padding": padding, "activations": activations, "moe": moe, "decoder": decoder}
 NAMES = {  # tag in the stored data -> module of effkit, and class
@@ -100,7 +100,7 @@ def figures_of_frame(frame):
 def built(model):
     """The model of ``[name, configuration]``; on the CPU, for replays depend on where it is."""
     name, configuration = model
-    build = spiking.build if name == "spiking" else getattr(ek.models, name)
+    build = spiking.build if name == "spiking" else getattr(small_models, name, None) or getattr(ek.models, name)
     return build(**configuration, device="cpu")
 
 

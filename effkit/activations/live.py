@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,17 +23,19 @@ from effkit.activations.on_ranks import TIME
 from effkit.activations.real_step import Observation
 from effkit.activations.storage_tracker import OUTSIDE
 from effkit.activations.time_model import Clock, Run
-from effkit.activations.timeline import PEAK, Timeline
+from effkit.activations.timeline import PEAK, Ints, Timeline
 from effkit.arguments import checked_same_model, checked_training, checked_whole, described
 from effkit.captured import Capture
 from effkit.lab import Progress, calibration_of
 from effkit.progress_bar import working
 from effkit.ranks.links import COLLECTIVES, Link
 from effkit.restoring import unchanged
+from effkit.timing import ratios_in_turn
 from effkit.training import Loss, MakeOptimizer, still
 
 _FEWEST_REPEATS = 3  # of timed levers: two may agree by chance
-Steps = list[dict[str, int]]
+Step = tuple[Any, Levers, torch.optim.Optimizer]  # a batch, and how a step of it is taken
+RunStep = Callable[..., dict[str, int]]  # such a step -> nanoseconds of each phase
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +90,8 @@ def measure(
     time_levers
         Also run each lever once alone, so that the time of any combination can be predicted.
     base
-        An earlier account of this model: what its calibration found is used, and nothing is calibrated again.
+        An earlier account of this model: what its calibration found is used, and nothing is calibrated again. Its step
+        is run in turn with this one, and the time is told relative to it, for the machine's speed drifts.
     plan
         How layers are split over ranks of ``tensor_parallel``: see :func:`spread`.
     links
@@ -135,15 +139,28 @@ def measure(
     alone = _single(model, size, optimizer) if time_levers and not earlier else []
     timed = [levers, *alone]
     settings = [(size, one) for one in timed] + (_checks(size, alone) if alone else [])
+    base_ns = 0  # of the base's step, which is run in turn, where it is no rank's
+    if base is not None and base.setting.get("world_size", 1) == 1:
+        base_ns = base.companion(TIME).total
+        settings.append(parted(complete(base.setting, {})))
     tell = partial(lab.tell, progress, total=1 + len(settings) * (repeats + bool(alone)))
     with unchanged(model):
         tell(0)
         updates = {one.optimizer_states: still(model.parameters(), one.optimizer(forecaster.make_optimizer))
                    for _, one in settings}  # fmt: skip
+        batch = forecaster.batch(size)
+        # before another optimizer has its state, and another batch its memory
+        step = forecaster.observe(model, batch, levers, updates[levers.optimizer_states])
         steps = [(forecaster.batch(rows), one, updates[one.optimizer_states]) for rows, one in settings]
-        batch = steps[0][0]
-        step = forecaster.observe(model, *steps[0])  # before another optimizer has its state
-        spent, clock = _timed(forecaster, model, settings, steps, repeats, tell, len(timed) if alone else 0)
+
+        def run(batch: Any, levers: Levers, update: torch.optim.Optimizer) -> dict[str, int]:
+            return stepping.phases_ns(model, batch, forecaster.loss, update, levers)
+
+        if alone:
+            follow = partial(forecaster.follow, model)
+            phases, source, clock = _calibrated(run, follow, settings, steps, repeats, tell, len(timed))
+        else:
+            (phases, source), clock = _timed(run, steps, repeats, tell, base_ns), None
         noise = gradients.noise(model, batch, forecaster.loss) if any(map(gradients.lossy, timed)) else ()
         if earlier:
             calibration = replace(earlier, observed=step)
@@ -161,11 +178,8 @@ def measure(
                 ))  # fmt: skip
         lossy = gradients.lossy(levers)
         changed = [gradients.error(model, batch, levers, forecaster.loss), *noise] if lossy else []
-    phases = min(spent[0], key=lambda phases: sum(phases.values()))
     companions = [
-        Account.of(TIME, "ns", phases, total=sum(phases.values()), setting=wanted,
-                   source=f"wall time, fastest of {len(spent[0])}"
-                          + f"; {len(steps) * (1 + len(spent[0]))} runs of {len(steps)} settings" * bool(alone)),
+        Account.of(TIME, "ns", phases, total=sum(phases.values()), setting=wanted, source=source),
         saved_account(step.timeline, step.kept_bytes, "operator", "the allocator when backward began"),
         *changed,
         *(Account.of(name, "bytes", {name.split()[0].lower(): amount}, total=amount, setting=wanted,
@@ -233,29 +247,68 @@ def _checks(size: Size, alone: Sequence[Levers]) -> list[tuple[Size, Levers]]:
 
 
 def _timed(
-    forecaster: Forecaster, model: torch.nn.Module, settings: Sequence[tuple[Size, Levers]],
-    steps: Sequence[tuple[Any, Levers, torch.optim.Optimizer]], repeats: int, tell: Callable[[int], None],
-    num_fitted: int,
-) -> tuple[list[Steps], Clock | None]:  # fmt: skip
-    """Nanoseconds of each phase of each of these steps, all run in turn; and a clock, if the first ``num_fitted`` are
-    each lever alone, and the rest check it: then repeats end when one more would hardly make its band narrower."""
-    followed = []
-    for number, one in enumerate(steps if num_fitted else []):
+    run: RunStep, steps: Sequence[Step], repeats: int, tell: Callable[[int], None], base_ns: int
+) -> tuple[dict[str, int], str]:
+    """Nanoseconds of each phase of the first of these steps, and what they are: the fastest; or the middle one of those
+    run in turn with the second, the base's, which took ``base_ns`` when it was measured."""
+    taken: list[dict[str, int]] = []
+
+    def time_ns() -> int:
+        tell(1 + len(taken))
+        taken.append(run(*steps[0]))
+        return sum(taken[-1].values())
+
+    if not base_ns:
+        for _ in range(repeats):
+            time_ns()
+        return min(taken, key=lambda phases: sum(phases.values())), f"wall time, fastest of {repeats}"
+    times, (ratios,) = ratios_in_turn(
+        lambda: sum(run(*steps[1]).values()), [time_ns], lambda ratios: [0] * (len(ratios[0]) < repeats)
+    )
+    middle = sorted(range(repeats), key=ratios.__getitem__)[repeats // 2]
+    scale = ratios[middle] * base_ns / sum(taken[middle].values())
+    return {phase: round(scale * time_ns) for phase, time_ns in taken[middle].items()}, (
+        f"wall time, middle one of {repeats}{lab.relative_source(base_ns / min(times))}"
+    )
+
+
+def _calibrated(
+    run: RunStep, follow: Callable[..., tuple[Timeline, Ints]], settings: Sequence[tuple[Size, Levers]],
+    steps: Sequence[Step], repeats: int, tell: Callable[[int], None], num_fitted: int,
+) -> tuple[dict[str, int], str, Clock]:  # fmt: skip
+    """Nanoseconds of each phase of the first of these steps, the plain one, at its fastest; what they are; and a clock,
+    whose first ``num_fitted`` are each lever alone, while the rest check it.
+
+    All are run in turn, and are timed relative to the plain one. Repeats end when one more would hardly make the band
+    narrower.
+    """
+    followed, taken, clocks = [], [], []
+    for number, step in enumerate(steps):
         tell(1 + number)
-        followed.append(forecaster.follow(model, *one))
-    spent: list[Steps] = [[] for _ in steps]
-    clock = None
-    for turn in range(repeats):
-        tell(1 + len(followed) + turn * len(steps))
-        for of_one, one in zip(spent, steps, strict=True):
-            batch, levers, update = one
-            of_one.append(stepping.phases_ns(model, batch, forecaster.loss, update, levers))
-        if num_fitted and turn + 1 >= min(_FEWEST_REPEATS, repeats):
-            runs = []
-            for (size, levers), step, phases in zip(settings, followed, spent, strict=True):
-                totals = tuple(sum(phase.values()) for phase in phases)
-                runs.append(Run(levers, *step, min(totals), totals, size.num_rows / settings[0][0].num_rows))
-            clock = Clock.fit(runs[:num_fitted], runs[num_fitted:])
-            if not clock.trust.shrinks(turn + 2):
-                break
-    return spent, clock
+        followed.append(follow(*step))
+
+    def plain_ns() -> int:
+        taken.append(run(*steps[0]))
+        return sum(taken[-1].values())
+
+    def fit(ratios: Sequence[Sequence[float]]) -> Clock:
+        fastest = min(sum(phases.values()) for phases in taken[1:])
+        runs = []
+        for (size, levers), seen, of_one in zip(settings, followed, [[1.0], *ratios], strict=True):
+            growth = size.num_rows / settings[0][0].num_rows
+            repeats_ns = tuple(round(ratio * fastest) for ratio in of_one)
+            runs.append(Run(levers, *seen, round(statistics.median(repeats_ns)), repeats_ns, growth))
+        return Clock.fit(runs[:num_fitted], runs[num_fitted:])
+
+    def more(ratios: Sequence[Sequence[float]]) -> range:
+        turn = len(ratios[0])
+        tell(1 + (1 + turn) * len(steps))
+        if turn >= min(_FEWEST_REPEATS, repeats):
+            clocks.append(fit(ratios))
+        enough = turn == repeats or (clocks and not clocks[-1].trust.shrinks(turn + 1))
+        return range(0 if enough else len(ratios))
+
+    others = [lambda step=step: sum(run(*step).values()) for step in steps[1:]]
+    ratios_in_turn(plain_ns, others, more)
+    source = f"wall time, fastest of {len(taken) - 1}; {len(steps)} settings in turn with it"
+    return min(taken[1:], key=lambda phases: sum(phases.values())), source, clocks[-1]

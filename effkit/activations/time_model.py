@@ -25,7 +25,7 @@ _AS_MEASURED = Hull({"growth": 1.0}, {"growth": 1.0})
 class Run:
     """A step that was run: followed once, and timed without being followed.
 
-    ``durations_ns`` is the time of each operator, ``step_ns`` the wall time of the whole step, the fastest of
+    ``durations_ns`` is the time of each operator, ``step_ns`` the wall time of the whole step, the middle one of
     ``repeats_ns``; ``growth``, how many times as much its batch held as that of the plain step.
     """
 
@@ -86,7 +86,8 @@ class Clock:
         errors = tuple(clock.step_ns(run.timeline, run.levers, run.growth) / run.step_ns - 1 for run in checks)
         return replace(
             clock, errors=errors, noise_frac=noise(run.repeats_ns for run in every),
-            num_repeats=max(1, len(runs[0].repeats_ns)), sizes=Hull.of({"growth": run.growth} for run in every),
+            num_repeats=max(1, *(len(run.repeats_ns) for run in every)),
+            sizes=Hull.of({"growth": run.growth} for run in every),
         )  # fmt: skip
 
     def step_ns(self, timeline: Timeline, levers: Levers, growth: float = 1.0) -> float:

@@ -23,7 +23,7 @@ from effkit.decoder.module_timers import LAUNCHES, Watched, step_times, watch
 from effkit.decoder.product_costs import product_cost, reading_rate
 from effkit.decoder.setting import DTYPES, Setting
 from effkit.device import synchronize
-from effkit.lab import Progress, calibration_of, tell
+from effkit.lab import Progress, calibration_of, relative_source, tell
 from effkit.progress_bar import working
 from effkit.timing import elapsed_ns
 from effkit.training import evaluating
@@ -195,7 +195,7 @@ def _accounted(
         run.setting, total_ns=scale * run.total_ns, weight_bytes=in_weights(ready.model), cache=cache,
         seconds_per_cell=_seconds_per_cell(ready.model), calibration=calibration or Observed(run),
         source=f"the wall clock of {len(run.plain_ns)} generations without clocks inside{overhead}"
-        + ("; relative to the base measured in turn" if scale != 1.0 else ""),
+        + relative_source(scale),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The calibration that an account carries."""
+"""The calibration that an account carries, and times that are told relative to it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from effkit.account import Account
 from effkit.arguments import described
 
 Kind = TypeVar("Kind")
+_ANOTHER_SPEED = 1.1  # so many times as slow, or as quick, is worth a word
 
 
 def calibration_of(base: Account, kind: type[Kind], lab: str) -> Kind:
@@ -20,3 +21,11 @@ def calibration_of(base: Account, kind: type[Kind], lab: str) -> Kind:
     if not isinstance(base.calibration, kind):
         raise ValueError(f"this account carries no calibration; {lab}.measure() makes one that does")
     return base.calibration
+
+
+def relative_source(scale: float) -> str:
+    """What a source says of times that were multiplied by ``scale``, the time of a base then over that beside them now:
+    a machine's speed drifts. Nothing where it is 1."""
+    changed = max(scale, 1 / scale) > _ANOTHER_SPEED
+    told = "; relative to the base measured in turn" * (scale != 1.0)
+    return told + f", which took {1 / scale:.2g} times as long as before" * changed

@@ -15,27 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from effkit.models.images import Convolutional, Vision
-    from effkit.models.language import Gpt, Recurrent, Text
+    from effkit.models.images import Vision
+    from effkit.models.language import Gpt, Text
     from effkit.models.moe import ExpertParallel
     from effkit.models.speech2text import Speech
 
-__all__ = ["convolutional", "expert_parallel", "gpt", "recurrent", "speech", "text", "vision"]
-
-
-def convolutional(
-    *, width: int = 32, stages: int = 3, blocks_per_stage: int = 2, image: int = 32, channels: int = 3,
-    classes: int = 10, device: str | None = None, dtype: torch.dtype | None = None, seed: int = 0,
-) -> Convolutional:  # fmt: skip
-    """A residual convolutional image classifier (ResNet, arXiv 1512.03385).
-
-    Its first stage has ``width`` channels, and each later one twice as many on half the side; there are
-    ``stages * blocks_per_stage`` residual blocks. Images have ``image`` x ``image`` pixels and ``channels``.
-
-    >>> convolutional(image=16).random_batch(2)["pixel_values"].shape
-    torch.Size([2, 3, 16, 16])
-    """
-    return _built("images.Convolutional", **locals())
+__all__ = ["expert_parallel", "gpt", "speech", "text", "vision"]
 
 
 def expert_parallel(
@@ -85,18 +70,6 @@ def gpt(
     ``attention`` is ``"sdpa"`` (scores are never stored) or ``"eager"`` (scores [B, heads, T, T] are stored).
     """
     return _built("language.Gpt", **locals())
-
-
-def recurrent(
-    *, layers: int = 2, hidden: int = 128, vocabulary: int = 1000, dropout: float = 0.0, device: str | None = None,
-    dtype: torch.dtype | None = None, seed: int = 0,
-) -> Recurrent:  # fmt: skip
-    """An LSTM language model; embeddings are as wide as ``hidden``, and ``dropout`` is between layers.
-
-    >>> recurrent(layers=1).random_batch(2, length=8)["input_ids"].shape
-    torch.Size([2, 8])
-    """
-    return _built("language.Recurrent", **locals())
 
 
 def speech(

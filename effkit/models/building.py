@@ -1,4 +1,4 @@
-"""The builder of live models, and what they share: checks of sizes, random batches, one kind of output."""
+"""The builder of live models, and what they share: checks of sizes, random batches."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ import torch
 from torch import nn
 
 from effkit.device import usual_device
-
-
-class Output(NamedTuple):
-    """What a model of our own returns: ``loss`` (a scalar) and ``logits`` (its last axis is classes or tokens)."""
-
-    loss: torch.Tensor
-    logits: torch.Tensor
 
 
 class Knobs(NamedTuple):
@@ -31,16 +24,14 @@ class Knobs(NamedTuple):
 
 
 def build(kind: Any, *, device: str | None, dtype: torch.dtype | None, seed: int, **sizes: Any) -> Any:
-    """A model of class ``kind``: from a configuration where the class has :class:`Knobs`, else from ``sizes``."""
+    """A model of class ``kind``, from a configuration that its :class:`Knobs` make of ``sizes``."""
     check_counts(**{name: int(size) for name, size in sizes.items() if isinstance(size, Integral)})
     if "heads" in sizes:
         check_heads(sizes["hidden"], sizes["heads"])
     if sizes.get("ffn", 0) is None:
         sizes["ffn"] = 4 * sizes["hidden"]
     torch.manual_seed(seed)
-    knobs: Knobs | None = getattr(kind, "knobs", None)
-    if knobs is None:
-        return ready(kind(**sizes), device, dtype)
+    knobs: Knobs = kind.knobs
     fields = {field: sizes[name] for name, fields in knobs.fields.items() for field in fields.split()}
     model = kind(kind.config_class(**knobs.fixed, **fields))
     if knobs.loss:

@@ -13,7 +13,7 @@ import numpy as np
 
 from effkit.account import Account
 from effkit.arguments import checked_whole, described
-from effkit.lab import Progress, calibration_of
+from effkit.lab import Progress, calibration_of, relative_source
 from effkit.moe import breakdown, routing
 from effkit.moe.calibration import Calibration, calibrate, probes, total_ns
 from effkit.moe.recorded import Array, Run, Step, joined, read
@@ -170,7 +170,7 @@ def accounted(run: Run, job: int, calibration: Calibration | None, scale: float 
     link = run.facts["link_bytes_per_s"]
     where = f"{run.num_ranks} ranks on {run.facts['where']}, {run.facts['backend']}"
     more = f", {len({step.round for step in steps})} rounds"
-    more += "; relative to the base measured in turn" if scale != 1.0 else ""
+    more += relative_source(scale)
     if link:
         where += f", a link of {link / 1e6:g} MB/s"
     if run.facts["where"] == "cuda" and run.facts["backend"] == "gloo":

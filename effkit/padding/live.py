@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,13 +23,13 @@ from effkit.padding.real_cells import input_lengths
 from effkit.progress_bar import working
 from effkit.recording import steady_peak
 from effkit.restoring import unchanged
-from effkit.timing import elapsed_ns
+from effkit.timing import elapsed_ns, ratios_in_turn
 from effkit.training import Loss, MakeOptimizer, own_loss
 
 MakeBatch = Callable[[list[Ints], pd.DataFrame], Any]
 Step = Callable[[Any], object]
 
-_SETTLED_FRAC = 0.05  # two fastest runs that agree so far have found the batch's time
+_SETTLED_FRAC = 0.05  # runs that agree so far have found the batch's time
 _PATIENCE = 3  # times ``repeats`` that a batch is run at most
 
 
@@ -43,9 +43,9 @@ def measure(
     """The time of one epoch of this plan on this model, with what it was spent on.
 
     Each batch runs once untimed while its peak memory is read, then ``repeats`` timed passes go over all of them in
-    turn. A batch whose two fastest times do not agree to 5% is run again, up to three times as often: other work on the
-    machine makes steps slower and never faster, so the fastest time counts. The model comes
-    out as it went in, and all that a step of yours can reach: see :class:`effkit.restoring.unchanged`.
+    turn. One of them is run again and again between, and the others are told relative to it: a machine's speed drifts.
+    A batch of which no two runs agree to 5% is run again, up to three times as often; the middle one counts. The model
+    comes out as it went in, and all that a step of yours can reach: see :class:`effkit.restoring.unchanged`.
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ def measure(
         A plan of the same examples, of which two batches join the calibration: larger ones, say, so that predictions
         about such lie within what was measured.
     base
-        An earlier account of this model: its cost model then splits the time instead of one fitted to this plan.
+        An earlier account of this model: its cost model then splits the time instead of one fitted to this plan, and a
+        batch of it is what these are told relative to.
     world_size
         Ranks that share the epoch. They are run one after another here, and communication is not visible.
     progress
@@ -99,15 +100,19 @@ def measure(
             f"measure() cannot make batches for {type(model).__name__}: give make_batch=(rows, lengths) -> batch"
         )
     probes = choose(plan, num_batches, cut_down=calibration is None)
-    probes += [] if also is None else [Probe(probe.rows) for probe in choose(also, 2, cut_down=False)]
+    probes += [] if also is None else [Probe(plan, probe.rows) for probe in choose(also, 2, cut_down=False)]
+    whole_ones = [probe for probe in probes if probe.whole]
+    reference, base_ns = (whole_ones[_middle(whole_ones)], 0) if calibration is None else _of_base(calibration)
     tell = partial(lab.tell, progress)
     with unchanged(model, *([] if step is None else [step])) as given:
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
         train(make(probes[0].rows, plan.lengths))  # the optimizer's state exists from here on
         updates = given.optimizers if update is None else [update]
         peaks, peak_source, of_batches = _peaks(model, make, train, updates, probes, plan, repeats, tell)
-        times = _timed(make, train, probes, plan.lengths, repeats, tell)
-    steps = pd.DataFrame(of_batches).assign(dur_ns=list(map(min, times)), peak_bytes=peaks, times_ns=times)
+        now_ns, times = _timed(make, train, reference, probes, repeats, tell)
+    scale = base_ns / now_ns if base_ns else 1.0
+    middle_ns = [round(scale * np.median(of_one)) for of_one in times]
+    steps = pd.DataFrame(of_batches).assign(dur_ns=middle_ns, peak_bytes=peaks, times_ns=times)
     if calibration:
         cost, memory = calibration.cost, calibration.memory
     else:  # time and peak memory of a step as functions of its shape
@@ -125,10 +130,22 @@ def measure(
                peak_source + ("" if complete else ", largest of the steps run"))  # fmt: skip
     return Account.of(
         EPOCH_TIME, "ns", rows, total=total, basis="derived", setting=setting_of(plan, world_size),
-        source=_source(len(whole), len(plan.batches), repeats, noise, world_size),
+        source=_source(len(whole), len(plan.batches), repeats, noise, world_size) + lab.relative_source(scale),
         companions=companions(plan, num_steps, int(whole["peak_bytes"].max()), sources),
         calibration=Calibration(plan, cost, memory, steps, noise, anchor, shapes(model)),
     )  # fmt: skip
+
+
+def _middle(batches: Sized) -> int:
+    """Which of a plan's batches the others are told relative to: they are in order of their size."""
+    return len(batches) // 2
+
+
+def _of_base(calibration: Calibration) -> tuple[Probe, float]:
+    """The batch that a base's others were told relative to, and its time [ns]."""
+    whole = calibration.steps[calibration.steps["whole"]]
+    row = whole.iloc[_middle(whole)]
+    return Probe(calibration.plan, calibration.plan.rows(int(row["batch"]))), float(row["dur_ns"])
 
 
 def _peaks(
@@ -139,7 +156,7 @@ def _peaks(
     peaks, source, of_batches = [], "", []
     for i, probe in enumerate(probes):
         batch = make(probe.rows, plan.lengths)  # one at a time: others would count as its memory
-        of_batches.append(_shape(batch, probe, plan))
+        of_batches.append(_shape(batch, probe))
         tell(i, len(probes) * (repeats + 1))
         training.drop_gradients(model.parameters())  # those from before would be freed unseen
 
@@ -152,18 +169,26 @@ def _peaks(
 
 
 def _timed(
-    make: MakeBatch, train: Step, probes: list[Probe], lengths: pd.DataFrame, repeats: int, tell: Progress
-) -> list[list[int]]:
-    """Times of steps on each batch [ns], all batches in turn; those that do not settle are run again."""
+    make: MakeBatch, train: Step, reference: Probe, probes: list[Probe], repeats: int, tell: Progress
+) -> tuple[int, list[list[int]]]:
+    """The fastest step on the reference [ns]; and times of steps on each batch, as if all were run when that was."""
+    others = [probe for probe in probes if probe is not reference] or [reference]
     num_runs = len(probes) * (repeats + 1)
-    times: list[list[int]] = [[] for _ in probes]
-    for turn in range(_PATIENCE * repeats):
-        for i, probe in enumerate(probes):
-            tell(min(num_runs - 1, (turn + 1) * len(probes) + i), num_runs)
-            if turn < repeats or sorted(times[i])[:2][-1] > (1 + _SETTLED_FRAC) * min(times[i]):
-                batch = make(probe.rows, lengths)
-                times[i].append(elapsed_ns(partial(train, batch)))
-    return times
+
+    def step_ns(probe: Probe) -> int:
+        batch = make(probe.rows, probe.plan.lengths)
+        return elapsed_ns(partial(train, batch))
+
+    def more(ratios: Sequence[Sequence[float]]) -> list[int]:
+        tell(min(num_runs - 1, len(probes) + sum(map(len, ratios))), num_runs)
+        apart = [min(np.diff(np.log(np.sort(of_one))), default=0.0) for of_one in ratios]
+        most = [repeats * (_PATIENCE if nearest > _SETTLED_FRAC else 1) for nearest in apart]
+        return [i for i, of_one in enumerate(ratios) if len(of_one) < most[i]]
+
+    taken, ratios = ratios_in_turn(partial(step_ns, reference), [partial(step_ns, probe) for probe in others], more)
+    fastest = min(taken)
+    of_others = iter([round(ratio * fastest) for ratio in of_one] for of_one in ratios)
+    return fastest, [[fastest] if probe is reference else next(of_others) for probe in probes]
 
 
 def _source(num_run: int, num_batches: int, repeats: int, noise_frac: float, world_size: int) -> str:
@@ -171,7 +196,7 @@ def _source(num_run: int, num_batches: int, repeats: int, noise_frac: float, wor
     source = "wall time"
     if num_run != num_batches:
         source += f" of {num_run} of {num_batches} steps, scaled to the epoch by the fitted cost"
-    source += f", fastest of {repeats} passes or more"
+    source += f", middle one of {repeats} passes or more"
     if noise_frac > _SETTLED_FRAC:
         source += f"; repeats lie {noise_frac:.0%} apart, so this machine is busy with something else"
     if world_size > 1:
@@ -192,15 +217,15 @@ def _still_step(model: torch.nn.Module, to_loss: Loss, make: MakeOptimizer | Non
     return train, update
 
 
-def _shape(batch: Any, probe: Probe, plan: Plan) -> dict[str, Any]:
+def _shape(batch: Any, probe: Probe) -> dict[str, Any]:
     """The probe's shape, of a cut-down batch as it was made; a whole one whose tensors do not hold the cells that its
     plan says is refused: a receipt would compare two things."""
-    shape = probe.shape(plan)
+    shape = probe.shape()
     try:
         real, width = input_lengths(batch)
     except ValueError:  # this batch shows no padding: nothing to compare
         return shape
-    planned = sum(int(plan.lengths["input_length"].to_numpy()[row].sum()) for row in probe.rows)
+    planned = sum(int(probe.plan.lengths["input_length"].to_numpy()[row].sum()) for row in probe.rows)
     longest = shape["input_length"]
     if int(real.sum()) != planned or (width != longest and probe.whole):
         raise ValueError(
@@ -214,6 +239,7 @@ def _shape(batch: Any, probe: Probe, plan: Plan) -> dict[str, Any]:
 class Probe:
     """One batch to run: the example indices of each row, and its number in the plan, -1 where it is none of its own."""
 
+    plan: Plan
     rows: list[Ints]
     batch: int = -1
 
@@ -222,12 +248,12 @@ class Probe:
         """Whether it is a batch of the plan as it stands."""
         return self.batch >= 0
 
-    def shape(self, plan: Plan) -> dict[str, Any]:
+    def shape(self) -> dict[str, Any]:
         """``num_rows``, padded ``input_length`` and, where known, ``output_length`` [cells]; ``whole``, and the
         number of the ``batch``, -1 for none."""
-        lengths = plan.lengths
+        lengths = self.plan.lengths
         padded = {name: max(int(lengths[name].to_numpy()[row].sum()) for row in self.rows) for name in lengths}
-        padded["input_length"] = plan.padded(padded["input_length"])
+        padded["input_length"] = self.plan.padded(padded["input_length"])
         return {"num_rows": len(self.rows), **padded, "whole": self.whole, "batch": self.batch}
 
 
@@ -243,8 +269,8 @@ def choose(plan: Plan, num_batches: int | None, *, cut_down: bool) -> list[Probe
     num_cut = 0 if not cut_down else 4 if num_batches is None else num_batches // 2
     num_whole = len(order) if num_batches is None else min(len(order), num_batches - num_cut)
     chosen = order[np.rint(np.linspace(0, len(order) - 1, num_whole)).astype(int)]
-    probes = [Probe(plan.rows(int(batch)), int(batch)) for batch in chosen]
-    return probes + [Probe(rows) for rows in _cut_down(plan, order)[:num_cut]]
+    probes = [Probe(plan, plan.rows(int(batch)), int(batch)) for batch in chosen]
+    return probes + [Probe(plan, rows) for rows in _cut_down(plan, order)[:num_cut]]
 
 
 def _cut_down(plan: Plan, order: Ints) -> list[list[Ints]]:

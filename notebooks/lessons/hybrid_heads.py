@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from effkit.models.building import Output, check_counts, check_heads, random_tokens, ready
+from effkit.models.building import check_counts, check_heads, random_tokens, ready
 from effkit.timing import interleaved_ns
+from lessons.small_models import Output
 
 _CHUNK = 64  # positions that the parallel form multiplies at once
 _KEPT = 3.0  # bias of the gates: a fresh state keeps sigmoid(3) = 95% of itself at each token
