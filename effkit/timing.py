@@ -14,7 +14,7 @@ from effkit.device import synchronize
 from effkit.progress_bar import advance
 
 Key = TypeVar("Key", bound=Hashable)
-_BETWEEN = 4  # runs, at most, between two of a reference
+_BETWEEN = 4  # times as long as a reference, or one run, may pass until it is run again
 
 
 class Stopwatch:
@@ -79,17 +79,20 @@ def ratios_in_turn(
     """Times of a reference [ns]; and of each other, run by run, its time over what the reference took around then.
 
     A shared machine works at another speed for seconds at a time, often by a third, so that the fastest of a few runs
-    may lie within such a phase, or not. The reference is run again before and after every few others, and its times
-    are interpolated between. Each call returns its own time [ns]; ``more`` is told the ratios so far, and says which
-    others are run in the next turn: none ends it. The reference is run once before, which is not counted.
+    may lie within such a phase, or not. The reference is run again between the others, and its times are interpolated.
+    Each call returns its own time [ns]; ``more`` is told the ratios so far, and says which others are run in the next
+    turn: none ends it. The reference is run once before, which is not counted.
     """
     reference()
     times, ratios = [reference()], [[] for _ in others]  # type: ignore[var-annotated]
     while chosen := list(more(ratios)):
-        for first in range(0, len(chosen), _BETWEEN):
-            few = chosen[first : first + _BETWEEN]
-            taken = [others[i]() for i in few]
-            times.append(reference())
-            for place, (i, time_ns) in enumerate(zip(few, taken, strict=True)):
-                ratios[i].append(time_ns / np.interp(place + 0.5, (0, len(few)), times[-2:]))
+        runs: list[tuple[int, int]] = []  # since the reference was run
+        for number, i in enumerate(chosen, 1):
+            runs.append((i, others[i]()))
+            if (span := sum(taken for _, taken in runs)) >= _BETWEEN * times[-1] or number == len(chosen):
+                times.append(reference())
+                ends = np.cumsum([taken for _, taken in runs])
+                for (run, taken), end in zip(runs, ends, strict=True):
+                    ratios[run].append(float(taken / np.interp(end - taken / 2, (0, span), times[-2:])))
+                runs.clear()
     return times, ratios

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -27,7 +28,7 @@ from effkit.device import Device
 from effkit.padding import EPOCH_CELLS
 from effkit.recording import capture
 from effkit.restoring import unchanged
-from effkit.timing import elapsed_ns, interleaved_ns
+from effkit.timing import elapsed_ns, interleaved_ns, ratios_in_turn
 from effkit.trace.names import DEVICE
 from effkit.training import Loss
 from effkit.units import readable
@@ -300,11 +301,12 @@ class TrainingLoop(Study):
         return found
 
     def in_turn(self, now: Sequence[Call], then: Sequence[Call]) -> Account:
-        """Time of the calls ``then`` relative to the calls ``now``, run in turn, each the fastest of several runs."""
+        """Time of the calls ``then`` over that of the calls ``now``, in turn, the middle one of several runs each."""
+        first, *calls = [partial(elapsed_ns, call) for call in (now[0], *now, *then)]
         with self.held():
-            self.step(self.batches[0])
-            times = list(interleaved_ns(dict(enumerate([*now, *then])), _IN_TURN, min).values())
-        return self.relative(sum(times[len(now) :]) / sum(times[: len(now)]))
+            _, ratios = ratios_in_turn(first, calls, lambda done: range(len(calls) * (len(done[0]) < _IN_TURN)))
+        times = np.median(ratios, axis=1)
+        return self.relative(float(times[len(now) :].sum() / times[: len(now)].sum()))
 
     def relative(self, computing_ratio: float, waiting_ns: float | None = None) -> Account:
         """Its time per step, with its computing scaled by a measured ratio, its waiting as given [ns]."""

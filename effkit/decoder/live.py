@@ -189,13 +189,12 @@ def _accounted(
     run: Run, ready: Ready, cache: CacheBytes, *, scale: float = 1.0, calibration: Calibration | None = None
 ) -> Account:
     rows, phases = accounting.measured_rows(run)
-    overhead = f"; clocks inside cost {overhead_frac([run]):+.1%}" if run.watched else ""
+    more = (f"; clocks inside cost {overhead_frac([run]):+.1%}" if run.watched else "") + relative_source(scale)
     return accounting.generation_account(
         {row: scale * value for row, value in rows.items()}, {row: scale * value for row, value in phases.items()},
         run.setting, total_ns=scale * run.total_ns, weight_bytes=in_weights(ready.model), cache=cache,
         seconds_per_cell=_seconds_per_cell(ready.model), calibration=calibration or Observed(run),
-        source=f"the wall clock of {len(run.plain_ns)} generations without clocks inside{overhead}"
-        + relative_source(scale),
+        source=f"the wall clock of {len(run.plain_ns)} generations without clocks inside{more}",
     )  # fmt: skip
 
 
