@@ -96,5 +96,9 @@ def test_a_step_is_told_relative_to_the_base_beside_it(speed):
     assert moved.companion(TIME).total == 4_875_000
     assert moved.companion(TIME).frame["value"].tolist() == [1_500_000, 3_000_000, 375_000]
     assert "relative to the base measured in turn, which took 2 times as long" in moved.companion(TIME).source
+    beside_a_prediction = activations.measure(model, batch, base=activations.predict(base, micro_batches=2), **setting)
+    assert beside_a_prediction.companion(TIME).total == 9_750_000, (
+        "as it is: nothing was measured that it could be told by"
+    )
     at_rest = activations.measure(model, batch, base=base, **setting)
     assert at_rest.companion(TIME).total == base.companion(TIME).total

@@ -139,8 +139,8 @@ def measure(
     alone = _single(model, size, optimizer) if time_levers and not earlier else []
     timed = [levers, *alone]
     settings = [(size, one) for one in timed] + (_checks(size, alone) if alone else [])
-    base_ns = 0  # of the base's step, which is run in turn, where it is no rank's
-    if base is not None and base.setting.get("world_size", 1) == 1:
+    base_ns = 0  # of the base's step, which is run in turn, where it was measured, and is no rank's
+    if base is not None and not base.predicted and base.setting.get("world_size", 1) == 1:
         base_ns = base.companion(TIME).total
         settings.append(parted(complete(base.setting, {})))
     tell = partial(lab.tell, progress, total=1 + len(settings) * (repeats + bool(alone)))
