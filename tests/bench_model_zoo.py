@@ -19,7 +19,9 @@ def test_predictions_over_the_zoo():
             if isinstance(receipt, str):
                 said[name] = receipt
                 continue
-            errors += [abs(receipt.error)] * receipt.predicted.in_range
+            chance = "dropped by chance" in receipt.predicted.source  # how many layers a step has is not foretold
+            assert receipt.within_band or not chance
+            errors += [abs(receipt.error)] * (receipt.predicted.in_range and not chance)
             print(f"{name:<36}{setting:<52}{receipt.error:>+9.3%}  {receipt.predicted.in_range}")
     print(f"{len(errors)} in range: median {statistics.median(errors):.3%}, worst {max(errors):.3%}")
     print(*(f"{name}: {why}" for name, why in said.items()), sep="\n")

@@ -210,3 +210,31 @@ def test_a_dropout_mask_takes_a_byte_on_a_gpu_and_a_factor_on_a_cpu():
     assert 128 * 256 in kept[1].to_list()
     assert 128 * 256 not in kept[0].to_list()
     assert kept[1].sum() < kept[0].sum()
+
+
+class Dropping(nn.Module):
+    """Four layers, of which each is skipped when a coin says so."""
+
+    def __init__(self, chance):
+        super().__init__()
+        self.layers, self.chance = nn.ModuleList(nn.Linear(64, 64) for _ in range(4)), chance
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not (self.chance and torch.rand([]) < self.chance):
+                x = layer(x).tanh()
+        return x
+
+
+def test_layers_that_are_dropped_by_chance_are_kept_and_the_band_reaches_down_to_a_step_without_them():
+    batch, loss = torch.randn(256, 64), lambda y: y.square().mean() if y.requires_grad else (y * bias).mean()
+    bias = nn.Parameter(torch.ones(()))
+    kept, dropping = (activations.forecast(Dropping(chance), batch, loss=loss) for chance in (0.0, 0.4))
+    assert "dropped by chance" not in kept.source
+    assert "layers that are dropped by chance are kept" in dropping.source
+    assert dropping.total == kept.total
+    assert kept.low > 0.98 * kept.total
+    torch.manual_seed(0)
+    peaks = [activations.measure(Dropping(0.4), batch, loss=loss, repeats=1).total for _ in range(6)]
+    assert min(peaks) < 0.9 * dropping.total, "some steps drop layers"
+    assert all(dropping.low <= peak <= dropping.high for peak in peaks)

@@ -52,12 +52,12 @@ class Replayer:
         self, model: torch.nn.Module, loss: Loss | None = None, optimizer: MakeOptimizer | None = None, *,
         as_on_gpu: bool = False, trains: bool = True, plan: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        self._mode, self._refused, self._plan = Valued(), "", plan
+        self.mode, self._refused, self._plan = Valued(), "", plan
         tensors = (*model.parameters(), *model.buffers())
         placed: dict[int, Any] = {id(tensor): self._placed(tensor) for tensor in tensors if tensor.is_meta}
         attributes = [value for module in model.modules() for value in vars(module).values()]
         placed |= {id(one): one.clone_state() for one in attributes if isinstance(one, torch.Generator)}
-        with fake_tensor.FakeCopyMode(self._mode):
+        with fake_tensor.FakeCopyMode(self.mode):
             try:
                 shared = {id(value): value for value in _uncopied(model, seen=set())}
                 self._model = copy.deepcopy(model, placed | shared)
@@ -78,7 +78,7 @@ class Replayer:
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake CPU tensor for one on the meta device, where operators such as attention go other ways."""
-        with self._mode:
+        with self.mode:
             placed = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
         return torch.nn.Parameter(placed, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else placed
 
@@ -96,7 +96,7 @@ class Replayer:
         if levers.world_size > 1:
             return self._on_ranks(batch, levers)
         with self._faking():
-            fake = tree_map_only(torch.Tensor, self._mode.valued, batch)
+            fake = tree_map_only(torch.Tensor, self.mode.valued, batch)
             update = self._update(fake, levers)
             if self._replaces:  # what this step finds there is what one like it has left
                 self._run(fake, update, levers)
@@ -116,7 +116,7 @@ class Replayer:
         one = copy.copy(self)
         one._updates, one._stretches = {}, {}
         with world(levers.world_size):
-            with self._faking(), fake_tensor.FakeCopyMode(self._mode):
+            with self._faking(), fake_tensor.FakeCopyMode(self.mode):
                 same = {id(tensor): self._placed(tensor) for tensor in self._model.parameters()}
                 same |= {id(tensor): tensor for tensor in self._model.buffers()}
                 model = copy.deepcopy(self._model, same)
@@ -137,12 +137,12 @@ class Replayer:
             for one in made:  # made as zeros, and then written into
                 one.constant = None
             form = tree_map_only(FakeTensor, lambda _: ..., out)
-            self._stretches[looks] = follower.stretch(since, made), Results.of(self._mode, made, []), form
+            self._stretches[looks] = follower.stretch(since, made), Results.of(self.mode, made, []), form
             return out
         stretch, results, form = self._stretches[looks]
         if stretch is None or results is None:
             return function(*args)
-        made = results.again(self._mode, [])
+        made = results.again(self.mode, [])
         follower.repeat(stretch, made)
         others = iter(made)
         return tree_map_only(type(...), lambda _: next(others), form)
@@ -152,7 +152,7 @@ class Replayer:
 
         def run() -> None:
             with self._faking():
-                self._loss(forward(self._model, tree_map_only(torch.Tensor, self._mode.valued, batch)))
+                self._loss(forward(self._model, tree_map_only(torch.Tensor, self.mode.valued, batch)))
 
         uninterrupted(run)
 
@@ -176,7 +176,7 @@ class Replayer:
 
         def entered(phase: str) -> None:
             nonlocal before
-            self._mode.updates = phase == stepping.OPTIMIZER
+            self.mode.updates = phase == stepping.OPTIMIZER
             # DistributedDataParallel averages gradients after backward, and before forward makes buffers the same
             for bucket in self._buckets if before == stepping.BACKWARD else ():
                 dist.all_reduce(bucket)
@@ -185,7 +185,7 @@ class Replayer:
             if self._buckets and phase == stepping.FORWARD:
                 same_buffers(self._model)
 
-        self._mode.updates = False
+        self.mode.updates = False
         stepping.run(self._model, batch, self._loss, update, levers, entered, _MOST_PARTS)
 
     @contextmanager
@@ -201,7 +201,7 @@ class Replayer:
             if "transformers" in sys.modules:
                 # it would take fake tensors for a compiler's, and attention another way than in a real step
                 stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
-            stack.enter_context(self._mode)
+            stack.enter_context(self.mode)
             if self._as_on_gpu:
                 stack.enter_context(gpu_assumptions.as_on_gpu())
             if self._at_once:
@@ -225,7 +225,7 @@ class Replayer:
         frames, names = _frames(error), {id(module): name for name, module in self._model.named_modules()}
         inside = [names[id(one)] for frame in frames if id(one := frame.f_locals.get("self")) in names]
         called = [frame.f_locals["func"] for frame in frames
-                  if frame.f_locals.get("self") is self._mode and "func" in frame.f_locals]  # fmt: skip
+                  if frame.f_locals.get("self") is self.mode and "func" in frame.f_locals]  # fmt: skip
         place = f"module {inside[-1] or type(self._model).__name__}" if inside else "the loss, backward or optimizer"
         if called:
             place += f", operator {called[-1]}"

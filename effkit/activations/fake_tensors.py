@@ -34,9 +34,10 @@ class Valued(fake_tensor.FakeTensorMode):
 
     A random number alone, the coin of a layer that is dropped now and then, is 0.5; so is any number that a step reads
     from activations, to scale by, as a rule; and while an optimizer ``updates``, no shape depends on what it reads.
+    ``by_chance`` is whether a step has asked such a coin what to do.
     """
 
-    updates = False
+    updates = tossed = by_chance = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +57,7 @@ class Valued(fake_tensor.FakeTensorMode):
         if func is _aten._local_scalar_dense.default and given:
             read = given[0]
             if known:
+                self.by_chance |= self.tossed and read.dtype == torch.bool
                 with no_dispatch():
                     return known[0][1].item()
             if read.is_floating_point() or self.updates:
@@ -133,6 +135,7 @@ class Valued(fake_tensor.FakeTensorMode):
         # of others what was made from nothing, such as a mask of ones
         small = bool(made) and all(_small(one) or one.numel() <= (1 if given else _MOST_NUMBERS) for one in made)
         same = "empty" not in func._schema.name and not _random(func) and (follows or _shaped(func))
+        self.tossed |= coin
         if not coin and not (same and (small or func._schema.is_mutable)):
             return
         with no_dispatch():

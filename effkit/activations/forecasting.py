@@ -109,6 +109,11 @@ class Forecaster:
         with random_numbers_kept():
             return self._make(size.num_rows, size.num_cells)
 
+    @property
+    def by_chance(self) -> bool:
+        """Whether a replayed step asked a coin what to do: one that drops layers, all of which are kept here."""
+        return self._replayer.mode.by_chance
+
     def timeline(self, size: Size, levers: Levers) -> Timeline:
         """The replay at exactly this setting; on a GPU, in the blocks of its allocator."""
         return self.placed(size, levers)[0]

@@ -255,10 +255,13 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
             basis="derived", **interval(time_ns, time_half_width), setting=wanted,
             in_range=peak.covered and known and not beyond,
         ), *gradients.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
-    title = PEAK if forecaster.trains else FORWARD_PEAK
+    title, band, told = PEAK if forecaster.trains else FORWARD_PEAK, interval(total, total * frac), ""
+    if forecaster.by_chance:
+        band["low"] = min(band["low"], sum(peak.rows.get(row, 0) for row in RESIDENTS))
+        told = "; layers that are dropped by chance are kept, and a step that drops some takes less"
     return Account.of(
-        title, "bytes", peak.rows, total=total, basis=forecaster.basis, **interval(total, total * frac),
-        source=f"a replay on fake tensors: the peak is in {peak.phase}, at {peak.op}{forecaster.assumptions}",
+        title, "bytes", peak.rows, total=total, basis=forecaster.basis, **band,
+        source=f"a replay on fake tensors: the peak is in {peak.phase}, at {peak.op}{forecaster.assumptions}{told}",
         in_range=peak.covered, setting=wanted, companions=tuple(companions),
         calibration=calibration or forecaster,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -102,7 +102,8 @@ def measure(
     probes = choose(plan, num_batches, cut_down=calibration is None)
     probes += [] if also is None else [Probe(plan, probe.rows) for probe in choose(also, 2, cut_down=False)]
     whole_ones = [probe for probe in probes if probe.whole]
-    reference, base_ns = (whole_ones[_middle(whole_ones)], 0) if calibration is None else _of_base(calibration)
+    # of batches in order of their size, the middle one is what the others are told relative to
+    reference, base_ns = (whole_ones[len(whole_ones) // 2], 0) if calibration is None else _of_base(calibration)
     tell = partial(lab.tell, progress)
     with unchanged(model, *([] if step is None else [step])) as given:
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
@@ -136,15 +137,10 @@ def measure(
     )  # fmt: skip
 
 
-def _middle(batches: Sized) -> int:
-    """Which of a plan's batches the others are told relative to: they are in order of their size."""
-    return len(batches) // 2
-
-
 def _of_base(calibration: Calibration) -> tuple[Probe, float]:
     """The batch that a base's others were told relative to, and its time [ns]."""
     whole = calibration.steps[calibration.steps["whole"]]
-    row = whole.iloc[_middle(whole)]
+    row = whole.iloc[len(whole) // 2]
     return Probe(calibration.plan, calibration.plan.rows(int(row["batch"]))), float(row["dur_ns"])
 
 
