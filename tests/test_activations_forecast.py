@@ -12,6 +12,7 @@ from effkit import activations, models
 from effkit.activations.forecasting import Forecaster
 from effkit.activations.levers import Levers, Size
 from effkit.activations.timeline import CATEGORIES
+from lessons import small_models
 
 torch.set_num_threads(1)
 MEDIAN_FRAC, WORST_FRAC = 0.005, 0.03
@@ -238,3 +239,14 @@ def test_layers_that_are_dropped_by_chance_are_kept_and_the_band_reaches_down_to
     peaks = [activations.measure(Dropping(0.4), batch, loss=loss, repeats=1).total for _ in range(6)]
     assert min(peaks) < 0.9 * dropping.total, "some steps drop layers"
     assert all(dropping.low <= peak <= dropping.high for peak in peaks)
+
+
+def test_offloading_what_an_operator_returns_unknown_to_a_replay_is_out_of_range():
+    """An LSTM of a CPU keeps a workspace of a size that no fake tensor has; it is offloaded too."""
+    model = small_models.recurrent(layers=1, hidden=32, vocabulary=90, device="cpu")
+    base = activations.measure(model, model.random_batch(16, 10), repeats=1)
+    for setting, in_range in (({"compress": "int8"}, True), ({"offload_frac": 0.5}, False)):
+        predicted = activations.predict(base, **setting)
+        measured = activations.measure(model, model.random_batch(16, 10), base=base, repeats=1, **setting)
+        assert predicted.in_range == in_range
+        assert predicted.low <= measured.total <= predicted.high or not in_range

@@ -29,7 +29,7 @@ def forecaster():
 def test_another_optimizer_put_in_equals_a_replay_of_both_op_by_op(forecaster, levers, states):
     both = Levers(**levers, optimizer_states=states)
     joined = forecaster.timeline(forecaster.size, both)
-    direct = forecaster._replayer.replay(forecaster.batch(forecaster.size), both)
+    direct = forecaster.replayer.replay(forecaster.batch(forecaster.size), both)
     assert joined.ops == direct.ops
     assert joined.phases == direct.phases
     assert joined.signatures == direct.signatures
@@ -43,7 +43,7 @@ def test_another_optimizer_put_in_equals_a_replay_of_both_op_by_op(forecaster, l
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_operators_of_two_micro_batches_stand_for_those_of_all(forecaster, parts):
-    two, all_of_them = (forecaster._replayer for _ in range(2))
+    two, all_of_them = (forecaster.replayer for _ in range(2))
     batch = forecaster.batch(forecaster.size)
     seen = two.replay(batch, Levers(micro_batches=parts))
     with pytest.MonkeyPatch.context() as patch:

@@ -69,7 +69,7 @@ class Forecaster:
         elsewhere, self.on_gpu, self.trains = named and not here, named or here, trains
         # a thread of its own runs backward; cuBLAS holds one for each
         self._workspaces = (workspace_bytes(device if named else "cuda"),) * (1 + trains) if self.on_gpu else ()
-        self._replayer = Replayer(model, loss, optimizer, as_on_gpu=elsewhere, trains=trains, plan=plan)
+        self.replayer = Replayer(model, loss, optimizer, as_on_gpu=elsewhere, trains=trains, plan=plan)
         self.basis = "assumed" if elsewhere else "derived"
         self.assumptions = ASSUMED if elsewhere else ""
         self.doubt_frac = _DOUBT_ELSEWHERE_FRAC if elsewhere else 0.0
@@ -93,7 +93,7 @@ class Forecaster:
             with suppress(Exception):  # of a make_batch(), which may not know such a length
                 batch = self.batch(Size(num_rows, num_cells), length)
                 if length._replace(num_cells=num_cells) in stepping.lengths(batch):
-                    self._replayer.forward(batch)
+                    self.replayer.forward(batch)
                     return True
         return False
 
@@ -108,11 +108,6 @@ class Forecaster:
             return stepping.resized(self._batch, size.num_rows, size.num_cells, length or self._length)
         with random_numbers_kept():
             return self._make(size.num_rows, size.num_cells)
-
-    @property
-    def by_chance(self) -> bool:
-        """Whether a replayed step asked a coin what to do: one that drops layers, all of which are kept here."""
-        return self._replayer.mode.by_chance
 
     def timeline(self, size: Size, levers: Levers) -> Timeline:
         """The replay at exactly this setting; on a GPU, in the blocks of its allocator."""
@@ -136,14 +131,14 @@ class Forecaster:
         if levers not in (plain, states):  # what the optimizer does is the same with any other levers
             self._requested[key] = self.requested(size, plain).with_optimizer_of(self.requested(size, states))
         else:
-            self._requested[key] = self._taught(self._replayer.replay(self.batch(size), levers))
+            self._requested[key] = self._taught(self.replayer.replay(self.batch(size), levers))
         return self._requested[key]
 
     def _taught(self, replayed: Timeline) -> Timeline:
         """A replay with what its operators allocate inside themselves; on a GPU, with what cuBLAS holds, and without
         what is on the host."""
         if self.runs_operators:
-            self.workspace.learn(replayed, self._replayer.calls)
+            self.workspace.learn(replayed, self.replayer.calls)
         taught = self.workspace.applied(replayed)
         if not self.on_gpu:
             return taught
@@ -154,7 +149,7 @@ class Forecaster:
 
     def watch(self, observed: Timeline, size: Size, levers: Levers) -> Timeline:
         """Learn from a real step which operators hide memory; its replay, which knows no more of the step."""
-        replayed = self._replayer.replay(self.batch(size), levers)
+        replayed = self.replayer.replay(self.batch(size), levers)
         self.workspace.watch(observed, replayed)
         self._requested[size, levers] = self._taught(replayed)
         self._placed.pop((size, levers), None)
@@ -209,10 +204,11 @@ class Forecaster:
         timeline = self.timeline(size, levers)
         levels = timeline.levels()
         op = int(levels.sum(axis=0).argmax())
-        return Peak(rows_at(levels[:, op]), timeline.ops[op], timeline.phases[op], 0.0, self._seen(timeline))
+        return Peak(rows_at(levels[:, op]), timeline.ops[op], timeline.phases[op], 0.0, self._seen(levers, timeline))
 
-    def _seen(self, *timelines: Timeline) -> bool:
-        unknown = self.workspace.unknown
+    def _seen(self, levers: Levers, *timelines: Timeline) -> bool:
+        # what an operator returns beyond what a replay knows is offloaded too, and no replay says when
+        unknown = self.workspace.unknown | (self.workspace.larger if levers.offload_frac else set())
         return not unknown or all(unknown.isdisjoint(timeline.signatures) for timeline in timelines)
 
     def _from_surface(self, size: Size, levers: Levers) -> Peak:
@@ -227,8 +223,8 @@ class Forecaster:
         levels, op = max(peaks, key=lambda peak: peak[0].sum())
         # blocks are no smooth function of the size: they are as much larger than what they hold as at the exact one
         levels = levels * (self.timeline(self.size, levers).peak_bytes / self.requested(self.size, levers).peak_bytes)
-        return Peak(rows_at(levels.round()), timeline.ops[main[op]], timeline.phases[main[op]],
-                    surface.doublings(size.num_rows, size.num_cells), self._seen(*surface.timelines))  # fmt: skip
+        return Peak(rows_at(levels.round()), timeline.ops[main[op]], timeline.phases[main[op]], surface.doublings(
+            size.num_rows, size.num_cells), self._seen(levers, *surface.timelines))  # fmt: skip
 
     def step_ns(self, size: Size, levers: Levers, clock: Clock) -> float:
         """The time of a step by the clock."""

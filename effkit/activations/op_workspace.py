@@ -28,12 +28,14 @@ class Workspace:
     sizes; any other is run alone, on zeros, at each size that is asked for: which way a library goes depends on it.
 
     ``inside`` and ``sizes`` are of each signature that was run alone; ``hidden`` has, by name and data types, the most
-    that such an operator hid in a real step, or alone, and the most it moved there.
+    that such an operator hid in a real step, or alone, and the most it moved there; ``larger`` are those that return
+    more than a replay knows.
     """
 
     inside: dict[Signature, int] = field(default_factory=dict)
     sizes: dict[Signature, tuple[int, ...]] = field(default_factory=dict)
     hidden: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    larger: set[Signature] = field(default_factory=set)
 
     @property
     def unknown(self) -> frozenset[Signature]:
@@ -88,6 +90,8 @@ class Workspace:
             if number in ran:
                 signature = tries[number]
                 self.inside[signature] = amount
+                if sum(self.sizes[signature]) > sum(calls[signature].sizes) + _NUMBERS_BYTES:
+                    self.larger.add(signature)
                 self._note(signature, int(moves[signature]), amount, self.sizes[signature], calls[signature].sizes)
 
     def _note(

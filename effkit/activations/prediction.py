@@ -256,7 +256,7 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
             in_range=peak.covered and known and not beyond,
         ), *gradients.predicted(levers, calibration.errors, calibration.noise)]  # fmt: skip
     title, band, told = PEAK if forecaster.trains else FORWARD_PEAK, interval(total, total * frac), ""
-    if forecaster.by_chance:
+    if forecaster.replayer.mode.by_chance:  # a coin drops layers: a replay keeps them all
         band["low"] = min(band["low"], sum(peak.rows.get(row, 0) for row in RESIDENTS))
         told = "; layers that are dropped by chance are kept, and a step that drops some takes less"
     return Account.of(
