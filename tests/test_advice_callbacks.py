@@ -18,7 +18,7 @@ FEW = {"num_batches": 2}
 
 def model():
     torch.manual_seed(0)
-    return ek.models.text(layers=1, hidden=32, ffn=64)
+    return ek.models.text(layers=1, hidden=32, ffn=64, device="cpu")
 
 
 def dataset():

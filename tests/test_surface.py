@@ -15,9 +15,11 @@ import effkit
 import lessons
 
 ROOT = Path(effkit.__file__).parent
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+# a wheel carries lessons and data within the package
+PATHS = [path for path in ROOT.rglob("*.py") if "material" not in path.relative_to(ROOT).parts]
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in PATHS)
 # What the lessons run keeps the rules of the house, too, and is no part of it.
-SOURCES = {path: path.read_text() for room in (ROOT, Path(lessons.__file__).parent) for path in room.rglob("*.py")}
+SOURCES = {path: path.read_text() for path in (*PATHS, *Path(lessons.__file__).parent.rglob("*.py"))}
 MODULES = ["effkit"] + [
     found.name
     for package in (effkit, lessons)
