@@ -15,6 +15,7 @@ from effkit.progress_bar import advance
 
 Key = TypeVar("Key", bound=Hashable)
 _BETWEEN = 4  # times as long as a reference, or one run, may pass until it is run again
+_BURST_NS, _MOST_AT_ONCE = 20_000_000, 5  # short calls are made again until so much has passed: one is easily disturbed
 
 
 class Stopwatch:
@@ -80,17 +81,24 @@ def ratios_in_turn(
 
     A shared machine works at another speed for seconds at a time, often by a third, so that the fastest of a few runs
     may lie within such a phase, or not. The reference is run again between the others, and its times are interpolated.
-    Each call returns its own time [ns]; ``more`` is told the ratios so far, and says which others are run in the next
-    turn: none ends it. The reference is run once before, which is not counted.
+    Each call returns its own time [ns], and the fastest of a few counts where they are short; ``more`` is told the
+    ratios so far, and says which others are run in the next turn: none ends it. The reference is run once before.
     """
+
+    def fastest(call: Callable[[], int]) -> int:
+        taken = [call()]
+        while sum(taken) < _BURST_NS and len(taken) < _MOST_AT_ONCE:
+            taken.append(call())
+        return min(taken)
+
     reference()
-    times, ratios = [reference()], [[] for _ in others]  # type: ignore[var-annotated]
+    times, ratios = [fastest(reference)], [[] for _ in others]  # type: ignore[var-annotated]
     while chosen := list(more(ratios)):
         runs: list[tuple[int, int]] = []  # since the reference was run
         for number, i in enumerate(chosen, 1):
-            runs.append((i, others[i]()))
+            runs.append((i, fastest(others[i])))
             if (span := sum(taken for _, taken in runs)) >= _BETWEEN * times[-1] or number == len(chosen):
-                times.append(reference())
+                times.append(fastest(reference))
                 ends = np.cumsum([taken for _, taken in runs])
                 for (run, taken), end in zip(runs, ends, strict=True):
                     ratios[run].append(float(taken / np.interp(end - taken / 2, (0, span), times[-2:])))

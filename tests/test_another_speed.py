@@ -30,27 +30,38 @@ class Machine:
 
 @pytest.mark.parametrize("begin", range(-300, 700, 90))
 def test_ratios_are_those_of_a_steady_machine_wherever_it_was_slow(begin):
-    works = [12.0, 20.0, 5.0, 9.0, 31.0, 14.0, 8.0, 10.0]
-    machine = Machine(begin, begin + 400)
+    works = [120.0, 200.0, 50.0, 90.0, 310.0, 140.0, 80.0, 100.0]
+    machine = Machine(10 * begin, 10 * begin + 4000)
     times, ratios = ratios_in_turn(
-        lambda: machine.run(10.0), [lambda work=work: machine.run(work) for work in works],
+        lambda: machine.run(100.0), [lambda work=work: machine.run(work) for work in works],
         lambda ratios: range(len(works)) if len(ratios[0]) < 3 else [],
     )  # fmt: skip
     assert [len(of_one) for of_one in ratios] == [3] * len(works)
-    assert np.median(ratios, axis=1) == pytest.approx(np.array(works) / 10.0, rel=0.01)
-    assert min(times) in (10_000_000, 14_000_000)
+    assert np.median(ratios, axis=1) == pytest.approx(np.array(works) / 100.0, rel=0.01)
+    assert min(times) in (100_000_000, 140_000_000)
 
 
 def test_each_is_run_as_often_as_is_asked_for_and_the_reference_warms_up():
     made = []
 
-    def call(name, taken=10):
+    def call(name, taken=30_000_000):
         return lambda: made.append(name) or taken
 
-    times, ratios = ratios_in_turn(call("r"), [call("a"), call("b", 20)], lambda ratios: [1] * (len(ratios[1]) < 2))
+    times, ratios = ratios_in_turn(
+        call("r"), [call("a"), call("b", 60_000_000)], lambda ratios: [1] * (len(ratios[1]) < 2)
+    )
     assert "".join(made) == "rrbrbr"
-    assert times == [10, 10, 10]
+    assert times == [30_000_000] * 3
     assert ratios == [[], [2.0, 2.0]]
+
+
+def test_short_ones_are_run_a_few_times_at_once_and_a_spike_does_not_count():
+    spikes = iter([1, 1, 9, 1, 1, 9, 1, 9, 9, 1, 1, 1, 1, 1, 1, 9, 1, 1, 9, 1] * 4)
+    times, ((ratio,),) = ratios_in_turn(
+        lambda: 5_000_000 * next(spikes), [lambda: 4_000_000 * next(spikes)], lambda ratios: [0] * (not ratios[0])
+    )
+    assert times == [5_000_000] * 2
+    assert ratio == pytest.approx(0.8)
 
 
 @pytest.fixture

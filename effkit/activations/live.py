@@ -254,7 +254,7 @@ def _timed(
     taken: list[dict[str, int]] = []
 
     def time_ns() -> int:
-        tell(1 + len(taken))
+        tell(min(repeats, 1 + len(taken)))
         taken.append(run(*steps[0]))
         return sum(taken[-1].values())
 
@@ -265,9 +265,9 @@ def _timed(
     times, (ratios,) = ratios_in_turn(
         lambda: sum(run(*steps[1]).values()), [time_ns], lambda ratios: [0] * (len(ratios[0]) < repeats)
     )
-    middle = sorted(range(repeats), key=ratios.__getitem__)[repeats // 2]
-    scale = ratios[middle] * base_ns / sum(taken[middle].values())
-    return {phase: round(scale * time_ns) for phase, time_ns in taken[middle].items()}, (
+    fastest = min(taken, key=lambda phases: sum(phases.values()))
+    scale = statistics.median(ratios) * base_ns / sum(fastest.values())
+    return {phase: round(scale * time_ns) for phase, time_ns in fastest.items()}, (
         f"wall time, middle one of {repeats}{lab.relative_source(base_ns / min(times))}"
     )
 

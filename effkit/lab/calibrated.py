@@ -23,8 +23,7 @@ def calibration_of(base: Account, kind: type[Kind], lab: str) -> Kind:
 
 
 def relative_source(scale: float) -> str:
-    """What a source says of times that were multiplied by ``scale``, the time of a base then over that beside them now:
-    a machine's speed drifts. Nothing where it is 1."""
+    """What a source says of times that were multiplied by ``scale``, a base's time then over that beside them now."""
     changed = max(scale, 1 / scale) > 1.1  # else it is not worth a word
     told = "; relative to the base measured in turn" * (scale != 1.0)
     return told + f", which took {1 / scale:.2g} times as long as before" * changed

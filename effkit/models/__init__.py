@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from effkit.models.images import Vision
-    from effkit.models.language import Gpt, Text
+    from effkit.models.configured import Gpt, Text, Vision
     from effkit.models.moe import ExpertParallel
     from effkit.models.speech2text import Speech
 
@@ -69,7 +68,7 @@ def gpt(
     ``ffn`` is 4 x hidden unless given. ``dropout`` is of embeddings, attention and residuals; 0 keeps steps repeatable.
     ``attention`` is ``"sdpa"`` (scores are never stored) or ``"eager"`` (scores [B, heads, T, T] are stored).
     """
-    return _built("language.Gpt", **locals())
+    return _built("configured.Gpt", **locals())
 
 
 def speech(
@@ -98,7 +97,7 @@ def text(
     >>> text(layers=1, vocabulary=50).random_batch(2, length=8)["input_ids"].shape
     torch.Size([2, 8])
     """
-    return _built("language.Text", **locals())
+    return _built("configured.Text", **locals())
 
 
 def vision(
@@ -111,7 +110,7 @@ def vision(
     Images have ``image`` x ``image`` pixels and ``channels``. ``ffn`` is 4 x hidden unless given; ``dropout`` 0 keeps
     steps repeatable; ``attention`` is ``"sdpa"`` or ``"eager"``.
     """
-    return _built("images.Vision", **locals())
+    return _built("configured.Vision", **locals())
 
 
 def _built(place: str, **knobs: Any) -> Any:
