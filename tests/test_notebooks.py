@@ -50,9 +50,9 @@ LAST, MODEL, SMALL = (
     "ek.models.speech()",
     "ek.models.speech(encoder_layers=1, decoder_layers=1, hidden=32)",
 )
-# The notebooks whose verdicts rest on a clock, and the two that start ranks; 01 runs as the unharmed copy that faults
+# The notebooks whose verdicts rest on a clock, and two that start ranks; 01 runs as the unharmed copy that faults
 # are planted in.
-CLOCKED = {"02b": pytest.mark.alone, "03": pytest.mark.alone, "04": pytest.mark.timed, "05": pytest.mark.timed}
+CLOCKED = {"02b": pytest.mark.alone, "03": pytest.mark.alone, "04": pytest.mark.alone, "05": pytest.mark.timed}
 SHOWN = [pytest.param(path, marks=CLOCKED.get(path.stem.split("_")[0], ())) for path in NOTEBOOKS if path != LAB]
 needs_lab = pytest.mark.skipif(not LAB.exists(), reason=f"{LAB.name} is not there")
 
