@@ -133,8 +133,7 @@ def _forecasts(gpu: bool) -> Iterator[Row]:
 
 
 def _forecast(name: str, configuration: dict[str, Any], usual: tuple[int, ...]) -> Iterator[Row]:
-    build = spiking.build if name == "spiking" else getattr(small_models, name, None) or getattr(ek.models, name)
-    model = build(**configuration)
+    model = spiking.build(**configuration) if name == "spiking" else small_models.build(name, **configuration)
     example = model.random_batch(*usual)
     for times in SIZES:
         size = _sized(times, usual)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import time
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import effkit as ek
 from effkit import activations
 from effkit.activations.on_ranks import TIME
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-
 
 # none of these was run by a calibration, nor is any in the ledger's grid
 COMBINED = (

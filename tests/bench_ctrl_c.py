@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import pytest
 from loops import BATCHES, Loop, begun, state
-from test_ctrl_c import DOORS, check, pressed
+from test_ctrl_c import DOORS, check, pressed, scanned
 from torch import nn
 
 import effkit as ek
@@ -25,17 +24,7 @@ class Larger(Loop):
 
 def test_presses_at_300_moments():
     for door, (_, call) in DOORS.items():
-        loop = begun(Loop)
-        before = state(loop)
-        call(loop)
-        start = time.perf_counter()
-        call(loop)
-        whole_s = time.perf_counter() - start
-        outcomes = []
-        for number in range(POSITIONS):
-            outcomes.append(pressed(partial(call, loop), whole_s * (number + 0.5) / POSITIONS))
-            check(loop, before)
-        call(loop)
+        outcomes, whole_s = scanned(call, POSITIONS)
         late = sum(presses == 0 for presses, _ in outcomes)
         lost = sum(told < presses for presses, told in outcomes)
         print(f"\n{door}: {POSITIONS} positions in {whole_s:.1f} s: {late} after its end, {lost} lost, all given back")

@@ -28,7 +28,7 @@ STEPS = {
 
 def model_of(name):
     sizes = {"hidden": 64, "layers": 2, "heads": 4} if name in ("gpt", "text") else {}
-    return (getattr(small_models, name, None) or getattr(ek.models, name))(device="cpu", **sizes)
+    return small_models.build(name, device="cpu", **sizes)
 
 
 @pytest.fixture(scope="module")

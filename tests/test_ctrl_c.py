@@ -72,6 +72,23 @@ def square(output):
     return output.square().mean()
 
 
+def scanned(call, count):
+    """Press at so many moments of this call, evenly spread, and check what it left; of each press (presses, told), and
+    how long the call takes [s]."""
+    loop = begun(Loop)
+    before, outcomes = state(loop), []
+    call(loop)
+    start = time.perf_counter()
+    call(loop)
+    whole_s = time.perf_counter() - start
+    check(loop, before)
+    for number in range(count):
+        outcomes.append(pressed(partial(call, loop), whole_s * (number + 0.5) / count))
+        check(loop, before)
+    call(loop)
+    return outcomes, whole_s
+
+
 DOORS = {
     "measure": (4, lambda loop: activations.measure(loop.model, BATCHES[0], loss=square, repeats=1, time_levers=True)),
     "study": (5, lambda loop: ek.study(step=loop.step, model=loop.model, loader=BATCHES, num_batches=2).overview()),
@@ -82,19 +99,9 @@ DOORS = {
 @pytest.mark.parametrize("door", DOORS)
 def test_a_press_at_any_moment(door):
     count, call = DOORS[door]
-    loop = begun(Loop)
-    before = state(loop)
-    call(loop)
-    start = time.perf_counter()
-    call(loop)
-    whole_s = time.perf_counter() - start
-    check(loop, before)
-    for number in range(count):
-        presses, told = pressed(partial(call, loop), whole_s * (number + 0.5) / count)
+    for presses, told in scanned(call, count)[0]:
         # none where it was quicker this time; once more where Python lost it, in a callback of a weak reference
         assert presses <= told <= 2 * presses
-        check(loop, before)
-    call(loop)
 
 
 @pytest.mark.parametrize("again_s", [0.002, 0.01, 0.03])

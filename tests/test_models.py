@@ -26,10 +26,6 @@ WITH_LENGTH = {"gpt", "recurrent", "speech", "text"}
 LENGTHS = pd.DataFrame({"input_length": [50, 33, 71, 16], "output_length": [4, 5, 6, 3]})
 
 
-def build(name):
-    return getattr(small_models if name in OURS else models, name)
-
-
 def rows(*documents: list[int]) -> list[np.ndarray]:
     return [np.array(document) for document in documents]
 
@@ -147,7 +143,7 @@ def test_every_public_model_is_tried_below():
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_random_batch_trains_every_parameter(name):
-    model = build(name)(**SMALLEST[name])
+    model = small_models.build(name, **SMALLEST[name])
     assert ("length" in inspect.signature(model.random_batch).parameters) == (name in WITH_LENGTH)
     batch = random_batch(model, name)
     assert all(len(tensor) == 3 for tensor in batch.values())
@@ -162,7 +158,7 @@ def test_a_random_batch_trains_every_parameter(name):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_loss_falls_when_trained(name):
-    model = build(name)(**SMALLEST[name])
+    model = small_models.build(name, **SMALLEST[name])
     batch = random_batch(model, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -177,7 +173,7 @@ def test_a_loss_falls_when_trained(name):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_equal_seeds_are_equal_weights_and_batches(name):
-    first, again, other = (build(name)(**SMALLEST[name], seed=seed) for seed in (0, 0, 1))
+    first, again, other = (small_models.build(name, **SMALLEST[name], seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
     batch = random_batch(first, name)
@@ -187,7 +183,7 @@ def test_equal_seeds_are_equal_weights_and_batches(name):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_step_runs_on_fake_tensors(name):
-    model = build(name)(**SMALLEST[name])
+    model = small_models.build(name, **SMALLEST[name])
     batch = random_batch(model, name)
     mode = FakeTensorMode()
     for module in model.modules():
@@ -254,4 +250,4 @@ def test_vision_cells_are_patches_and_a_class_token():
 )
 def test_impossible_sizes_are_refused_in_a_sentence(name, wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        build(name)(**{**SMALLEST[name], **wrong})
+        small_models.build(name, **{**SMALLEST[name], **wrong})

@@ -3,7 +3,8 @@
 import ast
 from pathlib import Path
 
-import effkit
+from test_surface import PATHS, ROOT
+
 from effkit import operators
 from effkit.operators import (
     ASKING,
@@ -29,7 +30,6 @@ from effkit.operators import (
     uses_tensor_cores,
 )
 
-ROOT = Path(effkit.__file__).parent
 OPERATORS = {
     PRODUCTS: """aten::mm aten::addmm aten::matmul aten::linear aten::dot aten::mv aten::addmv_ aten::mkldnn_linear
         mkldnn::_linear_pointwise aten::_grouped_mm aten::einsum aten::_scaled_mm aten::_int_mm aten::_addmm_activation
@@ -196,8 +196,7 @@ def second_lists(source):
 def test_nobody_keeps_a_second_list():
     found = {
         path.relative_to(ROOT).as_posix(): lists
-        for path in ROOT.rglob("*.py")
-        if "material" not in path.relative_to(ROOT).parts
+        for path in PATHS
         if (lists := list(second_lists(path.read_text()))) and path != Path(operators.__file__)
     }
     assert {file: lists for file, lists in found.items() if file not in NO_SECOND_LISTS} == {}

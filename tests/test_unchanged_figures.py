@@ -100,8 +100,8 @@ def figures_of_frame(frame):
 def built(model):
     """The model of ``[name, configuration]``; on the CPU, for replays depend on where it is."""
     name, configuration = model
-    build = spiking.build if name == "spiking" else getattr(small_models, name, None) or getattr(ek.models, name)
-    return build(**configuration, device="cpu")
+    knobs = {**configuration, "device": "cpu"}
+    return spiking.build(**knobs) if name == "spiking" else small_models.build(name, **knobs)
 
 
 def not_stored(model, usual):

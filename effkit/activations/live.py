@@ -253,23 +253,28 @@ def _timed(
     run in turn with the second, the base's, which took ``base_ns`` when it was measured."""
     taken: list[dict[str, int]] = []
 
-    def time_ns() -> int:
-        tell(min(repeats, 1 + len(taken)))
-        taken.append(run(*steps[0]))
-        return sum(taken[-1].values())
+    def more(done: Sequence[Sequence[Any]]) -> list[int]:
+        tell(min(repeats, 1 + len(done[0])))
+        return [0] * (len(done[0]) < repeats)
 
     if not base_ns:
-        for _ in range(repeats):
-            time_ns()
-        return min(taken, key=lambda phases: sum(phases.values())), f"wall time, fastest of {repeats}"
-    times, (ratios,) = ratios_in_turn(
-        lambda: sum(run(*steps[1]).values()), [time_ns], lambda ratios: [0] * (len(ratios[0]) < repeats)
-    )
-    fastest = min(taken, key=lambda phases: sum(phases.values()))
-    scale = statistics.median(ratios) * base_ns / sum(fastest.values())
-    return {phase: round(scale * time_ns) for phase, time_ns in fastest.items()}, (
-        f"wall time, middle one of {repeats}{lab.relative_source(base_ns / min(times))}"
-    )
+        while more([taken]):
+            _kept(run, steps[0], taken)
+        return _quickest(taken), f"wall time, fastest of {repeats}"
+    times, (ratios,) = ratios_in_turn(partial(_kept, run, steps[1], []), [partial(_kept, run, steps[0], taken)], more)
+    scale = statistics.median(ratios) * base_ns / sum(_quickest(taken).values())
+    source = f"wall time, middle one of {repeats}{lab.relative_source(base_ns / min(times))}"
+    return {phase: round(scale * time_ns) for phase, time_ns in _quickest(taken).items()}, source
+
+
+def _kept(run: RunStep, step: Step, taken: list[dict[str, int]]) -> int:
+    """Take this step, and keep its phases among those that were ``taken``; its time [ns]."""
+    taken.append(run(*step))
+    return sum(taken[-1].values())
+
+
+def _quickest(taken: Sequence[dict[str, int]]) -> dict[str, int]:
+    return min(taken, key=lambda phases: sum(phases.values()))
 
 
 def _calibrated(
@@ -282,17 +287,13 @@ def _calibrated(
     All are run in turn, and are timed relative to the plain one. Repeats end when one more would hardly make the band
     narrower.
     """
-    followed, taken, clocks = [], [], []
+    followed, clocks, taken = [], [], list[dict[str, int]]()
     for number, step in enumerate(steps):
         tell(1 + number)
         followed.append(follow(*step))
 
-    def plain_ns() -> int:
-        taken.append(run(*steps[0]))
-        return sum(taken[-1].values())
-
     def fit(ratios: Sequence[Sequence[float]]) -> Clock:
-        fastest = min(sum(phases.values()) for phases in taken[1:])
+        fastest = sum(_quickest(taken[1:]).values())
         runs = []
         for (size, levers), seen, of_one in zip(settings, followed, [[1.0], *ratios], strict=True):
             growth = size.num_rows / settings[0][0].num_rows
@@ -308,7 +309,6 @@ def _calibrated(
         enough = turn == repeats or (clocks and not clocks[-1].trust.shrinks(turn + 1))
         return range(0 if enough else len(ratios))
 
-    others = [lambda step=step: sum(run(*step).values()) for step in steps[1:]]
-    ratios_in_turn(plain_ns, others, more)
+    ratios_in_turn(partial(_kept, run, steps[0], taken), [partial(_kept, run, step, []) for step in steps[1:]], more)
     source = f"wall time, fastest of {len(taken) - 1}; {len(steps)} settings in turn with it"
-    return min(taken[1:], key=lambda phases: sum(phases.values())), source, clocks[-1]
+    return _quickest(taken[1:]), source, clocks[-1]

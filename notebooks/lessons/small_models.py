@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from effkit import models
 from effkit.models.building import check_counts, random_classes, random_tokens, ready
 
 
@@ -121,6 +122,12 @@ def recurrent(
     torch.Size([2, 8])
     """
     return _built(Recurrent, **locals())
+
+
+def build(name: str, **knobs: Any) -> Any:
+    """The model of this name, of these two or of :mod:`effkit.models`."""
+    of_lessons: dict[str, Any] = {"convolutional": convolutional, "recurrent": recurrent}
+    return (of_lessons.get(name) or getattr(models, name))(**knobs)
 
 
 def _built(kind: Any, *, device: str | None, dtype: torch.dtype | None, seed: int, **sizes: Any) -> Any:
