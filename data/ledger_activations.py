@@ -42,7 +42,7 @@ HELD_OUT = {
     ),
     "one lever": (
         {"checkpoint_every": 2},
-        {"micro_batches": 4},
+        {"micro_batches": 3},
         {"offload_frac": 0.5},
         {"compress": "fp8_e4m3", "group": 64},
     ),

@@ -90,7 +90,28 @@ def test_corrections_grow_with_the_batch(clock):
     timeline, levers = step(1000), Levers(compress="int8")
     times = [clock.step_ns(timeline, levers, growth) for growth in (1.0, 2.0, 3.0)]
     assert times[2] - times[1] == pytest.approx(times[1] - times[0], rel=1e-6)
-    assert clock.step_ns(timeline, levers, -1e9) >= 0
+
+
+def test_micro_batches_and_smaller_batches_are_corrected_by_how_many_rows_run_at_once():
+    """Each part of a batch takes 10 us less than the law says where half as much runs at once, 5 us more at a quarter:
+    a batch half as large is one such part, a batch twice as large, cut into four, has four of them."""
+    runs = [run(Levers(micro_batches=parts), PLAIN, parts * more) for parts, more in ((1, 0), (2, -1e4), (4, 5e3))]
+    clock = Clock.fit(runs)
+    assert list(clock.missing) == [1, 2, 4]
+
+    def beyond(parts, growth):
+        plain = replace(clock, missing={1: 0.0})
+        levers = Levers(micro_batches=parts)
+        return clock.step_ns(PLAIN, levers, growth) - plain.step_ns(PLAIN, levers, growth)
+
+    whole, halves, quarters = (beyond(parts, 1) for parts in (1, 2, 4))
+    assert beyond(1, 0.5) == pytest.approx(halves / 2)
+    assert beyond(4, 2) == pytest.approx(2 * halves)
+    assert beyond(2, 0.5) == pytest.approx(quarters / 2)
+    assert beyond(3, 1) == pytest.approx((halves + quarters) / 2)
+    assert beyond(1, 3) == pytest.approx(3 * whole)  # nothing larger was run
+    assert clock.doublings(Levers(micro_batches=4), 1) == 0
+    assert clock.doublings(Levers(micro_batches=8), 1) == 1
 
 
 def test_it_knows_the_levers_that_were_run(clock):
@@ -99,7 +120,7 @@ def test_it_knows_the_levers_that_were_run(clock):
     assert not clock.knows(Levers(checkpoint_every=1, keep="matmul"))
     assert not clock.knows(Levers(compress="fp8_e4m3"))
     assert not clock.knows(Levers(autocast="bfloat16"))
-    assert not clock.knows(Levers(micro_batches=2))
+    assert clock.doublings(Levers(micro_batches=2), 1) == 1  # none was run
     assert not clock.knows(Levers(optimizer_states="int8"))
 
 
@@ -136,9 +157,9 @@ def test_its_error_is_that_of_steps_it_did_not_see(clock):
     )
     assert abs(checked.errors[0]) > 0.01
     assert checked.trust.band_frac == pytest.approx(2 * np.sqrt(np.mean(np.square(checked.errors))))
-    assert checked.sizes.covers({"growth": 0.5})
-    assert not clock.sizes.covers({"growth": 0.5})
-    assert not checked.sizes.covers({"growth": 2.0})
+    assert checked.doublings(Levers(), 0.5) == 0
+    assert clock.doublings(Levers(), 0.5) == 1
+    assert checked.doublings(Levers(), 2.0) == 1
 
 
 def test_its_noise_is_that_of_repeats():

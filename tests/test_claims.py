@@ -131,7 +131,8 @@ def claim(**changes) -> Claim:
              "figure": "f", "unit": "times", "theirs": "2 to 3", "their_setting": "a cluster", "stored": 2.0,
              "stored_low": 1.5, "stored_high": 2.5, "stored_on": "2026-01-02", "stored_machine": "a machine",
              "no_effect": 1.0, "our_setting": "a toy", "notebook": "n.ipynb", "section": "1. A b",
-             "stored_seeds": math.nan, "run_low": math.nan, "run_high": math.nan}  # fmt: skip
+             "stored_seeds": math.nan, "run_low": math.nan, "run_high": math.nan,
+                 "bounded_by": "", "applies_if": "", "lever": "", "price": ""}  # fmt: skip
     return Claim(**given | changes)
 
 

@@ -225,8 +225,7 @@ def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None)
     """Each lever alone, those that this model and batch admit."""
     singles = [*(Levers(compress=form) for form in COMPRESSIONS[1:3]), Levers(offload_frac=1.0),
                Levers(autocast="bfloat16")]  # fmt: skip
-    if size.num_rows > 1:
-        singles.append(Levers(micro_batches=2))
+    singles += [Levers(micro_batches=parts) for parts in (2, 4) if parts <= size.num_rows]
     if optimizer is None:
         singles += [Levers(optimizer_states=form) for form in STATES[1:]]
     try:
@@ -240,7 +239,7 @@ def _checks(size: Size, alone: Sequence[Levers]) -> list[tuple[Size, Levers]]:
     """Steps that no clock of levers ``alone`` has seen: two of them together, in part where they have parts, and half a
     batch."""
     rows = size.num_rows
-    in_part = {"checkpoint_every": 2, "offload_frac": 0.5, "micro_batches": min(4, rows)}
+    in_part = {"checkpoint_every": 2, "offload_frac": 0.5, "micro_batches": min(3, rows)}
     both = [one.changed | other.changed for one, other in zip(alone, alone[len(alone) // 2 :], strict=False)]
     pairs = [(size, Levers(**{name: in_part.get(name, value) for name, value in changed.items()})) for changed in both]
     return [*pairs, (replace(size, num_rows=rows // 2), Levers())] if rows > 1 else pairs

@@ -248,7 +248,7 @@ def _predicted(forecaster: Forecaster, wanted: dict[str, Any], calibration: Cali
         companions += _time_on_ranks(forecaster, size, levers, calibration, wanted)
     elif calibration is not None and (clock := calibration.clock) is not None:
         time_ns = round(forecaster.step_ns(size, levers, clock))
-        known, beyond = clock.knows(levers), clock.sizes.doublings({"growth": forecaster.growth(size)})
+        known, beyond = clock.knows(levers), clock.doublings(levers, forecaster.growth(size))
         time_half_width = time_ns * clock.trust.beyond(max(beyond, peak.doublings), known)
         companions += [Account.of(
             TIME, "ns", {"step": time_ns}, total=time_ns, source="the times of operators in the steps that were run",
@@ -277,7 +277,7 @@ def _time_on_ranks(
         return []
     timeline, growth = forecaster.timeline(size, levers), forecaster.growth(size)
     computing, exposed = map(round, of_ranks.step_ns(timeline, levers, growth))
-    beyond = max(of_ranks.clock.sizes.doublings({"growth": growth}), of_ranks.doublings(timeline, levers))
+    beyond = max(of_ranks.clock.doublings(levers, growth), of_ranks.doublings(timeline, levers))
     known, total = of_ranks.clock.knows(levers), computing + exposed
     return [Account.of(
         TIME, "ns", {"computing": computing, "exposed communication": exposed}, total=total, basis="derived",

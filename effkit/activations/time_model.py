@@ -18,7 +18,7 @@ from effkit.least_squares import Floats, nonnegative
 
 _OF_THE_OPTIMIZER = {("optimizer_states", form) for form in STATES}
 _APART = 1.5  # sizes that differ by less are one size
-_AS_MEASURED = Hull({"growth": 1.0}, {"growth": 1.0})
+_AS_MEASURED = Hull({"growth": 1.0, "parts": 1.0}, {"growth": 1.0, "parts": 1.0})
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,18 +44,20 @@ class Clock:
     An operator takes a constant, and so much per byte moved and per FLOP, by its name and precision: that is the time
     *inside*. What Python, autograd and the dispatcher add is the same for every one of the *operators*; selective
     checkpointing decides about each of the *deciding* in Python. Each lever was run once alone: by what that run took
-    more or less, its combinations are corrected, in proportion to how much of the lever is in force.
+    more or less, its combinations are corrected, in proportion to how much of the lever is in force. Micro-batches are
+    corrected as a smaller batch is: by how many rows run at once, on which caches and kernels depend.
 
     ``costs`` maps (name, whether in half precision) to ns per call, per byte and per FLOP; ``weights`` are ``s``,
-    ``p`` [ns] and ``q`` [ns]; ``corrections`` maps a lever to ns at full force, ``None`` to the plain step's;
-    ``errors`` are those of steps that were run to check it (predicted over measured, minus 1) and that it did not see;
-    ``noise_frac`` is how far repeats of one step lay apart, ``num_repeats`` how many there were; ``sizes`` are those
-    of the batches that were run.
+    ``p`` [ns] and ``q`` [ns]; ``corrections`` maps a lever to ns at full force; ``missing``, the number of parts that a
+    plain batch was cut into (1: whole) to what the law is short of there [ns]; ``errors`` are those of steps that were
+    run to check it (predicted over measured, minus 1) and that it did not see; ``noise_frac`` is how far repeats of one
+    step lay apart, ``num_repeats`` how many there were; ``sizes`` are those of the batches that were run.
     """
 
     costs: dict[tuple[str, bool], Floats]
     weights: Floats
     corrections: dict[Hashable, float]
+    missing: dict[int, float]
     errors: tuple[float, ...] = ()
     noise_frac: float = 0.0
     num_repeats: int = 1
@@ -78,24 +80,28 @@ class Clock:
         parts = np.array([_parts(run.timeline, costs, run.levers) for run in runs])
         truth = np.array([run.step_ns for run in runs], dtype="float64")
         weights = nonnegative(parts / truth[:, None], np.ones(len(runs)))
-        short = truth - parts @ weights
-        plain = next(short[i] for i, run in enumerate(runs) if not _forces(run.levers))
-        corrections: dict[Hashable, float] = {None: float(plain)}
-        corrections |= {lever: float(short[i] - plain) for i, run in enumerate(runs) for lever in _forces(run.levers)}
-        clock, every = cls(costs, weights, corrections), [*runs, *checks]
+        short = list(zip(runs, (truth - parts @ weights).tolist(), strict=True))
+        missing = {run.levers.micro_batches: ns for run, ns in short if not _forces(run.levers)}
+        corrections = {lever: ns - missing[1] for run, ns in short for lever in _forces(run.levers)}
+        clock, every = cls(costs, weights, corrections, dict(sorted(missing.items()))), [*runs, *checks]
         errors = tuple(clock.step_ns(run.timeline, run.levers, run.growth) / run.step_ns - 1 for run in checks)
         return replace(
             clock, errors=errors, noise_frac=noise(run.repeats_ns for run in every),
             num_repeats=max(1, *(len(run.repeats_ns) for run in every)),
-            sizes=Hull.of({"growth": run.growth} for run in every),
+            sizes=Hull.of(_sizes(run.levers, run.growth) for run in every),
         )  # fmt: skip
 
     def step_ns(self, timeline: Timeline, levers: Levers, growth: float = 1.0) -> float:
         """The time of a replayed step, of a batch that holds ``growth`` times what the runs did."""
         plain = float(np.array(_parts(timeline, self.costs, levers)) @ self.weights)
-        forces = {None: 1.0} | _forces(levers)
-        grown = {lever: force if lever in _OF_THE_OPTIMIZER else force * growth for lever, force in forces.items()}
+        plain += growth * float(np.interp(_sizes(levers, growth)["parts"], [*self.missing], [*self.missing.values()]))
+        forces = _forces(levers).items()
+        grown = {lever: force if lever in _OF_THE_OPTIMIZER else force * growth for lever, force in forces}
         return max(0.0, plain + sum(self.corrections.get(lever, 0.0) * force for lever, force in grown.items()))
+
+    def doublings(self, levers: Levers, growth: float) -> float:
+        """How far such a step lies beyond the sizes that were run: see :meth:`Hull.doublings`."""
+        return self.sizes.doublings(_sizes(levers, growth))
 
     def backward_frac(self, timeline: Timeline, levers: Levers) -> float:
         """Which share of a step its backward passes take."""
@@ -108,6 +114,11 @@ class Clock:
         return all(lever in self.corrections for lever in _forces(levers))
 
 
+def _sizes(levers: Levers, growth: float) -> dict[str, float]:
+    """How much a step holds, in plain batches; and into how many parts as large as its own a plain batch would fall."""
+    return {"growth": growth, "parts": levers.micro_batches / growth}
+
+
 def _forces(levers: Levers) -> dict[Hashable, float]:
     """Which levers are in force, and how much: 1 where they were run alone."""
     every = levers.checkpoint_every
@@ -115,7 +126,6 @@ def _forces(levers: Levers) -> dict[Hashable, float]:
         ("checkpoint", levers.keep): 1 / every if every else 0.0,
         ("compress", levers.compress): float(levers.compress != NONE),
         "offload": float(levers.offload_frac > 0),  # every saved tensor is looked at, whether it is moved or not
-        "micro_batches": 2 * (1 - 1 / levers.micro_batches),
         ("autocast", levers.autocast): float(levers.autocast != NONE),
         ("optimizer_states", levers.optimizer_states): float(levers.optimizer_states != "float32"),
         "param_dtype": float(levers.param_dtype != SAME),  # of ranks; no run has it

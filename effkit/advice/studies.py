@@ -12,6 +12,7 @@ import pandas as pd
 from effkit.advice.levers import GOALS, Advice
 from effkit.advice.overviews import Overview, changes
 from effkit.arguments import checked_amount, checked_whole
+from effkit.claims import ceilings
 from effkit.progress_bar import working
 from effkit.receipt import Receipt
 from effkit.records import Record
@@ -94,6 +95,11 @@ class Study(Record):
         if not isinstance(other, Study):
             raise TypeError(f"compare() takes another study; given: {type(other).__name__}")
         return changes(self.overview().accounts, other.overview().accounts)
+
+    @working("Studying")
+    def claims(self) -> pd.DataFrame:
+        """How much each published idea could give here at most: :func:`effkit.claims.ceilings` of the accounts."""
+        return ceilings(self.overview().accounts)
 
     def report(self, path: str | Path, advice: Advice | None = None) -> Path:
         """Write one HTML page that needs nothing beside it: overview, advice, receipts of what was measured.

@@ -7,8 +7,9 @@ Python binds a subpackage to its parent once, when it is first imported, and the
 
 from __future__ import annotations
 
+from effkit.claims.bounds import ceilings
 from effkit.claims.table import Finding, check, claims
 
-__all__ = ["Finding", "check", "claims"]
+__all__ = ["Finding", "ceilings", "check", "claims"]
 
 __dir__ = __all__.copy  # what a reader's Tab shows

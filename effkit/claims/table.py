@@ -71,6 +71,9 @@ class Claim:
         Where the cell stands: a file in ``notebooks/`` and a heading.
     stored_seeds, run_low, run_high
         How many seeds are stored (``data/minilabs.csv``), and the 95% interval of one more; NaN where none are.
+    bounded_by, applies_if, lever, price
+        Which rows of a step's account it makes cheaper (empty: it changes the number of steps); of what models; what
+        does it here; what it costs: see :meth:`effkit.Study.claims`.
     """
 
     paper: str
@@ -96,6 +99,10 @@ class Claim:
     stored_seeds: float
     run_low: float
     run_high: float
+    bounded_by: str
+    applies_if: str
+    lever: str
+    price: str
 
     @property
     def varies(self) -> bool:
