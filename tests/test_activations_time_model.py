@@ -92,6 +92,18 @@ def test_corrections_grow_with_the_batch(clock):
     assert times[2] - times[1] == pytest.approx(times[1] - times[0], rel=1e-6)
 
 
+def test_what_python_does_to_call_a_block_again_recurs_with_every_micro_batch_and_not_with_the_rows():
+    clock = Clock.fit([RUNS[0], run(Levers(checkpoint_every=1), step(1000, extra=6), more=60_000)])
+    timeline, none = step(1000, extra=6), replace(clock, corrections={})
+
+    def beyond(growth, parts):
+        levers = Levers(checkpoint_every=1, micro_batches=parts)
+        return clock.step_ns(timeline, levers, growth) - none.step_ns(timeline, levers, growth)
+
+    assert beyond(2, 1) == pytest.approx(beyond(1, 1))
+    assert beyond(1, 4) == pytest.approx(4 * beyond(1, 1))
+
+
 def test_micro_batches_and_smaller_batches_are_corrected_by_how_many_rows_run_at_once():
     """Each part of a batch takes 10 us less than the law says where half as much runs at once, 5 us more at a quarter:
     a batch half as large is one such part, a batch twice as large, cut into four, has four of them."""

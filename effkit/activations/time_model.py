@@ -95,9 +95,8 @@ class Clock:
         """The time of a replayed step, of a batch that holds ``growth`` times what the runs did."""
         plain = float(np.array(_parts(timeline, self.costs, levers)) @ self.weights)
         plain += growth * float(np.interp(_sizes(levers, growth)["parts"], [*self.missing], [*self.missing.values()]))
-        forces = _forces(levers).items()
-        grown = {lever: force if lever in _OF_THE_OPTIMIZER else force * growth for lever, force in forces}
-        return max(0.0, plain + sum(self.corrections.get(lever, 0.0) * force for lever, force in grown.items()))
+        forces = {lever: force * _times(lever, levers, growth) for lever, force in _forces(levers).items()}
+        return max(0.0, plain + sum(self.corrections.get(lever, 0.0) * force for lever, force in forces.items()))
 
     def doublings(self, levers: Levers, growth: float) -> float:
         """How far such a step lies beyond the sizes that were run: see :meth:`Hull.doublings`."""
@@ -117,6 +116,14 @@ class Clock:
 def _sizes(levers: Levers, growth: float) -> dict[str, float]:
     """How much a step holds, in plain batches; and into how many parts as large as its own a plain batch would fall."""
     return {"growth": growth, "parts": levers.micro_batches / growth}
+
+
+def _times(lever: Hashable, levers: Levers, growth: float) -> float:
+    """How often a lever costs what it does beyond its operators: once in an update, whenever Python calls a block again,
+    or with every row."""
+    if lever in _OF_THE_OPTIMIZER:
+        return 1.0
+    return levers.micro_batches if lever == ("checkpoint", levers.keep) else growth
 
 
 def _forces(levers: Levers) -> dict[Hashable, float]:
