@@ -1,6 +1,6 @@
 """Values as JSON and back, bit for bit: what a calibration holds, under short tags instead of the names of classes.
 
-Known are None, numbers, text, lists, tuples, mappings with any keys, numpy arrays and scalars, DataFrames, and the
+Known are None, numbers, text, lists, tuples, sets, mappings with any keys, numpy arrays and scalars, DataFrames, and the
 dataclasses and named tuples of a table ``tag -> class``. NaN and infinities are kept; functions, types and whatever
 else are refused, with the type in the sentence.
 """
@@ -31,7 +31,7 @@ def encode(value, classes, left_out):
             return {tag: {name: plain(getattr(value, name)) for name in every if name not in left_out.get(tag, ())}}
         if isinstance(value, Mapping):
             return {"dict": [[plain(key), plain(one)] for key, one in value.items()]}
-        if type(value) in (list, tuple):
+        if type(value) in (list, tuple, set):
             return {type(value).__name__: [plain(one) for one in value]}
         raise TypeError(f"{type(value)} has no tag: name it in the table of classes")
 
@@ -55,8 +55,8 @@ def decode(data, classes, renamed, given):
             return pd.DataFrame(cells, index=index)
         if tag == "dict":
             return {value(key): value(one) for key, one in held}
-        if tag in ("list", "tuple"):
-            return {"list": list, "tuple": tuple}[tag](map(value, held))
+        if tag in ("list", "tuple", "set"):
+            return {"list": list, "tuple": tuple, "set": set}[tag](map(value, held))
         fields = {renamed.get(f"{tag}.{name}", name): value(one) for name, one in held.items()}
         return classes[tag](**fields, **given.get(tag, {}))
 

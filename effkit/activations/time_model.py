@@ -119,8 +119,8 @@ def _sizes(levers: Levers, growth: float) -> dict[str, float]:
 
 
 def _times(lever: Hashable, levers: Levers, growth: float) -> float:
-    """How often a lever costs what it does beyond its operators: once in an update, whenever Python calls a block again,
-    or with every row."""
+    """How often a lever costs what it does beyond its operators: once in an update, each time that Python calls a block
+    again, or with every row."""
     if lever in _OF_THE_OPTIMIZER:
         return 1.0
     return levers.micro_batches if lever == ("checkpoint", levers.keep) else growth
