@@ -132,15 +132,12 @@ class Fleet(Capture):
         )
 
     def _of_ranks(self, pane: str, *options: Any) -> list[Any]:
-        digests = self._digests(*options) if options else self._any_digests()
-        return [digest[pane] for digest in digests]
-
-    def _any_digests(self) -> list[Digest]:
-        """Those of any step: only the overview depends on it."""
-        return next(iter(self._cache.values()), None) or self._digests()
+        # only the overview, which is given its step, depends on it: the others are of any
+        read = None if options else next(iter(self._cache.values()), None)
+        return [digest[pane] for digest in read or self._digests(*options)]
 
     def _recorded_memory(self) -> Sequence[Mapping[str, Any]]:
-        return [memory for digest in self._any_digests() for memory in digest["memory"]]
+        return [memory for of_rank in self._of_ranks("memory") for memory in of_rank]
 
     def _memory_of(self, device: str | None, rank: int | None) -> Memory:
         chosen = self._chosen_memory(device, rank)

@@ -60,10 +60,8 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
 
 def _spans(kernels: pd.DataFrame, owner: Any) -> dict[int, tuple[int, int]]:
     """Call -> when the first of its kernels begins and the last ends [ns]."""
-    starts = kernels["start_ns"].to_numpy()
-    ran = pd.DataFrame({"start": starts, "end": starts + kernels["dur_ns"].to_numpy()})[owner >= 0]
-    ran = ran.groupby(owner[owner >= 0]).agg({"start": "min", "end": "max"})
-    return {row: (start, end) for row, start, end in ran.itertuples()}
+    ran = kernels.assign(end_ns=kernels["start_ns"] + kernels["dur_ns"])[owner >= 0].groupby(owner[owner >= 0])
+    return {row: (start, end) for row, start, end in ran.agg({"start_ns": "min", "end_ns": "max"}).itertuples()}
 
 
 def _recorded(
@@ -128,8 +126,7 @@ def _moved(call: Mapping[Any, Any], payload: Mapping[Any, Any], inputs: Any) -> 
     group = next((str(row[name]) for name in ("group", "group_name") for row in rows if _is(row[name])), "")
     num_ranks = next((row["group_size"] for row in rows if _is(row["group_size"])), None)
     dtype, size_bytes = _size(call, payload)
-    bounded = _plausible(num_ranks, _MOST_RANKS), dtype, _plausible(size_bytes, 2**63)
-    return group, *bounded, _splits(payload, inputs)
+    return group, _plausible(num_ranks, _MOST_RANKS), dtype, _plausible(size_bytes, 2**63), _splits(payload, inputs)
 
 
 def _size(call: Mapping[Any, Any], payload: Mapping[Any, Any]) -> tuple[str | None, int | None]:
@@ -306,10 +303,9 @@ def rank_pairs(calls: pd.DataFrame) -> pd.DataFrame:
         splits = _listed(call["splits"])
         num = len(splits) or (int(call["num_ranks"]) if _is(call["num_ranks"]) else 0)
         members = _listed(call["group"])
-        total = sum(splits) or 1
+        shares = [split / (sum(splits) or 1) for split in splits] or [1 / max(1, num)] * num
         named = len(members) == num and all(isinstance(member, int) for member in members)
-        for place, receiver in enumerate(members if named else range(num)):
-            share = splits[place] / total if splits else 1 / num
+        for receiver, share in zip(members if named else range(num), shares, strict=True):
             rows.append((call["rank"], receiver, call["size_bytes"] * share, "measured" if splits else "assumed"))
     columns = ["sender", "receiver", "size_bytes", "basis"]
     frame = pd.DataFrame(rows, columns=columns)

@@ -99,10 +99,8 @@ def nanoseconds(microseconds: Sequence[float | Decimal]) -> Any:
     whole = np.floor(times.astype("float64"))
     if not (np.abs(whole) < _LATEST_US).all():
         raise ValueError(_BEYOND)
-    if times.dtype == object:
+    if times.dtype != "float64":
         return np.array([round(time * 1000) for time in microseconds], "int64")
-    if times.dtype == "int64":
-        return times * 1000
     return whole.astype("int64") * 1000 + np.rint((times - whole) * 1e3).astype("int64")
 
 

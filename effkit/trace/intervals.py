@@ -46,8 +46,7 @@ def union(starts: Any, ends: Any) -> Covered:
     return Covered(starts[np.append(0, last + 1)], reach[np.append(last, -1)])
 
 
-def of(events: pd.DataFrame, *more: pd.DataFrame) -> Covered:
+def of(*events: pd.DataFrame) -> Covered:
     """The time that at least one of the events covers."""
-    starts = np.concatenate([frame["start_ns"].to_numpy("int64") for frame in (events, *more)])
-    lengths = np.concatenate([frame["dur_ns"].to_numpy("int64") for frame in (events, *more)])
+    starts, lengths = np.concatenate([frame[["start_ns", "dur_ns"]].to_numpy("int64") for frame in events]).T
     return union(starts, starts + lengths)
