@@ -264,10 +264,14 @@ def test_a_file_that_is_listed_twice_is_no_second_rank(folder, tmp_path):
             ek.load(paths)
 
 
-def test_events_in_two_parts_are_not_dropped_in_silence(tmp_path):
+def test_events_in_two_parts_are_read_and_halves_not_dropped_in_silence(tmp_path):
     pairs = [{"ph": phase, "name": "a", "pid": 1, "tid": 1, "ts": ts} for phase, ts in (("B", 1), ("E", 2))] * 3
     seen = ek.load(write(tmp_path / "a.json", {"traceEvents": pairs}))
-    assert "left out: 3 events in two parts (phases B and E)" in repr(seen)
+    assert seen.events["dur_ns"].tolist() == [1000] * 3
+    assert "left_out" not in seen.provenance
+    seen = ek.load(write(tmp_path / "b.json", {"traceEvents": [*pairs, *pairs[::2]]}))
+    assert len(seen.events) == 3
+    assert "left out: 3 begins or ends of events of which the other is not there (phases B and E)" in repr(seen)
 
 
 def python(code: str, *arguments: object) -> str:

@@ -73,7 +73,7 @@ def _trace(path: Path, rank: int | None, options: Options) -> Capture:
         seen["date"] = datetime.fromtimestamp(start_ns // 10**9, UTC).date().isoformat()
     left_out = {
         "events of Python functions (load with stacks=True)": read.num_left_out,
-        "events in two parts (phases B and E): write them as complete ones (phase X)": read.num_in_two,
+        "begins or ends of events of which the other is not there (phases B and E)": read.num_halves,
     }
     if words := [f"left out: {number:,} {what}" for what, number in left_out.items() if number]:
         seen["left_out"] = words

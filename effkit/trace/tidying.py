@@ -84,15 +84,15 @@ class Trace(NamedTuple):
     ``events``: one row per complete event, sorted by ``start_ns``; the ``category`` of one whose times cannot be begins
     with ``impossible``. ``memory``: one row per allocator event, with signed ``size_bytes`` and the allocator's own
     running totals after it; empty where memory was not recorded. ``metadata``: what the trace says of itself.
-    ``num_left_out``: events of Python functions that were not asked for. ``num_in_two``: events whose begin and end
-    are two entries (phases B and E), which are not read.
+    ``num_left_out``: events of Python functions that were not asked for. ``num_halves``: of events whose begin and end
+    are two entries (phases B and E), those of which only one is there.
     """
 
     events: pd.DataFrame
     memory: pd.DataFrame
     metadata: Mapping[str, Any]
     num_left_out: int
-    num_in_two: int
+    num_halves: int
 
 
 def read(
@@ -122,8 +122,8 @@ def read(
         rank = metadata.get("distributedInfo", {}).get("rank") if rank is None else rank
         rank = rank if isinstance(rank, int) and 0 <= rank < 2**31 else 0
         events, memory = frames.events(base_ns, rank), frames.memory(base_ns, rank)
-        return Trace(events, memory, metadata, frames.num_left_out, frames.num_in_two)
-    except (msgspec.DecodeError, ValueError, OverflowError, TypeError, RecursionError, MemoryError) as error:
+        return Trace(events, memory, metadata, frames.num_left_out, frames.num_halves)
+    except (msgspec.DecodeError, ValueError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
         reason = str(error) or "it takes more memory than there is"
         raise ValueError(f"not a profiler trace: {reason}. Expected Chrome JSON with traceEvents") from error
 
@@ -193,17 +193,32 @@ class _Columns:
 
     def __init__(self, details: Sequence[str], stacks: bool) -> None:
         self._left_out = () if stacks else STACKS
-        self.num_left_out = self.num_in_two = self._num_rows = 0
+        self.num_left_out = self.num_halves = self._num_rows = 0
+        self._begun: dict[Any, list[Any]] = defaultdict(list)  # of a thread, the innermost last
         self._events, self._memory = _Rows(), _Rows()
         self._details = {name: Sparse(DETAILS[name].kind) for name in details}
 
     def add(self, piece: list[Any]) -> None:
-        kept = [event for event in piece if event.ph == "X" and event.cat not in self._left_out]
-        others = [event.ph for event in piece if event.ph != "X"]
-        self.num_left_out += len(piece) - len(others) - len(kept)
-        self.num_in_two += others.count("B")
+        whole = [event for event in piece if event.ph == "X"]
+        whole += self._joined([event for event in piece if event.ph in ("B", "E")])[::-1]  # one around others first
+        kept = [event for event in whole if event.cat not in self._left_out]
+        self.num_left_out += len(whole) - len(kept)
         self._add_events([event for event in kept if event.cat not in SPANS])
         self._add_memory([event for event in piece if event.name == "[memory]" and event.args is not None])
+
+    def _joined(self, halves: list[Any]) -> list[Any]:
+        """The events that end here: the innermost that has begun on the thread, unless the end bears another name."""
+        joined = []
+        for event in halves:
+            begun = self._begun[event.pid, event.tid]
+            self.num_halves += 1
+            if event.ph == "B":
+                begun.append(event)
+            elif begun and event.name in ("", begun[-1].name):
+                self.num_halves -= 2
+                joined.append(begin := begun.pop())
+                begin.dur, begin.args = float(Decimal(event.ts) - Decimal(begin.ts)), begin.args or event.args
+        return joined
 
     def _add_events(self, kept: list[Any]) -> None:
         args = [event.args for event in kept]
