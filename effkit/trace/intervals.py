@@ -48,5 +48,5 @@ def union(starts: Any, ends: Any) -> Covered:
 
 def of(*events: pd.DataFrame) -> Covered:
     """The time that at least one of the events covers."""
-    starts, lengths = np.concatenate([frame[["start_ns", "dur_ns"]].to_numpy("int64") for frame in events]).T
+    starts, lengths = (np.concatenate([each[name] for each in events]) for name in ("start_ns", "dur_ns"))
     return union(starts, starts + lengths)
