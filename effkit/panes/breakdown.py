@@ -93,8 +93,7 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     notes = [f"steps from {source}", *notes]
     if on_device.empty:
         frame[[*_DEVICE_PARTS, *(["not_visible_ns"] if launches.empty and strange.empty else [])]] = pd.NA
-    if on_device.empty and strange.empty:
-        notes.append(NO_DEVICE)
+        notes += [NO_DEVICE] if strange.empty else []
     links = given["correlation"].dropna()
     if lost := int((~links.isin(on_device["correlation"])).sum()):
         notes.append(f"of {lost:,} of {len(links):,} launches and copies the device's own work is not in the recording")

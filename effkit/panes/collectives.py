@@ -42,8 +42,7 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     parent = nesting.parents(tree)
     kernels, _ = communication(events)
     calls = tree["name"][tree["category"] == "user_annotation"].str.extract(COLLECTIVE).dropna(subset="backend")
-    is_call = tree.index.isin(calls.index)
-    owner = nesting.owners(tree, nesting.nearest(parent, is_call), kernels)
+    owner = nesting.owners(tree, nesting.nearest(parent, tree.index.isin(calls.index)), kernels)
     notes = _annotations(tree, parent)
     rows = _recorded(tree, parent, calls, _spans(kernels, owner), notes)
     rows += _foreign(tree, kernels[owner < 0], notes)
@@ -124,9 +123,10 @@ def _moved(call: Mapping[Any, Any], payload: Mapping[Any, Any], inputs: Any) -> 
     the event into which c10d wrote what the call moves."""
     rows = (payload, call)
     group = next((str(row[name]) for name in ("group", "group_name") for row in rows if _is(row[name])), "")
-    num_ranks = next((row["group_size"] for row in rows if _is(row["group_size"])), None)
+    sizes = (row["group_size"] for row in rows)
+    num_ranks = next((int(size) for size in sizes if _is(size) and 0 <= size < _MOST_RANKS), None)
     dtype, size_bytes = _size(call, payload)
-    return group, _plausible(num_ranks, _MOST_RANKS), dtype, _plausible(size_bytes, 2**63), _splits(payload, inputs)
+    return group, num_ranks, dtype, size_bytes if 0 <= (size_bytes or 0) < 2**63 else None, _splits(payload, inputs)
 
 
 def _size(call: Mapping[Any, Any], payload: Mapping[Any, Any]) -> tuple[str | None, int | None]:
@@ -146,10 +146,6 @@ def _splits(payload: Mapping[Any, Any], inputs: Any) -> str | None:
     arguments = _listed(inputs)  # of alltoall_base_(output, input, group, output splits, input splits, …)
     splits = _listed(payload["splits"]) or (_listed(arguments[4]) if len(arguments) > 4 else [])
     return json.dumps(splits) if splits and all(isinstance(split, int) for split in splits) else None
-
-
-def _plausible(count: int | None, most: int) -> int | None:
-    return int(count) if count is not None and 0 <= count < most else None
 
 
 def _annotations(tree: pd.DataFrame, parent: Any) -> Notes:
@@ -232,8 +228,7 @@ def clocks(calls: pd.DataFrame) -> pd.DataFrame:
     """
     ranks = sorted(calls["rank"].unique())
     usable = calls[calls["call"].notna() & calls["dur_ns"].notna() & calls["collective"].isin(_SYNCHRONISE)]
-    columns = ["offset_ns", "spread_ns", "num_matched"]
-    clock = pd.DataFrame(0, index=pd.Index(ranks, name="rank"), columns=columns, dtype="Int64")
+    clock = pd.DataFrame(0, pd.Index(ranks, name="rank"), ["offset_ns", "spread_ns", "num_matched"], dtype="Int64")
     ends = usable.assign(end=usable["start_ns"] + usable["dur_ns"])
     ends = ends.pivot_table(index="call", columns="rank", values="end", aggfunc="first")
     uneven = ends.index.isin(usable.loc[usable["collective"] == "all_to_all", "call"])

@@ -40,8 +40,7 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     caller = nesting.owners(tree, nesting.nearest(parent, operator), on_device)
     owner = np.append(standing, -1)[caller]
     launched = on_device[["name", "category", "dur_ns"]].assign(owner=owner)
-    kernel_ns = on_device["dur_ns"].to_numpy()
-    device_self_ns = _sums(owner, kernel_ns, len(tree))
+    device_self_ns = _sums(owner, on_device["dur_ns"].to_numpy(), len(tree))
     device_total_ns = nesting.with_inner(above, device_self_ns)
     each = tree.assign(
         parent=parent, folded=folded, host_total_ns=dur_ns, host_self_ns=self_ns, device_total_ns=device_total_ns,
@@ -138,8 +137,7 @@ def diff(one: Tables, other: Tables) -> pd.DataFrame:
     ratio = frame["ratio"].astype("float64")
     which = [after.isna(), before.isna(), ratio > 1 + _NOTICEABLE, ratio < 1 - _NOTICEABLE]
     frame["change"] = np.select(which, ["went", "appeared", "grew", "shrank"], "same")
-    order = frame["difference_ns"].abs().sort_values(ascending=False, kind="stable").index
-    return frame.loc[order]
+    return frame.sort_values("difference_ns", key=abs, ascending=False, kind="stable")
 
 
 def _per_step(operators: pd.DataFrame, kernels: pd.DataFrame, num_steps: int) -> pd.DataFrame:

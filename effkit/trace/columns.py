@@ -74,8 +74,7 @@ class Sparse:
         place = np.full(len(order), -1, "int64")
         rows = np.concatenate(self._rows)
         place[rows] = np.arange(len(rows))
-        types = {int: "Int64", float: "Float64"}
-        return self._values.column(place[order], _compact, types.get(self._kind, "str"))
+        return self._values.column(place[order], _compact, {int: "Int64", float: "Float64"}.get(self._kind, "str"))
 
 
 def _compact(value: Any) -> Any:

@@ -102,8 +102,7 @@ class Decoder:
         return True
 
     def _piece(self, buffer: bytes, end: int) -> list[Any] | None:
-        with memoryview(buffer) as view:
-            text = b"".join((b"[", view[:end], b"]"))
+        text = b"[" + buffer[:end] + b"]"
         try:
             events: list[Any] = decoded(self._events, text)
             return decoded(self._events, text) if self._too_coarse(events) else events

@@ -19,8 +19,7 @@ class Covered(NamedTuple):
         sums = np.append(0, np.cumsum(self.ends - self.starts))
         place = np.searchsorted(self.starts, time_ns, side="right")
         # the last stretch that has begun may reach beyond the time
-        reaches = np.append(0, self.ends)[place]
-        return sums[place] - np.maximum(0, reaches - time_ns) * (place > 0)
+        return sums[place] - np.maximum(0, np.append(0, self.ends)[place] - time_ns) * (place > 0)
 
     def within(self, starts_ns: Any, ends_ns: Any) -> Any:
         """How much is covered between each pair of times [ns]."""
