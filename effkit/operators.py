@@ -36,15 +36,24 @@ _NO_TENSOR_CORES = re.compile(r"(?<![a-z\d])[sc]gemm|gemv|simt|scudnn|splitkredu
 _FEW_BITS = re.compile(r"(?<![a-z])(?:fp8|b?f8(?![a-z\d])|mxfp\d|nvfp4)|e4m3|e5m2|e2m1", re.IGNORECASE)
 
 
-def _table(*rows: tuple[str, str]) -> tuple[tuple[str, re.Pattern[str]], ...]:
-    return tuple((family, re.compile(pattern, re.IGNORECASE)) for family, pattern in rows)
-
-
 # The first pattern that a name shows decides, in both tables. "fbgemm" is a library of embeddings, "normal" is no norm.
 _NORM = r"norm(?!al(?!i))"
-_OPERATORS = _table(
-    (AUTOGRAD, r"^autograd::|(?-i:Backward\d*$)|^torch::autograd"),
+# A kernel of torch's compiler, as its device runs it and its host calls it, bears the names of all that it fuses; of
+# those that Triton compiles only templates ("tem") compute products and attention, of those in C++ no name tells
+_FUSED = r"(^|_)(triton_[a-z]+|cpp)_fused_.*"
+_OF_BOTH = (
     (COMMUNICATION, COMMUNICATES.pattern),
+    (ATTENTION, r"(^|_)triton_tem_.*attention"),
+    (PRODUCTS, r"(^|_)triton_tem_"),
+    (SOFTMAX, rf"{_FUSED}(softmax|nll_loss|cross_entropy)"),
+    (NORMS, rf"{_FUSED}{_NORM}|(^|_)triton_(red|per|mix)_.*(var_mean|rsqrt)"),
+    (OTHER, r"(^|_)triton_unk_|(^|_)cpp_fused_.*(mm|linear|attention|conv(?!ert|ex))"),
+    (REDUCTION, r"(^|_)triton_(red|per|spl)_"),
+    (ELEMENTWISE, r"(^|_)(triton_(poi|mix|for)|cpp_fused)_"),
+)
+_OPERATORS = (
+    (AUTOGRAD, r"^autograd::|(?-i:Backward\d*$)|^torch::autograd"),
+    *_OF_BOTH,
     (ASKING, r"^aten::(item|_local_scalar_dense|is_nonzero)$"),
     (ATTENTION, r"scaled_dot_product|::\w*attention|flash_?(attn|mla)|::f?mha|_mha_|batch_prefill"),
     (OPTIMIZER, r"::_fused_(adam|sgd|adagrad)|multi_tensor_(adam|sgd|lamb)"),
@@ -64,15 +73,8 @@ _OPERATORS = _table(
                   r"|silu|elu|dropout|native_dropout|bernoulli|threshold|ge|gt|le|lt|ne|logical_and|logical_or|logical_not)"
                   r"(_backward)?_?$|(silu|gelu)_and_mul|rotary"),
 )  # fmt: skip
-_KERNELS = _table(
-    (COMMUNICATION, COMMUNICATES.pattern),
-    # a compiled kernel bears the names of all that it fuses; only templates ("tem") compute products and attention
-    (ATTENTION, r"^triton_tem_.*attention"),
-    (PRODUCTS, r"^triton_tem_"),
-    (SOFTMAX, r"^triton_.*(softmax|nll_loss|cross_entropy)"),
-    (NORMS, rf"^triton_(red|per|mix)_.*({_NORM}|var_mean|rsqrt)"),
-    (REDUCTION, r"^triton_(red|per|split_scan)_"),
-    (ELEMENTWISE, r"^triton_(poi|mix|for)_"),
+_KERNELS = (
+    *_OF_BOTH,
     (ATTENTION, r"flash_?(fwd|bwd|attn|mla|::)|fmha|attention|sdpa|batch(prefill|decode)with"
                 r"|_fwd_grouped_kernel_stage"),
     (OPTIMIZER, r"fused_?(adam|sgd|adagrad)|multi_tensor_(adam|sgd|lamb)|(adam|lamb)functor"),
@@ -100,7 +102,7 @@ def family_of_operator(name: str) -> str:
     >>> family_of_operator("aten::_grouped_mm"), family_of_operator("aten::native_layer_norm"), family_of_operator("f")
     ('matrix products', 'norms', 'other')
     """
-    return next((family for family, pattern in _OPERATORS if pattern.search(name)), OTHER)
+    return next((family for family, pattern in _OPERATORS if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def family_of_kernel(name: str) -> str:
@@ -109,7 +111,7 @@ def family_of_kernel(name: str) -> str:
     >>> family_of_kernel("ampere_sgemm_128x64_tn"), family_of_kernel("void pytorch_flash::flash_fwd_kernel<...>()")
     ('matrix products', 'attention')
     """
-    return next((family for family, pattern in _KERNELS if pattern.search(name)), OTHER)
+    return next((family for family, pattern in _KERNELS if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def uses_tensor_cores(name: str) -> bool | None:

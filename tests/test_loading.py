@@ -172,14 +172,49 @@ def test_ranks_are_those_of_the_parallel_groups_that_engines_write_into_names(tm
     assert provenance["files"] == dict(zip(map(str, ranks), files, strict=True))
 
 
-@pytest.mark.parametrize("info", [{}, {"rank": 0, "world_size": 1}], ids=["no rank", "rank 0 twice"])
-def test_stretches_of_one_rank_are_not_ranks(tmp_path, info):
+@pytest.mark.parametrize("info", [{}, {"rank": 3, "world_size": 4}], ids=["no rank", "rank 3 twice"])
+def test_stretches_of_one_process_are_one_capture(tmp_path, info):
     """tensorboard_trace_handler writes a file for each cycle of its schedule: one process, one after another."""
-    for name, ahead_us in (("host_9.17641.pt.trace.json", 0), ("host_9.17642.pt.trace.json", 60_000)):
-        write(tmp_path / name, trace_of(1, ahead_us=ahead_us, info=info))
-    with pytest.raises(ValueError, match=r"17641\.pt\.trace\.json ends before host_9\.17642.*Load one of them"):
+    for name, ahead_us in (("host_9.17642.pt.trace.json", 60_000), ("host_9.17641.pt.trace.json", 0)):
+        write(tmp_path / name, trace_of(ahead_us // 60_000, ahead_us=ahead_us, info=info))
+    seen, alone = ek.load(tmp_path), [ek.load(tmp_path / f"host_9.1764{number}.pt.trace.json") for number in (1, 2)]
+    pd.testing.assert_frame_equal(seen.events, pd.concat([one.events for one in alone], ignore_index=True))
+    assert set(seen.events["rank"]) == {info.get("rank", 0)}
+    overview = seen.overview()
+    assert overview.index.get_level_values("step").tolist() == list(range(2 * ROUNDS))
+    assert overview["dur_ns"].tolist() == [each for one in alone for each in one.overview()["dur_ns"]]
+    assert seen.operators()["calls"].sum() == sum(one.operators()["calls"].sum() for one in alone)
+    assert len(seen.collectives()) == sum(len(one.collectives()) for one in alone)
+    assert seen.memory().total == alone[1].memory().total == 2 * 4096, "the fullest stretch alone"
+    assert "Capture of 2 stretches of one process, the memory of host_9.17642.pt.trace.json: 6 steps" in repr(seen)
+    same(panes(ek.load(seen.save(tmp_path / "saved.zip"))), panes(seen))
+
+
+@pytest.mark.parametrize("name", ["{}.json", "host_{}.17641.pt.trace.json"])
+def test_files_of_no_rank_that_follow_one_another_are_not_ranks(tmp_path, name):
+    for number, ahead_us in enumerate((0, 60_000)):
+        write(tmp_path / name.format(number), trace_of(1, ahead_us=ahead_us, info={"rank": 0, "world_size": 1}))
+    with pytest.raises(ValueError, match=r"0\S*json ends before \S*1\S* begins: .*Load one of them"):
         ek.load(tmp_path)
-    assert len(ek.load(tmp_path / "host_9.17642.pt.trace.json").overview()) == ROUNDS
+    assert len(ek.load(tmp_path / name.format(1)).overview()) == ROUNDS
+
+
+def test_files_of_one_worker_that_ran_at_once_are_no_stretches(tmp_path):
+    for number in (1, 2):  # of two containers, say, in which names and numbers of processes are the same
+        write(tmp_path / f"host_9.1764{number}.pt.trace.json", trace_of(1, ahead_us=number, info={}))
+    assert ek.load(tmp_path).provenance["rank_from"] == "the order of the files"
+    for number in (1, 2):
+        write(tmp_path / f"host_9.1764{number}.pt.trace.json", trace_of(number, ahead_us=60_000 * number))
+    assert ek.load(tmp_path).provenance["rank_from"] == "the traces' own metadata"
+
+
+def test_stretches_without_marks_are_not_joined_for_the_time_between_them_is_in_no_step(tmp_path):
+    for number in (1, 2):
+        run = trace_of(1, ahead_us=60_000 * number, info={})
+        run["traceEvents"] = [event for event in run["traceEvents"] if "ProfilerStep" not in event["name"]]
+        write(tmp_path / f"host_9.1764{number}.pt.trace.json", run)
+    with pytest.raises(ValueError, match="they are stretches of one rank, or runs of their own"):
+        ek.load(tmp_path)
 
 
 def test_that_several_files_say_that_they_are_one_rank_is_said(tmp_path):
@@ -207,8 +242,9 @@ def test_what_torchs_own_handler_writes_for_a_schedule_that_repeats(tmp_path):
             (torch.ones(8, 8) @ torch.ones(8, 8)).sum()
             profiler.step()
     assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(ValueError, match="they are stretches of one rank, or runs of their own"):
-        ek.load(tmp_path)
+    seen = ek.load(tmp_path)
+    assert len(seen.steps) == len(seen.overview()) == 2
+    assert seen.operators().loc["aten::matmul", "calls"] == 2
 
 
 def test_a_rank_that_is_missing_is_named_and_not_imagined(folder):
@@ -264,10 +300,14 @@ def test_a_file_that_is_listed_twice_is_no_second_rank(folder, tmp_path):
             ek.load(paths)
 
 
-def test_events_in_two_parts_are_not_dropped_in_silence(tmp_path):
+def test_events_in_two_parts_are_read_and_halves_not_dropped_in_silence(tmp_path):
     pairs = [{"ph": phase, "name": "a", "pid": 1, "tid": 1, "ts": ts} for phase, ts in (("B", 1), ("E", 2))] * 3
     seen = ek.load(write(tmp_path / "a.json", {"traceEvents": pairs}))
-    assert "left out: 3 events in two parts (phases B and E)" in repr(seen)
+    assert seen.events["dur_ns"].tolist() == [1000] * 3
+    assert "left_out" not in seen.provenance
+    seen = ek.load(write(tmp_path / "b.json", {"traceEvents": [*pairs, *pairs[::2]]}))
+    assert len(seen.events) == 3
+    assert "left out: 3 begins or ends of events of which the other is not there (phases B and E)" in repr(seen)
 
 
 def python(code: str, *arguments: object) -> str:

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+from made_traces import capture_of, launched, op
 from test_surface import PATHS, ROOT
 
 from effkit import operators
@@ -143,6 +144,41 @@ def test_nodes_of_autograd_are_autograds_whatever_they_call():
 
 def test_family_of_a_kernel():
     assert not [(name, family) for family, name in cases(KERNELS, "\n") if family_of_kernel(name) != family]
+
+
+# The same on the device, and on the host, which records the call of such a kernel as an operator
+COMPILED = {
+    PRODUCTS: """triton_tem_fused_mm_0 triton_tem_fused_addmm_relu_3 triton_tem_fused_12 model_triton_tem_fused_mm_1
+        triton_tem_fused_bmm_7 triton_tem_fused_convolution_relu_5""",
+    ATTENTION: "triton_tem_fused_flex_attention_0 triton_tem_fused_add_flex_attention_backward_1",
+    SOFTMAX: """triton_red_fused__softmax_mean_0 triton_poi_fused__log_softmax_3 cpp_fused__softmax_1
+        triton_per_fused__log_softmax_nll_loss_forward_4""",
+    NORMS: """triton_per_fused_native_layer_norm_2 triton_poi_fused__native_batch_norm_legit_no_training_relu_1
+        triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0 triton_red_fused_addmm_native_layer_norm_4
+        graph_0_cpp_fused_native_layer_norm_1 triton_unk_fused_native_group_norm_8""",
+    REDUCTION: "triton_red_fused_mean_0 triton_per_fused_addmm_sum_2 triton_spl_fused_cumsum_0",
+    ELEMENTWISE: """triton_poi_fused_add_relu_3 triton_poi_fused_addmm_relu_threshold_backward_0 triton_for_fused_0
+        cpp_fused_add_mul_0 graph_12_cpp_fused_gelu_3 triton_mix_fused_add_1 triton_poi_fused_rsqrt_1""",
+    OTHER: "triton_unk_fused_sum_0 cpp_fused__linear_pointwise_2 triton_ cpp_fused",
+}  # fmt: skip
+
+
+def test_a_compiled_kernel_is_of_what_it_fuses_on_the_device_and_where_the_host_calls_it():
+    for family_of in (family_of_kernel, family_of_operator):
+        assert not [(name, of) for of, name in cases(COMPILED, None) if family_of(name) != of]
+
+
+def test_a_compiled_kernel_without_a_name_of_its_own_is_told_by_its_call(tmp_path):
+    seen = capture_of(  # torch._inductor.config.triton.unique_kernel_names = False
+        tmp_path,
+        op("triton_per_fused_native_layer_norm_2", 0, 9),
+        launched("triton_", 1, 10, 14, correlation=1),
+        op("triton_red_fused_addmm_native_layer_norm_4", 20, 29),
+        launched("triton_red_fused_addmm_native_layer_norm_4", 21, 30, 32, correlation=2),
+    )
+    assert seen.families()[["kernel_ns", "host_self_ns"]].to_dict("index") == {
+        NORMS: {"kernel_ns": 6_000, "host_self_ns": 16_000}
+    }
 
 
 # By instruction shapes, by libraries that use nothing else, by formats of 8 and 4 bits that nothing else multiplies

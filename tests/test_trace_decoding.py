@@ -197,9 +197,67 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     assert ek.load(tmp_path / "a.json").events["name"].tolist() == ["a@b"]
 
 
-def test_events_in_two_parts_are_counted():
-    found = read(text([event(ph="B"), event(ph="E"), event("whole"), event(ph="M")]))
-    assert (found.events["name"].tolist(), found.num_in_two) == (["whole"], 1)
+def half(phase, name, ts, **more):
+    return {"ph": phase, "pid": 1, "tid": 1, "ts": ts, "cat": "cpu_op", **({"name": name} if name else {}), **more}
+
+
+TWO_PARTS = [
+    half("B", "outer", 10, args={"Input Dims": [[2]]}),
+    half("B", "inner", 10.001),
+    half("B", "elsewhere", 11, tid=2),
+    half("E", "inner", 12.5, args={"Input Dims": [[3]]}),
+    event("whole", ts=11),
+    half("E", "", 20),
+    half("E", "elsewhere", 30, tid=2),
+]
+
+
+def test_a_begin_and_its_end_are_one_event():
+    for found in (read(text(TWO_PARTS)), read_in_pieces(text(TWO_PARTS), 40)):
+        events = found.events.set_index("name")
+        times = {"outer": [10_000, 10_000], "inner": [10_001, 2_499], "elsewhere": [11_000, 19_000]}
+        assert events.loc[[*times], ["start_ns", "dur_ns"]].to_numpy().tolist() == [*times.values()]
+        assert events.loc[["outer", "inner"], "shapes"].tolist() == ["[[2]]", "[[3]]"]
+        assert (len(events), found.num_halves) == (4, 0)
+
+
+def test_halves_of_events_are_counted_and_no_event_is_made_of_them():
+    halves = [
+        half("E", "begun before", 1),
+        half("B", "outer", 2),
+        half("B", "inner", 3),
+        half("E", "unknown", 4),
+        half("E", "inner", 5),
+        half("B", "its end is lost", 6),
+        half("E", "outer", 7),  # of something that began before another which did not end
+        event("whole"),
+        event(ph="M"),
+    ]
+    found = read(text(halves))
+    assert found.events["name"].tolist() == ["whole", "inner"]
+    assert found.num_halves == 5
+
+
+def test_of_two_events_of_the_same_time_the_one_begun_first_is_around_the_other():
+    from effkit.trace import nesting
+
+    same_time = [half(*each) for each in (("B", "outer", 1), ("B", "inner", 1), ("E", "inner", 2), ("E", "outer", 2))]
+    events = read(text(same_time)).events
+    assert events["name"].tolist() == ["outer", "inner"]
+    assert nesting.parents(events).tolist() == [-1, 0]
+
+
+def test_times_since_1970_stay_exact_in_events_of_two_parts():
+    content = text([half("B", "a", 0), half("E", "a", 1)]).replace(b'"ts": 0', b'"ts": 1700000000000000.123')
+    found = read(content.replace(b'"ts": 1,', b'"ts": 1700000000000001.124,')).events
+    assert found.loc[0, ["start_ns", "dur_ns"]].tolist() == [1_700_000_000_000_000_123, 1_001]
+
+
+@pytest.mark.parametrize("ts", ["1e400", "1e99999", "-1e300"])
+def test_a_begin_at_no_time_is_refused(ts):
+    content = text([event(ts=2**44), half("B", "a", 0), half("E", "a", 1)]).replace(b'"ts": 0', f'"ts": {ts}'.encode())
+    with pytest.raises(ValueError, match="not a profiler trace"):
+        read(content)
 
 
 @pytest.mark.parametrize("value", ["NaN", "-NaN", "Infinity", "-Infinity", "N/A", "nan", "-inf"])

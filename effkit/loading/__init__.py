@@ -12,7 +12,7 @@ from effkit import trace
 from effkit.arguments import described
 from effkit.captured import Capture
 from effkit.loading.files import Options, load_file
-from effkit.loading.fleet import Fleet
+from effkit.loading.fleet import Fleet, joined
 
 _SUFFIXES = (".json", ".json.gz", ".zip", ".pickle", ".pkl")
 
@@ -30,7 +30,8 @@ def load(
     ----------
     path
         A profiler trace (Chrome JSON of ``torch.profiler``, compressed or not), a memory snapshot
-        (``torch.cuda.memory._dump_snapshot()``), a saved capture; or a folder or list of these, one per rank.
+        (``torch.cuda.memory._dump_snapshot()``), a saved capture; or a folder or list of these, one per rank (or one
+        per cycle of a process whose schedule repeats, as torch's handler names them: they become one).
     columns
         Which of ``effkit.trace.DETAIL_COLUMNS`` to keep beside the nine columns that every event has.
     stacks
@@ -52,7 +53,7 @@ def load(
     paths = _files(path)
     if len(paths) == 1 and isinstance(path, str | Path) and Path(path).is_file():
         return load_file(paths[0], None, options)
-    return Fleet(paths, options, client)
+    return joined(paths, options) or Fleet(paths, options, client)
 
 
 def _files(path: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -29,7 +29,10 @@ def load_file(path: Path, rank: int | None, options: Options) -> Capture:
     kind = kind_of(path)
     if kind == "saved":
         return _saved(path, rank)
-    return _snapshot(path, rank or 0) if kind == "snapshot" else _trace(path, rank, options)
+    try:
+        return _snapshot(path, rank or 0) if kind == "snapshot" else _trace(path, rank, options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def kind_of(path: Path) -> str:
@@ -53,11 +56,8 @@ def _saved(path: Path, rank: int | None) -> Capture:
 
 def _snapshot(path: Path, rank: int) -> Capture:
     if path.stat().st_size > _LARGEST_SNAPSHOT:
-        raise ValueError(f"{path} is larger than {_LARGEST_SNAPSHOT:,} bytes: record fewer events (max_entries=)")
-    try:
-        recorded = snapshot.read(path, rank=rank)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"larger than {_LARGEST_SNAPSHOT:,} bytes: record fewer events (max_entries=)")
+    recorded = snapshot.read(path, rank=rank)
     devices = [{"rank": rank, "device": device, **facts} for device, facts in recorded.facts["devices"].items()]
     seen = {"what": path.name, "device": "a CUDA device", "num_events": recorded.facts["num_events"], "memory": devices}
     return Capture(trace.read(b'{"traceEvents": []}').events, recorded.allocations, seen, recorded.segments)
@@ -65,18 +65,15 @@ def _snapshot(path: Path, rank: int) -> Capture:
 
 def _trace(path: Path, rank: int | None, options: Options) -> Capture:
     watched = working(f"Reading {path.name}") if rank is None else quiet()  # a rank of many is counted, not watched
-    try:
-        with path.open("rb") as file, watched:
-            read = trace.read(trace.Unpacked(file), rank=rank, details=options.columns, stacks=options.stacks)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with path.open("rb") as file, watched:
+        read = trace.read(trace.Unpacked(file), rank=rank, details=options.columns, stacks=options.stacks)
     seen: dict[str, Any] = {"what": path.name, **described(read.metadata)}
     # the first of all may be impossible, of 1970 say
     if len(read.events) and (start_ns := int(read.events["start_ns"].iloc[len(read.events) // 2])) > _SINCE_1970_NS:
         seen["date"] = datetime.fromtimestamp(start_ns // 10**9, UTC).date().isoformat()
     left_out = {
         "events of Python functions (load with stacks=True)": read.num_left_out,
-        "events in two parts (phases B and E): write them as complete ones (phase X)": read.num_in_two,
+        "begins or ends of events of which the other is not there (phases B and E)": read.num_halves,
     }
     if words := [f"left out: {number:,} {what}" for what, number in left_out.items() if number]:
         seen["left_out"] = words

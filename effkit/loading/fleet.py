@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 
@@ -18,11 +19,11 @@ from effkit.loading.files import Options, described, kind_of, load_file
 from effkit.panes import OF_RANK, breakdown, tables
 from effkit.progress_bar import advance, working
 
-Item = TypeVar("Item")
 _ALONE_BYTES = 2**25  # below this many bytes on disk starting processes costs more than it saves
 _LEAST_BYTES = 2**20  # a file of less takes as long as one of so many
 _RANK = re.compile(r"(?:rank|worker|gpu)[-_]?(\d+)", re.IGNORECASE)
 _PARALLEL = re.compile(r"(?<![a-z])(dp|pp|tp|ep)[-_]?(\d+)", re.IGNORECASE)  # in names that SGLang and vLLM give
+_OF_A_WORKER = re.compile(r"(.+)\.\d+\.pt\.trace\.json(?:\.gz)?")  # as torch's handler names what a process recorded
 _BY_ORDER = "the order of the files"
 
 
@@ -37,6 +38,24 @@ def digest(path: Path, rank: int, options: Options, step: str | None = None) -> 
     given: dict[str, list[Any]] = {"overview": [step], "operators": [each], "families": [each]}
     parts = {name: of_rank(events, *given.get(name, [])) for name, of_rank in OF_RANK.items()}
     return parts | {"memory": capture.provenance.get("memory", ())}
+
+
+def joined(paths: Sequence[Path], options: Options) -> Capture | None:
+    """What one process recorded in stretches, one after another, as one Capture; None for other files. Its memory is
+    that of the stretch with the highest peak: what was freed between them is in no file."""
+    if len(paths) == 1 or len({(_OF_A_WORKER.fullmatch(path.name) or [0, path])[1] for path in paths}) > 1:
+        return None
+    parts = sorted((load_file(path, None, options) for path in paths), key=lambda part: part.events["start_ns"].min())
+    events = pd.concat([part.events for part in parts], ignore_index=True)
+    apart = all(one.events["start_ns"].max() <= other.events["start_ns"].min() for one, other in pairwise(parts))
+    if not apart or events["rank"].nunique() > 1 or any(part.steps.empty for part in parts):
+        return None
+    peaks = [[(each["device"] != "cpu", each["peak_bytes"]) for each in part._recorded_memory()] for part in parts]
+    fullest = parts[peaks.index(max(peaks, key=lambda of_part: max(of_part, default=(False, 0))))]
+    memory = "" if fullest.allocations is None else f", the memory of {fullest.provenance['what']}"
+    what = f"{len(parts)} stretches of one process{memory}"
+    told = {"what": what, "left_out": [words for part in parts for words in part.provenance.get("left_out", ())]}
+    return Capture(events, fullest.allocations, {**fullest.provenance, **told}, fullest.segments)
 
 
 class Fleet(Capture):
@@ -132,15 +151,12 @@ class Fleet(Capture):
         )
 
     def _of_ranks(self, pane: str, *options: Any) -> list[Any]:
-        digests = self._digests(*options) if options else self._any_digests()
-        return [digest[pane] for digest in digests]
-
-    def _any_digests(self) -> list[Digest]:
-        """Those of any step: only the overview depends on it."""
-        return next(iter(self._cache.values()), None) or self._digests()
+        # only the overview, which is given its step, depends on it: the others are of any
+        read = None if options else next(iter(self._cache.values()), None)
+        return [digest[pane] for digest in read or self._digests(*options)]
 
     def _recorded_memory(self) -> Sequence[Mapping[str, Any]]:
-        return [memory for digest in self._any_digests() for memory in digest["memory"]]
+        return [memory for of_rank in self._of_ranks("memory") for memory in of_rank]
 
     def _memory_of(self, device: str | None, rank: int | None) -> Memory:
         chosen = self._chosen_memory(device, rank)
@@ -154,7 +170,7 @@ class Fleet(Capture):
         return "\n  ".join([first, f"on {p.get('device', 'an unnamed device')}", *self._notes()])
 
 
-def _counted(items: Iterable[Item], total: int) -> list[Item]:
+def _counted(items: Iterable[Any], total: int) -> list[Any]:
     read = []
     with working("Reading ranks"):
         for item in items:

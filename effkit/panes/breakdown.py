@@ -48,7 +48,6 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     marked, source = steps(pd.concat([events, strange]) if len(strange) else events, step)
     starts, ends = _lasting(marked, source, launches, on_device)
     kernels, calls = communication(events)
-    operators = events[category == "cpu_op"]
     device = intervals.of(on_device)
     waiting = launches["name"].str.contains(names.WAITS)
     waits = launches[waiting]
@@ -59,7 +58,7 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
         "memcpy_ns": (on_device[on_device["category"].isin(names.COPIES)],),
         "dataloader_ns": (events[events["name"].str.startswith(names.DATALOADER)],),
         "not_visible_ns": (blind,),
-        "cpu_exec_ns": (operators, launches),
+        "cpu_exec_ns": (events[category == "cpu_op"], launches),
     }
     if on_device.empty:  # then operators are what computes, unless they wait, and communication can hide under them
         first = {"not_visible_ns": parts["not_visible_ns"], "cpu_exec_ns": (computing(events),)}
@@ -94,8 +93,7 @@ def breakdown(events: pd.DataFrame, step: str | None = None) -> tuple[pd.DataFra
     notes = [f"steps from {source}", *notes]
     if on_device.empty:
         frame[[*_DEVICE_PARTS, *(["not_visible_ns"] if launches.empty and strange.empty else [])]] = pd.NA
-    if on_device.empty and strange.empty:
-        notes.append(NO_DEVICE)
+        notes += [NO_DEVICE] if strange.empty else []
     links = given["correlation"].dropna()
     if lost := int((~links.isin(on_device["correlation"])).sum()):
         notes.append(f"of {lost:,} of {len(links):,} launches and copies the device's own work is not in the recording")

@@ -42,8 +42,7 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
     parent = nesting.parents(tree)
     kernels, _ = communication(events)
     calls = tree["name"][tree["category"] == "user_annotation"].str.extract(COLLECTIVE).dropna(subset="backend")
-    is_call = tree.index.isin(calls.index)
-    owner = nesting.owners(tree, nesting.nearest(parent, is_call), kernels)
+    owner = nesting.owners(tree, nesting.nearest(parent, tree.index.isin(calls.index)), kernels)
     notes = _annotations(tree, parent)
     rows = _recorded(tree, parent, calls, _spans(kernels, owner), notes)
     rows += _foreign(tree, kernels[owner < 0], notes)
@@ -60,10 +59,8 @@ def collectives_of(events: pd.DataFrame) -> pd.DataFrame:
 
 def _spans(kernels: pd.DataFrame, owner: Any) -> dict[int, tuple[int, int]]:
     """Call -> when the first of its kernels begins and the last ends [ns]."""
-    starts = kernels["start_ns"].to_numpy()
-    ran = pd.DataFrame({"start": starts, "end": starts + kernels["dur_ns"].to_numpy()})[owner >= 0]
-    ran = ran.groupby(owner[owner >= 0]).agg({"start": "min", "end": "max"})
-    return {row: (start, end) for row, start, end in ran.itertuples()}
+    ran = kernels.assign(end_ns=kernels["start_ns"] + kernels["dur_ns"])[owner >= 0].groupby(owner[owner >= 0])
+    return {row: (start, end) for row, start, end in ran.agg({"start_ns": "min", "end_ns": "max"}).itertuples()}
 
 
 def _recorded(
@@ -126,10 +123,10 @@ def _moved(call: Mapping[Any, Any], payload: Mapping[Any, Any], inputs: Any) -> 
     the event into which c10d wrote what the call moves."""
     rows = (payload, call)
     group = next((str(row[name]) for name in ("group", "group_name") for row in rows if _is(row[name])), "")
-    num_ranks = next((row["group_size"] for row in rows if _is(row["group_size"])), None)
+    sizes = (row["group_size"] for row in rows)
+    num_ranks = next((int(size) for size in sizes if _is(size) and 0 <= size < _MOST_RANKS), None)
     dtype, size_bytes = _size(call, payload)
-    bounded = _plausible(num_ranks, _MOST_RANKS), dtype, _plausible(size_bytes, 2**63)
-    return group, *bounded, _splits(payload, inputs)
+    return group, num_ranks, dtype, size_bytes if 0 <= (size_bytes or 0) < 2**63 else None, _splits(payload, inputs)
 
 
 def _size(call: Mapping[Any, Any], payload: Mapping[Any, Any]) -> tuple[str | None, int | None]:
@@ -149,10 +146,6 @@ def _splits(payload: Mapping[Any, Any], inputs: Any) -> str | None:
     arguments = _listed(inputs)  # of alltoall_base_(output, input, group, output splits, input splits, …)
     splits = _listed(payload["splits"]) or (_listed(arguments[4]) if len(arguments) > 4 else [])
     return json.dumps(splits) if splits and all(isinstance(split, int) for split in splits) else None
-
-
-def _plausible(count: int | None, most: int) -> int | None:
-    return int(count) if count is not None and 0 <= count < most else None
 
 
 def _annotations(tree: pd.DataFrame, parent: Any) -> Notes:
@@ -235,8 +228,7 @@ def clocks(calls: pd.DataFrame) -> pd.DataFrame:
     """
     ranks = sorted(calls["rank"].unique())
     usable = calls[calls["call"].notna() & calls["dur_ns"].notna() & calls["collective"].isin(_SYNCHRONISE)]
-    columns = ["offset_ns", "spread_ns", "num_matched"]
-    clock = pd.DataFrame(0, index=pd.Index(ranks, name="rank"), columns=columns, dtype="Int64")
+    clock = pd.DataFrame(0, pd.Index(ranks, name="rank"), ["offset_ns", "spread_ns", "num_matched"], dtype="Int64")
     ends = usable.assign(end=usable["start_ns"] + usable["dur_ns"])
     ends = ends.pivot_table(index="call", columns="rank", values="end", aggfunc="first")
     uneven = ends.index.isin(usable.loc[usable["collective"] == "all_to_all", "call"])
@@ -306,10 +298,9 @@ def rank_pairs(calls: pd.DataFrame) -> pd.DataFrame:
         splits = _listed(call["splits"])
         num = len(splits) or (int(call["num_ranks"]) if _is(call["num_ranks"]) else 0)
         members = _listed(call["group"])
-        total = sum(splits) or 1
+        shares = [split / (sum(splits) or 1) for split in splits] or [1 / max(1, num)] * num
         named = len(members) == num and all(isinstance(member, int) for member in members)
-        for place, receiver in enumerate(members if named else range(num)):
-            share = splits[place] / total if splits else 1 / num
+        for receiver, share in zip(members if named else range(num), shares, strict=True):
             rows.append((call["rank"], receiver, call["size_bytes"] * share, "measured" if splits else "assumed"))
     columns = ["sender", "receiver", "size_bytes", "basis"]
     frame = pd.DataFrame(rows, columns=columns)

@@ -65,7 +65,6 @@ def families_of(events: pd.DataFrame, shared: tuple[pd.DataFrame, pd.DataFrame] 
 
 def families(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The tables of all ranks as one, the most expensive first."""
-    columns = ["host_self_ns", "kernel_ns", "copy_ns"]
-    table = pd.concat([part.reindex(columns=columns) for part in parts])
+    table = pd.concat(parts).reindex(columns=["host_self_ns", "kernel_ns", "copy_ns"])
     table = table.groupby(level=0).sum(min_count=1).astype("Int64").rename_axis("family")
     return table.sort_values(["kernel_ns", "host_self_ns"], ascending=False, kind="stable")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from effkit.panes.collectives import collectives_of
 from effkit.trace.names import DEVICE, LAUNCHES
-from effkit.trace.tidying import DETAILS
+from effkit.trace.tidying import DETAILS, EVENT_COLUMNS
 from effkit.whole_files import checked_place, replacing
 
 
@@ -54,12 +54,9 @@ def _arrows(events: pd.DataFrame, base_ns: int) -> Iterator[dict[str, Any]]:
     launches = linked[linked["category"].str.endswith(LAUNCHES)].drop_duplicates("correlation")
     started = linked[linked["category"].isin(DEVICE) & linked["correlation"].isin(launches["correlation"])]
     for phase, frame in (("s", launches), ("f", started)):
-        for event in frame[["correlation", "process", "thread", "start_ns"]].to_dict("records"):
-            yield {
-                "ph": phase, "cat": "ac2g", "name": "ac2g", "id": int(event["correlation"]), "bp": "e",
-                "pid": _number(event["process"]), "tid": _number(event["thread"]),
-                "ts": (event["start_ns"] - base_ns) / 1000,
-            }  # fmt: skip
+        for span in spans(frame[[*EVENT_COLUMNS]], base_ns):
+            place = {key: span[key] for key in ("pid", "tid", "ts")}
+            yield {"ph": phase, "cat": "ac2g", "name": "ac2g", "id": span["args"]["correlation"], "bp": "e", **place}
 
 
 def _counters(events: pd.DataFrame, held: Sequence[pd.DataFrame], base_ns: int) -> Iterator[dict[str, Any]]:
@@ -73,9 +70,8 @@ def _counters(events: pd.DataFrame, held: Sequence[pd.DataFrame], base_ns: int) 
         changes.append(pd.DataFrame({**named, "time_ns": rows["alloc_ns"].fillna(base_ns), "size": rows["size_bytes"]}))
         changes.append(pd.DataFrame({**named, "time_ns": rows["free_ns"], "size": -rows["size_bytes"]}).dropna())
     frame = pd.concat(changes).astype({"time_ns": "int64", "size": "int64"})
-    frame = frame.groupby(["track", "series", "time_ns"])["size"].sum().reset_index()
-    frame["level"] = frame.groupby(["track", "series"])["size"].cumsum()
-    for track, series, time_ns, _, level in frame.sort_values("time_ns", kind="stable").itertuples(index=False):
+    levels = frame.groupby(["track", "series", "time_ns"])["size"].sum().groupby(level=[0, 1]).cumsum().reset_index()
+    for track, series, time_ns, level in levels.sort_values("time_ns", kind="stable").itertuples(index=False):
         yield {"ph": "C", "name": track, "pid": "effkit", "ts": (time_ns - base_ns) / 1000, "args": {series: level}}
 
 

@@ -40,8 +40,7 @@ def each_operator(events: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     caller = nesting.owners(tree, nesting.nearest(parent, operator), on_device)
     owner = np.append(standing, -1)[caller]
     launched = on_device[["name", "category", "dur_ns"]].assign(owner=owner)
-    kernel_ns = on_device["dur_ns"].to_numpy()
-    device_self_ns = _sums(owner, kernel_ns, len(tree))
+    device_self_ns = _sums(owner, on_device["dur_ns"].to_numpy(), len(tree))
     device_total_ns = nesting.with_inner(above, device_self_ns)
     each = tree.assign(
         parent=parent, folded=folded, host_total_ns=dur_ns, host_self_ns=self_ns, device_total_ns=device_total_ns,
@@ -83,7 +82,7 @@ def operators(parts: Sequence[pd.DataFrame], by_shape: bool = False) -> pd.DataF
 
 
 def kernels_of(events: pd.DataFrame) -> pd.DataFrame:
-    """One row per kernel of one rank."""
+    """One row per kernel of one rank; of those in CUDA graphs, per kernel and annotation, of all layers together."""
     kernels = events[events["category"] == "kernel"]
     dur_ns = kernels["dur_ns"]
     percent = kernels.get("occupancy_percent", pd.Series(pd.NA, kernels.index, dtype="Float64"))
@@ -93,17 +92,21 @@ def kernels_of(events: pd.DataFrame) -> pd.DataFrame:
         "known_ns": dur_ns.where(percent.notna(), 0),
         "occupied_ns": (percent / 100 * dur_ns).fillna(0.0).astype("float64"),
     }  # fmt: skip
-    return _merged(pd.DataFrame(table))
+    if "annotation" in kernels:
+        table["annotation"] = kernels["annotation"].str.replace(r"(?<![^.])\d+(?![^.])", "*", regex=True)
+    return _merged(pd.DataFrame(table), ["kernel", "annotation"] if "annotation" in table else ["kernel"])
 
 
-def _merged(table: pd.DataFrame) -> pd.DataFrame:
-    how = dict.fromkeys(table.columns.drop("kernel"), "sum") | {"min_ns": "min", "max_ns": "max"}
-    return table.groupby("kernel", sort=False).agg(how).reset_index()
+def _merged(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    how = dict.fromkeys(table.columns.drop(by), "sum") | {"min_ns": "min", "max_ns": "max"}
+    return table.groupby(by, sort=False, dropna=False).agg(how).reset_index()
 
 
 def kernels(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all ranks as one, the most expensive first."""
-    table = _merged(pd.concat(parts))
+    """The tables of all ranks as one, the most expensive first. Where CUDA graphs ran, ``annotation`` lists what the
+    kernel's calls in them were marked with at capture, most time first, each layer's number as ``*``."""
+    rows = pd.concat(parts)
+    table = _merged(rows.drop(columns="annotation", errors="ignore"), ["kernel"])
     known = table["known_ns"].replace(0, pd.NA).astype("Float64")
     total = table["total_ns"].sum()
     table = table.assign(
@@ -113,6 +116,10 @@ def kernels(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
         tensor_cores=pd.array([uses_tensor_cores(name) for name in table["kernel"]], "boolean"),
     )
     order = ["calls", "total_ns", "share_frac", "mean_ns", "min_ns", "max_ns", "occupancy_frac", "tensor_cores"]
+    if "annotation" in rows:
+        marks = rows.groupby(["annotation", "kernel"])["total_ns"].sum().sort_values(ascending=False, kind="stable")
+        table["annotation"] = table["kernel"].map(marks.reset_index().groupby("kernel")["annotation"].agg(", ".join))
+        order.append("annotation")
     return table.set_index("kernel")[order].sort_values("total_ns", ascending=False, kind="stable")
 
 
@@ -127,19 +134,14 @@ def diff(one: Tables, other: Tables) -> pd.DataFrame:
     before, after = frame["time_ns"], frame["other_time_ns"]
     frame["difference_ns"] = after.fillna(0) - before.fillna(0)
     frame["ratio"] = after / before.replace(0, pd.NA)
-    frame["change"] = "same"
-    frame.loc[(frame["ratio"] > 1 + _NOTICEABLE).fillna(False), "change"] = "grew"
-    frame.loc[(frame["ratio"] < 1 - _NOTICEABLE).fillna(False), "change"] = "shrank"
-    frame.loc[before.isna(), "change"] = "appeared"
-    frame.loc[after.isna(), "change"] = "went"
-    order = frame["difference_ns"].abs().sort_values(ascending=False, kind="stable").index
-    return frame.loc[order]
+    ratio = frame["ratio"].astype("float64")
+    which = [after.isna(), before.isna(), ratio > 1 + _NOTICEABLE, ratio < 1 - _NOTICEABLE]
+    frame["change"] = np.select(which, ["went", "appeared", "grew", "shrank"], "same")
+    return frame.sort_values("difference_ns", key=abs, ascending=False, kind="stable")
 
 
 def _per_step(operators: pd.DataFrame, kernels: pd.DataFrame, num_steps: int) -> pd.DataFrame:
-    parts = {
-        "operator": operators.drop(index="not visible", errors="ignore")[["calls", "host_self_ns"]],
-        "kernel": kernels[["calls", "total_ns"]],
-    }
+    named = operators.drop(index="not visible", errors="ignore")
+    parts = {"operator": named[["calls", "host_self_ns"]], "kernel": kernels[["calls", "total_ns"]]}
     frames = [part.set_axis(["calls", "time_ns"], axis=1).rename_axis("name") for part in parts.values()]
     return (pd.concat(frames, keys=parts, names=["kind"]) / num_steps).astype("Float64")

@@ -48,13 +48,12 @@ def _translated(events: pd.DataFrame) -> tuple[list[dict[str, Any]], list[str]]:
     tree.loc[counted, "name"] = calls["backend"][counted] + ":" + usual[counted]
     shown = (tree["category"] == "cpu_op") | counted | tree["name"].str.startswith((STEP, DATALOADER))
     owner = nesting.nearest(parent, shown.to_numpy()) + 1  # external ids count from 1, 0 is nobody's
-    launch = tree["category"].str.endswith(LAUNCHES)
     on_device = events[events["category"].isin(DEVICE)]
     kernel_owner = np.maximum(nesting.owners(tree, owner, on_device), 0)
 
     start = int(events["start_ns"].min()) if len(events) else 0
     threads = {thread: str(number) for number, thread in enumerate(tree["thread"].unique(), 1)}
-    host = (shown | launch).to_numpy()
+    host = (shown | tree["category"].str.endswith(LAUNCHES)).to_numpy()
     frame = pd.concat([tree[host].assign(owner=owner[host]), on_device.assign(owner=kernel_owner)])
     runs, category = frame["category"].isin(DEVICE), frame["category"].map(_CATEGORIES).fillna("Operator")
     category = category.mask(frame["category"].str.endswith(LAUNCHES), "Runtime")

@@ -74,8 +74,7 @@ class Sparse:
         place = np.full(len(order), -1, "int64")
         rows = np.concatenate(self._rows)
         place[rows] = np.arange(len(rows))
-        types = {int: "Int64", float: "Float64"}
-        return self._values.column(place[order], _compact, types.get(self._kind, "str"))
+        return self._values.column(place[order], _compact, {int: "Int64", float: "Float64"}.get(self._kind, "str"))
 
 
 def _compact(value: Any) -> Any:
@@ -99,10 +98,8 @@ def nanoseconds(microseconds: Sequence[float | Decimal]) -> Any:
     whole = np.floor(times.astype("float64"))
     if not (np.abs(whole) < _LATEST_US).all():
         raise ValueError(_BEYOND)
-    if times.dtype == object:
+    if times.dtype != "float64":
         return np.array([round(time * 1000) for time in microseconds], "int64")
-    if times.dtype == "int64":
-        return times * 1000
     return whole.astype("int64") * 1000 + np.rint((times - whole) * 1e3).astype("int64")
 
 

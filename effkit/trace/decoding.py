@@ -15,12 +15,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, TypeAlias
 
 import msgspec
 
 from effkit.progress_bar import advance
 
+Stream: TypeAlias = "IO[bytes] | Unpacked"
 _PIECE = 2**20
 _FEW = 64
 _EXACT_US = 2**43  # up to here a double holds microseconds with three decimals; those since 1970 are beyond
@@ -43,10 +44,6 @@ _EVENT, _NAME, _FILE = b'"ph": "', b'"name": "', b'"traceName": "'
 _WHOLE_NAME = re.compile(_STRING + rb"\s*(?:,\s*" + _KEY + rb"|\}\s*[\],}])")
 _END_OF_NAME, _END_OF_FILE = re.compile(rb'",\s*"pid": '), re.compile(rb'"\s*\}\s*\Z')
 _QUOTATION_MARK = re.compile(rb'(?<!\\)"')
-
-
-class Stream(Protocol):
-    def read(self, size: int, /) -> bytes: ...
 
 
 class Metadata(msgspec.Struct, gc=False):
@@ -91,16 +88,9 @@ class Decoder:
             # the cut was inside an event, or behind the last one: more of the stream will tell
             elif (wanted := len(buffer)) > _LONGEST_EVENT:
                 raise ValueError(f"it holds an event or an error within {wanted:,} bytes")
-        if not head:
-            yield self._list(b"[" + buffer)
-            return
-        rest = decoded(self._whole, text := b'{"traceEvents":[' + buffer)
+        rest = decoded(self._whole, text := b'{"traceEvents":[' + buffer + (b"" if head else b"}"))
         self.metadata |= rest.said()
         yield decoded(self._whole, text).traceEvents if self._too_coarse(rest.traceEvents) else rest.traceEvents
-
-    def _list(self, text: bytes) -> list[Any]:
-        events = decoded(self._events, text)
-        return decoded(self._events, text) if self._too_coarse(events) else events
 
     def _too_coarse(self, events: list[Any]) -> bool:
         """Whether to decode these again, as ``exact`` ones; all that follow are decoded so at once."""
@@ -112,10 +102,10 @@ class Decoder:
         return True
 
     def _piece(self, buffer: bytes, end: int) -> list[Any] | None:
-        with memoryview(buffer) as view:
-            text = b"".join((b"[", view[:end], b"]"))
+        text = b"[" + buffer[:end] + b"]"
         try:
-            return self._list(text)
+            events: list[Any] = decoded(self._events, text)
+            return decoded(self._events, text) if self._too_coarse(events) else events
         except msgspec.ValidationError:
             raise
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -175,14 +165,10 @@ def head(path: Path) -> Mapping[str, Any]:
 
 def _last_between(buffer: bytes) -> tuple[int, int] | None:
     """Where the last event that is surely whole ends, and where the next begins."""
-    reach = 2**12
-    while True:
-        start = max(0, len(buffer) - reach)
-        if gaps := deque(_BETWEEN.finditer(buffer, start), maxlen=1):
+    for reach in (2**12, 2**15, 2**18, len(buffer)):
+        if gaps := deque(_BETWEEN.finditer(buffer, max(0, len(buffer) - reach)), maxlen=1):
             return gaps[0].span()
-        if start == 0:
-            return None
-        reach *= 8
+    return None
 
 
 def decoded(decoder: Any, text: bytes) -> Any:

@@ -19,8 +19,7 @@ class Covered(NamedTuple):
         sums = np.append(0, np.cumsum(self.ends - self.starts))
         place = np.searchsorted(self.starts, time_ns, side="right")
         # the last stretch that has begun may reach beyond the time
-        reaches = np.append(0, self.ends)[place]
-        return sums[place] - np.maximum(0, reaches - time_ns) * (place > 0)
+        return sums[place] - np.maximum(0, np.append(0, self.ends)[place] - time_ns) * (place > 0)
 
     def within(self, starts_ns: Any, ends_ns: Any) -> Any:
         """How much is covered between each pair of times [ns]."""
@@ -46,8 +45,7 @@ def union(starts: Any, ends: Any) -> Covered:
     return Covered(starts[np.append(0, last + 1)], reach[np.append(last, -1)])
 
 
-def of(events: pd.DataFrame, *more: pd.DataFrame) -> Covered:
+def of(*events: pd.DataFrame) -> Covered:
     """The time that at least one of the events covers."""
-    starts = np.concatenate([frame["start_ns"].to_numpy("int64") for frame in (events, *more)])
-    lengths = np.concatenate([frame["dur_ns"].to_numpy("int64") for frame in (events, *more)])
+    starts, lengths = (np.concatenate([each[name] for each in events]) for name in ("start_ns", "dur_ns"))
     return union(starts, starts + lengths)

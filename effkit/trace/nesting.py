@@ -30,20 +30,16 @@ def parents(frame: pd.DataFrame) -> Any:
     end = start + frame["dur_ns"].to_numpy()
     order = np.lexsort((-end, start, thread))
     parent = np.full(len(frame), -1, dtype="int64")
-    around: list[int] = []
-    ends: list[int] = []
+    around: list[tuple[int, int]] = []  # the rows around one, and when they end; last the innermost
     current = -1
     ordered = zip(order.tolist(), thread[order].tolist(), start[order].tolist(), end[order].tolist(), strict=True)
     for row, at, begins, finishes in ordered:
         if at != current:
-            current, around, ends = at, [], []
-        while ends and (begins >= ends[-1] or finishes > ends[-1]):
+            current, around = at, [(-1, 2**63)]
+        while begins >= around[-1][1] or finishes > around[-1][1]:
             around.pop()
-            ends.pop()
-        if around:
-            parent[row] = around[-1]
-        around.append(row)
-        ends.append(finishes)
+        parent[row] = around[-1][0]
+        around.append((row, finishes))
     return parent
 
 
@@ -72,8 +68,7 @@ def owners(tree: pd.DataFrame, nearest_row: Any, on_device: pd.DataFrame) -> Any
     """
     calls = tree[tree["category"].str.endswith(LAUNCHES) & tree["correlation"].notna()]
     launch = pd.Series(calls.index, calls["correlation"].astype("int64")).groupby(level=0).first()
-    sought = on_device["correlation"].fillna(-1).astype("int64")
-    row = launch.reindex(sought, fill_value=-1).to_numpy("int64")
+    row = launch.reindex(on_device["correlation"].fillna(-1).astype("int64"), fill_value=-1).to_numpy("int64")
     return np.where(row >= 0, nearest_row[row], -1) if len(nearest_row) else row
 
 

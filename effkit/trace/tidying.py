@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,9 +34,8 @@ class _Detail(NamedTuple):
     of: str
 
 
-_OPERATORS = ("cpu_op", "user_annotation")
 _HAVING: Mapping[str, tuple[str, Callable[[str], bool]]] = {  # by the value of which column
-    "operators": ("category", lambda category: TODAY.get(category, category) in _OPERATORS),
+    "operators": ("category", lambda category: TODAY.get(category, category) in ("cpu_op", "user_annotation")),
     "device": ("category", lambda category: TODAY.get(category, category) in DEVICE),
     "communication": ("name", communicates),
 }
@@ -52,6 +52,7 @@ DETAILS: Mapping[str, _Detail] = {
     "group_name": _Detail("Process Group Name", str, "communication"),
     "group_size": _Detail("Group size", int, "communication"),
     "splits": _Detail("In split size", msgspec.Raw, "communication"),
+    "annotation": _Detail("annotation", str, "device"),  # of what a CUDA graph launched
 }
 DETAIL_COLUMNS = tuple(DETAILS)
 _ALWAYS: Mapping[str, tuple[str, Any]] = {
@@ -63,8 +64,12 @@ _ALWAYS: Mapping[str, tuple[str, Any]] = {
     "reserved": ("Total Reserved", int | None),
     "device_type": ("Device Type", int | None),
     "device_id": ("Device Id", int | None),
+    "graph_node": ("graph node id", Any),
+    # what marked a kernel while its graph was captured, where torchtitan and torch write it
+    "module": ("module_fqn", Any),
+    "mark": ("name", Any),
+    "older_mark": ("str", Any),
 }
-_NO_TEXT = msgspec.Raw(b"")
 
 _ABSENT = -(2**63)
 _MAY_LACK = ("stream", "correlation", "total_bytes", "reserved_bytes")
@@ -79,15 +84,15 @@ class Trace(NamedTuple):
     ``events``: one row per complete event, sorted by ``start_ns``; the ``category`` of one whose times cannot be begins
     with ``impossible``. ``memory``: one row per allocator event, with signed ``size_bytes`` and the allocator's own
     running totals after it; empty where memory was not recorded. ``metadata``: what the trace says of itself.
-    ``num_left_out``: events of Python functions that were not asked for. ``num_in_two``: events whose begin and end
-    are two entries (phases B and E), which are not read.
+    ``num_left_out``: events of Python functions that were not asked for. ``num_halves``: of events whose begin and end
+    are two entries (phases B and E), those of which only one is there.
     """
 
     events: pd.DataFrame
     memory: pd.DataFrame
     metadata: Mapping[str, Any]
     num_left_out: int
-    num_in_two: int
+    num_halves: int
 
 
 def read(
@@ -114,17 +119,13 @@ def read(
                 frames.add(piece)
         metadata = decoder.metadata
         base_ns = metadata.get("baseTimeNanoseconds", 0)
-        rank = _rank(metadata) if rank is None else rank
+        rank = metadata.get("distributedInfo", {}).get("rank") if rank is None else rank
+        rank = rank if isinstance(rank, int) and 0 <= rank < 2**31 else 0
         events, memory = frames.events(base_ns, rank), frames.memory(base_ns, rank)
-        return Trace(events, memory, metadata, frames.num_left_out, frames.num_in_two)
-    except (msgspec.DecodeError, ValueError, OverflowError, TypeError, RecursionError, MemoryError) as error:
+        return Trace(events, memory, metadata, frames.num_left_out, frames.num_halves)
+    except (msgspec.DecodeError, ValueError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
         reason = str(error) or "it takes more memory than there is"
         raise ValueError(f"not a profiler trace: {reason}. Expected Chrome JSON with traceEvents") from error
-
-
-def _rank(metadata: Mapping[str, Any]) -> int:
-    rank = metadata.get("distributedInfo", {}).get("rank", 0)
-    return rank if isinstance(rank, int) and 0 <= rank < 2**31 else 0
 
 
 @cache
@@ -134,7 +135,7 @@ def _event_type(details: tuple[str, ...], time: Any = float) -> type[Any]:
     for name in details:
         detail = DETAILS[name]
         # a detail of another type (“N/A” for a number) is no detail, and no reason to refuse a trace
-        kind, absent = (msgspec.Raw, _NO_TEXT) if detail.kind is msgspec.Raw else (Any, None)
+        kind, absent = (msgspec.Raw, msgspec.Raw(b"")) if detail.kind is msgspec.Raw else (Any, None)
         fields.append((name, kind, msgspec.field(name=detail.key, default=absent)))
     args = msgspec.defstruct("args", fields, gc=False)
     event: list[Any] = [
@@ -181,22 +182,43 @@ _SPELLED: Mapping[str, Callable[[Any], str]] = {
 }
 
 
+def _annotation(args: Any) -> Any:
+    """What marked a kernel, by its module or in words, while its CUDA graph was captured; None outside of graphs."""
+    in_graph = args.graph_node and (args.module or args.mark or args.older_mark or "not visible")
+    return args.annotation or in_graph or None
+
+
 class _Columns:
     """Pieces of a trace go in, frames come out."""
 
     def __init__(self, details: Sequence[str], stacks: bool) -> None:
         self._left_out = () if stacks else STACKS
-        self.num_left_out = self.num_in_two = self._num_rows = 0
+        self.num_left_out = self.num_halves = self._num_rows = 0
+        self._begun: dict[Any, list[Any]] = defaultdict(list)  # of a thread, the innermost last
         self._events, self._memory = _Rows(), _Rows()
         self._details = {name: Sparse(DETAILS[name].kind) for name in details}
 
     def add(self, piece: list[Any]) -> None:
-        kept = [event for event in piece if event.ph == "X" and event.cat not in self._left_out]
-        others = [event.ph for event in piece if event.ph != "X"]
-        self.num_left_out += len(piece) - len(others) - len(kept)
-        self.num_in_two += others.count("B")
+        whole = [event for event in piece if event.ph == "X"]
+        whole += self._joined([event for event in piece if event.ph in ("B", "E")])[::-1]  # one around others first
+        kept = [event for event in whole if event.cat not in self._left_out]
+        self.num_left_out += len(whole) - len(kept)
         self._add_events([event for event in kept if event.cat not in SPANS])
         self._add_memory([event for event in piece if event.name == "[memory]" and event.args is not None])
+
+    def _joined(self, halves: list[Any]) -> list[Any]:
+        """The events that end here: the innermost that has begun on the thread, unless the end bears another name."""
+        joined = []
+        for event in halves:
+            begun = self._begun[event.pid, event.tid]
+            self.num_halves += 1
+            if event.ph == "B":
+                begun.append(event)
+            elif begun and event.name in ("", begun[-1].name):
+                self.num_halves -= 2
+                joined.append(begin := begun.pop())
+                begin.dur, begin.args = float(Decimal(event.ts) - Decimal(begin.ts)), begin.args or event.args
+        return joined
 
     def _add_events(self, kept: list[Any]) -> None:
         args = [event.args for event in kept]
@@ -212,7 +234,8 @@ class _Columns:
                   for of, (column, told) in _HAVING.items()}  # fmt: skip
         for name, column in self._details.items():
             rows = np.flatnonzero(having[DETAILS[name].of])
-            values = [getattr(args[row], name) for row in rows.tolist()]
+            told = _annotation if name == "annotation" else attrgetter(name)
+            values = [told(args[row]) for row in rows.tolist()]
             if DETAILS[name].kind is msgspec.Raw:
                 values = list(map(bytes, values))
             column.add(rows + self._num_rows, values)
