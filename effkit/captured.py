@@ -101,7 +101,8 @@ class Capture:
         """Each kernel's calls and times [ns], summed over ranks.
 
         ``occupancy_frac`` is the estimate that was recorded, weighted by time, ``<NA>`` where there is none.
-        ``tensor_cores`` goes by the kernel's name, ``<NA>`` where that does not tell: profilers do not record it.
+        ``tensor_cores`` goes by the kernel's name, ``<NA>`` where that does not tell: profilers do not record it. Where
+        CUDA graphs ran, ``annotation`` is what their kernels were marked with at capture, the most time first.
         """
         return panes.tables.kernels(self._of_ranks("kernels"))
 

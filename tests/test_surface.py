@@ -34,7 +34,7 @@ PUBLIC = {
     "effkit.advice": [
         "Advice", "Lever", "Overview", "Study", "lightning_callback", "record", "study", "trainer_callback",
     ],
-    "effkit.claims": ["Finding", "check", "claims"],
+    "effkit.claims": ["Finding", "ceilings", "check", "claims"],
     "effkit.activations": [
         "Levers", "LowBitAdamW", "Sharding", "account", "blocks", "cheapest", "checkpoint", "compressed", "forecast",
         "front", "gradient_error", "largest_batch", "links", "live_bytes", "measure", "offloaded", "pipeline",
