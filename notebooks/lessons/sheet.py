@@ -96,9 +96,13 @@ def shown() -> Sheet:
     of_receipts = f"receipt, {inside} in its band" if len(receipts) == 1 else f"receipts, {inside} in their band"
     sentence = f"{len(guesses)} {of_guesses}, {near} within 20%; {len(receipts)} {of_receipts}"
     sentence += f", {bandless} without a band" if bandless else ""
-    tables = (pd.DataFrame(sorted(rows, key=lambda row: row[0]), columns=columns, dtype=str)
-              for rows, columns in ((guesses, GUESSES), (receipts, RECEIPTS)))  # fmt: skip
-    return Sheet(*tables, told or (sentence if guesses or receipts else _EMPTY))
+    return Sheet(
+        _table(guesses, GUESSES), _table(receipts, RECEIPTS), told or (sentence if guesses or receipts else _EMPTY)
+    )
+
+
+def _table(rows: list[list[str]], columns: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(sorted(rows, key=lambda row: row[0]), columns=columns, dtype=str)
 
 
 def _off(mine: float | str, truth: float | str) -> float:
@@ -120,9 +124,9 @@ def _read() -> tuple[list[list[str]], list[list[str]], str]:
     """What was kept; nothing where there is no file, and a sentence where it is none of ours."""
     try:
         data = json.loads(_path().read_text(encoding="utf-8"))
-        tables = data["guesses"], data["receipts"]
-        if all(isinstance(row, list) and list(map(type, row)) == [str] * 6 for rows in tables for row in rows):
-            return *map(list, tables), ""
+        guesses, receipts = data["guesses"], data["receipts"]
+        if all(isinstance(row, list) and list(map(type, row)) == [str] * 6 for row in [*guesses, *receipts]):
+            return list(guesses), list(receipts), ""
     except OSError:
         return [], [], ""
     except (ValueError, TypeError, LookupError, RecursionError):
