@@ -26,6 +26,8 @@ import canonical
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 LIMIT_S = 600
+# What a run keeps as its user's, the measured device and the sheet of guesses, stays apart from the user's own.
+CACHE = REPO / ".pytest_cache" / "of_notebooks"
 
 
 class Fault(NamedTuple):
@@ -115,6 +117,8 @@ def run_whole(command: list[str], root: Path, limit_s: float = LIMIT_S) -> tuple
     Past the limit it is ended with its kernels, and that fails: a kernel leads a process group of its own.
     """
     env = {**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    (CACHE / "effkit" / "sheet.json").unlink(missing_ok=True)
+    env["XDG_CACHE_HOME"] = str(CACHE)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=root, env=env, start_new_session=True, **pipes) as process:
         try:
