@@ -103,12 +103,11 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
         Slider("skew", "Skew of loads [tenths]", 0, 20, 1, "Zipf exponent of the experts' popularity", scale=0.1),
         Slider("num_chunks", "Pieces forward [count]", 1, _MOST_CHUNKS, 1, "The exchange is cut into, and overlaps"),
         Slider("num_chunks_backward", "Pieces backward [count]", 0, _MOST_CHUNKS, 1, "0: as many as forward"),
-        Choice("placement", "Placement", PLACEMENTS, "Which rank holds which expert"),
+        *([] if isinstance(at.placement, tuple)
+          else [Choice("placement", "Placement", PLACEMENTS, "Which rank holds which expert")]),
         Slider("num_replicas", "Replicas [experts]", 0, at.num_experts, calibration.num_ranks,
                "The most popular ones, held by every rank"),
     ]  # fmt: skip
-    if isinstance(at.placement, tuple):
-        knobs = [knob for knob in knobs if knob.name != "placement"]
     if any(setting.compress == "lsh" for setting in calibration.settings):
         knobs.append(Choice("compress", "Compression", COMPRESSIONS, "One centroid travels for tokens that are alike"))
     measured = {setting.message_dtype for setting in calibration.settings}
@@ -117,8 +116,7 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
         knobs.append(Choice("message_dtype", "Messages", dtypes, "What rows are written in while they travel"))
 
     def run(progress: Progress, **setting: Any) -> Account:
-        changes = {name: value for name, value in setting.items() if name not in live.ON}
-        return live.beside(ranks, base, at.change(**changes), num_rounds=num_rounds, timeout_s=timeout_s,
+        return live.beside(ranks, base, at.change(**setting), num_rounds=num_rounds, timeout_s=timeout_s,
                            progress=progress)  # fmt: skip
 
     ranks = live.ranks_of(calibration)  # they stay up from one press of the button to the next
