@@ -99,21 +99,15 @@ class Calibration(Observed):
 
 def calibrate(runs: Sequence[Run], nodes: Lattice, **known: Any) -> Calibration:
     """Fit the costs; the first run is the base. ``known`` are the fields that no fit gives."""
-    costs = fit(runs, nodes)
-    return Calibration(
-        runs[0], tuple(runs), costs, anchor=_ratio(runs[0], costs), error_frac=_held_out_error_frac(runs, nodes),
-        noise_frac=noise(run.plain_ns for run in runs), **known,
-    )  # fmt: skip
-
-
-def _held_out_error_frac(runs: Sequence[Run], nodes: Lattice) -> float:
-    """Root mean square error of the runs between the nodes, each left out of the fit in turn."""
-    errors = []
-    for place, run in enumerate(runs):
+    costs, errors = fit(runs, nodes), []
+    for place, run in enumerate(runs):  # those between the nodes are left out of the fit in turn
         if run.setting.depth not in nodes.depths or run.setting.rows not in nodes.rows:
             without = fit([*runs[:place], *runs[place + 1 :]], nodes)
             errors.append(_ratio(runs[0], without) / _ratio(run, without) - 1)
-    return rms(errors)
+    return Calibration(
+        runs[0], tuple(runs), costs, anchor=_ratio(runs[0], costs), error_frac=rms(errors),
+        noise_frac=noise(run.plain_ns for run in runs), **known,
+    )  # fmt: skip
 
 
 def _ratio(run: Run, costs: Costs) -> float:
