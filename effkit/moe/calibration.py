@@ -90,6 +90,11 @@ class Calibration:
         """Half-width of the band on a step's time, inside the range."""
         return self.trust.band_frac
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether one more round would make the band clearly narrower."""
+        return self.trust.shrinks(self.trust.num_repeats + self.num_steps)
+
     def anchor(self, setting: Setting) -> float:
         """What a modelled time is multiplied by: the mean over the directions, of which each overlaps or does not, and
         what is known of the setting's levers."""

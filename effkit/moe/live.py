@@ -118,7 +118,7 @@ def measure(
                             **how | {"num_rounds": 1, "profile": None if runs else profile}))  # fmt: skip
             if len(runs) >= min(2, num_rounds):
                 calibration = calibrate(run := joined(runs))
-                if len(runs) == num_rounds or not calibration.trust.shrinks((len(runs) + 1) * num_steps):
+                if len(runs) == num_rounds or not calibration.shrinks:
                     return accounted(run, 0, calibration)
 
 
