@@ -80,22 +80,18 @@ def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Seq
     if not shown:
         raise ValueError("page() draws accounts in ns or bytes; given: none of these")
     if axes is None:
-        axes = _places(shown)
+        from matplotlib import pyplot  # only to make the figure that a notebook shows
+
+        lines = sum(math.ceil((len(a.frame) + bool(a.residual) + a.predicted) / _columns(a)) for a in shown)
+        height = len(shown) * (_BAR_INCHES + _AROUND_INCHES) + _LINE_INCHES * lines  # lines of legends
+        layout = ConstrainedLayoutEngine(h_pad=0.09, hspace=0.04)
+        _, places = pyplot.subplots(len(shown), 1, figsize=(_WIDTH_INCHES, height), layout=layout, squeeze=False)
+        axes = list(places[:, 0])
     if len(axes) < len(shown):
         raise ValueError(f"page() takes an axes for each of the {len(shown)} accounts; given: {len(axes)}")
     for one, ax in zip(shown, axes, strict=False):
         _on_page(one, ax)
     return list(axes[: len(shown)])
-
-
-def _places(shown: Sequence[Account]) -> Sequence[Axes]:
-    from matplotlib import pyplot  # only to make the figure that a notebook shows
-
-    lines = sum(math.ceil((len(a.frame) + bool(a.residual) + a.predicted) / _columns(a)) for a in shown)  # of legends
-    height = len(shown) * (_BAR_INCHES + _AROUND_INCHES) + _LINE_INCHES * lines
-    layout = ConstrainedLayoutEngine(h_pad=0.09, hspace=0.04)
-    _, places = pyplot.subplots(len(shown), 1, figsize=(_WIDTH_INCHES, height), layout=layout, squeeze=False)
-    return list(places[:, 0])
 
 
 def _columns(account: Account) -> int:
