@@ -134,7 +134,6 @@ class Plan:
         return rows if self.row_starts is None else np.add.reduceat(rows, self.row_starts)
 
     def _column(self, name: str) -> Ints:
-        """One column of ``frame``."""
         if name.endswith("_length"):
             longest = np.maximum.reduceat(self._row_lengths(name), self.batch_starts)
             return self.padded(longest) if name == "input_length" else longest
