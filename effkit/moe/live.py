@@ -168,10 +168,9 @@ def accounted(run: Run, job: int, calibration: Calibration | None, scale: float 
     """The account of one setting of a run; times are multiplied by ``scale``."""
     steps, setting = run.of_job(job), run.settings[job]
     numbers = sorted({step.number for step in steps})
-    link = run.facts["link_bytes_per_s"]
     where = f"{run.num_ranks} ranks on {run.facts['where']}, {run.facts['backend']}"
     more = f", {len({step.round for step in steps})} rounds{relative_source(scale)}"
-    if link:
+    if link := run.facts["link_bytes_per_s"]:
         where += f", a link of {link / 1e6:g} MB/s"
     if run.facts["where"] == "cuda" and run.facts["backend"] == "gloo":
         where += ", exchanged through the host"
