@@ -14,7 +14,6 @@ from matplotlib.transforms import ScaledTranslation
 from effkit.account import Account
 from effkit.view.style import GREY, NAMED, axes, colours, label, legend_columns, unit_axis
 
-_UNITS = ("ns", "bytes")
 _COLUMNS = 3  # of a legend, at most
 _LETTER_INCHES, _BESIDE_INCHES = 0.071, 0.42  # of a legend's column: each letter, and what is not letters
 _BAR_INCHES, _AROUND_INCHES, _LINE_INCHES, _WIDTH_INCHES = 0.5, 0.66, 0.175, 7.6
@@ -75,7 +74,7 @@ def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Seq
     Those in ns and bytes are drawn, those of a single row only where there are no others; on ``axes``, one for each of
     them, or those of a new figure. ValueError when there is nothing to draw, or too few axes are given.
     """
-    fitting = [account for account in accounts if account.unit in _UNITS]
+    fitting = [account for account in accounts if account.unit in ("ns", "bytes")]
     shown = [account for account in fitting if len(account.frame) > 1] or fitting
     if not shown:
         raise ValueError("page() draws accounts in ns or bytes; given: none of these")
