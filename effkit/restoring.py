@@ -90,7 +90,7 @@ class Reached:
         if isinstance(one, torch.Tensor):
             yield from self._tensor(one)
         elif isinstance(one, torch.Generator | np.random.RandomState):
-            self._steps.append(partial(one.set_state, one.get_state()))
+            self._steps.append(partial(one.set_state, one.get_state()))  # type: ignore[arg-type]
         elif isinstance(one, random.Random):
             self._steps.append(partial(one.setstate, one.getstate()))
         elif isinstance(one, np.random.Generator):

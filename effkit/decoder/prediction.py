@@ -83,11 +83,11 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
     coded = rest.encoder_layers > 0
     knobs: list[Slider | Choice] = [
         Slider("decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run per token"),
-        *([
+        *((
             Choice("hold_parameters", "Hold parameters equal", SWITCH, "Layers move from decoder to encoder"),
             Slider("encoder_layers", "Encoder layers [count]", 1, max(32, 2 * rest.encoder_layers), 1,
                    "Run once; with parameters held they follow from the decoder's"),
-        ] if coded else []),
+        ) if coded else ()),
         Slider("width", "Width [values]", sizes.head_dim, 4 * rest.width, sizes.head_dim, "Values per token"),
         Slider("batch", "Batch [sequences]", 1, max(32, 4 * rest.batch), 1, "Generated together"),
         Slider("num_steps", "Tokens [count]", 1, 6 * rest.num_steps, 1, "To generate, per sequence"),

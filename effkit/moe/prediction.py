@@ -77,8 +77,9 @@ def best_degrees(base: Account, most: int = _MOST_CHUNKS, **setting: Any) -> tup
     where they differ, what forward has kept must be cut anew. So all pairs up to ``most`` are played through. Closed
     forms, for costs without waiting, are in the lesson on pipelining degrees.
     """
+    degrees = range(1, most + 1)
     return min(
-        itertools.product(range(1, most + 1), repeat=2),
+        itertools.product(degrees, degrees),
         key=lambda pair: predict(base, **setting, num_chunks=pair[0], num_chunks_backward=pair[1]).total,
     )
 
