@@ -7,7 +7,6 @@ from typing import Any
 import ipywidgets as widgets
 
 from effkit import view
-from effkit.account import Account
 from effkit.captured import Capture
 from effkit.screen import Screen
 from effkit.units import readable
@@ -42,7 +41,6 @@ class MemoryBrowser(Screen):
         super().__init__([widgets.HBox([moment, box, widgets.HTML(f"● peak at {peak}")]), by], "memory")
         for control in self.controls.values():
             control.observe(self._show, names="value")
-        self.result: Account
         self._show()
 
     @property

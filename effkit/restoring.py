@@ -89,12 +89,10 @@ class Reached:
         """Note what this holds, and say what it leads to."""
         if isinstance(one, torch.Tensor):
             yield from self._tensor(one)
-        elif isinstance(one, torch.Generator):
-            self._steps.append(partial(one.set_state, one.get_state()))
+        elif isinstance(one, torch.Generator | np.random.RandomState):
+            self._steps.append(partial(one.set_state, one.get_state()))  # type: ignore[arg-type]
         elif isinstance(one, random.Random):
             self._steps.append(partial(one.setstate, one.getstate()))
-        elif isinstance(one, np.random.RandomState):
-            self._steps.append(partial(one.set_state, one.get_state()))
         elif isinstance(one, np.random.Generator):
             self._steps.append(partial(setattr, one.bit_generator, "state", one.bit_generator.state))
         elif isinstance(one, np.ndarray):

@@ -50,7 +50,6 @@ class Slider:
     step: int
     tooltip: str
     rest: int | None = None
-    readout_format: str = ",d"
     scale: int | float = 1
 
 
@@ -199,7 +198,7 @@ class WhatIf(Screen):
             start = rest if rest is not None else knob.rest if knob.rest is not None else knob.low
             bounds = {"min": min(knob.low, start), "max": max(knob.high, start), "step": knob.step, "value": start}
             control = widgets.IntSlider(**bounds, description=knob.label, tooltip=knob.tooltip, layout=wide,
-                                        style=label, readout_format=knob.readout_format)  # fmt: skip
+                                        style=label, readout_format=",d")  # fmt: skip
             # a slider has no accessible name; a box with a description has one, and takes any number
             box = widgets.BoundedIntText(**bounds, description=f"type {knob.label.partition(' [')[0].lower()}",
                                          tooltip=f"{knob.label}: {knob.tooltip}")  # fmt: skip

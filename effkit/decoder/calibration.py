@@ -99,21 +99,15 @@ class Calibration(Observed):
 
 def calibrate(runs: Sequence[Run], nodes: Lattice, **known: Any) -> Calibration:
     """Fit the costs; the first run is the base. ``known`` are the fields that no fit gives."""
-    costs = fit(runs, nodes)
-    return Calibration(
-        runs[0], tuple(runs), costs, anchor=_ratio(runs[0], costs), error_frac=_held_out_error_frac(runs, nodes),
-        noise_frac=noise(run.plain_ns for run in runs), **known,
-    )  # fmt: skip
-
-
-def _held_out_error_frac(runs: Sequence[Run], nodes: Lattice) -> float:
-    """Root mean square error of the runs between the nodes, each left out of the fit in turn."""
-    errors = []
-    for place, run in enumerate(runs):
+    costs, errors = fit(runs, nodes), []
+    for place, run in enumerate(runs):  # those between the nodes are left out of the fit in turn
         if run.setting.depth not in nodes.depths or run.setting.rows not in nodes.rows:
             without = fit([*runs[:place], *runs[place + 1 :]], nodes)
             errors.append(_ratio(runs[0], without) / _ratio(run, without) - 1)
-    return rms(errors)
+    return Calibration(
+        runs[0], tuple(runs), costs, anchor=_ratio(runs[0], costs), error_frac=rms(errors),
+        noise_frac=noise(run.plain_ns for run in runs), **known,
+    )  # fmt: skip
 
 
 def _ratio(run: Run, costs: Costs) -> float:
@@ -181,8 +175,15 @@ def rows_ns(calibration: Calibration, setting: Setting) -> dict[str, float]:
     """Part -> time of one generation [ns] at any setting, before it is anchored to the base."""
     costs, prompt = _altered(calibration, setting), calibration.memory.prompt(setting)
     rows = costs.rows(setting, prompt)
-    if setting.cache == "off":
-        rows = _without_cache(costs, setting, prompt, rows)
+    if setting.cache == "off":  # every step computes all positions so far, and what cross-attention reads once more
+        rows = {part: time_ns for part, time_ns in rows.items() if part not in costs.layer}
+        for position in range(1 if PREFILL in rows else 0, setting.num_steps):
+            so_far = prompt + position
+            for part in costs.layer:
+                reads = {SELF: so_far / 2, CROSS: setting.input_length}.get(part, 0.0)
+                rows[part] = rows.get(part, 0.0) + float(costs.part_ns(part, setting, reads, setting.rows * so_far))
+        if CROSS_KV in rows:
+            rows[CROSS_KV] *= setting.num_steps
     if setting.num_beams > 1:  # the chosen beams' keys and values are copied at every step
         cells = prompt + np.arange(1, setting.num_steps)
         per_cell = calibration.memory.cache(setting).self_attention / (prompt + setting.num_steps - 1)
@@ -233,16 +234,3 @@ def _products(calibration: Calibration, setting: Setting) -> Floats:
     times = np.asarray(calibration.products[setting.dtype].times_ns)
     fewer = min(1.0, setting.bytes_per_weight / DTYPES[setting.dtype])
     return times - (1 - fewer) * times[0]
-
-
-def _without_cache(costs: Costs, setting: Setting, prompt: int, rows: dict[str, float]) -> dict[str, float]:
-    """Every step computes all positions so far, and the keys and values of cross-attention once more."""
-    times = {part: time_ns for part, time_ns in rows.items() if part not in costs.layer}
-    for position in range(1 if PREFILL in rows else 0, setting.num_steps):
-        cells = prompt + position
-        for part in costs.layer:
-            reads = {SELF: cells / 2, CROSS: setting.input_length}.get(part, 0.0)
-            times[part] = times.get(part, 0.0) + float(costs.part_ns(part, setting, reads, setting.rows * cells))
-    if CROSS_KV in rows:
-        times[CROSS_KV] = rows[CROSS_KV] * setting.num_steps
-    return times

@@ -267,10 +267,9 @@ def _relative(times: Floats) -> Floats:
 
 def _between(nodes: Floats, place: float) -> Floats:
     """What each node counts on the line between two of them; past the last, the last line goes on."""
-    weights = np.zeros(len(nodes))
     if len(nodes) == 1:
-        weights[0] = 1.0
-        return weights
+        return np.ones(1)
+    weights = np.zeros(len(nodes))
     left = int(np.clip(np.searchsorted(nodes, place) - 1, 0, len(nodes) - 2))
     share = (place - nodes[left]) / (nodes[left + 1] - nodes[left])
     weights[left : left + 2] = 1 - share, share

@@ -21,7 +21,7 @@ from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
 from effkit.decoder.module_timers import LAUNCHES, Watched, step_times, watch
 from effkit.decoder.product_costs import product_cost, reading_rate
-from effkit.decoder.setting import DTYPES, Setting
+from effkit.decoder.setting import DTYPES
 from effkit.device import synchronize
 from effkit.lab import Progress, calibration_of, relative_source, tell
 from effkit.progress_bar import working
@@ -83,15 +83,9 @@ def measure(
                 f"{', '.join(unknown)}; give a model with generate() for the rest"
             )
         return measure_step(model, inputs, repeats=repeats, progress=progress, **counts)
-    if base is None:
-        return _measured(model, inputs, setting_of(model, inputs, **counts, **changes), calibrated, repeats, progress)
-    return _measured_beside(base, model, inputs, {**counts, **changes}, repeats, progress)
-
-
-def _measured(
-    model: Any, inputs: Any, setting: Setting, calibrated: bool, repeats: int, progress: Progress | None
-) -> Account:
-    """The setting alone, or with the runs that predictions rest on."""
+    if base is not None:
+        return _measured_beside(base, model, inputs, {**counts, **changes}, repeats, progress)
+    setting = setting_of(model, inputs, **counts, **changes)
     if setting.hold_parameters == "on":
         raise ValueError("hold_parameters keeps the parameters of a base: give base=, or the layers themselves")
     # the costs are those of greedy steps with a cache

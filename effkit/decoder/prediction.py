@@ -82,15 +82,12 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
     sizes = calibration.memory.sizes(rest)
     coded = rest.encoder_layers > 0
     knobs: list[Slider | Choice] = [
-        Slider("decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run per token")
-    ]
-    if coded:
-        knobs += [
+        Slider("decoder_layers", "Decoder layers [count]", 1, max(24, 2 * rest.decoder_layers), 1, "Run per token"),
+        *((
             Choice("hold_parameters", "Hold parameters equal", SWITCH, "Layers move from decoder to encoder"),
             Slider("encoder_layers", "Encoder layers [count]", 1, max(32, 2 * rest.encoder_layers), 1,
                    "Run once; with parameters held they follow from the decoder's"),
-        ]  # fmt: skip
-    knobs += [
+        ) if coded else ()),
         Slider("width", "Width [values]", sizes.head_dim, 4 * rest.width, sizes.head_dim, "Values per token"),
         Slider("batch", "Batch [sequences]", 1, max(32, 4 * rest.batch), 1, "Generated together"),
         Slider("num_steps", "Tokens [count]", 1, 6 * rest.num_steps, 1, "To generate, per sequence"),
@@ -101,9 +98,9 @@ def whatif(base: Account, model: torch.nn.Module | None = None, inputs: Any = No
         Choice("compiled", "Compiled steps", SWITCH, "Static cache and torch.compile, or a CUDA graph"),
         Slider("num_beams", "Beams [count]", 1, 8, 1, "1 is greedy"),
         Slider("exit_layer", "Exit after layer [number]", 0, rest.decoder_layers, 1, "0: after the last"),
-    ]
-    if not coded:
-        knobs += [Slider("kv_heads", "Key-value heads [count]", 1, sizes.heads, 1, "Fewer than query heads share them")]
+        *([] if coded else
+          [Slider("kv_heads", "Key-value heads [count]", 1, sizes.heads, 1, "Fewer than query heads share them")]),
+    ]  # fmt: skip
 
     def run(progress: Progress, **setting: Any) -> Account:
         from effkit.decoder.live import measure

@@ -69,13 +69,11 @@ def account(capture: Capture, step: str | None = None) -> Account:
     whole = max(1, int(by_row.sum()))
     # operators may overlap, on several threads or streams: their shares of the time that any of them ran
     rows = {row: round(busy * int(by_row.get(row, 0)) / whole) for row in _ROWS}
-    rest = overview.drop(columns=["start_ns"])
-    if rest["not_visible_ns"].notna().any():
-        rows[UNSEEN] += int(rest["not_visible_ns"].sum())
+    rows[UNSEEN] += int(overview["not_visible_ns"].sum())
     others = ["idle_ns", "dataloader_ns", "exposed_communication_ns", *(["cpu_exec_ns"] if on_device else [])]
-    rows[HOST] = int(rest[others].fillna(0).sum().sum())
-    total = int(rest["dur_ns"].sum())
-    frac = float(rest["device_busy_frac"].astype("Float64").mean()) if on_device else None
+    rows[HOST] = int(overview[others].fillna(0).sum().sum())
+    total = int(overview["dur_ns"].sum())
+    frac = float(overview["device_busy_frac"].astype("Float64").mean()) if on_device else None
     notes, served = list(overview.attrs.get("notes", [])), _served(capture)
     if served and (waited := _waited(overview, capture.events)):
         rows[UNSEEN] -= waited

@@ -46,7 +46,19 @@ class ExpertParallel(nn.Module):
         self.degrees = (num_chunks, num_chunks_backward or num_chunks)
         check_counts(hidden=hidden, ffn=ffn, num_experts=num_experts, top_k=top_k, num_chunks=num_chunks,
                      num_chunks_backward=self.degrees[1], num_hashes=num_hashes)  # fmt: skip
-        _refuse(num_experts, top_k, hidden, capacity_factor, compress, num_hashes, pad, message_dtype)
+        for wrong, sentence in (
+            (top_k > num_experts, f"top_k is at most num_experts, {num_experts}; given: {top_k}"),
+            (capacity_factor < 0, f"capacity_factor is at least 0; given: {capacity_factor}"),
+            (compress not in ("none", "lsh"), f"compress is one of none, lsh; given: {compress!r}"),
+            (num_hashes > lsh.MAX_HASHES, f"num_hashes is at most {lsh.MAX_HASHES}; given: {num_hashes}"),
+            (pad and compress != "none", "pad sends messages of one size and compress makes them smaller: choose one"),
+            (message_dtype not in ("same", "bfloat16", "float8"),
+             f"message_dtype is one of same, bfloat16, float8; given: {message_dtype!r}"),
+            (message_dtype == "float8" and hidden % GROUP,
+             f"float8 messages have a scale per {GROUP} numbers: hidden is a multiple of {GROUP}; given: {hidden}"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(sentence)
         self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
         self.capacity_factor, self.pad = capacity_factor, pad
         self.compress, self.num_hashes, self.compensate = compress, num_hashes, compensate
@@ -361,26 +373,6 @@ def _add(sums: list[Any], e: int, left: torch.Tensor, right: torch.Tensor) -> No
 
 def _index(ranges: Sequence[range], device: torch.device) -> torch.Tensor:
     return torch.tensor(list(itertools.chain.from_iterable(ranges)), dtype=torch.int64).to(device)
-
-
-def _refuse(
-    num_experts: int, top_k: int, hidden: int, capacity_factor: float, compress: str, num_hashes: int, pad: bool,
-    message_dtype: str,
-) -> None:  # fmt: skip
-    """Raise ValueError where a layer of this kind cannot be."""
-    for wrong, sentence in (
-        (top_k > num_experts, f"top_k is at most num_experts, {num_experts}; given: {top_k}"),
-        (capacity_factor < 0, f"capacity_factor is at least 0; given: {capacity_factor}"),
-        (compress not in ("none", "lsh"), f"compress is one of none, lsh; given: {compress!r}"),
-        (num_hashes > lsh.MAX_HASHES, f"num_hashes is at most {lsh.MAX_HASHES}; given: {num_hashes}"),
-        (pad and compress != "none", "pad sends messages of one size and compress makes them smaller: choose one"),
-        (message_dtype not in ("same", "bfloat16", "float8"),
-         f"message_dtype is one of same, bfloat16, float8; given: {message_dtype!r}"),
-        (message_dtype == "float8" and hidden % GROUP,
-         f"float8 messages have a scale per {GROUP} numbers: hidden is a multiple of {GROUP}; given: {hidden}"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(sentence)
 
 
 def _owners(owner: Sequence[int] | None, num_experts: int, num_ranks: int) -> Sequence[int]:

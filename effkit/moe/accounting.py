@@ -117,10 +117,9 @@ def account(capture: Capture | str | Path, step: str | None = None) -> Account:
 def _steps(capture: Capture, overview: pd.DataFrame) -> _Steps:
     clocks = capture.clocks()
     ranks = overview.index.get_level_values("rank")
-    ahead = clocks["offset_ns"].fillna(0).astype("int64")
-    if isinstance(capture, Fleet):  # its overview is on the first rank's clock already
-        ahead = ahead * 0
-    starts = overview["start_ns"] - ranks.map(ahead).fillna(0).astype("int64")
+    starts = overview["start_ns"]
+    if not isinstance(capture, Fleet):  # whose overview is on the first rank's clock already
+        starts = starts - ranks.map(clocks["offset_ns"].fillna(0).astype("int64")).fillna(0).astype("int64")
     frame = pd.DataFrame({"start": starts, "end": starts + overview["dur_ns"]})
     per_rank = overview["dur_ns"].groupby(level="rank").mean()
     recorded = ranks.unique()

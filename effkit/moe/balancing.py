@@ -55,8 +55,8 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
 
     now = time_ns(own)
     table = {"now": row(base.total if loads is None else now, basis="measured" if loads is None else "derived")}
-    even = np.stack([_spread(step) for step in own])
-    table["perfect balance"] = row(time_ns(even))
+    each, rest = np.divmod(own.sum(axis=2, keepdims=True), setting.num_experts)  # spread evenly, to the token
+    table["perfect balance"] = row(time_ns(each + (np.arange(setting.num_experts) < rest)))
     if (owner >= 0).all() and setting.num_experts % num_ranks == 0:
         table["balanced placement"] = row(time_ns(own, owner=balanced_placement(own, num_ranks)))
     most = routing.capacity(setting.change(capacity_factor=1.0))
@@ -77,10 +77,3 @@ def worth_balancing(base: Account, loads: Any = None) -> pd.DataFrame:
     frame.insert(1, "saved_ns", saved)
     frame.insert(2, "saved_frac", saved / frame["step_ns"].iloc[0])
     return frame
-
-
-def _spread(step: Any) -> Any:
-    """Every rank's copies, spread evenly over the experts, to the token."""
-    num = step.shape[1]
-    total = step.sum(axis=1, keepdims=True)
-    return total // num + (np.arange(num)[None] < total % num)

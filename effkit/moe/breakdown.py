@@ -79,14 +79,13 @@ def pieces_of(step: Step, rank: int) -> Iterable[tuple[str, int, int]]:
     met = False
     for call, came in zip(step.ranks[rank].calls, last, strict=True):
         kind = call.kind.removesuffix(BARRIER)
-        if call.kind.endswith(BARRIER):
+        if barrier := call.kind.endswith(BARRIER):
             yield f"{kind} waiting", call.start_ns, call.end_ns
-            met = True
-            continue
-        turn = call.start_ns if met else min(max(came, call.start_ns), call.end_ns)
-        yield f"{kind} waiting", call.start_ns, turn
-        yield f"{kind} moving", turn, call.end_ns
-        met = False
+        else:
+            turn = call.start_ns if met else min(max(came, call.start_ns), call.end_ns)
+            yield f"{kind} waiting", call.start_ns, turn
+            yield f"{kind} moving", turn, call.end_ns
+        met = barrier
 
 
 def typical(steps: Sequence[Step], of_step: Any) -> dict[str, float]:

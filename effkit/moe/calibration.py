@@ -157,17 +157,22 @@ def probes(setting: Setting, num_ranks: int, levers: Sequence[str]) -> list[Sett
     """The settings that costs are fitted on: this one, six others around it, one per lever (ValueError if unknown)."""
     if unknown := set(levers) - set(_LEVERS):
         raise ValueError(f"levers are {', '.join(_LEVERS)}; given: {', '.join(sorted(unknown))}")
-    half = max(1, setting.num_tokens // 2)
-    narrow = {"hidden": _half(setting.hidden), "ffn": max(1, setting.ffn // 2)}
+    half, num_experts, placement = max(1, setting.num_tokens // 2), 2 * setting.num_experts, setting.placement
+    # half as wide, and a multiple of 128 where the whole is
+    hidden = setting.hidden if setting.hidden % 256 == 128 else max(1, setting.hidden // 2)
+    if isinstance(placement, tuple):
+        placement = tuple(expert % num_ranks for expert in range(num_experts))
     around = [
         setting,
         setting.change(num_tokens=half, skew=setting.skew + 1.0),
         setting.change(num_tokens=2 * setting.num_tokens, skew=0.0),
-        setting.change(**narrow, num_tokens=setting.num_tokens + half, num_chunks=2, num_chunks_backward=4),
+        setting.change(hidden=hidden, ffn=max(1, setting.ffn // 2), num_tokens=setting.num_tokens + half,
+                       num_chunks=2, num_chunks_backward=4),
         setting.change(num_chunks=4, num_chunks_backward=0),
         setting.change(num_chunks=2, num_chunks_backward=0),
-        _other_experts(setting, num_ranks),
-    ]
+        setting.change(num_experts=num_experts, ffn=2 * setting.ffn, top_k=max(1, setting.top_k - 1),
+                       placement=placement, num_replicas=2 * setting.num_replicas),
+    ]  # fmt: skip
     return [*around, *(setting.change(**{"pad": False, **_LEVERS[lever]}) for lever in levers
                        if setting.change(pad=False, **_LEVERS[lever]) != setting)]  # fmt: skip
 
@@ -294,17 +299,3 @@ def _sizes(setting: Setting, num_ranks: int) -> dict[str, float]:
         "tokens": setting.num_tokens, "load of the busiest rank": max(held) / max(rows, 1.0),
         "pieces forward": setting.degrees[0], "pieces backward": setting.degrees[1],
     }  # fmt: skip
-
-
-def _half(hidden: int) -> int:
-    """Half as wide, and a multiple of 128 where the whole is."""
-    return max(1, hidden // 2) if hidden % 256 == 0 or hidden % 128 else hidden
-
-
-def _other_experts(setting: Setting, num_ranks: int) -> Setting:
-    """Twice as many experts, wider, and one fewer choice."""
-    num_experts, placement = 2 * setting.num_experts, setting.placement
-    if isinstance(placement, tuple):
-        placement = tuple(expert % num_ranks for expert in range(num_experts))
-    return setting.change(num_experts=num_experts, ffn=2 * setting.ffn, top_k=max(1, setting.top_k - 1),
-                          placement=placement, num_replicas=2 * setting.num_replicas)  # fmt: skip

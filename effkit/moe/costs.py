@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -112,13 +112,6 @@ def message_bytes(setting: Setting, *, forward: bool, out: bool) -> int:
     """Bytes of a row on its way to the experts (``out``) or back, forward or backward."""
     form = form_of(setting.message_dtype, forward=forward, out=out)
     return row_bytes(form, setting.hidden, ITEM_BYTES[setting.dtype])
-
-
-def piece_rows(traffic: routing.Traffic, degree: int) -> list[Floats]:
-    """Rows from each rank to each rank in each piece of the exchange."""
-    whole = traffic.rows
-    pieces = [(c + 1) * whole // degree - c * whole // degree for c in range(degree)]
-    return [replace(traffic, rows=piece).moved.astype(float) for piece in pieces]
 
 
 def fit(settings: Sequence[Setting], steps: Sequence[Step], ranks_per_node: int) -> Costs:

@@ -27,6 +27,7 @@ TIME = "Time of one step"
 COMMUNICATION = "Communication of one step"
 BYTES = "Bytes between ranks in one step"
 COPIES = "Token copies in one step"
+ON = ("num_ranks", "ranks_per_node", "link_bytes_per_s")  # what a setting is measured on
 
 
 def run_settings(
@@ -167,17 +168,16 @@ def accounted(run: Run, job: int, calibration: Calibration | None, scale: float 
     """The account of one setting of a run; times are multiplied by ``scale``."""
     steps, setting = run.of_job(job), run.settings[job]
     numbers = sorted({step.number for step in steps})
-    link = run.facts["link_bytes_per_s"]
     where = f"{run.num_ranks} ranks on {run.facts['where']}, {run.facts['backend']}"
     more = f", {len({step.round for step in steps})} rounds{relative_source(scale)}"
-    if link:
+    if link := run.facts["link_bytes_per_s"]:
         where += f", a link of {link / 1e6:g} MB/s"
     if run.facts["where"] == "cuda" and run.facts["backend"] == "gloo":
         where += ", exchanged through the host"
     return account_of(
         steps, scale, setting, [run.kept[job, n] for n in numbers], [run.dropped[job, n] for n in numbers],
         counted="the sizes of all messages", source=f"the slowest of {where}{more}", calibration=calibration,
-        setting=full_setting(setting, run.num_ranks, run.facts["ranks_per_node"], link),
+        setting=setting.plain() | {name: run.facts[name] for name in ON},
     )  # fmt: skip
 
 
@@ -220,9 +220,3 @@ def _size_bytes(steps: Sequence[Step]) -> dict[str, int]:
                 if others:
                     sizes[call.kind] += others / len(once)
     return {kind: round(size) for kind, size in sizes.items()}
-
-
-def full_setting(setting: Setting, num_ranks: int, ranks_per_node: int, link_bytes_per_s: float) -> dict[str, Any]:
-    """Everything that a measurement was made with."""
-    return {**setting.plain(), "num_ranks": num_ranks, "ranks_per_node": ranks_per_node,
-            "link_bytes_per_s": link_bytes_per_s}  # fmt: skip

@@ -16,7 +16,6 @@ from effkit.moe.setting import COMPRESSIONS, MESSAGE_DTYPES, PLACEMENTS
 if TYPE_CHECKING:
     from effkit.whatif import WhatIf
 
-_OF_THE_RANKS = ("num_ranks", "ranks_per_node", "link_bytes_per_s")
 _MOST_CHUNKS = 8
 
 
@@ -43,7 +42,7 @@ def predict(base: Account, **setting: Any) -> Account:
         wider there. At the measured setting: ``base`` itself.
     """
     calibration = calibration_of(base, Calibration, "moe")
-    on: dict[str, Any] = {name: setting.pop(name) for name in _OF_THE_RANKS if setting.get(name) is not None}
+    on: dict[str, Any] = {name: setting.pop(name) for name in live.ON if setting.get(name) is not None}
     wanted = calibration.setting.change(**setting)
     num_ranks = checked_whole("num_ranks", on.get("num_ranks", calibration.num_ranks), 1)
     as_measured = calibration.ranks_per_node if num_ranks == calibration.num_ranks else num_ranks
@@ -51,11 +50,11 @@ def predict(base: Account, **setting: Any) -> Account:
     link = float(checked_number("link_bytes_per_s", on.get("link_bytes_per_s", calibration.link_bytes_per_s)))
     if link and per_node == num_ranks and "ranks_per_node" not in on:
         per_node = 1  # a link between nodes: each rank is one, unless they are said to share
-    full = live.full_setting(wanted, num_ranks, per_node, link)
+    on = {"num_ranks": num_ranks, "ranks_per_node": per_node, "link_bytes_per_s": link}
+    full = wanted.plain() | on
     if full == dict(base.setting):
         return base
     calibration.knows(wanted)
-    on = {"num_ranks": num_ranks, "ranks_per_node": per_node, "link_bytes_per_s": link}
     steps = calibration.steps(wanted, **on)
     anchor = calibration.anchor(wanted)
     same_link = link == calibration.link_bytes_per_s and per_node == calibration.ranks_per_node
@@ -104,12 +103,11 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
         Slider("skew", "Skew of loads [tenths]", 0, 20, 1, "Zipf exponent of the experts' popularity", scale=0.1),
         Slider("num_chunks", "Pieces forward [count]", 1, _MOST_CHUNKS, 1, "The exchange is cut into, and overlaps"),
         Slider("num_chunks_backward", "Pieces backward [count]", 0, _MOST_CHUNKS, 1, "0: as many as forward"),
-        Choice("placement", "Placement", PLACEMENTS, "Which rank holds which expert"),
+        *([] if isinstance(at.placement, tuple)
+          else [Choice("placement", "Placement", PLACEMENTS, "Which rank holds which expert")]),
         Slider("num_replicas", "Replicas [experts]", 0, at.num_experts, calibration.num_ranks,
                "The most popular ones, held by every rank"),
     ]  # fmt: skip
-    if isinstance(at.placement, tuple):
-        knobs = [knob for knob in knobs if knob.name != "placement"]
     if any(setting.compress == "lsh" for setting in calibration.settings):
         knobs.append(Choice("compress", "Compression", COMPRESSIONS, "One centroid travels for tokens that are alike"))
     measured = {setting.message_dtype for setting in calibration.settings}
@@ -118,8 +116,7 @@ def whatif(base: Account, *, num_rounds: int = 3, timeout_s: float = 180.0) -> W
         knobs.append(Choice("message_dtype", "Messages", dtypes, "What rows are written in while they travel"))
 
     def run(progress: Progress, **setting: Any) -> Account:
-        changes = {name: value for name, value in setting.items() if name not in _OF_THE_RANKS}
-        return live.beside(ranks, base, at.change(**changes), num_rounds=num_rounds, timeout_s=timeout_s,
+        return live.beside(ranks, base, at.change(**setting), num_rounds=num_rounds, timeout_s=timeout_s,
                            progress=progress)  # fmt: skip
 
     ranks = live.ranks_of(calibration)  # they stay up from one press of the button to the next

@@ -8,6 +8,7 @@ from effkit.account import Account
 from effkit.lab import calibration_of
 from effkit.moe import breakdown
 from effkit.moe.calibration import Calibration
+from effkit.moe.live import ON
 from effkit.moe.recorded import Step
 from effkit.moe.setting import Setting
 
@@ -29,7 +30,7 @@ def timeline(account: Account) -> pd.DataFrame:
     if not account.predicted:
         return _rows(calibration.step)
     on = dict(account.setting)
-    ranks = {name: on.pop(name) for name in ("num_ranks", "ranks_per_node", "link_bytes_per_s")}
+    ranks = {name: on.pop(name) for name in ON}
     return _rows(calibration.steps(Setting.of(on), **ranks)[0])
 
 

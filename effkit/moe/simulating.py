@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from effkit.least_squares import Floats
@@ -51,7 +53,9 @@ class _Simulation:
         degree = self.setting.degrees[0 if forward else 1]
         out, home = ("dispatch", "combine") if forward else ("combine", "dispatch")
         widths = [costs.message_bytes(self.setting, forward=forward, out=side) for side in (True, False)]
-        pieces = costs.piece_rows(self.traffic, degree)
+        whole = self.traffic.rows
+        parts = [(c + 1) * whole // degree - c * whole // degree for c in range(degree)]
+        pieces = [replace(self.traffic, rows=part).moved.astype(float) for part in parts]  # from each rank to each
         overlap = degree > 1
         on_the_way = [self.start(out, rows * widths[0], overlap=overlap) for rows in pieces]
         returning = []

@@ -103,7 +103,12 @@ def measure(
     probes += [] if also is None else [Probe(plan, probe.rows) for probe in choose(also, 2, cut_down=False)]
     whole_ones = [probe for probe in probes if probe.whole]
     # of batches in order of their size, the middle one is what the others are told relative to
-    reference, base_ns = (whole_ones[len(whole_ones) // 2], 0) if calibration is None else _of_base(calibration)
+    reference, base_ns = whole_ones[len(whole_ones) // 2], 0.0
+    if calibration is not None:  # of a base, it is the one that the base's own were told relative to
+        told = calibration.steps[calibration.steps["whole"]]
+        row = told.iloc[len(told) // 2]
+        reference = Probe(calibration.plan, calibration.plan.rows(int(row["batch"])))
+        base_ns = float(row["dur_ns"])
     tell = partial(lab.tell, progress)
     with unchanged(model, *([] if step is None else [step])) as given:
         train, update = (step, None) if step is not None else _still_step(model, loss or own_loss, optimizer)
@@ -135,13 +140,6 @@ def measure(
         companions=companions(plan, num_steps, int(whole["peak_bytes"].max()), sources),
         calibration=Calibration(plan, cost, memory, steps, noise, anchor, shapes(model)),
     )  # fmt: skip
-
-
-def _of_base(calibration: Calibration) -> tuple[Probe, float]:
-    """The batch that a base's others were told relative to, and its time [ns]."""
-    whole = calibration.steps[calibration.steps["whole"]]
-    row = whole.iloc[len(whole) // 2]
-    return Probe(calibration.plan, calibration.plan.rows(int(row["batch"]))), float(row["dur_ns"])
 
 
 def _peaks(

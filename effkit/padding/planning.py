@@ -78,16 +78,15 @@ def plan(
         starts: Ints = np.arange(0, len(row_starts), sizes or 1)
         table = pd.DataFrame({"input_length": [int(max_input_cells)]})
         return Plan(lengths, strategy, kept, order, row_starts, starts, np.zeros_like(starts), table, plan)
+    group, table = np.zeros(1, dtype="int64"), pd.DataFrame({"input_length": [int(inputs.max())]})
     if strategy in ("sorted", "token_budget"):
         columns = [lengths[name].to_numpy() for name in ("output_length", "input_length") if name in lengths]
         order = np.lexsort(columns)
-        group = np.zeros(1, dtype="int64")
-        table = pd.DataFrame({"input_length": [int(inputs.max())]})
     else:
         order = np.random.default_rng(seed).permutation(len(lengths))
+    if strategy in BUCKETED:
         bucket, table = _bucketed(lengths, strategy, limits)
-        if len(table) > 1:
-            order = order[np.argsort(bucket[order], kind="stable")]
+        order = order[np.argsort(bucket[order], kind="stable")]
         group = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=len(table)))[:-1]])
     if memory is not None and "memory" in used:
         fitting = memory.largest_batches(table.assign(input_length=padded(table["input_length"], kept)))
@@ -161,8 +160,6 @@ def check_whole(limits: Mapping[str, Any]) -> None:
 def _bucketed(lengths: pd.DataFrame, strategy: str, limits: Mapping[str, Any]) -> tuple[Ints, pd.DataFrame]:
     """The bucket of each example, and the table of upper edges."""
     inputs = lengths["input_length"].to_numpy()
-    if strategy == "random":
-        return np.zeros(len(inputs), dtype="uint8"), pd.DataFrame({"input_length": [int(inputs.max())]})
     rule = buckets.optimal_edges if strategy == "optimal" else buckets.equal_duration_edges
     edges = np.asarray(rule(inputs, limits["num_buckets"]) if limits["edges"] is None else limits["edges"])
     if strategy != "bucket2d":

@@ -134,7 +134,6 @@ class Plan:
         return rows if self.row_starts is None else np.add.reduceat(rows, self.row_starts)
 
     def _column(self, name: str) -> Ints:
-        """One column of ``frame``."""
         if name.endswith("_length"):
             longest = np.maximum.reduceat(self._row_lengths(name), self.batch_starts)
             return self.padded(longest) if name == "input_length" else longest
@@ -158,15 +157,13 @@ class Plan:
         if cells == "flops":
             # a packed row is computed as one long example, which is what a dense mask does
             real, total = forward_flops(self.lengths, **model), forward_flops(self.frame, **model)
-            padding = total - real
         else:
             name = "output_length" if cells == "output" else "input_length"
             shape, real = self._column(name), int(self._column(f"{cells}_real").sum())
             total = int((self._num_rows * (shape**2 if cells == "input_squared" else shape)).sum())
-            if cells == "input_squared":
-                padding = total - real
-            else:  # counted row by row, so that the account can fail to close
-                padding = int((np.repeat(shape, self._num_rows) - self._row_lengths(name)).sum())
+        padding = total - real
+        if cells in ("input", "output"):  # counted row by row, so that the account can fail to close
+            padding = int((np.repeat(shape, self._num_rows) - self._row_lengths(name)).sum())
         kind = {"flops": "Forward FLOPs", "input_squared": "Attention cells"}.get(cells, f"{cells.title()} cells")
         return Account.of(
             f"{kind} of one epoch", "FLOPs" if cells == "flops" else "cells", {"real": real, "padding": padding},

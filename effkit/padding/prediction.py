@@ -142,16 +142,14 @@ def whatif(
     shortest = int(calibration_of(base, Calibration, "padding").plan.lengths["input_length"].median())
     rest, longest = base.setting, base.setting["max_length"]
     peak_mib = base.companion(PEAK).total // _MIB
-    limits = {
-        "batch_size": ("Batch size [examples]", "Rows per batch, in every bucket"),
-        "max_input_cells": ("Largest batch [cells]", "Padded input cells per batch"),
-    }
     # packing only where it was measured; and what was measured, if it is none of the usual ones
     own = rest["strategy"]
     choices = [own] * (own not in STRATEGIES) + [name for name in STRATEGIES if name != "pack" or own == "pack"]
     knobs: list[Slider | Choice] = [
-        *(Slider(name, label, 1, 4 * rest[name], 1, tooltip)
-          for name, (label, tooltip) in limits.items() if isinstance(rest.get(name), int)),
+        *(Slider(name, label, 1, 4 * rest[name], 1, tooltip) for name, label, tooltip in (
+            ("batch_size", "Batch size [examples]", "Rows per batch, in every bucket"),
+            ("max_input_cells", "Largest batch [cells]", "Padded input cells per batch"),
+        ) if isinstance(rest.get(name), int)),
         Slider("memory_bytes", "Memory budget [MiB]", 0, 2 * peak_mib, max(1, peak_mib // 50),
                "What a step may take; decides the batch sizes, unless 0", rest=0, scale=_MIB),
         Choice("strategy", "Strategy", choices, "How examples are assigned to batches"),

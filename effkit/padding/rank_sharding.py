@@ -40,20 +40,17 @@ def _dealt(plan: Batched, world_size: int, rng: np.random.Generator) -> tuple[li
         whole = len(members) // world_size * world_size
         groups += list(members[:whole].reshape(-1, world_size))
         carried += [batches[i] for i in members[whole:]]
-        dealt = _shared_out(carried, world_size)
-        if dealt is None:
+        if (dealt := _shared_out(carried, world_size)) is None:
             carried = [example[None] for batch in carried for example in batch]
         else:
             leftovers, carried = leftovers + dealt, []
-    dealt = _shared_out(carried, world_size)
-    while dealt is None and (groups or leftovers):  # too few for a step: share out the last steps with them
+    while (dealt := _shared_out(carried, world_size)) is None:  # too few for a step: share out the last steps with them
+        if not (groups or leftovers):
+            raise ValueError(
+                f"{len(plan.order):,} examples cannot be dealt to {world_size} ranks evenly, each exactly once: use "
+                "fewer ranks, larger batches, or a number of examples that the ranks divide"
+            )
         carried += [batches[i] for i in groups.pop()] if groups else leftovers.pop()
-        dealt = _shared_out(carried, world_size)
-    if dealt is None:
-        raise ValueError(
-            f"{len(plan.order):,} examples cannot be dealt to {world_size} ranks evenly, each exactly once: use fewer "
-            "ranks, larger batches, or a number of examples that the ranks divide"
-        )
     return groups, leftovers + dealt
 
 

@@ -74,7 +74,6 @@ def _end(ranks: list[Any]) -> None:
 
 
 def _be(number: int, plan: dict[str, Any], nodes: list[int], folder: Path, main: Any) -> None:
-    """Be one of the ranks, on its node."""
     end_with_parent(multiprocessing.parent_process().pid)  # type: ignore[union-attr, arg-type]
     node, local = divmod(number, plan["per_node"])
     environment = {"RANK": number, "WORLD_SIZE": plan["num_ranks"], "LOCAL_RANK": local,

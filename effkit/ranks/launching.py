@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
-class Ranks:
+class Ranks(AbstractContextManager["Ranks", None]):
     """Ranks on this machine, which start with the first run and stay up for the next.
 
     They end when this is closed, when a run fails, and with this process, however it ends.
@@ -133,9 +133,6 @@ class Ranks:
         atexit.unregister(self.close)
         self._num_runs = 0
         self._up.__exit__(*error)
-
-    def __enter__(self) -> Ranks:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

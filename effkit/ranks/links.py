@@ -256,7 +256,13 @@ def _regimes(points: Floats, num_messages: int) -> tuple[Regime, ...]:
     relative doubt, shape [3, num_sizes]."""
 
     def error(*parts: Floats) -> float:
-        return float(np.linalg.norm(np.concatenate([_left_out_errors(part) for part in parts])))
+        """Of each size by the line through the others of its part, relative, in units of its doubt."""
+        errors = []
+        for part in parts:
+            for i, (size, time_ns, doubt) in enumerate(part.T):
+                alpha_ns, ns_per_byte = _line(np.delete(part, i, axis=1))
+                errors.append(((alpha_ns + ns_per_byte * size) / time_ns - 1) / doubt)
+        return float(np.linalg.norm(errors))
 
     cuts = range(_FEWEST, points.shape[1] - _FEWEST + 1)
     least, cut = min(((error(points[:, :cut], points[:, cut:]), cut) for cut in cuts), default=(math.inf, 0))
@@ -279,15 +285,6 @@ def _line(points: Floats) -> tuple[float, float]:
     sizes, times, doubt = points
     alpha_ns, ns_per_byte = nonnegative(np.stack([1 / times, sizes / times], axis=1) / doubt[:, None], 1 / doubt)
     return float(alpha_ns), float(ns_per_byte)
-
-
-def _left_out_errors(points: Floats) -> Floats:
-    """Relative error of each size by the line through the others, in units of its doubt."""
-    errors = []
-    for i, (size, time_ns, doubt) in enumerate(points.T):
-        alpha_ns, ns_per_byte = _line(np.delete(points, i, axis=1))
-        errors.append(((alpha_ns + ns_per_byte * size) / time_ns - 1) / doubt)
-    return np.array(errors)
 
 
 def _at(regimes: Sequence[Regime], size_bytes: float, num_messages: int) -> float:

@@ -14,7 +14,6 @@ from matplotlib.transforms import ScaledTranslation
 from effkit.account import Account
 from effkit.view.style import GREY, NAMED, axes, colours, label, legend_columns, unit_axis
 
-_UNITS = ("ns", "bytes")
 _COLUMNS = 3  # of a legend, at most
 _LETTER_INCHES, _BESIDE_INCHES = 0.071, 0.42  # of a legend's column: each letter, and what is not letters
 _BAR_INCHES, _AROUND_INCHES, _LINE_INCHES, _WIDTH_INCHES = 0.5, 0.66, 0.175, 7.6
@@ -75,27 +74,23 @@ def page(accounts: Sequence[Account], axes: Sequence[Axes] | None = None) -> Seq
     Those in ns and bytes are drawn, those of a single row only where there are no others; on ``axes``, one for each of
     them, or those of a new figure. ValueError when there is nothing to draw, or too few axes are given.
     """
-    fitting = [account for account in accounts if account.unit in _UNITS]
+    fitting = [account for account in accounts if account.unit in ("ns", "bytes")]
     shown = [account for account in fitting if len(account.frame) > 1] or fitting
     if not shown:
         raise ValueError("page() draws accounts in ns or bytes; given: none of these")
     if axes is None:
-        axes = _places(shown)
+        from matplotlib import pyplot  # only to make the figure that a notebook shows
+
+        lines = sum(math.ceil((len(a.frame) + bool(a.residual) + a.predicted) / _columns(a)) for a in shown)
+        height = len(shown) * (_BAR_INCHES + _AROUND_INCHES) + _LINE_INCHES * lines  # lines of legends
+        layout = ConstrainedLayoutEngine(h_pad=0.09, hspace=0.04)
+        _, places = pyplot.subplots(len(shown), 1, figsize=(_WIDTH_INCHES, height), layout=layout, squeeze=False)
+        axes = list(places[:, 0])
     if len(axes) < len(shown):
         raise ValueError(f"page() takes an axes for each of the {len(shown)} accounts; given: {len(axes)}")
     for one, ax in zip(shown, axes, strict=False):
         _on_page(one, ax)
     return list(axes[: len(shown)])
-
-
-def _places(shown: Sequence[Account]) -> Sequence[Axes]:
-    from matplotlib import pyplot  # only to make the figure that a notebook shows
-
-    lines = sum(math.ceil((len(a.frame) + bool(a.residual) + a.predicted) / _columns(a)) for a in shown)  # of legends
-    height = len(shown) * (_BAR_INCHES + _AROUND_INCHES) + _LINE_INCHES * lines
-    layout = ConstrainedLayoutEngine(h_pad=0.09, hspace=0.04)
-    _, places = pyplot.subplots(len(shown), 1, figsize=(_WIDTH_INCHES, height), layout=layout, squeeze=False)
-    return list(places[:, 0])
 
 
 def _columns(account: Account) -> int:
