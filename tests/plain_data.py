@@ -1,7 +1,7 @@
 """Values as JSON and back, bit for bit: what a calibration holds, under short tags instead of the names of classes.
 
-Known are None, numbers, text, lists, tuples, sets, mappings with any keys, numpy arrays and scalars, DataFrames, and the
-dataclasses and named tuples of a table ``tag -> class``. NaN and infinities are kept; functions, types and whatever
+Known are None, numbers, text, lists, tuples, sets, mappings with any keys, numpy arrays and scalars, DataFrames, and
+the dataclasses and named tuples of a table ``tag -> class``. NaN and infinities are kept; functions, types and whatever
 else are refused, with the type in the sentence.
 """
 

@@ -35,6 +35,8 @@ from effkit.training import Loss, MakeOptimizer, residents, still
 
 TIME, BY_RANK, SENT_BYTES = "Time of one step", "Peak memory by rank", "Communication of one step"
 _TIMEOUT_S = 600.0
+_IMPORTS = "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.optim"  # in every rank, seconds each
+_QUIET = "effkit.", "transformers."  # modules whose import starts no thread, which no fork would survive
 Records = list[dict[str, Any]]  # of each rank
 
 
@@ -103,7 +105,8 @@ def run(
     with tempfile.TemporaryDirectory(prefix="effkit-job-") as folder:
         path = Path(folder) / "job"
         path.write_bytes(_packed(job))
-        told = {"job": str(path), "num_steps": len(steps), "repeats": repeats}
+        imports = [*_IMPORTS, *([of_model] if (of_model := type(model).__module__).startswith(_QUIET) else ())]
+        told = {"job": str(path), "num_steps": len(steps), "repeats": repeats, "imports": imports}
         total = len(steps) * (1 + repeats)
         seen = ranks.run(told, timeout_s=_TIMEOUT_S, progress=progress, total=total)
         records = [json.loads((seen / f"rank{rank}.json").read_text()) for rank in range(ranks.num_ranks)]

@@ -1,9 +1,9 @@
 """The process that forks the ranks of every run, and ends them when it ends itself: ``python -m effkit.ranks.forking``.
 
-It imports the module that ranks run, once. Each line on its standard input names a folder in the plan's ``folder``:
-``num_ranks`` ranks are forked to run what stands there. When the input closes, or a rank fails, it ends them and
-itself. The plan is its argument, in JSON: with ``bytes_per_s``, each of ``num_nodes`` nodes of ``per_node`` ranks is on
-a network of its own (:mod:`effkit.ranks.netns`).
+It imports the module that ranks run, once, and what a run says that all will need (``imports``). Each line on its
+standard input names a folder in the plan's ``folder``: ``num_ranks`` ranks are forked to run what stands there. When
+the input closes, or a rank fails, it ends them and itself. The plan is its argument, in JSON: with ``bytes_per_s``,
+each of ``num_nodes`` nodes of ``per_node`` ranks is on a network of its own (:mod:`effkit.ranks.netns`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ def cluster(plan: dict[str, Any]) -> None:
     if plan["bytes_per_s"]:
         netns.router(plan["bytes_per_s"])
         nodes = [netns.node(number) for number in range(plan["num_nodes"])]
-    gc.freeze()  # a fork that looked through all of it would have a copy of its own
     started = multiprocessing.get_context("fork").Process
     ranks: list[Any] = []
     try:
@@ -45,6 +44,9 @@ def cluster(plan: dict[str, Any]) -> None:
                     break
                 _end(ranks)  # they have written what they saw
                 run = folder / line.decode().strip()
+                for name in json.loads((run / "run.json").read_text()).get("imports", ()):
+                    import_module(name)
+                gc.freeze()  # a fork that looked through all of it would have a copy of its own
                 ranks = [started(target=_be, args=(number, plan, nodes, run, work.main))
                          for number in range(plan["num_ranks"])]  # fmt: skip
                 for process in ranks:
