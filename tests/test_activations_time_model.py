@@ -104,6 +104,24 @@ def test_what_python_does_to_call_a_block_again_recurs_with_every_micro_batch_an
     assert beyond(1, 4) == pytest.approx(4 * beyond(1, 1))
 
 
+def test_what_offloading_costs_by_the_tensor_recurs_with_every_micro_batch(clock):
+    timeline = step(1000, extra=3)
+    runs = [run(Levers(offload_frac=1.0, micro_batches=parts), timeline, 50_000 + 40_000 * parts) for parts in (1, 4)]
+    fitted = Clock.fit([RUNS[0], *runs])
+
+    def beyond(parts, growth=1.0):
+        levers = Levers(offload_frac=0.5, micro_batches=parts)
+        return fitted.step_ns(timeline, levers, growth) - replace(fitted, corrections={}).step_ns(
+            timeline, levers, growth
+        )
+
+    assert fitted.step_ns(timeline, runs[1].levers) == pytest.approx(runs[1].step_ns)
+    assert beyond(3) == pytest.approx(beyond(1) + 2 / 3 * (beyond(4) - beyond(1)))
+    assert beyond(4, 2.0) == pytest.approx(beyond(4) + beyond(1))  # the bytes alone are twice as many
+    assert fitted.knows(runs[1].levers)
+    assert not clock.knows(runs[1].levers)  # which has seen no micro-batch offloaded
+
+
 def test_micro_batches_and_smaller_batches_are_corrected_by_how_many_rows_run_at_once():
     """Each part of a batch takes 10 us less than the law says where half as much runs at once, 5 us more at a quarter:
     a batch half as large is one such part, a batch twice as large, cut into four, has four of them."""

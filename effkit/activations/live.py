@@ -137,7 +137,8 @@ def measure(
     if not earlier:
         forecaster.size = size  # predictions are around what is measured
     alone = _single(model, size, optimizer) if time_levers and not earlier else []
-    timed = [levers, *alone]
+    both = [Levers(offload_frac=1.0, micro_batches=min(4, size.num_rows))] if alone and size.num_rows > 1 else []
+    timed = [levers, *alone, *both]
     settings = [(size, one) for one in timed] + (_checks(size, alone) if alone else [])
     base_ns = 0  # of the base's step, which is run in turn, where it was measured, and is no rank's
     if base is not None and not base.predicted and base.setting.get("world_size", 1) == 1:

@@ -17,6 +17,7 @@ from effkit.lab import Hull, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
 
 _OF_THE_OPTIMIZER = {("optimizer_states", form) for form in STATES}
+_AGAIN = "offload, in every further micro-batch"  # what it costs by the tensor, not by the byte
 _APART = 1.5  # sizes that differ by less are one size
 _AS_MEASURED = Hull({"growth": 1.0, "parts": 1.0}, {"growth": 1.0, "parts": 1.0})
 
@@ -70,7 +71,8 @@ class Clock:
 
     @classmethod
     def fit(cls, runs: Sequence[Run], checks: Sequence[Run] = ()) -> Clock:
-        """From a plain step, and one for each lever alone at full force; ``checks`` are combinations and sizes."""
+        """From a plain step, one for each lever alone at full force, and then those that have a lever more, of which
+        nothing is known yet; ``checks`` are combinations and sizes."""
         samples: dict[tuple[str, bool], list[tuple[Floats, float]]] = defaultdict(list)
         for run in runs:
             for key, features, duration in zip(*_features(run.timeline), run.durations_ns, strict=True):
@@ -80,10 +82,13 @@ class Clock:
         parts = np.array([_parts(run.timeline, costs, run.levers) for run in runs])
         truth = np.array([run.step_ns for run in runs], dtype="float64")
         weights = nonnegative(parts / truth[:, None], np.ones(len(runs)))
-        short = list(zip(runs, (truth - parts @ weights).tolist(), strict=True))
+        short = zip(runs, (truth - parts @ weights).tolist(), strict=True)
         missing = {run.levers.micro_batches: ns for run, ns in short if not _forces(run.levers)}
-        corrections = {lever: ns - missing[1] for run, ns in short for lever in _forces(run.levers)}
-        clock, every = cls(costs, weights, corrections, dict(sorted(missing.items()))), [*runs, *checks]
+        clock, every = cls(costs, weights, {}, dict(sorted(missing.items()))), [*runs, *checks]
+        for run in runs:
+            more = run.step_ns - clock.step_ns(run.timeline, run.levers)
+            for lever, force in _forces(run.levers).items():
+                clock.corrections.setdefault(lever, more / force)
         errors = tuple(clock.step_ns(run.timeline, run.levers, run.growth) / run.step_ns - 1 for run in checks)
         return replace(
             clock, errors=errors, noise_frac=noise(run.repeats_ns for run in every),
@@ -121,7 +126,7 @@ def _sizes(levers: Levers, growth: float) -> dict[str, float]:
 def _times(lever: Hashable, levers: Levers, growth: float) -> float:
     """How often a lever costs what it does beyond its operators: once in an update, each time that Python calls a block
     again, or with every row."""
-    if lever in _OF_THE_OPTIMIZER:
+    if lever in _OF_THE_OPTIMIZER or lever == _AGAIN:
         return 1.0
     return levers.micro_batches if lever == ("checkpoint", levers.keep) else growth
 
@@ -133,6 +138,7 @@ def _forces(levers: Levers) -> dict[Hashable, float]:
         ("checkpoint", levers.keep): 1 / every if every else 0.0,
         ("compress", levers.compress): float(levers.compress != NONE),
         "offload": float(levers.offload_frac > 0),  # every saved tensor is looked at, whether it is moved or not
+        _AGAIN: float((levers.micro_batches - 1) * (levers.offload_frac > 0)),
         ("autocast", levers.autocast): float(levers.autocast != NONE),
         ("optimizer_states", levers.optimizer_states): float(levers.optimizer_states != "float32"),
         "param_dtype": float(levers.param_dtype != SAME),  # of ranks; no run has it
