@@ -54,7 +54,8 @@ LAST, MODEL, SMALL = (
 )
 # The notebooks whose verdicts rest on a clock, and two that start ranks; 01 runs as the unharmed copy that faults
 # are planted in.
-CLOCKED = {"02b": pytest.mark.alone, "03": pytest.mark.alone, "04": pytest.mark.alone, "05": pytest.mark.timed}
+CLOCKED = {"02b": pytest.mark.alone, "03": pytest.mark.alone, "04": pytest.mark.alone,
+           "04b": pytest.mark.timed, "05": pytest.mark.timed}  # fmt: skip
 SHOWN = [pytest.param(path, marks=CLOCKED.get(path.stem.split("_")[0], ())) for path in NOTEBOOKS if path != LAB]
 needs_lab = pytest.mark.skipif(not LAB.exists(), reason=f"{LAB.name} is not there")
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 import effkit as ek
 from effkit import decoder, moe, padding
 from effkit.claims.table import rows
-from lessons import exercises, utilisation
+from lessons import exercises, hybrid_heads, speculating, utilisation
 from lessons.utilisation import PUBLISHED_BUBBLE_SAVED_FRAC
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -74,6 +74,23 @@ def test_the_cells_of_lesson_04_accept_the_right_answer_alone():
     code += "my_requests = {}\n"
     check(code.format(24))
     refused(check, *(code.format(n) for n in (20, 23, 25, 1000)), code.replace("* 2 *", "*").format(24))
+
+
+def test_the_cells_of_lesson_04b_accept_the_right_answer_alone():
+    check = in_notebook("04b_cheaper_tokens", "my_heads = 16\n", hybrid_heads=hybrid_heads)
+    check("my_heads = 25\n")  # 24 leave 8 of 32 heads, which keep 16 GiB; their own states come on top
+    refused(check, *(f"my_heads = {n}\n" for n in (8, 16, 24, 26, 32, 0, "'25'")))
+
+    first = (
+        "def my_gain(num_draft, accepted, draft_frac):\n    return num_draft + 1  # two or three lines of yours\n"
+        "\n\nmy_draft = 4\n"
+    )
+    check = in_notebook("04b_cheaper_tokens", first, speculating=speculating)
+    tokens = "sum(a**n for n in range(k + 1))"
+    code = f"def my_gain(k, a, c):\n    return {tokens} / (k * c + 1 + 0.05 * k)\n\n\nmy_draft = {{}}\n"
+    check(code.format(5))
+    refused(check, *(code.format(n) for n in (4, 6, 8)), code.replace(" + 0.05 * k", "").format(5))
+    refused(check, *(code.replace(tokens, wrong).format(5) for wrong in ("k", "k * a", "(k + 1)")))
 
 
 def test_the_cells_of_lesson_05_accept_the_right_answer_alone():

@@ -13,7 +13,7 @@ from lessons.verdict import verdict
 
 REPO = Path(__file__).resolve().parents[2]
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((REPO / "notebooks").glob("*.ipynb"))}
-LESSONS = [name for name in NOTEBOOKS if re.match(r"0([1-6]|2b)_", name)]
+LESSONS = [name for name in NOTEBOOKS if re.match(r"0([1-6]|2b|4b)_", name)]
 QUESTIONS = Path(__file__).with_name("questions.csv")
 VERDICT_ALONE = re.compile(r"[:,] (True|False)\b|^\s*(True|False)\s*$|: \{.*(True|False)")
 
