@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -113,7 +114,10 @@ def test_both_tables_are_shown_as_text_and_as_html():
 def test_another_process_finds_what_was_kept():
     sheet.guess("01", KIND, 0.5, 0.6)
     code = "from lessons import sheet\nprint(sheet.shown().guesses['yours'].item())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    there = Path(sheet.__file__).parents[1]  # a notebook's folder, where the package is found
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=there
+    )
     assert done.stdout == "50%\n"
 
 
