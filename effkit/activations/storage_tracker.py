@@ -35,7 +35,7 @@ _OF_SHARDS = {
     "fsdp::chunk_cat": (WHOLE_GRADIENT, "", "", SENT), "c10d::_reduce_scatter_base_": (SENT,),
 }  # fmt: skip
 _RESIZE = Signature("resize of a storage")
-_MOST_WAIT_S = 0.02
+_MOST_WAIT_S = 0.05
 _BETWEEN = {"__torch_dispatch__", "_faked", "_replaced", "_fn", "inner"}  # our functions, and torch's around them
 _TELLING = (int, str, torch.dtype, torch.memory_format)  # arguments whose values decide what an operator allocates
 
@@ -205,7 +205,7 @@ class Follower(TorchDispatchMode):
         while any((one := held()) is not None and one._use_count() > 1 for held in self._sent):
             if time.monotonic() > limit:
                 break
-            time.sleep(0)
+            time.sleep(1e-4)  # and not 0: they may be waiting for this very core
         self._sent = []
 
     def _like(self, tensor: torch.Tensor) -> Like:
