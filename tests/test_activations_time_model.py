@@ -90,6 +90,7 @@ def test_corrections_grow_with_the_batch(clock):
     timeline, levers = step(1000), Levers(compress="int8")
     times = [clock.step_ns(timeline, levers, growth) for growth in (1.0, 2.0, 3.0)]
     assert times[2] - times[1] == pytest.approx(times[1] - times[0], rel=1e-6)
+    assert clock.step_ns(timeline, levers, -1e9) >= 0
 
 
 def test_what_python_does_to_call_a_block_again_recurs_with_every_micro_batch_and_not_with_the_rows():
@@ -111,9 +112,8 @@ def test_what_offloading_costs_by_the_tensor_recurs_with_every_micro_batch(clock
 
     def beyond(parts, growth=1.0):
         levers = Levers(offload_frac=0.5, micro_batches=parts)
-        return fitted.step_ns(timeline, levers, growth) - replace(fitted, corrections={}).step_ns(
-            timeline, levers, growth
-        )
+        without = replace(fitted, corrections={}).step_ns(timeline, levers, growth)
+        return fitted.step_ns(timeline, levers, growth) - without
 
     assert fitted.step_ns(timeline, runs[1].levers) == pytest.approx(runs[1].step_ns)
     assert beyond(3) == pytest.approx(beyond(1) + 2 / 3 * (beyond(4) - beyond(1)))

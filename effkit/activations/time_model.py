@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from effkit.activations.levers import NONE, Levers
-from effkit.activations.low_bit import STATES
 from effkit.activations.sharding import SAME
 from effkit.activations.stepping import BACKWARD
 from effkit.activations.timeline import FLOPS, HALF_FLOPS, MOVED, Ints, Timeline
 from effkit.lab import Hull, Trust, noise, rms
 from effkit.least_squares import Floats, nonnegative
 
-_OF_THE_OPTIMIZER = {("optimizer_states", form) for form in STATES}
 _AGAIN = "offload, in every further micro-batch"  # what it costs by the tensor, not by the byte
 _APART = 1.5  # sizes that differ by less are one size
 _AS_MEASURED = Hull({"growth": 1.0, "parts": 1.0}, {"growth": 1.0, "parts": 1.0})
@@ -82,11 +80,11 @@ class Clock:
         parts = np.array([_parts(run.timeline, costs, run.levers) for run in runs])
         truth = np.array([run.step_ns for run in runs], dtype="float64")
         weights = nonnegative(parts / truth[:, None], np.ones(len(runs)))
-        short = zip(runs, (truth - parts @ weights).tolist(), strict=True)
+        short = list(zip(runs, (truth - parts @ weights).tolist(), strict=True))
         missing = {run.levers.micro_batches: ns for run, ns in short if not _forces(run.levers)}
         clock, every = cls(costs, weights, {}, dict(sorted(missing.items()))), [*runs, *checks]
-        for run in runs:
-            more = run.step_ns - clock.step_ns(run.timeline, run.levers)
+        for run, ns in short:
+            more = ns - clock._short_ns(run.levers)
             for lever, force in _forces(run.levers).items():
                 clock.corrections.setdefault(lever, more / force)
         errors = tuple(clock.step_ns(run.timeline, run.levers, run.growth) / run.step_ns - 1 for run in checks)
@@ -98,10 +96,14 @@ class Clock:
 
     def step_ns(self, timeline: Timeline, levers: Levers, growth: float = 1.0) -> float:
         """The time of a replayed step, of a batch that holds ``growth`` times what the runs did."""
-        plain = float(np.array(_parts(timeline, self.costs, levers)) @ self.weights)
-        plain += growth * float(np.interp(_sizes(levers, growth)["parts"], [*self.missing], [*self.missing.values()]))
-        forces = {lever: force * _times(lever, levers, growth) for lever, force in _forces(levers).items()}
-        return max(0.0, plain + sum(self.corrections.get(lever, 0.0) * force for lever, force in forces.items()))
+        law = float(np.array(_parts(timeline, self.costs, levers)) @ self.weights)
+        return max(0.0, law + self._short_ns(levers, growth))
+
+    def _short_ns(self, levers: Levers, growth: float = 1.0) -> float:
+        """What the law is short of in such a step, by the number of rows at once and the levers in force."""
+        plain = np.interp(_sizes(levers, growth)["parts"], [*self.missing], [*self.missing.values()])
+        forces = _forces(levers, growth).items()
+        return growth * float(plain) + sum(self.corrections.get(lever, 0.0) * force for lever, force in forces)
 
     def doublings(self, levers: Levers, growth: float) -> float:
         """How far such a step lies beyond the sizes that were run: see :meth:`Hull.doublings`."""
@@ -123,25 +125,18 @@ def _sizes(levers: Levers, growth: float) -> dict[str, float]:
     return {"growth": growth, "parts": levers.micro_batches / growth}
 
 
-def _times(lever: Hashable, levers: Levers, growth: float) -> float:
-    """How often a lever costs what it does beyond its operators: once in an update, each time that Python calls a block
-    again, or with every row."""
-    if lever in _OF_THE_OPTIMIZER or lever == _AGAIN:
-        return 1.0
-    return levers.micro_batches if lever == ("checkpoint", levers.keep) else growth
-
-
-def _forces(levers: Levers) -> dict[Hashable, float]:
-    """Which levers are in force, and how much: 1 where they were run alone."""
-    every = levers.checkpoint_every
+def _forces(levers: Levers, growth: float = 1.0) -> dict[Hashable, float]:
+    """Which levers are in force, and how much: 1 where they were run alone. What they cost beyond their operators comes
+    with every row; of checkpointing, where Python calls blocks again, with every micro-batch; in an update, once."""
+    every, parts = levers.checkpoint_every, levers.micro_batches
     forces: dict[Hashable, float] = {
-        ("checkpoint", levers.keep): 1 / every if every else 0.0,
-        ("compress", levers.compress): float(levers.compress != NONE),
-        "offload": float(levers.offload_frac > 0),  # every saved tensor is looked at, whether it is moved or not
-        _AGAIN: float((levers.micro_batches - 1) * (levers.offload_frac > 0)),
-        ("autocast", levers.autocast): float(levers.autocast != NONE),
+        ("checkpoint", levers.keep): parts / every if every else 0.0,
+        ("compress", levers.compress): growth * (levers.compress != NONE),
+        "offload": growth * (levers.offload_frac > 0),  # every saved tensor is looked at, whether it is moved or not
+        _AGAIN: (parts - 1.0) * (levers.offload_frac > 0),
+        ("autocast", levers.autocast): growth * (levers.autocast != NONE),
         ("optimizer_states", levers.optimizer_states): float(levers.optimizer_states != "float32"),
-        "param_dtype": float(levers.param_dtype != SAME),  # of ranks; no run has it
+        "param_dtype": growth * (levers.param_dtype != SAME),  # of ranks; no run has it
     }
     return {lever: force for lever, force in forces.items() if force}
 

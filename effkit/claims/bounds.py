@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from effkit.account import Account
 from effkit.claims.table import Claim, rows
+
+if TYPE_CHECKING:
+    from effkit.account import Account
 
 STEPS, UNSEEN, NOTHING = "not told by one step", "not seen here", "nothing here for you"
 _COLUMNS = ["paper", "at_most", "share_frac", "bounded_by", "applies_if", "theirs", "lever", "price", "verdict", "link"]
@@ -37,8 +40,8 @@ def ceilings(accounts: Sequence[Account]) -> pd.DataFrame:
         cells.append(vars(claim) | {"at_most": _at_most(claim, share, unit), "share_frac": share,
                                     "theirs": claim.theirs_in_words, "link": claim.link})  # fmt: skip
     frame = pd.DataFrame(cells)[_COLUMNS].set_index("paper").astype({"share_frac": "Float64"})
-    told = frame["share_frac"].fillna(-1.0).astype("float64") + frame["bounded_by"].eq("").mul(-1.0)
-    return frame.loc[told.sort_values(ascending=False, kind="stable").index]
+    order = frame["share_frac"].fillna(-1.0) - frame["bounded_by"].eq("").astype(float)  # what has no bound comes last
+    return frame.loc[order.sort_values(ascending=False, kind="stable").index]
 
 
 def _at_most(claim: Claim, share: float | None, unit: str) -> str:
