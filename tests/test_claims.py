@@ -50,7 +50,8 @@ def why_not_backed(row: Claim) -> str | None:
     cells = cells_of(row.notebook, row.section)
     if not cells:
         return f"{row.notebook} has no code under a heading {row.section!r}"
-    cell = next((one for one in cells if f'check("{row.paper}"' in one.source), None)
+    checked = re.compile(rf'(check|\.row)\("{re.escape(row.paper)}"')
+    cell = next((one for one in cells if checked.search(one.source)), None)
     if cell is None:
         return f"no cell under {row.section!r} checks it"
     # the figure of the cell's own run is not the table's to say: only that it is where the row says that it lies

@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import pandas as pd
 
+from effkit.claims import check
 from effkit.claims.table import HOMES
 from lessons import meter
 from lessons.verdict import shown
@@ -118,6 +119,11 @@ class MiniLab(Generic[Result]):
             live = shown(arm.figure, self.unit)
             lines.append(f"  {name:{wide}}  stored {mean}, 95% interval {low} to {high}; live, seed {LIVE}: ≈{live}")
         return "\n".join(lines)
+
+    def row(self, paper: str) -> str:
+        """A paper's row of the page, run now: each arm beside the stored seeds, then what it means; to be printed."""
+        result = self.live()
+        return f"{self.beside(result)}\n{check(paper, self.claim(paper, result))}\n"
 
     @property
     def stored_where(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from effkit.claims import check
 from effkit.claims.table import rows
 from lessons import meter, minilabs
 from lessons.minilabs import Arm, Interval, MiniLab
@@ -107,6 +108,8 @@ def test_what_a_cell_prints_has_both_by_their_names():
     assert [line.split()[0] for line in lines] == list(made)
     assert lines[0].endswith(f"; live, seed {minilabs.LIVE}: ≈85")
     assert shown.claim("Conda", None) == pytest.approx(85 / 70)
+    run_now = MiniLab(lab.name, lab.figure, lab.unit, lambda seed: seed, lambda seed: made, lab.claims)
+    assert run_now.row("Conda") == f"{shown.beside(None)}\n{check('Conda', 85 / 70)}\n"
 
 
 class Falling:
