@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -218,18 +219,18 @@ def miniplm(select: bool = True, *, noise_frac: float = 0.0) -> Callable[[int], 
 
 def miniplm_costs(num_steps: int = 100) -> pd.DataFrame:
     """What selection costs beside a student of so many steps: ``flops`` per item, and ``paid``: once or by each."""
-    student, teacher = Selected(0), helper(*TEACHER)
+    student, teacher, reference = Selected(0), helper(*TEACHER), helper(*REFERENCE)
     batch = pool()[:16]
     with FlopCounterMode(display=False) as training:
         student.step()
     with FlopCounterMode(display=False) as asking:
         log_likelihood(teacher.model, batch)
     with FlopCounterMode(display=False) as scoring:
-        for model in (teacher.model, helper(*REFERENCE).model):
+        for model in (teacher.model, reference.model):
             log_likelihood(model, batch)
     flops = {
         "teacher's own training": teacher.flops,
-        "reference's own training": helper(*REFERENCE).flops,
+        "reference's own training": reference.flops,
         "scoring the pool": scoring.get_total_flops() * len(pool()) // len(batch),
         "student's training": training.get_total_flops() * num_steps,
         "instead of scoring: teacher asked in every step": asking.get_total_flops() * num_steps,
@@ -247,3 +248,13 @@ def noise_left(noise_frac: float) -> float:
         training.step()
     assert training.kept is not None  # it has been scored
     return float((training.kept < round(noise_frac * len(training.pool))).float().mean())
+
+
+def students(once: float, each: float, whole: float) -> int:
+    """The fewest students for which choosing pays: ``once`` is paid by all together, each one then takes ``each``.
+
+    Without choosing each takes ``whole``; all three in FLOPs. ValueError when choosing saves a student nothing.
+    """
+    if each >= whole:
+        raise ValueError(f"a student takes {each:g} FLOPs with choosing and {whole:g} without: it never pays")
+    return math.floor(once / (whole - each)) + 1

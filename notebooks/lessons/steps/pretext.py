@@ -10,7 +10,6 @@ import tokenize
 from functools import cache
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional
@@ -192,27 +191,3 @@ class Replaced(Masked):
         """Both losses, weighted."""
         generating, detecting = self.losses(batch)
         return generating + DETECTOR_WEIGHT * detecting
-
-
-def signal() -> pd.DataFrame:
-    """Where the loss of a batch has something to say: ``positions``, ``with_loss`` and ``signal_frac`` per pretext."""
-    _, hidden = mask(torch.zeros(BATCH, LENGTH, dtype=torch.long), torch.Generator().manual_seed(0))
-    counts = {"masked modelling": int(hidden.sum()), "replaced-token detection": hidden.numel()}
-    return pd.DataFrame(
-        {"positions": hidden.numel(), "with_loss": count, "signal_frac": count / hidden.numel()}
-        for count in counts.values()
-    ).set_index(pd.Index(counts, name="pretext"))
-
-
-def tug_of_war(num_steps: int) -> pd.Series[float]:
-    """Cosine of what the two losses want of one shared embedding, every fifth ``step``: below 0 they pull apart."""
-    training = Replaced(0, disentangled=False)
-    weight = training.generating.get_input_embeddings().weight
-    found = {}
-    for number in range(1, num_steps + 1):
-        if number % 5 == 0:
-            losses = training.losses(training.draw())
-            first, second = (torch.autograd.grad(one, weight, retain_graph=True)[0] for one in losses)
-            found[number] = float(functional.cosine_similarity(first.flatten(), second.flatten(), dim=0))
-        training.step()
-    return pd.Series(found, name="cosine").rename_axis("step")
