@@ -102,12 +102,6 @@ def test_mean_distance_of_one_document_by_hand():
     assert far.mean() == pytest.approx(301 / 3, rel=0.02)
 
 
-def test_a_histogram_is_of_all_pairs(packed):
-    table = knots.histogram(packed, knots.knotted(packed, chunk_tokens=200))
-    assert table.sum().tolist() == pytest.approx([1, 1])
-    assert table.index[-1] == 16_384
-
-
 def test_contexts_that_cannot_be(packed):
     with pytest.raises(ValueError, match="at least 1 each"):
         knots.packed(0)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,9 @@ import torch
 
 from effkit import Account
 from effkit.least_squares import nonnegative
+
+if TYPE_CHECKING:
+    from effkit.whatif import WhatIf
 
 _COLUMNS = ["rank", "length", "shared_by", "window"]
 MESH, NAIVE, BALANCED = "static mesh", "hybrid, naive", "hybrid, balanced"
@@ -231,7 +234,10 @@ def predict(schedule: Schedule, cost: SequenceCost, moving_frac: float = 0.0) ->
     return _account(schedule, times, "the slowest rank, predicted", "derived", 3 * cost.spread_frac, not beyond)
 
 
-def measure(schedule: Schedule, model: Any, *, repeats: int = 3) -> Account:
+def measure(
+    schedule: Schedule, model: Any, *, repeats: int = 3,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Account:  # fmt: skip
     """Run every rank's sequences on this machine, one rank after the other; the slowest rank is the step [ns].
 
     Each sequence is run a few times, of which the median counts.
@@ -244,12 +250,10 @@ def measure(schedule: Schedule, model: Any, *, repeats: int = 3) -> Account:
     if (schedule.pieces["shared_by"] > 1).any():
         raise ValueError("this schedule cuts sequences over ranks, expected one whose sequences fit on one rank each")
     run(model, int(schedule.pieces["length"].max()))  # memory is taken from the system once, not in a rank's time
-    times = pd.Series(
-        {
-            rank: sum(_typical_ns(model, n, repeats) for n in rows)
-            for rank, rows in schedule.pieces.groupby("rank")["length"]
-        }
-    ).reindex(range(schedule.num_ranks), fill_value=0.0)
+    times = pd.Series(0.0, index=range(schedule.num_ranks))
+    for rank, rows in schedule.pieces.groupby("rank")["length"]:
+        progress(int(str(rank)), schedule.num_ranks)
+        times[rank] = sum(_typical_ns(model, n, repeats) for n in rows)
     return _account(schedule, times, "the slowest rank, run alone", "measured", None, True)
 
 
@@ -262,8 +266,37 @@ def _account(
     )
     return Account.of(
         "Step of the slowest rank", "ns", {"computing": mean, "waiting": slowest - mean}, total=slowest,
-        source=source, basis=basis, in_range=in_range, setting={"schedule": schedule.name}, **ends,
+        source=source, basis=basis, in_range=in_range,
+        setting={"schedule": schedule.name, "num_ranks": schedule.num_ranks}, **ends,
     )  # fmt: skip
+
+
+def whatif(base: Account, model: Any, lengths: Any, capacity: int, cost: SequenceCost) -> WhatIf:
+    """A slider over the number of ranks and a choice of schedule, predicted by the cost; the button runs every rank."""
+    from effkit.whatif import Choice, Slider, WhatIf
+
+    knobs: list[Slider | Choice] = [
+        Slider("num_ranks", "Ranks [count]", 1, 12, 1, "Ranks that share the sequences"),
+        Choice("schedule", "Schedule", [NAIVE, BALANCED], "What is evened out: tokens, or time"),
+    ]
+
+    def at(num_ranks: int, schedule: str) -> Schedule:
+        if schedule == NAIVE:
+            return naive(lengths, num_ranks, capacity)
+        return balanced(lengths, num_ranks, capacity, cost)
+
+    def predicted(_: Account, *, num_ranks: int, schedule: str) -> Account:
+        return predict(at(num_ranks, schedule), cost)
+
+    def run_all(progress: Callable[[int, int], None], *, num_ranks: int, schedule: str) -> Account:
+        return measure(at(num_ranks, schedule), model, progress=progress)
+
+    return WhatIf(base, predicted, knobs, run_all)
+
+
+def slowest_ns(ranks: Sequence[Sequence[int]], cost: SequenceCost) -> float:
+    """Time of the rank whose sequences take longest [ns]; of each rank the lengths of its sequences [tokens]."""
+    return max(float(np.sum(cost.time_ns(lengths))) for lengths in ranks)
 
 
 def compare(schedules: Sequence[Schedule], cost: SequenceCost, moving_frac: float) -> pd.DataFrame:

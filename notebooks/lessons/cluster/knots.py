@@ -103,14 +103,3 @@ def distances(context: Context, *, num_pairs: int = 200_000, seed: int = 0) -> A
     other = grouped[start[one] + random.integers(size[one])]
     far = np.abs(place[one] - place[other])
     return far[one != other]
-
-
-def histogram(before: Context, after: Context, *, seed: int = 0) -> pd.DataFrame:
-    """Share of pairs of one document by distance, up to each power of two: columns ``packed`` and ``knotted``."""
-    edges = 2 ** np.arange(min(8, int(np.log2(before.size))), int(np.ceil(np.log2(before.size))) + 1)
-    columns = {}
-    for name, context in (("packed", before), ("knotted", after)):
-        far = distances(context, seed=seed)
-        bins = np.searchsorted(edges, far, side="left").clip(max=len(edges) - 1)
-        columns[name] = np.bincount(bins, minlength=len(edges)) / len(far)
-    return pd.DataFrame(columns, index=pd.Index(edges, name="tokens between two of one document, up to"))

@@ -57,6 +57,28 @@ def size_bytes(x: Tensor, number_format: str) -> int:
     return -(-x.numel() * _BITS[number_format] // 8) + (_SCALE_BYTES if _BITS[number_format] <= 8 else 0)
 
 
+def times_coarser(number_format: str, than: str) -> float:
+    """How many times as large the rounding step of a format is as another's, both floats or both integers.
+
+    A float's step is 2^-m of its value, with m bits of mantissa; that of an integer of b bits is the largest magnitude
+    over 2^(b - 1) - 1.
+
+    >>> times_coarser("fp8_e5m2", "fp8_e4m3"), round(times_coarser("int4", "int8"), 2)
+    (2.0, 18.14)
+    """
+    whole = [name.startswith("int") for name in (number_format, than)]
+    if whole[0] != whole[1]:
+        raise ValueError(f"{number_format} and {than}: expected two floats or two integers, whose steps are alike")
+    return _step(number_format) / _step(than)
+
+
+def _step(number_format: str) -> float:
+    _check(number_format)
+    if number_format.startswith("int"):
+        return 1 / (2 ** (_BITS[number_format] - 1) - 1)
+    return torch.finfo(_FLOATS.get(number_format) or getattr(torch, number_format)).eps
+
+
 @contextmanager
 def low_precision(model: nn.Module, number_format: str, roles: Collection[str]) -> Iterator[None]:
     """Within it, the linear layers of the blocks compute with tensors that are cast.

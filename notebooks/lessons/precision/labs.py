@@ -13,7 +13,7 @@ from torch import nn
 
 from effkit.activations import gradient_error
 from lessons import corpora, nested_exits
-from lessons.minilabs import Arm, MiniLab, ratio
+from lessons.minilabs import Arm, Interval, MiniLab, ratio
 from lessons.precision import continual, formats, outliers, pruning, sparse_layers
 from lessons.precision.small_language import adamw, held_out_loss, train, untrained
 
@@ -79,6 +79,27 @@ SURVEY = MiniLab(
     lambda table: {str(name): Arm(value, NUM_STEPS) for name, value in table["weights"].items()},
     {"Low-precision survey": ratio("fp8_e5m2", "fp8_e4m3")},
 )  # fmt: skip
+
+
+COARSER = (("fp8_e4m3", "bfloat16"), ("fp8_e5m2", "fp8_e4m3"), ("int4", "int8"))
+
+
+def coarser(errors: pd.DataFrame) -> pd.DataFrame:
+    """Error of the gradient with weights in one format over that in another: by the bits, and as it came out.
+
+    ``errors`` as of ``SURVEY.live()``. Indexed by ``weights in``; columns ``by the bits``, ``stored`` (geometric mean
+    of the seeds) and ``live``, all in times.
+    """
+    stored, live = SURVEY.stored(), errors["weights"]
+    rows = {
+        f"{more} over {less}": {
+            "by the bits": formats.times_coarser(more, less),
+            "stored": Interval.of(ratio(more, less)(stored), ratios=True).mean,
+            "live": live[more] / live[less],
+        }
+        for more, less in COARSER
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("weights in")
 
 
 def _pruned(seed: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from effkit import Account, Receipt
+from effkit import Account
 from lessons.precision.small_language import adamw, matrices, train, untrained
 
 Masks = Mapping[str, Tensor]
@@ -135,15 +135,16 @@ def compressed_rows(weight: Tensor) -> Tensor:
         return weight.detach().to_sparse_csr()
 
 
-def clock_receipt(predicted_times: float, measured_times: float) -> Receipt:
-    """How many times longer a step was expected to take than another, beside the clock; the band is half to twice."""
-    title, unit = "Step time, sparse-wide over dense", "thousandths"
-    guess, truth = round(1000 * predicted_times), round(1000 * measured_times)
-    return Receipt(
-        Account.of(title, unit, {"weights that a dense kernel reads": guess}, total=guess, source="sizes of the masks",
-                   basis="derived", low=guess // 2, high=2 * guess),
-        Account.of(title, unit, {"clock": truth}, total=truth, source="both in turn"),
-    )  # fmt: skip
+def break_even_frac(times: float, zeros_frac: float) -> float:
+    """From which share of zeros a kernel that skips them is faster than a dense one.
+
+    ``times`` is its time over the dense kernel's at ``zeros_frac`` zeros; each weight that is kept takes as long.
+
+    >>> break_even_frac(2.0, 0.75)
+    0.875
+    """
+    _check(zeros_frac)
+    return 1 - (1 - zeros_frac) / times
 
 
 def flops_per_token(*, layers: int, hidden: int, vocabulary: int, context: int, sparsity_frac: float = 0.0) -> Account:
