@@ -118,7 +118,8 @@ def test_merging_tries_every_mixture_and_agreement_ranks_within_them():
     assert ranked["with_it"] == pytest.approx(-1)
     assert ranked["all_mixtures"] == pytest.approx(0.2)  # 1 - 6·(4+0+0+4)/(4·15)
     assert ranked["gap"] == pytest.approx(0)
-    assert mixtures.num_trainings(4).to_dict() == {"averaged": 4, "trained": 15}
+    assert mixtures.costs(4).loc["averaged"].tolist() == [4, 400]
+    assert mixtures.costs(4).loc["trained"].tolist() == [15, 100 * (4 * 1 + 6 * 2 + 4 * 3 + 1 * 4)]
 
 
 def test_the_law_is_found_again_and_solved():
@@ -128,6 +129,7 @@ def test_the_law_is_found_again_and_solved():
     law = mixtures.fit(table)
     assert (law.s, law.t) == pytest.approx((2.0, 0.5))
     assert law.error < 1e-12
+    assert law.ratios == (0.1, 0.8)
     critical = law.critical_ratio(300, 0.05)
     assert law.change(critical, 300) == pytest.approx(0.05)
     assert critical == pytest.approx(math.sqrt(0.06 / (0.02 * math.sqrt(300))))
@@ -138,9 +140,28 @@ def test_the_law_is_found_again_and_solved():
         mixtures.fit(table.iloc[:3])
 
 
-def test_a_predicted_rise_has_a_band_of_two_errors():
-    account = mixtures.MixtureLaw(0.0, 0.1, 1.0, 0.0, 0.004).predict(0.5, 10)
-    assert (account.total, account.low, account.high) == (50, 42, 58)
+def test_a_predicted_rise_has_the_band_of_one_more_seed():
+    law = mixtures.MixtureLaw(0.0, 0.1, 1.0, 0.0, 0.004, (0.1, 0.8))
+    base = mixtures.risen(0.4, 0.0381, mixtures.Forecast(law, 10, (-0.012, 0.02)))
+    assert (base.total, base.residual, base.setting) == (38, 0, {"domain_frac": 0.4})
+    assert mixtures.predict(base, domain_frac=0.4) is base
+    account = mixtures.predict(base, domain_frac=0.5)
+    assert (account.total, account.low, account.high, account.in_range) == (50, 38, 70, True)
+    assert not mixtures.predict(base, domain_frac=0.9).in_range
+    assert mixtures.risen(0.1, -0.0123).total == -12
+    one_sided = mixtures.risen(0.4, 0.038, mixtures.Forecast(law, 10, (0.01, 0.02)))
+    assert mixtures.predict(one_sided, domain_frac=0.5).low == 50  # a band encloses its total
+
+
+def test_a_slider_over_the_share_predicts_and_trains():
+    law = mixtures.MixtureLaw(0.0, 0.1, 1.0, 0.0, 0.004, (0.1, 0.8))
+    base = mixtures.risen(0.4, 0.04, mixtures.Forecast(law, 10, (-0.012, 0.02)))
+    panel = mixtures.whatif(base, lambda ratio: 0.2 * ratio)
+    assert panel.setting == {"domain_frac": 0.4}
+    panel.controls["domain_frac"].value = 60
+    assert panel.result.total == 60
+    receipt = panel.measure()
+    assert (receipt.measured.total, receipt.error, receipt.within_band) == (120, -0.5, False)
 
 
 def test_no_domain_text_is_read_at_ratio_zero():
@@ -215,9 +236,6 @@ def test_shares_count_the_model():
         model(torch.zeros(10, vocabularies.CONTEXT, dtype=torch.long)).sum().backward()
     # the counter's backward of the first product includes its input: the embeddings learn
     assert counter.get_total_flops() == 10 * table["flops"].sum()
-    assert vocabularies.vocabulary_fracs(500)["vocabulary_parameters_frac"] == pytest.approx(
-        1 - table.loc["hidden layer", "parameters"] / table["parameters"].sum()
-    )
 
 
 def test_equal_flops_buy_fewer_steps_of_a_larger_vocabulary():

@@ -39,21 +39,6 @@ def test_examples_have_the_gradient_norm_of_their_own_batch():
     assert table.loc[1, "gradient_norm"] == pytest.approx(alone, rel=1e-4)
 
 
-def test_the_gaussian_moves_and_sums_to_one():
-    chance = angles.moving_gaussian(101, 30, 5)
-    assert chance.sum() == pytest.approx(1)
-    assert chance.argmax() == 30
-    assert chance[35] / chance[30] == pytest.approx(np.exp(-0.5))
-    with pytest.raises(ValueError, match="both above 0"):
-        angles.moving_gaussian(10, 0, 0)
-
-
-def test_a_ranking_without_information_gives_the_curriculum_less():
-    ends = {noise: angles.curriculum(rank_noise=noise).iloc[-1] for noise in (0.0, 100.0)}
-    assert ends[0.0]["moving Gaussian"] > 1.5 * ends[0.0]["uniform"]
-    assert ends[100.0]["moving Gaussian"] < 1.3 * ends[100.0]["uniform"]
-
-
 def test_hashed_features_are_words_and_pairs_in_buckets():
     found = filtering.hashed("one two one")
     assert len(found) == 3 + 2
@@ -85,11 +70,6 @@ def test_agreement_of_decisions():
     assert filtering.agreement_frac(scores, 3 * scores + 1) == 1
     assert filtering.agreement_frac(scores, -scores) == 0
     assert filtering.agreement_frac(scores, (scores - 4.4).abs()) == pytest.approx(0.6)  # 3 of 5 kept by both
-
-
-def test_hours_of_a_corpus():
-    rates = pd.Series({"language model": 10.0, "classifier": 1000.0})
-    assert filtering.hours(rates, num_tokens=3.6e6, document_tokens=10)["language model"] == pytest.approx(10)
 
 
 def test_a_linear_classifier_draws_nothing_and_takes_adams_first_step():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from lessons.generators.matching import one_to_many, one_to_one
 from lessons.meter import reproducible
@@ -167,14 +166,3 @@ class DetectorTraining:
         """DETR's loss on 256 held-out images."""
         images, true, kinds = self.held_out
         return float(set_loss(self.model(images), true, kinds))
-
-    def positives(self) -> float:
-        """Mean number of positive predictions in a held-out image: the matched queries, and the places of the head."""
-        places = (one_to_many(self.centres, self.held_out[1]) >= 0).sum(1).float().mean()
-        return NUM_OBJECTS + (float(places) if self.head is not None else 0.0)
-
-    def inference_flops(self) -> int:
-        """Of one image after training, counted: without the head, whether there was one or not."""
-        with FlopCounterMode(display=False) as counter:
-            self.model(self.held_out[0][:1])
-        return counter.get_total_flops()

@@ -151,12 +151,16 @@ class WindowedTraining:
             total = total - (advantage * (likelihood - likelihood.detach()).exp()).mean()
         return total / len(kept)
 
-    def step(self) -> None:
-        """One iteration: rollouts, rewards, one update."""
+    def update(self, samples: torch.Tensor, kept: list[tuple[int, torch.Tensor, torch.Tensor]]) -> None:
+        """Rewards of a rollout and one step of AdamW; then the window slides on."""
         self.optimizer.zero_grad()
-        self.objective(*self.rollout()).backward()
+        self.objective(samples, kept).backward()
         self.optimizer.step()
         self.iteration += 1
+
+    def step(self) -> None:
+        """One iteration: rollouts, rewards, one update."""
+        self.update(*self.rollout())
 
     @torch.no_grad()
     def mean_reward(self) -> float:

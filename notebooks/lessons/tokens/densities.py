@@ -5,17 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from torch.nn import functional
 
-from effkit.view.style import OKABE_ITO, axes
 from lessons.tokens.linear import Loss, fitted
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Words = list[str]
 _TRAIN_FRAC = 0.6
@@ -174,14 +169,3 @@ def spared(table: pd.DataFrame, by: str = "logistic") -> int:
     """How many trainings at each end of the densities could have been left out without losing the best variant."""
     place = int(table.sort_values("density")[by].to_numpy().argmax())
     return min(place, len(table) - 1 - place)
-
-
-def scatter(tables: Mapping[str, pd.DataFrame], *, title: str) -> Axes:
-    """The logistic classifier's score of each preprocessing over its density: points, one colour per task."""
-    ax = axes(None, (7.4, 2.8))
-    for (task, table), shade, marker in zip(tables.items(), OKABE_ITO, "os^Dv", strict=False):
-        ax.plot(table["density"], table["logistic"], color=shade, marker=marker, linestyle="none", label=task)
-    ax.set(xlabel="feature density", ylabel="macro F1")
-    ax.set_title(title, loc="left", fontsize=10)
-    ax.legend(frameon=False, fontsize=8)
-    return ax

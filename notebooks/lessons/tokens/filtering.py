@@ -6,7 +6,7 @@ import itertools
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -96,8 +96,22 @@ def agreement_frac(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((kept[0] == kept[1]).float().mean())
 
 
-def hours(
-    rates_per_s: pd.Series[float], *, num_tokens: float = 1e12, document_tokens: float = 100.0
-) -> pd.Series[float]:
-    """Hours of one core for a corpus, from rates in documents per second."""
-    return (num_tokens / document_tokens / rates_per_s / 3600).rename("hours")
+class Replaced(NamedTuple):
+    """A classifier in the place of a language model: decisions that are the same, and rates [documents/s]."""
+
+    alike_frac: float
+    per_s: pd.Series[float]
+
+
+def replaced(model: Any, documents: Sequence[str], *, num_judged: int = 200, num_repeats: int = 3) -> Replaced:
+    """Let the model judge the first documents, a classifier learn from them, and both read the rest."""
+
+    def judge(texts: Sequence[str]) -> torch.Tensor:
+        return perplexity_scores(model, texts)
+
+    judged = in_batches(judge, documents)
+    first, rest = documents[:num_judged], documents[num_judged:]
+    quick = classifier(first, (judged[:num_judged] > judged[:num_judged].median()).tolist())
+    alike = agreement_frac(judged[num_judged:], in_batches(quick, rest))
+    rates = documents_per_s({"language model": judge, "classifier": quick}, rest, num_repeats=num_repeats)
+    return Replaced(alike, rates)

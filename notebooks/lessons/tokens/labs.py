@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
+from effkit import Account
 from lessons import corpora
-from lessons.minilabs import Arm, MiniLab, ratio, to_target
-from lessons.tokens import angles, library_text, mixtures, sampling_loops, selecting, vocabularies
+from lessons.minilabs import LIVE, Arm, Interval, MiniLab, ratio, to_target
+from lessons.tokens import angles, densities, library_text, mixtures, sampling_loops, selecting, vocabularies
 from lessons.tokens.next_letter import NextLetter
 
 
@@ -72,6 +73,20 @@ CMR = MiniLab(
 )  # fmt: skip
 
 
+def rerun(ratio: float) -> float:
+    """The rise [bits per letter] of a training with that share of code, of a seed that no law is fitted to."""
+    code = corpora.split(corpora.encode(corpora.code()))
+    return float(mixtures.continued(base(), english(), code, (ratio,), seed=LIVE + 10)["general"].iloc[-1])
+
+
+def fitted(found: Continued, ratio: float = 0.4) -> Account:
+    """A run that the law is fitted to, carrying the law and how far the stored seeds lay from theirs."""
+    stored = CMR.stored()
+    miss = Interval.of(stored["run"] - stored["predicted"], ratios=False)
+    forecast = mixtures.Forecast(found.law, NUM_STEPS, (miss.run_low, miss.run_high))
+    return mixtures.risen(ratio, found.runs.loc[(ratio, NUM_STEPS), "general"], forecast)
+
+
 class Choice(NamedTuple):
     """A pool, the trainings that weighed its scores, and what each way of choosing took, as places in the pool."""
 
@@ -129,6 +144,25 @@ TINY_HELEN = MiniLab(
     lambda table: {name: Arm(table.loc["bits", name], int(table.loc["num_steps", name])) for name in table},
     {"TinyHelen": ratio("all", "300 words")},
 )  # fmt: skip
+
+
+def density_tables() -> dict[str, pd.DataFrame]:
+    """Density and scores of all preprocessings, for two tasks of 400 documents."""
+    kinds = {kind: library_text.kinds()[kind] for kind in ("prose", "comments")}
+    sources = {"prose or comments": (kinds, 200, 200), "which module": (library_text.modules(), 40, 300)}
+    tables = {}
+    for task, (texts, num_each, letters) in sources.items():
+        docs = selecting.pool({kind: corpora.encode(one) for kind, one in texts.items()}, num_each=num_each)
+        labels = pd.factorize(docs["kind"])[0].tolist()
+        tables[task] = densities.variants(docs["text"].str[:letters].tolist(), labels)
+    return tables
+
+
+def density_correlation(tables: Mapping[str, pd.DataFrame]) -> float:
+    """Rank correlation of density and score, the mean over tasks and classifiers."""
+    found = [table.corr(method=mixtures.rank_correlation)["density"].drop("density") for table in tables.values()]
+    return float(pd.concat(found, axis="columns").mean().mean())
+
 
 ACCURACY, NUM_ROUNDS = 0.5, 7
 

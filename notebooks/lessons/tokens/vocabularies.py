@@ -125,13 +125,6 @@ def shares(vocabulary: int) -> pd.DataFrame:
     )
 
 
-def vocabulary_fracs(vocabulary: int) -> pd.Series[float]:
-    """Share of ``parameters`` and of training ``flops``, each of all, that words cost: embedding and softmax."""
-    parts = shares(vocabulary)
-    inside = parts.loc["hidden layer"] / parts.sum()
-    return (1 - inside).rename(lambda name: f"vocabulary_{name}_frac")
-
-
 def trained(
     text: Reduced, budget_flops: float, *, learning_rate: float = 3e-3, batch_size: int = 64, seed: int = 0
 ) -> pd.Series[float]:
