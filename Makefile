@@ -13,9 +13,12 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 # torch first and alone: whatever is resolved after it then finds the pinned build in place.
-.venv/.lab: pyproject.toml constraints.txt
+.venv/.torch: constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(INSTALL) torch
+	@touch $@
+
+.venv/.lab: .venv/.torch pyproject.toml
 	$(INSTALL) -e .
 	@touch $@
 
@@ -23,18 +26,20 @@ help:  ## list the targets
 	$(INSTALL) -e '.[app]'
 	@touch $@
 
-.venv/.test: .venv/.lab
+# In one go with what users install: resolving it twice takes twice the time.
+.venv/.test: .venv/.torch pyproject.toml
 	$(INSTALL) -e '.[test,dev,docs]'
-	@touch $@
+	@touch .venv/.lab $@
 
-.venv/.browser: .venv/.test
+# The browser and the peers are fetched while the packages above are.
+.venv/.browser: | .venv/.torch
 	@if command -v chromium >/dev/null; then touch $@; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null && touch $@; \
 	else echo "no chromium: the browser test will be skipped. Install it with: sudo apt-get install chromium"; fi
 
 # The oracles of the panes, apart from what users install: pinned in a file of their own.
-.venv/.peers: tests/peers/constraints.txt | .venv/.lab
+.venv/.peers: tests/peers/constraints.txt | .venv/.torch
 	@test -x .venv-peers/bin/pip || $(PYTHON) -m venv --clear .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c tests/peers/constraints.txt \
 	  traceinsight torch-tb-profiler tensorboard
