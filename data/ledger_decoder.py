@@ -9,6 +9,7 @@ from ledger_rows import begun, failed, going_on, outside_bars, replace_rows, unh
 
 import effkit as ek
 from effkit import decoder
+from effkit.decoder.calibration import overhead_frac
 from effkit.device import provenance
 
 # Settings that no calibration sees. Do not tune to them.
@@ -73,7 +74,7 @@ def record() -> str:
 
 
 def _closes(name: str, base: ek.Account) -> str:
-    rows, clocks = base.residual / base.total, base.calibration.overhead_frac
+    rows, clocks = base.residual / base.total, overhead_frac(base.calibration.runs)
     print(base, f"rows against wall time {rows:+.1%}, clocks inside {clocks:+.1%}", sep="\n", flush=True)
     floors = decoder.roofline(base)
     beaten, explained = floors["reached_frac"].max(), floors.loc["step", "explained_frac"]

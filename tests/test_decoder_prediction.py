@@ -7,6 +7,8 @@ from decoder_world import measured
 
 import effkit as ek
 from effkit import decoder
+from effkit.decoder import live
+from effkit.decoder.calibration import helps, lattice
 from effkit.decoder.setting import Setting
 
 SPEECH = Setting(
@@ -193,3 +195,20 @@ def test_noise_widens_the_band(world):
     calm, wide = (decoder.predict(one, batch=2) for one in (base, noisy))
     assert wide.total == calm.total
     assert wide.high - wide.total > 2 * (calm.high - calm.total)
+
+
+def test_one_more_repeat_helps_while_repeats_lie_apart(speech, world):
+    base, _ = world
+    nodes = lattice(speech, base.calibration.setting)
+    calm = [replace(run, plain_ns=run.plain_ns[:1] * 2) for run in base.calibration.runs]
+    noisy = [replace(run, plain_ns=(run.plain_ns[0], round(1.2 * run.plain_ns[0]))) for run in calm]
+    assert not helps(calm, nodes)
+    assert helps(noisy, nodes)
+
+
+@pytest.mark.parametrize(("more", "expected"), [(False, 2), (True, 4)])
+def test_repeats_end_when_one_more_does_not_help(speech, monkeypatch, more, expected):
+    monkeypatch.setattr(live, "helps", lambda runs, nodes: more)
+    base = decoder.measure(speech, num_steps=3, repeats=4)
+    assert {len(run.plain_ns) for run in base.calibration.runs} == {expected}
+    assert f"{expected} generations" in base.source

@@ -20,6 +20,7 @@ from effkit.least_squares import Floats
 _ROWS = (1, 2, 8, 32)  # one row and several are different kernels; what lies between bends with the processor
 _FEW_STEPS, _SHARE_OF_STEPS = 8, 6  # steps of a probe, and the base's steps over them
 _DEEP = 12  # from so many layers on, the other depths are smaller ones
+_FIGURES = 3  # as noisy: what is measured, the base beside it, and the base in the fit
 _TOO_LARGE_BYTES = 2**31  # of weights: no deeper model is built then
 # Knobs whose effect no probe has shown
 _UNSEEN: Mapping[str, Any] = {"cache": "on", "num_beams": 1, "compiled": "off", "weight_bits": 0}
@@ -57,16 +58,9 @@ class Calibration(Observed):
         return self.runs[0].setting
 
     @property
-    def overhead_frac(self) -> float:
-        """What the clocks inside cost: watched over plain time, pair by pair, minus 1."""
-        return overhead_frac(self.runs)
-
-    @property
     def trust(self) -> Trust:
         """How far a prediction is off."""
-        # a measurement is told relative to the base: three figures are as noisy, its own, that of the base beside it,
-        # and that of the base in the fit
-        return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns) / 3)
+        return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns) / _FIGURES)
 
     def resolved(self, setting: Setting) -> Setting:
         """With parameters held, the setting with the encoder layers that keep the base's number of them."""
@@ -87,27 +81,33 @@ class Calibration(Observed):
 
     def doublings(self, setting: Setting) -> float:
         """By how many doublings its sizes lie beyond those of the probes; 0 between them."""
-
-        def sizes_of(one: Setting) -> dict[str, int]:
-            return {name: getattr(one, name) for name in _SIZES}
-
-        sizes = [sizes_of(run.setting) for run in self.runs]
+        asked, *sizes = ({name: getattr(one, name) for name in _SIZES}
+                         for one in (setting, *(run.setting for run in self.runs)))  # fmt: skip
         # fewer steps, or fewer layers of the encoder, are parts of a run
         return Hull.of([*sizes, sizes[0] | {"num_steps": 1, "encoder_layers": min(1, sizes[0]["encoder_layers"])}]
-                       ).doublings(sizes_of(setting))  # fmt: skip
+                       ).doublings(asked)  # fmt: skip
 
 
 def calibrate(runs: Sequence[Run], nodes: Lattice, **known: Any) -> Calibration:
     """Fit the costs; the first run is the base. ``known`` are the fields that no fit gives."""
-    costs, errors = fit(runs, nodes), []
-    for place, run in enumerate(runs):  # those between the nodes are left out of the fit in turn
+    costs = fit(runs, nodes)
+    return Calibration(runs[0], tuple(runs), costs, anchor=_ratio(runs[0], costs), **_doubts(runs, nodes), **known)
+
+
+def helps(runs: Sequence[Run], nodes: Lattice) -> bool:
+    """Whether one more repeat of each run helps: the band would be clearly narrower."""
+    num_repeats = len(runs[0].plain_ns)
+    return Trust(**_doubts(runs, nodes), num_repeats=num_repeats / _FIGURES).shrinks((num_repeats + 1) / _FIGURES)
+
+
+def _doubts(runs: Sequence[Run], nodes: Lattice) -> dict[str, Any]:
+    """The error of the runs between the nodes, each left out of the fit in turn, and the noise of the repeats."""
+    errors = []
+    for place, run in enumerate(runs):
         if run.setting.depth not in nodes.depths or run.setting.rows not in nodes.rows:
             without = fit([*runs[:place], *runs[place + 1 :]], nodes)
             errors.append(_ratio(runs[0], without) / _ratio(run, without) - 1)
-    return Calibration(
-        runs[0], tuple(runs), costs, anchor=_ratio(runs[0], costs), error_frac=rms(errors),
-        noise_frac=noise(run.plain_ns for run in runs), **known,
-    )  # fmt: skip
+    return {"error_frac": rms(errors), "noise_frac": noise(run.plain_ns for run in runs)}
 
 
 def _ratio(run: Run, costs: Costs) -> float:
@@ -115,6 +115,7 @@ def _ratio(run: Run, costs: Costs) -> float:
 
 
 def overhead_frac(runs: Sequence[Run]) -> float:
+    """What the clocks inside cost: watched over plain time, pair by pair, minus 1."""
     ratios = [w.wall_ns / plain for run in runs for w, plain in zip(run.watched, run.plain_ns, strict=True)]
     return float(np.median(ratios)) - 1
 

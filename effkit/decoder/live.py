@@ -15,8 +15,8 @@ import torch
 from effkit.account import Account
 from effkit.arguments import checked_whole
 from effkit.decoder import accounting, configurations
-from effkit.decoder.calibration import Calibration, Observed, calibrate, lattice, overhead_frac, probes, rows_ns
-from effkit.decoder.costs import Run
+from effkit.decoder.calibration import Calibration, Observed, calibrate, helps, lattice, overhead_frac, probes, rows_ns
+from effkit.decoder.costs import Lattice, Run
 from effkit.decoder.generating import Ready, checked, prepared, setting_of
 from effkit.decoder.memory import CacheBytes, Memory, halvings, in_cache, in_weights, kv_cache_bytes
 from effkit.decoder.module_timers import LAUNCHES, Watched, step_times, watch
@@ -65,7 +65,7 @@ def measure(
         Without a base: also run short generations around this one, which :func:`predict` rests on. Not where the
         base itself is compiled, without a cache, or a beam search.
     repeats
-        Generations of each setting, with and without clocks; the fastest of either counts.
+        At most so many generations of each setting, with and without clocks; the fastest of either counts.
     changes
         Of :class:`Setting`: ``decoder_layers=4``, ``dtype="bfloat16"``. Other sizes are built with random weights.
 
@@ -94,7 +94,8 @@ def measure(
     built: dict[Any, Any] = {}  # one model for all settings of its sizes
     ready = [prepared(model, inputs, setting, built) for setting in settings]
     with evaluating(*(generation.model for generation in ready)):
-        runs, caches, memory = _run(ready, model.config, repeats, progress)
+        nodes = lattice(model, setting) if len(ready) > 1 else None
+        runs, caches, memory = _run(ready, model.config, repeats, progress, nodes)
         calibration = None
         if len(runs) > 1:
             halfway = setting.change(num_steps=-(-setting.num_steps // 2))  # its last step is a usual one
@@ -122,10 +123,11 @@ def _measured_beside(
 
 
 def _run(
-    ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None
+    ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None, nodes: Lattice | None = None
 ) -> tuple[list[Run], list[CacheBytes], Memory]:
-    """Every setting ``repeats`` times, in turn, with clocks inside and without; the cache that each leaves; and the
-    memory of such models. ``config`` is that of the model that was given."""
+    """Every setting ``repeats`` times, or with ``nodes`` until more do not help, in turn, with clocks inside and
+    without; the cache that each leaves; and the memory of such models. ``config`` is that of the model that was
+    given."""
     done, total = itertools.count(1), len(ready) * (1 + repeats)
     caches: list[CacheBytes] = []
     for generation in ready:  # untimed: memory is laid out, code is loaded (or compiled)
@@ -145,8 +147,10 @@ def _run(
                 elif generation.setting.compiled == "off":  # else a step has no modules left
                     watched[number].append(watch(generation.model, generation.call))
             tell(progress, next(done), total)
-    runs = [Run(generation.setting, tuple(parts), tuple(times), memory.step_size(generation.setting))
-            for generation, parts, times in zip(ready, watched, plain, strict=True)]  # fmt: skip
+        runs = [Run(generation.setting, tuple(parts), tuple(times), memory.step_size(generation.setting))
+                for generation, parts, times in zip(ready, watched, plain, strict=True)]  # fmt: skip
+        if nodes and repeat and not helps(runs, nodes):
+            break
     return runs, caches, memory
 
 
