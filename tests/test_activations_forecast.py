@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from effkit import activations, models
 from effkit.activations.forecasting import Forecaster
 from effkit.activations.levers import Levers, Size
-from effkit.activations.timeline import CATEGORIES
+from effkit.activations.timeline import CATEGORIES, FLOPS
 from lessons import small_models
 
 torch.set_num_threads(1)
@@ -250,3 +251,17 @@ def test_offloading_what_an_operator_returns_unknown_to_a_replay_is_out_of_range
         measured = activations.measure(model, model.random_batch(16, 10), base=base, repeats=1, **setting)
         assert predicted.in_range == in_range
         assert predicted.low <= measured.total <= predicted.high or not in_range
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(8, 3), (7, 4), (6, 3)])
+def test_parts_of_two_sizes_take_the_time_of_their_rows(rows, parts):
+    """By a clock that counts FLOPs: those of a perceptron are in proportion to its rows, however they are cut."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    forecaster = Forecaster(model, torch.randn(rows, 32), loss=lambda output: output.square().mean())
+
+    def flops(timeline, levers, growth):
+        return float((timeline.work[:, FLOPS] * timeline.times_run(levers.micro_batches)).sum())
+
+    clock = SimpleNamespace(step_ns=flops)
+    times = [forecaster.step_ns(forecaster.size, Levers(micro_batches=count), clock) for count in (1, parts)]
+    assert times[1] == times[0] > 0

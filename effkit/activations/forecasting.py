@@ -232,12 +232,16 @@ class Forecaster:
             with suppress(ValueError):
                 surface = self.surface(levers)
                 if levers not in self._times:
-                    sizes = [Size(*setting) for setting in surface.settings]
-                    self._times[levers] = np.array([self._by_clock(size, levers, clock) for size in sizes])
+                    times = [self._by_clock(Size(*setting), levers, clock) for setting in surface.settings]
+                    self._times[levers] = np.array(times)
                 return surface.amount(self._times[levers], size.num_rows, size.num_cells)
         return self._by_clock(size, levers, clock)
 
     def _by_clock(self, size: Size, levers: Levers, clock: Clock) -> float:
+        if more := size.num_rows % levers.micro_batches:  # between steps whose parts are of one size
+            even = (size.num_rows - more, size.num_rows - more + levers.micro_batches)
+            times = [self._by_clock(replace(size, num_rows=rows), levers, clock) for rows in even]
+            return float(np.interp(size.num_rows, even, times))
         return clock.step_ns(self.timeline(size, levers), levers, self.growth(size))
 
     def growth(self, size: Size) -> float:

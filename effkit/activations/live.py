@@ -197,9 +197,7 @@ def account(recorded: Capture, *, by: str = "category", device: str | None = Non
     follows the live step and knows them all.
     """
     if not isinstance(recorded, Capture):
-        raise TypeError(
-            f"account() takes a Capture, from capture(memory=True) or load(); given: {type(recorded).__name__}"
-        )
+        raise TypeError(f"account() takes a Capture, from capture(memory=True) or load(); given: {described(recorded)}")
     return recorded.memory(by=by, device=device, rank=rank)
 
 
@@ -237,10 +235,9 @@ def _single(model: torch.nn.Module, size: Size, optimizer: MakeOptimizer | None)
 
 
 def _checks(size: Size, alone: Sequence[Levers]) -> list[tuple[Size, Levers]]:
-    """Steps that no clock of levers ``alone`` has seen: two of them together, in part where they have parts, and half a
-    batch."""
+    """Steps that no clock of levers ``alone`` has seen: pairs, in part where they have parts, and half a batch."""
     rows = size.num_rows
-    in_part = {"checkpoint_every": 2, "offload_frac": 0.5, "micro_batches": min(3, rows)}
+    in_part = {"checkpoint_every": 2, "offload_frac": 0.5, "micro_batches": 3 if rows % 3 == 0 else min(2, rows)}
     both = [one.changed | other.changed for one, other in zip(alone, alone[len(alone) // 2 :], strict=False)]
     pairs = [(size, Levers(**{name: in_part.get(name, value) for name, value in changed.items()})) for changed in both]
     return [*pairs, (replace(size, num_rows=rows // 2), Levers())] if rows > 1 else pairs

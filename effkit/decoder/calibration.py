@@ -115,7 +115,6 @@ def _ratio(run: Run, costs: Costs) -> float:
 
 
 def overhead_frac(runs: Sequence[Run]) -> float:
-    """What the clocks inside cost: watched over plain time, pair by pair, minus 1."""
     ratios = [w.wall_ns / plain for run in runs for w, plain in zip(run.watched, run.plain_ns, strict=True)]
     return float(np.median(ratios)) - 1
 

@@ -125,9 +125,8 @@ def _measured_beside(
 def _run(
     ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None, nodes: Lattice | None = None
 ) -> tuple[list[Run], list[CacheBytes], Memory]:
-    """Every setting ``repeats`` times, or with ``nodes`` until more do not help, in turn, with clocks inside and
-    without; the cache that each leaves; and the memory of such models. ``config`` is that of the model that was
-    given."""
+    """Every setting ``repeats`` times, with ``nodes`` until more do not help, with clocks inside and without; the cache
+    that each leaves; and the memory of such models. ``config`` is that of the model that was given."""
     done, total = itertools.count(1), len(ready) * (1 + repeats)
     caches: list[CacheBytes] = []
     for generation in ready:  # untimed: memory is laid out, code is loaded (or compiled)
