@@ -131,7 +131,7 @@ def test_a_reader_of_the_claims_chooses_a_theme_and_follows_a_row_to_its_cell(tm
         assert claims.locator("tbody tr").count() == int(sentence.inner_text().split()[0])
         with page.context.expect_page() as opened:
             claims.locator("tr", has_text="MoMa").locator("a").click()
-        heading = opened.value.locator(".jp-RenderedMarkdown h2", has_text="MoMa: do experts of their own")
+        heading = opened.value.locator(".jp-RenderedMarkdown h2", has_text="The other papers, a row each")
         heading.wait_for(state="attached", timeout=60_000)
         assert errors(page) == []
         assert blocked == [], "nothing may be asked of the network"

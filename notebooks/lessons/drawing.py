@@ -22,12 +22,12 @@ _HATCHED = "waiting"  # told apart without colour, too
 
 def curves(
     table: pd.DataFrame, unit: str, ax: Axes | None = None, *, title: str = "", log: bool = False, zero: bool = False,
-    target: float | None = None, runs: Mapping[str, pd.DataFrame] | None = None,
+    target: float | None = None, target_name: str = "target", runs: Mapping[str, pd.DataFrame] | None = None,
 ) -> Axes:  # fmt: skip
     """One line per column over the index, which names the horizontal axis; values in the unit.
 
     ``log``: a logarithmic horizontal axis, for contexts that double. ``zero``: values from zero. ``target``: a dashed
-    line there. ``runs``: for a column the curves that it is the mean of, one per seed, drawn thin.
+    line there, by its name. ``runs``: for a column the curves that it is the mean of, one per seed, drawn thin.
     """
     ax = axes(ax, (7.4, 2.8), label(title))
     for position, name in enumerate(table):
@@ -39,7 +39,7 @@ def curves(
     ax.set_xlabel(label(table.index.name or ""))
     ax.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
     if target is not None:
-        ax.axhline(target, color=GREY, linestyle="--", linewidth=1, label="target")
+        ax.axhline(target, color=GREY, linestyle="--", linewidth=1, label=target_name)
     if table.shape[1] > 1 or target is not None:
         ax.legend(frameon=False, fontsize=8)
     if log:
