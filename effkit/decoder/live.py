@@ -148,7 +148,7 @@ def _run(
             tell(progress, next(done), total)
         runs = [Run(generation.setting, tuple(parts), tuple(times), memory.step_size(generation.setting))
                 for generation, parts, times in zip(ready, watched, plain, strict=True)]  # fmt: skip
-        if nodes and repeat and not helps(runs, nodes):
+        if nodes and 0 < repeat < repeats - 1 and not helps(runs, nodes):
             break
     return runs, caches, memory
 

@@ -98,15 +98,19 @@ def break_even_steps(plain_steps: float, *, students: float = 1) -> float:
     ValueError
         For less than one student.
     """
-    if students < 1:
-        raise ValueError(f"students is {students}, expected at least 1")
     flops = step_flops()
-    encoder = ENCODER_STEPS * flops["encoder"] / students
-    return float((plain_steps * flops["flow"] - encoder) / flops["flow, aligned"])
+    return float((plain_steps * flops["flow"] - _encoder_flops(students)) / flops["flow, aligned"])
 
 
 def times_fewer_flops(fewer: float, students: float = 1, *, plain_steps: float = 200) -> float:
     """Plain FLOPs over aligned ones, where aligned trainings need so many times fewer steps and share the encoder."""
     flops = step_flops()
-    encoder = ENCODER_STEPS * flops["encoder"] / students
-    return float(plain_steps * flops["flow"] / (encoder + plain_steps / fewer * flops["flow, aligned"]))
+    own = _encoder_flops(students) + plain_steps / fewer * flops["flow, aligned"]
+    return float(plain_steps * flops["flow"] / own)
+
+
+def _encoder_flops(students: float) -> float:
+    """Each student's share of the encoder's training."""
+    if students < 1:
+        raise ValueError(f"students is {students}, expected at least 1")
+    return float(ENCODER_STEPS * step_flops()["encoder"] / students)
