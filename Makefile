@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2
-WORKERS ?= 2
+# one more than the two cores of a small machine: tests wait for browsers and for processes that they start
+WORKERS ?= 3
 # what is never imported need not be compiled; what is, once, and not in each process of a test
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab app test quick lint lowest notebooks site bench ledger record clean help
+.PHONY: lab app test untimed quick lint lowest notebooks site bench ledger record clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -51,10 +52,12 @@ lab: .venv/.lab  ## open JupyterLab on the first notebook
 app: .venv/.app  ## open the what-if page as an app without code, for a class
 	$(BIN)/python notebooks/app
 
-test: .venv/.test .venv/.browser .venv/.peers lint  ## everything that CI runs: what is timed last, two ranks alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist worksteal -m "not timed and not alone" --durations=25
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist worksteal -m timed --durations=15
+test: untimed lint  ## everything that CI runs: what is timed last, two ranks alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n 2 --dist worksteal -m timed --durations=15
 	$(BIN)/python -m pytest -p no:nbval -m alone --durations=15
+
+untimed: .venv/.test .venv/.browser .venv/.peers  # lint runs beside it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist worksteal -m "not timed and not alone" --durations=25
 
 quick: .venv/.test lint  ## for daily work: lint, and the tests that take no longer than ten seconds and use no clock
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not timed and not alone and not slow" -q

@@ -2,9 +2,10 @@
 
     python data/record.py lengths     data/spoken_docs.csv (needs espeak-ng)
     python data/record.py captures    data/captures/*.zip, small reference captures of live steps and of two ranks
-    python data/record.py minilabs    data/minilabs.csv, the figures of eight seeds of each mini-lab of notebooks 06 and
-                                      06a to 06d, and the stored figures of data/claims.csv that are made from them:
-                                      what is missing, or with --all anew; one lab alone, anew: minilabs Conda
+    python data/record.py minilabs    data/minilabs.csv, the figures of eight seeds of each mini-lab of notebooks 06 to
+                                      06e, times under several conditions, and the stored figures of data/claims.csv
+                                      that are made from them: what is missing, or with --all anew; one lab alone,
+                                      anew: minilabs Conda
     python data/record.py ledger      predictions beside measurements, without what is held back from whoever designs a
                                       model, and nothing written; one lab alone: ledger activations; the machine as
                                       another one: --condition "one core", or every. With --all, held back or not:
@@ -218,7 +219,7 @@ def parts_of(what: str, lab: str | None, conditions: Sequence[str]) -> Iterator[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["lengths", "captures", "minilabs", "ledger", "all", "rows", "capture",
-                                         "keep"])  # fmt: skip
+                                         "keep", "seeds"])  # fmt: skip
     parser.add_argument(
         "lab",
         nargs="?",
@@ -233,13 +234,16 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, help="of all parts together: what takes longer is cut off")
     given = parser.parse_args()
-    if given.what in ("rows", "capture", "keep"):  # what the others start, under a condition
+    if given.what in ("rows", "capture", "keep", "seeds"):  # what the others start, under a condition
         end_with_parent()
-        run = {"rows": LABS, "capture": CAPTURES, "keep": {name: partial(keep_rows, name) for name in LABS}}
+        run = {"rows": LABS, "capture": CAPTURES, "keep": {name: partial(keep_rows, name) for name in LABS},
+               "seeds": {name: partial(recorded_minilabs.record, name) for name in recorded_minilabs.LABS}}  # fmt: skip
         sys.exit(run[given.what][given.lab]() or None)
     if given.what == "minilabs":
-        names = [given.lab] if given.lab else [*recorded_minilabs.LABS]
-        sys.exit(recorded_minilabs.record(names, again=given.lab is not None or given.all))
+        again, labs = given.lab is not None or given.all, recorded_minilabs.LABS
+        names = [given.lab] if given.lab else recorded_minilabs.LABS
+        parts = [(name, "seeds", lab) for lab in names for name in (CONDITIONS if labs[lab].clocked else [USUAL])]
+        sys.exit(run_parts(parts, again, given.minutes))
     if given.lab and given.what != "ledger":
         parser.error(f"a lab goes with ledger; given: {given.what} {given.lab}")
     everything = given.all or given.what == "all"

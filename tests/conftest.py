@@ -23,15 +23,14 @@ with suppress(ImportError):
 
 
 # Their verdicts rest on a clock: `make test` runs them after the others, one on each core.
-TIMED = {"test_advice_planted", "test_decoder_measure", "test_timing"}
-# They time or stop ranks, or time all cores: last, one after another.
+TIMED = {"test_advice_planted", "test_decoder_measure", "test_padding_common_loaders", "test_timing"}
+# They time ranks or all cores: last, one after another.
 ALONE = {
     "test_device",
     "test_ranks_links",
     "test_moe_measure",
     "test_moe_rank",
     "test_pair_delays",
-    "test_ranks",
 }
 # They take more than ten seconds each; with the lessons' own tests, what `make quick` leaves to `make test`.
 SLOW = {
@@ -39,7 +38,7 @@ SLOW = {
     "test_activations_memory_model", "test_activations_planning",
     "test_activations_whatif", "test_advice_door", "test_advice_probing", "test_app", "test_decoder_floors",
     "test_decoder_memory", "test_loading_damaged", "test_loading_ranks", "test_model_zoo", "test_model_zoo_levers",
-    "test_padding_peers", "test_padding_sampling", "test_site",
+    "test_padding_peers", "test_padding_sampling", "test_ranks", "test_site",
     "test_recorded_by_others", "test_recording", "test_snapshot_hostile", "test_unchanged_figures",
 }  # fmt: skip
 SOME_CLOCKED = "test_notebooks"  # the one file of which single tests are timed, or run alone

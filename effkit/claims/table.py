@@ -59,8 +59,8 @@ class Claim:
         ``2.5``, ``2 to 2.5``, ``over 17.5``, ``under 0.005``, ``up to 0.5``, ``about 0.34``; empty where no number is
         given, and words where their number is of another kind: then there is no gap. And what it was shown on.
     stored, stored_low, stored_high
-        What an earlier run of the cell computed; what earlier runs lay between, where another run gives another figure.
-        Of stored seeds: their mean (of ratios the geometric one), and its 95% interval.
+        What an earlier run of the cell computed. Where another run gives another figure: the mean of the stored seeds
+        (of ratios the geometric one), and its 95% interval.
     stored_on, stored_machine
         Date and machine of that run, where they are known.
     no_effect
@@ -126,11 +126,10 @@ class Claim:
 
     @property
     def stored_in_words(self) -> str:
-        """The stored figure, what earlier runs lay between, and when and where."""
+        """The stored figure, what is known of it from seeds, and when and where."""
         numbers = (self.stored, self.stored_low, self.stored_high, self.run_low, self.run_high)
         value, *ends = (figure(number, self.unit) for number in numbers)
-        words = _OF_SEEDS if self.stored_seeds > 0 else ", earlier runs between {} and {}" if self.varies else ""
-        between = words.format(*ends, seeds=self.stored_seeds)
+        between = _OF_SEEDS.format(*ends, seeds=self.stored_seeds) if self.varies else ""
         return f"{value}{between} ({self.stored_on or 'date not known'}, {self.stored_machine or 'machine not known'})"
 
     @property
@@ -217,16 +216,16 @@ class Finding:
 
     @property
     def agrees(self) -> bool:
-        """Whether this run is where stored runs lie: within the rounding of the stored figure if nothing varies."""
+        """Whether this run lies in the interval of one more seed; where nothing varies, is the stored figure."""
         row = self.claim
-        low, high = (row.run_low, row.run_high) if row.stored_seeds > 0 else (row.stored_low, row.stored_high)
-        return low <= self.value <= high if row.varies else math.isclose(self.value, row.stored, rel_tol=_ROUNDING)
+        if row.varies:
+            return row.run_low <= self.value <= row.run_high
+        return math.isclose(self.value, row.stored, rel_tol=_ROUNDING)
 
     def __repr__(self) -> str:
         row = self.claim
         here = f"{'≈' if row.varies else ''}{figure(self.value, row.unit)}"
-        runs = "inside the interval of one more seed" if row.stored_seeds > 0 else "where stored runs lie"
-        where = runs if row.varies else "as stored"
+        where = "inside the interval of one more seed" if row.varies else "as stored"
         return (
             f"{row.paper} (arXiv {row.arxiv}): {row.figure}\n"
             f"  paper: {row.theirs_in_words} ({row.their_setting})\n"

@@ -80,6 +80,8 @@ class MiniLab(Generic[Result]):
         From that to each arm's figure.
     claims
         By paper: the figure of its row, from the figures of all arms of one seed, or from columns of them.
+    clocked
+        Whether figures are times: then another processor gives others, and stored seeds are spread over conditions.
     """
 
     name: str
@@ -88,6 +90,7 @@ class MiniLab(Generic[Result]):
     run: Callable[[int], Result]
     arms: Callable[[Result], Mapping[str, Arm]]
     claims: Mapping[str, Callable[..., Any]]
+    clocked: bool = False
 
     def live(self) -> Result:
         """The seed of the cells, run now."""
@@ -120,16 +123,16 @@ class MiniLab(Generic[Result]):
             lines.append(f"  {name:{wide}}  stored {mean}, 95% interval {low} to {high}; live, seed {LIVE}: ≈{live}")
         return "\n".join(lines)
 
-    def row(self, paper: str) -> str:
-        """A paper's row of the page, run now: each arm beside the stored seeds, then what it means; to be printed."""
-        result = self.live()
+    def row(self, paper: str, result: Result | None = None) -> str:
+        """A paper's row of the page, run now unless a result is given: each arm beside the stored seeds, then what it
+        means; to be printed."""
+        result = self.live() if result is None else result
         return f"{self.beside(result)}\n{check(paper, self.claim(paper, result))}\n"
 
     @property
     def stored_where(self) -> str:
         """Date and machine of the stored runs."""
-        first = stored_rows().query("lab == @self.name").iloc[0]
-        return f"{first['date']}, {first['machine']}"
+        return ", ".join(stored_on(self.name))
 
 
 def ratio(more: str, less: str) -> Callable[[Any], Any]:
@@ -179,6 +182,14 @@ def to_target(
 
     unit = {"num_steps": "steps", "flops": "FLOPs", "num_tokens": "tokens"}[by]
     return MiniLab(name, figure, unit, run, arms, {paper: ratio(*both) for paper, both in claims.items()})
+
+
+def stored_on(name: str) -> tuple[str, str]:
+    """Date of a lab's first stored run, and the machine: with its condition, or with how many there were."""
+    own = stored_rows().query("lab == @name")
+    machines = own["machine"].unique()
+    device = machines[0].rpartition(", ")[0]
+    return own["date"].iloc[0], machines[0] if len(machines) == 1 else f"{device}, {len(machines)} conditions"
 
 
 @cache

@@ -49,7 +49,9 @@ def test_the_forecast_carries_how_far_stored_seeds_lay_from_their_laws():
 def test_the_density_correlation_is_the_mean_of_both_classifiers_and_tasks():
     rising = pd.DataFrame({"density": [0.1, 0.2, 0.3], "logistic": [1, 2, 3], "hinge": [1, 2, 3]})
     mixed = rising.assign(logistic=[3, 2, 1])
-    assert labs.density_correlation({"a": rising, "b": mixed}) == pytest.approx((1 + 1 - 1 + 1) / 4)
+    tables = {"prose or comments": rising, "which module": mixed}
+    assert labs.DENSITY.claim("Feature density", tables) == pytest.approx((1 + 1 - 1 + 1) / 4)
+    assert [arm.figure for arm in labs.DENSITY.arms(tables).values()] == pytest.approx([1, 0])
 
 
 def test_a_classifier_learns_what_the_model_likes(monkeypatch):

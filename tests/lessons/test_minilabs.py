@@ -49,7 +49,23 @@ def test_every_lab_has_all_seeds_of_every_arm_with_date_machine_and_commit():
     assert filled.notna().all(axis=None)
     assert (STORED["steps"] > 0).all()
     assert STORED["date"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
-    assert STORED.groupby("lab")[["date", "machine", "commit", "unit"]].nunique(dropna=False).max(axis=None) == 1
+    assert STORED.groupby("lab")[["date", "commit", "unit"]].nunique(dropna=False).max(axis=None) == 1
+
+
+def test_times_are_stored_from_several_conditions_of_one_machine_and_all_else_from_one():
+    machines = STORED.groupby("lab")["machine"].unique()
+    for name, lab in recorded.LABS.items():
+        devices, conditions = zip(*(machine.rsplit(", ", 1) for machine in machines[name]), strict=True)
+        assert len(set(devices)) == 1, name
+        assert sorted(conditions) == sorted(recorded.CONDITIONS if lab.clocked else ["one thread"]), name
+    bus = recorded.LABS["BUS"]
+    assert bus.clocked
+    assert minilabs.stored_on("BUS")[1].endswith(f", {len(recorded.CONDITIONS)} conditions")
+    assert rows()["BUS"].stored_machine == minilabs.stored_on("BUS")[1]
+
+
+def test_what_varies_has_stored_seeds():
+    assert [row.paper for row in rows().values() if row.varies and not row.stored_seeds > 0] == []
 
 
 def test_the_table_of_claims_says_what_is_stored():
@@ -79,15 +95,30 @@ def test_a_lab_that_is_recorded_again_replaces_its_own_rows_alone(tmp_path, monk
     name = LOOP_TOOL.name
     other = MiniLab(name, "f", "labels", lambda seed: seed, lambda seed: {"uniform": Arm(float(seed), 1)}, {})
     monkeypatch.setitem(recorded.LABS, name, other)
-    recorded.record([name])
+    monkeypatch.setattr(recorded, "everything", lambda: True)
+    recorded.record(name)
     after = pd.read_csv(tmp_path / "minilabs.csv", dtype={"commit": str})
     own = after["lab"] == name
     assert after[own]["figure"].tolist() == list(minilabs.SEEDS)
-    recorded.record([name], again=False)
+    monkeypatch.setattr(recorded, "everything", lambda: False)
+    recorded.record(name)
     assert pd.read_csv(tmp_path / "minilabs.csv", dtype={"commit": str}).equals(after), "nothing is missing"
     kept = STORED[STORED["lab"] != name].reset_index(drop=True)
     pd.testing.assert_frame_equal(after[~own].reset_index(drop=True), kept, check_dtype=False)
     assert list(dict.fromkeys(after["lab"])) == list(recorded.LABS)
+
+
+def test_of_times_a_condition_runs_the_seeds_whose_turn_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorded, "STORED", tmp_path / "minilabs.csv")
+    monkeypatch.setattr(recorded, "write_claims", lambda: None)
+    lab = MiniLab("BUS", "f", "ns", lambda seed: seed, lambda seed: {"a": Arm(float(seed), 1)}, {}, clocked=True)
+    monkeypatch.setitem(recorded.LABS, "BUS", lab)
+    for condition in ("AVX2", "one thread"):
+        monkeypatch.setattr(recorded, "condition", lambda condition=condition: condition)
+        recorded.record("BUS")
+    found = pd.read_csv(tmp_path / "minilabs.csv")
+    assert found["seed"].tolist() == [0, 2, 5, 7]
+    assert [machine.rsplit(", ", 1)[1] for machine in found["machine"]] == ["one thread", "AVX2"] * 2
 
 
 def test_a_stored_seed_that_is_run_again_lies_where_its_kind_does():

@@ -14,7 +14,7 @@ from torch import nn
 from effkit.activations import gradient_error
 from lessons import corpora, nested_exits
 from lessons.minilabs import Arm, Interval, MiniLab, ratio
-from lessons.precision import continual, formats, outliers, pruning, sparse_layers
+from lessons.precision import continual, formats, outliers, pruning, rotary, sparse_layers
 from lessons.precision.small_language import adamw, held_out_loss, train, untrained
 
 RATES = {"AdamW": (adamw, 8e-3), "Muon": (outliers.muon, 1.6e-2)}
@@ -180,4 +180,11 @@ SORTED_NET = MiniLab(
     {"SortedNet": ratio("4 layers, trained at all depths", "1 layers, trained at all depths")},
 )  # fmt: skip
 
-LABS = (OUTLIERS, SURVEY, CAST, WIDENED, SPDF, SPARCL, SORTED_NET)
+ANCHOR = MiniLab(
+    "AnchorAttention", "attention over 4,096 tokens of documents, forward and backward", "ns",
+    lambda seed: rotary.attention_ns(rotary.document_lengths(4096, median=300, seed=seed)),
+    lambda times: {name: Arm(float(dur_ns), 3) for name, dur_ns in times.items()},
+    {"AnchorAttention": lambda arms: 1 - arms["anchored"] / arms["full"]}, clocked=True,
+)  # fmt: skip
+
+LABS = (OUTLIERS, SURVEY, CAST, WIDENED, SPDF, SPARCL, SORTED_NET, ANCHOR)

@@ -187,12 +187,11 @@ def anchored_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) 
     return torch.cat(outputs, dim=2)
 
 
-def time_saved(lengths: Sequence[int], *, heads: int = 4, channels: int = 64, repeats: int = 3) -> float:
-    """Share of the time of full attention that anchored attention saves, forward and backward, by the clock."""
+def attention_ns(lengths: Sequence[int], *, heads: int = 4, channels: int = 64, repeats: int = 3) -> dict[str, int]:
+    """Time of ``full`` and of ``anchored`` attention over these documents, forward and backward, by the clock [ns]."""
     q, k, v = (torch.randn(1, heads, sum(lengths), channels, requires_grad=True) for _ in range(3))
     calls = {
         "full": lambda: full_attention(q, k, v).sum().backward(),
         "anchored": lambda: anchored_attention(q, k, v, lengths).sum().backward(),
     }
-    times = interleaved_ns(calls, repeats, min)
-    return 1 - times["anchored"] / times["full"]
+    return interleaved_ns(calls, repeats, min)

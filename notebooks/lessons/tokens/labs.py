@@ -12,7 +12,7 @@ import torch
 from effkit import Account
 from lessons import corpora
 from lessons.minilabs import LIVE, Arm, Interval, MiniLab, ratio, to_target
-from lessons.tokens import angles, densities, library_text, mixtures, sampling_loops, selecting, vocabularies
+from lessons.tokens import angles, densities, filtering, library_text, mixtures, sampling_loops, selecting, vocabularies
 from lessons.tokens.next_letter import NextLetter
 
 
@@ -146,23 +146,28 @@ TINY_HELEN = MiniLab(
 )  # fmt: skip
 
 
-def density_tables() -> dict[str, pd.DataFrame]:
+def _densities(seed: int) -> dict[str, pd.DataFrame]:
     """Density and scores of all preprocessings, for two tasks of 400 documents."""
     kinds = {kind: library_text.kinds()[kind] for kind in ("prose", "comments")}
     sources = {"prose or comments": (kinds, 200, 200), "which module": (library_text.modules(), 40, 300)}
     tables = {}
     for task, (texts, num_each, letters) in sources.items():
-        docs = selecting.pool({kind: corpora.encode(one) for kind, one in texts.items()}, num_each=num_each)
+        docs = selecting.pool({kind: corpora.encode(one) for kind, one in texts.items()}, num_each=num_each, seed=seed)
         labels = pd.factorize(docs["kind"])[0].tolist()
         tables[task] = densities.variants(docs["text"].str[:letters].tolist(), labels)
     return tables
 
 
-def density_correlation(tables: Mapping[str, pd.DataFrame]) -> float:
-    """Rank correlation of density and score, the mean over tasks and classifiers."""
-    found = [table.corr(method=mixtures.rank_correlation)["density"].drop("density") for table in tables.values()]
-    return float(pd.concat(found, axis="columns").mean().mean())
+def _correlation(table: pd.DataFrame) -> float:
+    """Rank correlation of density and score, the mean over classifiers."""
+    return float(table.corr(method=mixtures.rank_correlation)["density"].drop("density").mean())
 
+
+DENSITY = MiniLab(
+    "Feature density", "rank correlation of density and macro F1", "", _densities,
+    lambda tables: {task: Arm(_correlation(table), 40) for task, table in tables.items()},
+    {"Feature density": lambda arms: (arms["prose or comments"] + arms["which module"]) / 2},
+)  # fmt: skip
 
 ACCURACY, NUM_ROUNDS = 0.5, 7
 
@@ -189,6 +194,19 @@ def reader(seed: int) -> Any:
     return angles.language_model(library_text.halves()[0]["prose"], seed=seed)
 
 
+def _replaced(seed: int) -> filtering.Replaced:
+    """A classifier in the place of that reader, on documents of both kinds."""
+    docs = selecting.pool(library_text.halves()[0], num_each=100, seed=seed)
+    return filtering.replaced(reader(seed), docs["text"].str[:256].tolist())
+
+
+FILTERING = MiniLab(
+    "Ultra-FineWeb", "documents per second", "", _replaced,
+    lambda found: {name: Arm(float(rate), 150) for name, rate in found.per_s.items()},
+    {"Ultra-FineWeb": ratio("classifier", "language model")}, clocked=True,
+)  # fmt: skip
+
+
 def _ranks(seed: int) -> pd.Series[float]:
     """Rank correlations with the concentration of angles, over pieces of three kinds of text."""
     held_out = library_text.halves()[1]
@@ -203,4 +221,4 @@ GAIN_RL = MiniLab(
     {"GAIN-RL": lambda arms: arms["gradient_norm"]},
 )  # fmt: skip
 
-LABS = (MERGING, CMR, META_RATER, TINY_HELEN, LOOP_TOOL, GAIN_RL)
+LABS = (MERGING, CMR, META_RATER, TINY_HELEN, DENSITY, FILTERING, LOOP_TOOL, GAIN_RL)
