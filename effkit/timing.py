@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from effkit.device import synchronize
 from effkit.progress_bar import advance
 
 Key = TypeVar("Key", bound=Hashable)
+_BLOCK_BYTES = 31 * 2**20  # just below the most that glibc keeps: its DEFAULT_MMAP_THRESHOLD_MAX is 32 MiB
 _BETWEEN = 4  # times as long as a reference, or one run, may pass until it is run again
 _BURST_NS, _MOST_AT_ONCE = 20_000_000, 5  # short calls are made again until so much has passed: one is easily disturbed
 
@@ -42,8 +44,16 @@ class Stopwatch:
         return np.asarray([round(1e6 * marks[0].elapsed_time(mark)) for mark in marks], dtype=np.int64)
 
 
+@cache
+def steady_heap() -> None:
+    """Let glibc keep what tensors free. It gives large blocks back to the system, whose fresh pages then cost up to a
+    tenth of a step, in some runs and not in others, until a block as large as this one has been freed once."""
+    np.empty(_BLOCK_BYTES, np.uint8)
+
+
 def elapsed_ns(call: Callable[[], object]) -> int:
     """Time of one call [ns]; what was given to the accelerator before is waited for first, and is not counted."""
+    steady_heap()
     advance()
     synchronize()
     start = time.perf_counter_ns()
@@ -91,6 +101,7 @@ def ratios_in_turn(
             taken.append(call())
         return min(taken)
 
+    steady_heap()
     reference()
     times, ratios = [fastest(reference)], [[] for _ in others]  # type: ignore[var-annotated]
     while chosen := list(more(ratios)):

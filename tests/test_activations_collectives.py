@@ -69,6 +69,7 @@ def test_a_clock_is_checked_by_steps_that_it_was_not_fitted_on(num_rows, blocks,
 
     monkeypatch.setattr(on_ranks, "run", run)
     monkeypatch.setattr(on_ranks, "of_one_step", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(on_ranks, "start", lambda *_: None)
     base = ek.activations.measure(model, torch.ones(num_rows, 8), loss=torch.sum, time_levers=True, links=LINKS)
     assert len(base.calibration.of_ranks.errors) == (4 if blocks else 2)
     fitted, checks = ran[:4], ran[4:]

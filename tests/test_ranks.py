@@ -155,6 +155,18 @@ def test_one_start_is_enough_for_several_runs(folder, kind):
     assert not list(folder.iterdir())
 
 
+def test_ranks_that_were_started_are_ready_for_their_first_run(folder):
+    with Ranks(2, WORK) as ranks:
+        ranks.start(["wave"])
+        started = router_of(folder)
+        assert started is not None
+        ranks.start()
+        seen = seen_in(ranks.run({"num_meetings": 1, "failing": None}))
+        assert len(seen) == 2
+        assert router_of(folder) == started, "it is the one that was started"
+    assert processes_of(folder) == []
+
+
 def test_ranks_that_were_not_closed_end_with_the_interpreter(folder):
     code = ("from effkit.ranks.launching import Ranks; ranks = Ranks(2, 'rank_work'); "
             "ranks.run({'num_meetings': 1}); print('done')")  # fmt: skip

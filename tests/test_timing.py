@@ -1,5 +1,8 @@
 """The wall clock around calls."""
 
+import platform
+import subprocess
+import sys
 import time
 
 import accelerators
@@ -15,6 +18,38 @@ def test_a_call_is_timed_between_two_waits_for_the_accelerator(monkeypatch):
     taken = elapsed_ns(lambda: done.append(time.sleep(0.01)))
     assert done == ["wait", None, "wait"]
     assert 10_000_000 <= taken < 10_000_000_000
+
+
+FAULTS = """
+import resource
+import numpy as np
+from effkit.timing import elapsed_ns, ratios_in_turn
+
+def step():
+    [np.ones(2**17) for _ in range(24)]  # 24 MiB in blocks of one, and free again
+
+if "timed" in sys.argv:
+    elapsed_ns(lambda: None)
+if "in turn" in sys.argv:
+    ratios_in_turn(lambda: 1, [], lambda _: [])
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator keeps what is freed by its own rules")
+def test_a_timed_step_finds_the_memory_that_the_one_before_has_freed():
+    def pages(*how):
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys" + FAULTS, *how], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert pages() > 5000, "without it every page is a fresh one: 6,144 of 4 KiB"
+    assert pages("timed") < 500
+    assert pages("in turn") < 500
 
 
 def test_each_call_is_made_once_a_turn_and_once_to_warm_up():

@@ -79,8 +79,9 @@ def clock_of_ranks(
     if clock.knows(recomputed := on(checkpoint_every=1)):  # it has blocks
         checks += [(size, recomputed), (size, on(wrap=MODEL))]
     steps = [*fitted, *checks]
-    timelines = [forecaster.timeline(rows, levers) for rows, levers in steps]  # first: what cannot be replayed is told
     with of_one_step(link.num_ranks, **link.between) as ranks:
+        start(ranks, model)
+        timelines = [forecaster.timeline(rows, levers) for rows, levers in steps]  # while the ranks' modules are loaded
         seen = run(model, [(forecaster.batch(rows), levers) for rows, levers in steps], ranks, repeats, **job)
     runs = [RanksRun(levers, timeline, steps_ns(records), forecaster.growth(rows))
             for (rows, levers), timeline, records in zip(steps, timelines, seen, strict=True)]  # fmt: skip
@@ -101,12 +102,12 @@ def run(
     A step whose levers are of one process is run by every rank at once, and nothing is sent. ValueError for what cannot
     be sent to the ranks.
     """
+    start(ranks, model)
     job = {"model": model, "steps": steps, "loss": loss, "optimizer": optimizer, "plan": plan}
     with tempfile.TemporaryDirectory(prefix="effkit-job-") as folder:
         path = Path(folder) / "job"
         path.write_bytes(_packed(job))
-        imports = [*_IMPORTS, *([of_model] if (of_model := type(model).__module__).startswith(_QUIET) else ())]
-        told = {"job": str(path), "num_steps": len(steps), "repeats": repeats, "imports": imports}
+        told = {"job": str(path), "num_steps": len(steps), "repeats": repeats}
         total = len(steps) * (1 + repeats)
         seen = ranks.run(told, timeout_s=_TIMEOUT_S, progress=progress, total=total)
         records = [json.loads((seen / f"rank{rank}.json").read_text()) for rank in range(ranks.num_ranks)]
@@ -118,6 +119,12 @@ def of_one_step(num_ranks: int, **on: Any) -> Ranks:
     if num_ranks > MOST_RANKS:
         raise ValueError(f"measure() starts at most {MOST_RANKS} ranks; given: {num_ranks}. Ask forecast()")
     return Ranks(num_ranks, __name__, **on)
+
+
+def start(ranks: Ranks, model: torch.nn.Module) -> None:
+    """Have what these ranks need for a step of this model be imported."""
+    of_model = type(model).__module__
+    ranks.start([*_IMPORTS, *([of_model] if of_model.startswith(_QUIET) else ())])
 
 
 def sent_account(sent: dict[str, int], **more: Any) -> Account:

@@ -43,18 +43,14 @@ def record(folder: str | Path, step: Callable[..., object], loader: Any = None, 
     Parameters
     ----------
     folder
-        Where to; it is made if it is absent. A trace that the same rank wrote there before is replaced.
+        Where to; it is made if it is absent. The file of this rank, whose path is returned, is
+        ``rank<number>.pt.trace.json.gz``: whole, or not there. One that the same rank wrote there before is replaced.
     step
         A training step: ``step(batch)``, or ``step()`` without a loader.
     loader
         What yields batches; begun again where it has too few.
     num_steps
         To record, after 2 that are not.
-
-    Returns
-    -------
-    Path
-        The file of this rank, ``rank<number>.pt.trace.json.gz``: whole, or not there.
     """
     checked_step(step, loader)
     num_steps = checked_whole("num_steps", num_steps, 1)

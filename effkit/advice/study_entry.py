@@ -22,7 +22,8 @@ def study(
 ) -> Study:  # fmt: skip
     """Look at one's own model as a whole: where its time and memory go, what would help, and by how much.
 
-    Whatever is run, the model and its optimizers come out as they went in.
+    Whatever is run, the model and its optimizers come out as they went in. The Study has ``overview()``, ``advise()``,
+    ``compare(other)`` and ``report(path)``.
 
     ::
 
@@ -49,11 +50,6 @@ def study(
         Of a training loop: ranks that its experts will be on (1 unless given), and the links between them.
     repeats
         Of a generation: timed calls (5 unless given, 3 where one takes longer than 0.2 s).
-
-    Returns
-    -------
-    Study
-        With ``overview()``, ``advise()``, ``compare(other)``, ``report(path)``.
     """
     files = trace is not None or snapshot is not None
     named = step if files and isinstance(step, str) else None

@@ -30,10 +30,11 @@ _ROUNDING = 5e-3  # of a figure that is computed and not measured: what three di
 def figure(value: float, unit: str) -> str:
     """A figure as a person reads it.
 
-    >>> figure(2.5, "times"), figure(0.552, "frac"), figure(0.93, "correlation")
-    ('2.5 times', '55.2%', '0.93')
+    >>> figure(2.5, "times"), figure(2760, "times"), figure(0.552, "frac"), figure(0.93, "correlation")
+    ('2.5 times', '2,760 times', '55.2%', '0.93')
     """
-    return UNITS[unit].format(value * 100 if unit == "frac" else value)
+    form = UNITS[unit].replace(".3g", ",.0f") if value >= 1000 else UNITS[unit]
+    return form.format(value * 100 if unit == "frac" else value)
 
 
 @dataclass(frozen=True)

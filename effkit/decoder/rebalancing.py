@@ -39,7 +39,7 @@ def parameters(config: PreTrainedConfig, encoder_layers: int | None = None, deco
 
 
 def rebalance(config: PreTrainedConfig, decoder_layers: int, *, tolerance_frac: float = 0.02) -> PreTrainedConfig:
-    """The configuration with another number of decoder layers and the encoder layers that keep its parameters.
+    """A new configuration with another number of decoder layers and the encoder layers that keep its parameters.
 
     The encoder runs once and over all positions together, the decoder once per token: layers moved from it to the
     encoder shorten a generation (Canary, arXiv 2503.05931: 24/24 to 32/4). The result has to be trained anew. The other
@@ -54,11 +54,6 @@ def rebalance(config: PreTrainedConfig, decoder_layers: int, *, tolerance_frac: 
         Decoder layers to have.
     tolerance_frac
         Warns when the nearest number of parameters is further off than this; :func:`parameters` says how far.
-
-    Returns
-    -------
-    PreTrainedConfig
-        A new one of the same class.
     """
     if not getattr(config, "is_encoder_decoder", False):
         raise ValueError(

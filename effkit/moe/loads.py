@@ -63,7 +63,7 @@ def imbalance(loads: Any, owner: Sequence[int] | None = None, *, num_ranks: int 
 
 
 def balanced_placement(loads: Any, num_ranks: int) -> tuple[int, ...]:
-    """A rank for each expert, so that the most loaded rank has little: a framework's expert map.
+    """A rank for each of num_experts, so that the most loaded rank has little: a framework's expert map.
 
     The heaviest expert first, each goes to the least loaded rank that has room (longest processing time first, Graham
     1969, with equal numbers of experts per rank); equal blocks of neighbours where these happen to be better. It goes
@@ -75,11 +75,6 @@ def balanced_placement(loads: Any, num_ranks: int) -> tuple[int, ...]:
         As in :func:`imbalance`.
     num_ranks
         How many ranks there are; a divisor of the number of experts.
-
-    Returns
-    -------
-    tuple of int
-        The rank of each expert, length num_experts.
 
     Examples
     --------

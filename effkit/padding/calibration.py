@@ -159,7 +159,7 @@ def left_out_error(design: Floats) -> float:
 
 
 def fit_memory(probes: pd.DataFrame) -> MemoryModel:
-    """Fit the memory model to probe shapes.
+    """Fit the memory model to probe shapes; its ``budget`` is 1 without ``peak_bytes``, else the largest probed peak.
 
     ValueError with fewer than three probes, or probes that do not vary.
 
@@ -169,11 +169,6 @@ def fit_memory(probes: pd.DataFrame) -> MemoryModel:
         Columns ``input_length`` and ``output_length`` [cells], ``batch_size``. Without ``peak_bytes``, ``batch_size``
         is the largest that fits each shape, and 1/B = a·T + b·U + c·U·T is fitted (four probes suffice: the corners
         of the shapes in use). With ``peak_bytes``, the fixed part and a T² term are fitted too.
-
-    Returns
-    -------
-    MemoryModel
-        ``budget`` is 1 without ``peak_bytes``, else the largest peak that was probed.
     """
     names = ("input_length", "output_length", "batch_size")
     inputs, outputs, rows = _columns(probes, names, "fit_memory", "probe shapes")

@@ -1,6 +1,6 @@
 """The process that forks the ranks of every run, and ends them when it ends itself: ``python -m effkit.ranks.forking``.
 
-It imports the module that ranks run, once, and what a run says that all will need (``imports``). Each line on its
+It imports the module that ranks run, once, and the plan's ``imports``. Each line on its
 standard input names a folder in the plan's ``folder``: ``num_ranks`` ranks are forked to run what stands there. When
 the input closes, or a rank fails, it ends them and itself. The plan is its argument, in JSON: with ``bytes_per_s``,
 each of ``num_nodes`` nodes of ``per_node`` ranks is on a network of its own (:mod:`effkit.ranks.netns`).
@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 def cluster(plan: dict[str, Any]) -> None:
     """All nodes and the router between them, and the ranks of each run."""
-    folder, work = Path(plan["folder"]), import_module(plan["work"])
+    folder, modules = Path(plan["folder"]), [import_module(name) for name in (plan["work"], *plan["imports"])]
     run, nodes = folder, list[int]()
     if plan["bytes_per_s"]:
         netns.router(plan["bytes_per_s"])
@@ -44,10 +44,8 @@ def cluster(plan: dict[str, Any]) -> None:
                     break
                 _end(ranks)  # they have written what they saw
                 run = folder / line.decode().strip()
-                for name in json.loads((run / "run.json").read_text()).get("imports", ()):
-                    import_module(name)
                 gc.freeze()  # a fork that looked through all of it would have a copy of its own
-                ranks = [started(target=_be, args=(number, plan, nodes, run, work.main))
+                ranks = [started(target=_be, args=(number, plan, nodes, run, modules[0].main))
                          for number in range(plan["num_ranks"])]  # fmt: skip
                 for process in ranks:
                     process.start()

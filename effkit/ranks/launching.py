@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,20 @@ class Ranks(AbstractContextManager["Ranks", None]):
         self.num_ranks, self._work, self._backend = num_ranks, work, backend
         self._link, self._per_node = link_bytes_per_s, ranks_per_node
         self._up, self._num_runs = ExitStack(), 0
+        self._process: Any = None
+
+    def start(self, imports: Sequence[str] = ()) -> None:
+        """Have what the ranks need, and these modules, be imported while this process does something else; the first
+        run does it otherwise. ValueError as of :meth:`run`."""
+        self.check()
+        if self._process is None:
+            atexit.register(self.close)
+            self._folder = self._up.enter_context(_own_folder())
+            per_node = self._per_node or (1 if self._link else self.num_ranks)
+            self._plan = {"work": self._work, "folder": str(self._folder), "num_ranks": self.num_ranks,
+                          "per_node": per_node, "num_nodes": self.num_ranks // per_node, "bytes_per_s": self._link,
+                          "imports": list(imports)}  # fmt: skip
+            self._process = self._up.enter_context(_started(self._plan))
 
     def run(
         self, run: Mapping[str, Any], *, timeout_s: float = 120.0, progress: Progress | None = None, before: int = 0,
@@ -69,19 +83,12 @@ class Ranks(AbstractContextManager["Ranks", None]):
         progress
             ``progress(done, total)``: ``before`` and what the first rank has told since; may raise, which ends the run.
         """
-        self.check()
-        per_node = self._per_node or (1 if self._link else self.num_ranks)
+        self.start()
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         on = {"backend": self._backend, "num_threads": max(1, num_cores // self.num_ranks), "timeout_s": timeout_s,
-              "nodes_here": self.num_ranks // per_node, "ranks_per_node": per_node,
+              "nodes_here": self._plan["num_nodes"], "ranks_per_node": self._plan["per_node"],
               "link_bytes_per_s": self._link}  # fmt: skip
         try:
-            if not self._num_runs:
-                atexit.register(self.close)
-                self._folder = self._up.enter_context(_own_folder())
-                plan = {"work": self._work, "folder": str(self._folder), "num_ranks": self.num_ranks,
-                        "per_node": per_node, "num_nodes": on["nodes_here"], "bytes_per_s": self._link}  # fmt: skip
-                self._process = self._up.enter_context(_started(plan))
             folder = self._folder / str(self._num_runs)
             folder.mkdir()
             (folder / "run.json").write_text(json.dumps({**run, **on}))
@@ -116,7 +123,7 @@ class Ranks(AbstractContextManager["Ranks", None]):
         process, log, done = self._process, folder.parent / "log.txt", folder / "progress"
         limit = time.monotonic() + timeout_s
         with suppress(OSError):  # it has ended; the log says why
-            process.stdin.write(f"{folder.name}\n".encode())  # type: ignore[union-attr]
+            process.stdin.write(f"{folder.name}\n".encode())
         while len(list(folder.glob("rank*.json"))) < self.num_ranks:
             if process.poll() is not None:
                 raise RuntimeError(f"{_why(folder, log)}; the log is {log}")
@@ -131,7 +138,7 @@ class Ranks(AbstractContextManager["Ranks", None]):
 
     def _end(self, *error: Any) -> None:
         atexit.unregister(self.close)
-        self._num_runs = 0
+        self._num_runs, self._process = 0, None
         self._up.__exit__(*error)
 
     def __exit__(self, *_: object) -> None:
