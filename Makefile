@@ -2,8 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2
-# one more than the two cores of a small machine: tests wait for browsers and for processes that they start
-WORKERS ?= 3
+WORKERS ?= 2
 # what is never imported need not be compiled; what is, once, and not in each process of a test
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
@@ -53,7 +52,7 @@ app: .venv/.app  ## open the what-if page as an app without code, for a class
 	$(BIN)/python notebooks/app
 
 test: untimed lint  ## everything that CI runs: what is timed last, two ranks alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n 2 --dist worksteal -m timed --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist worksteal -m timed --durations=15
 	$(BIN)/python -m pytest -p no:nbval -m alone --durations=15
 
 untimed: .venv/.test .venv/.browser .venv/.peers  # lint runs beside it
