@@ -240,9 +240,9 @@ def main() -> None:
                "seeds": {name: partial(recorded_minilabs.record, name) for name in recorded_minilabs.LABS}}  # fmt: skip
         sys.exit(run[given.what][given.lab]() or None)
     if given.what == "minilabs":
-        again, labs = given.lab is not None or given.all, recorded_minilabs.LABS
-        names = [given.lab] if given.lab else recorded_minilabs.LABS
-        parts = [(name, "seeds", lab) for lab in names for name in (CONDITIONS if labs[lab].clocked else [USUAL])]
+        again, names = given.lab is not None or given.all, [given.lab] if given.lab else recorded_minilabs.LABS
+        parts = [(condition, "seeds", name) for name in names for condition in CONDITIONS
+                 if recorded_minilabs.to_run(name, condition, again=again)]  # fmt: skip
         sys.exit(run_parts(parts, again, given.minutes))
     if given.lab and given.what != "ledger":
         parser.error(f"a lab goes with ledger; given: {given.what} {given.lab}")

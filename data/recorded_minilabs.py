@@ -1,7 +1,7 @@
 """Eight seeds of each mini-lab: ``data/minilabs.csv``, and the figures of ``data/claims.csv`` that are made from them.
 
 Figures depend on the seed alone, on one machine with one Python. Those that are times depend on the machine as well:
-their seeds are spread over its conditions, as the ledger has them (``--condition``).
+their seeds are spread over the ledger's conditions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from ledger_rows import CONDITIONS, DATA, condition, everything
+from ledger_rows import CONDITIONS, DATA, USUAL, condition, everything
 
 from effkit.claims.table import rows
 from effkit.device import provenance
@@ -32,27 +32,29 @@ LABS = {lab.name: lab for lab in (*STEPS, *GENERATORS, *TOKENS, *PRECISION, *CLU
 RATIOS = "times"  # the unit of rows whose mean is geometric
 
 
-def record(name: str) -> None:
-    """Run a lab over the seeds that are missing or, where all is run anew, over all; other rows stay as they are.
+def to_run(name: str, under: str, *, again: bool) -> list[int]:
+    """The seeds that a lab is to run under a condition: of times those whose turn it is, of all else every one under
+    the usual condition; not ``again`` those that are stored."""
+    turns = list(CONDITIONS) if LABS[name].clocked else [USUAL]
+    stored = set() if again else {int(row[2]) for row in _stored() if row[0] == name}
+    return [seed for seed in SEEDS if turns[seed % len(turns)] == under and seed not in stored]
 
-    Of times only the seeds whose turn it is under the condition of this process.
-    """
-    lab, order, conditions = LABS[name], list(LABS), list(CONDITIONS)
-    here = [str(seed) for seed in SEEDS if not lab.clocked or conditions[seed % len(conditions)] == condition()]
+
+def record(name: str) -> None:
+    """Run a lab over its seeds under the condition of this process: those that are missing or, where all is run anew,
+    all. Other rows stay as they are."""
+    lab, order, seeds = LABS[name], list(LABS), to_run(name, condition(), again=everything())
     torch.set_num_threads(CONDITIONS[condition()].num_threads)
-    old = _read(STORED)[1:] if STORED.exists() else []
-    old = [row for row in old if row[0] != name or row[2] not in here or not everything()]
-    stored = {row[2] for row in old if row[0] == name}
+    old = [row for row in _stored() if row[0] != name or int(row[2]) not in seeds]
     date, machine = datetime.now(UTC).date().isoformat(), f"{provenance()['device']}, {condition()}"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=DATA, capture_output=True, text=True, check=True
     ).stdout.strip()
     start = time.process_time()
     new = [
-        [name, arm, seed, f"{one.figure:.6g}", lab.unit, one.steps, date, machine, commit]
-        for seed in here
-        if seed not in stored
-        for arm, one in lab.arms(lab.run(int(seed))).items()
+        [name, arm, str(seed), f"{one.figure:.6g}", lab.unit, one.steps, date, machine, commit]
+        for seed in seeds
+        for arm, one in lab.arms(lab.run(seed)).items()
     ]
     every = sorted([*old, *new], key=lambda row: (order.index(row[0]), int(row[2])))
     _write(STORED, [list(COLUMNS), *every])
@@ -86,6 +88,10 @@ def write_claims() -> None:
         made.append(list(row.values()))
     _write(CLAIMS, [head, *made])
     rows.cache_clear()
+
+
+def _stored() -> list[list[str]]:
+    return _read(STORED)[1:] if STORED.exists() else []
 
 
 def _read(path: Path) -> list[list[str]]:

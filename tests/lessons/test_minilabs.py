@@ -119,6 +119,10 @@ def test_of_times_a_condition_runs_the_seeds_whose_turn_it_is(tmp_path, monkeypa
     found = pd.read_csv(tmp_path / "minilabs.csv")
     assert found["seed"].tolist() == [0, 2, 5, 7]
     assert [machine.rsplit(", ", 1)[1] for machine in found["machine"]] == ["one thread", "AVX2"] * 2
+    assert recorded.to_run("BUS", "SSE4.1", again=False) == [3]
+    assert recorded.to_run("BUS", "AVX2", again=False) == [], "no process is started for what is stored"
+    assert recorded.to_run("BUS", "AVX2", again=True) == [2, 7]
+    assert recorded.to_run(LOOP_TOOL.name, "AVX2", again=True) == []
 
 
 def test_a_stored_seed_that_is_run_again_lies_where_its_kind_does():

@@ -195,7 +195,7 @@ def reader(seed: int) -> Any:
 
 
 def _replaced(seed: int) -> filtering.Replaced:
-    """A classifier in the place of that reader, on documents of both kinds."""
+    """A classifier in the place of that reader, on 400 documents of all kinds."""
     docs = selecting.pool(library_text.halves()[0], num_each=100, seed=seed)
     return filtering.replaced(reader(seed), docs["text"].str[:256].tolist())
 
