@@ -1,6 +1,7 @@
 """measure() of live tiny models: rows near the wall time, exact counts, and a model that comes back as it was."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_rows_explain_the_wall_time_and_the_source_says_what_clocks_cost(name):
     assert set(account.frame["basis"]) == {"measured"}
     coded = {ENCODER, CROSS_KV, CROSS} if name == "speech" else {PREFILL}
     assert {SELF, FFN, OUTPUT, "sampling and host"} | coded <= set(account.frame.index)
-    assert "the wall clock of 4 generations without clocks inside; clocks inside cost " in account.source
+    assert re.match(r"the wall clock of \d+ generations without clocks inside; clocks inside cost ", account.source)
     beside = companions(account)
     assert beside["Time per token"].total == pytest.approx(account.total / 8, abs=1)
     assert beside["Tokens per second"].total == pytest.approx(8e9 / account.total, abs=1)

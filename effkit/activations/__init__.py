@@ -5,8 +5,6 @@ Beside the public names, ``effkit.advice`` asks to ``observe`` a step of its own
 ``SENT_BYTES``.
 """
 
-from __future__ import annotations
-
 from effkit.activations.checkpointing import blocks, checkpoint
 from effkit.activations.compressing import compressed
 from effkit.activations.gradients import gradient_error

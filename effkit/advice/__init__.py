@@ -1,7 +1,5 @@
 """Advice: one's own model, the four analyses together, what would help, ranked by predicted gain."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from effkit.lazy import lazily

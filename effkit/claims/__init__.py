@@ -5,8 +5,6 @@
 Python binds a subpackage to its parent once, when it is first imported, and the function is bound after it.
 """
 
-from __future__ import annotations
-
 from effkit.claims.bounds import ceilings
 from effkit.claims.table import Finding, check, claims
 

@@ -3,8 +3,6 @@
 Beside the public names, ``effkit.advice`` asks for the titles ``WEIGHTS`` and ``CACHE`` of an account's companions.
 """
 
-from __future__ import annotations
-
 from effkit.decoder.accounting import CACHE as CACHE
 from effkit.decoder.accounting import WEIGHTS as WEIGHTS
 from effkit.decoder.early_exit import exit_at

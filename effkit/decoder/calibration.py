@@ -20,7 +20,6 @@ from effkit.least_squares import Floats
 _ROWS = (1, 2, 8, 32)  # one row and several are different kernels; what lies between bends with the processor
 _FEW_STEPS, _SHARE_OF_STEPS = 8, 6  # steps of a probe, and the base's steps over them
 _DEEP = 12  # from so many layers on, the other depths are smaller ones
-_FIGURES = 3  # as noisy: what is measured, the base beside it, and the base in the fit
 _TOO_LARGE_BYTES = 2**31  # of weights: no deeper model is built then
 # Knobs whose effect no probe has shown
 _UNSEEN: Mapping[str, Any] = {"cache": "on", "num_beams": 1, "compiled": "off", "weight_bits": 0}
@@ -48,7 +47,7 @@ class Calibration(Observed):
     error_frac: float  # root mean square error of runs between the nodes, each left out of the fit in turn
     noise_frac: float  # how far repetitions of one run lay apart
     launches: Mapping[str, int]  # part -> operators that one step launches, views not counted
-    apart: Mapping[str, Mapping[str, int]]  # operators, framework -> part -> time in one step, alone [ns]
+    apart: Mapping[str, Mapping[str, float]]  # operators, framework -> part -> time alone, of that of a whole step
     read_bytes_per_s: float  # highest rate at which this device reads weights of this size
     products: Mapping[str, ProductCost]  # data type -> what a weight costs in products on this device
 
@@ -60,7 +59,7 @@ class Calibration(Observed):
     @property
     def trust(self) -> Trust:
         """How far a prediction is off."""
-        return Trust(self.error_frac, self.noise_frac, len(self.runs[0].plain_ns) / _FIGURES)
+        return Trust(self.error_frac, self.noise_frac, len(self.runs[-1].plain_ns))
 
     def resolved(self, setting: Setting) -> Setting:
         """With parameters held, the setting with the encoder layers that keep the base's number of them."""
@@ -96,8 +95,8 @@ def calibrate(runs: Sequence[Run], nodes: Lattice, **known: Any) -> Calibration:
 
 def helps(runs: Sequence[Run], nodes: Lattice) -> bool:
     """Whether one more repeat of each run helps: the band would be clearly narrower."""
-    num_repeats = len(runs[0].plain_ns)
-    return Trust(**_doubts(runs, nodes), num_repeats=num_repeats / _FIGURES).shrinks((num_repeats + 1) / _FIGURES)
+    num = len(runs[-1].plain_ns)
+    return Trust(**_doubts(runs, nodes), num_repeats=num).shrinks(num + 1)
 
 
 def _doubts(runs: Sequence[Run], nodes: Lattice) -> dict[str, Any]:
@@ -114,9 +113,9 @@ def _ratio(run: Run, costs: Costs) -> float:
     return run.total_ns / sum(costs.rows(run.setting, run.step.prompt_cells).values())
 
 
-def overhead_frac(runs: Sequence[Run]) -> float:
-    ratios = [w.wall_ns / plain for run in runs for w, plain in zip(run.watched, run.plain_ns, strict=True)]
-    return float(np.median(ratios)) - 1
+def overhead_frac(run: Run) -> float:
+    """What the clocks inside cost, as a fraction of the time."""
+    return float(np.median([watched.wall_ns for watched in run.watched])) / run.total_ns - 1
 
 
 def lattice(model: Any, base: Setting) -> Lattice:

@@ -39,10 +39,7 @@ class Sizes:
 
 
 def sizes(config: Any) -> Sizes:
-    """The sizes in a configuration.
-
-    Raises ValueError when it names its layers or its width in no known way.
-    """
+    """The sizes in a configuration. ValueError when it names its layers or its width in no known way."""
     wide, heads = _read(config, _WIDTH), _read(config, _HEADS)
     limits = [getattr(config, name, None) for name in _POSITIONS]
     return Sizes(
@@ -60,9 +57,7 @@ def changed(
     width: int | None = None, kv_heads: int | None = None,
 ) -> Any:  # fmt: skip
     """A copy with these sizes; feed-forward and number of heads go with the width, the heads' own size stays.
-
-    Raises ValueError for a size that the model does not have, or that its heads cannot share.
-    """
+    ValueError for a size that the model does not have, or that its heads cannot share."""
     new, now = copy.deepcopy(config), sizes(config)
     kind = type(config).__name__
     if encoder_layers not in (None, now.encoder_layers):

@@ -33,8 +33,8 @@ class Run:
 
     @property
     def total_ns(self) -> int:
-        """Of the fastest generation: other work on the machine makes one slower, and never faster."""
-        return min(self.plain_ns)
+        """Of the middle generation: each was told relative to one that was run beside it."""
+        return round(np.median(self.plain_ns))
 
     @cached_property
     def step_ns(self) -> dict[str, Floats]:
@@ -42,16 +42,11 @@ class Run:
         return {str(part): self.undisturbed(lambda w, part=part: w.steps[part].to_numpy())
                 for part in self.watched[0].steps}  # fmt: skip
 
-    @property
-    def fastest(self) -> Watched:
-        """The fastest of those with clocks inside."""
-        return min(self.watched, key=lambda watched: watched.wall_ns)
-
     def undisturbed(self, time_ns: Any) -> Any:
-        """What ``time_ns`` gives for a watched generation: the lower quartile over repetitions, for other work makes a
-        part slower and never faster; without what the clocks inside cost."""
-        times = np.asarray([time_ns(watched) for watched in self.watched], dtype=np.float64)
-        return np.percentile(times, 25, axis=0) * self.total_ns / self.fastest.wall_ns
+        """What ``time_ns`` gives for a watched generation: the middle one of its shares of the whole, over repetitions;
+        without what the clocks inside cost."""
+        shares = [np.asarray(time_ns(watched), dtype=np.float64) / watched.wall_ns for watched in self.watched]
+        return np.median(shares, axis=0) * self.total_ns
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
         raise ValueError("launches were counted at the calibrated setting: give what measure() returned without base=")
     rate = machine.rate_flops_per_s.get(setting.dtype) or max(machine.rate_flops_per_s.values())
     times = pd.concat([w.steps.iloc[1:] for w in run.watched]).median()
+    step_ns = float(sum(times[part] for part in _PARTS))
     parameters, sizes, value_bytes = memory.parameters(setting), memory.sizes(setting), DTYPES[setting.dtype]
     cells = {SELF: run.step.prompt_cells + setting.num_steps / 2, CROSS: memory.encoder_cells(setting.input_length)}
     heads = {SELF: sizes.kv_heads, CROSS: sizes.heads}
@@ -64,7 +65,7 @@ def roofline(base: Account, device: Device | None = None) -> pd.DataFrame:
             "time_ns": times[part], "launches": calibration.launches[part], "weight_bytes": weights * value_bytes,
             "kv_bytes": 2 * read * heads.get(part, 0) * value_bytes,
             "flops": 2 * weights * setting.rows + 4 * read * sizes.heads,
-            **{f"{kind}_ns": times_ns[part] for kind, times_ns in calibration.apart.items()},
+            **{f"{kind}_ns": share[part] * step_ns for kind, share in calibration.apart.items()},
         }  # fmt: skip
     frame = pd.DataFrame(rows).T
     frame.loc["step"] = frame.sum()

@@ -31,10 +31,8 @@ class Ready:
 
 
 def setting_of(model: Any, inputs: Any = None, **changes: Any) -> Setting:
-    """How this model generates from these inputs as it is, with changes.
-
-    Raises ValueError when it cannot generate, or a change is not possible.
-    """
+    """How this model generates from these inputs as it is, with changes. ValueError when it cannot generate, or a
+    change is not possible."""
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
         raise ValueError(
             f"{described(model)} has no generate(): give a transformers model that generates, or a function "
@@ -64,10 +62,7 @@ def checked(model: Any, setting: Setting) -> Setting:
 
 def prepared(model: Any, inputs: Any, setting: Setting, built: dict[Any, Any] | None = None) -> Ready:
     """The model at this setting: itself where its sizes are those, otherwise built anew with random weights, or taken
-    from those that were ``built`` before.
-
-    Raises ValueError when it cannot be run this way, and says why.
-    """
+    from those that were ``built`` before. ValueError when it cannot be run this way, and says why."""
     checked_model(model)
     if setting.weight_bits not in (0, 8 * DTYPES[setting.dtype]):
         raise ValueError("weight_bits is a prediction from bytes alone; nothing here runs on weights of fewer bits")

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from effkit.decoder.setting import DTYPES
 from effkit.device import synchronize
 from effkit.lab import Progress, calibration_of, relative_source, tell
 from effkit.progress_bar import working
-from effkit.timing import elapsed_ns
+from effkit.timing import elapsed_ns, ratios_in_turn
 from effkit.training import evaluating
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
+_FEWEST = 3  # times each: one disturbed generation does not move the middle one. With clocks inside it is never more
 _FRAME_SECONDS = 0.01  # of sound, per cell of ``input_features``
 
 
@@ -44,7 +46,8 @@ def measure(
     difference is what the clocks cost. Rows: the encoder, the keys and values of cross-attention, the prefill of a
     decoder-only model; then of all steps self-attention, cross-attention, feed-forward, norms, embedding, output layer,
     and the host between steps (sampling, preparing inputs). Companions: time per token, tokens per second, the
-    real-time factor of sound, prefill and decode, bytes of weights and cache.
+    real-time factor of sound, prefill and decode, bytes of weights and cache. ValueError when the model cannot
+    generate, or not this way.
 
     Parameters
     ----------
@@ -68,11 +71,6 @@ def measure(
         At most so many generations of each setting, with and without clocks; the fastest of either counts.
     changes
         Of :class:`Setting`: ``decoder_layers=4``, ``dtype="bfloat16"``. Other sizes are built with random weights.
-
-    Raises
-    ------
-    ValueError
-        When the model cannot generate, or not this way.
     """
     repeats = checked_whole("repeats", repeats, 1)
     counts = {name: value for name, value in {"num_steps": num_steps, "batch": batch}.items() if value is not None}
@@ -126,8 +124,12 @@ def _run(
     ready: Sequence[Ready], config: Any, repeats: int, progress: Progress | None, nodes: Lattice | None = None
 ) -> tuple[list[Run], list[CacheBytes], Memory]:
     """Every setting ``repeats`` times, with ``nodes`` until more do not help, with clocks inside and without; the cache
-    that each leaves; and the memory of such models. ``config`` is that of the model that was given."""
-    done, total = itertools.count(1), len(ready) * (1 + repeats)
+    that each leaves; and the memory of such models. ``config`` is that of the model that was given.
+
+    The first is run again between the others, whose times are told relative to it: a machine's speed drifts."""
+    # a step that was compiled has no modules left
+    inside = [number for number, generation in enumerate(ready) if generation.setting.compiled == "off"]
+    done, total = itertools.count(1), len(ready) + len(inside) * repeats
     caches: list[CacheBytes] = []
     for generation in ready:  # untimed: memory is laid out, code is loaded (or compiled)
         output = generation.call()
@@ -136,21 +138,36 @@ def _run(
             length = output.sequences.shape[1] if hasattr(output, "sequences") else 0
             memory = _memory(generation, config, caches[0], max(1, length - generation.setting.num_steps))
         tell(progress, next(done), total)
+    latest: dict[int, Watched] = {}  # of this turn; then one of each turn
     watched: list[list[Watched]] = [[] for _ in ready]
-    plain: list[list[int]] = [[] for _ in ready]
-    for repeat in range(repeats):
-        for number, generation in enumerate(ready):
-            for inside in (repeat % 2, 1 - repeat % 2):  # which of the two comes first takes turns
-                if not inside:
-                    plain[number].append(elapsed_ns(generation.call))
-                elif generation.setting.compiled == "off":  # else a step has no modules left
-                    watched[number].append(watch(generation.model, generation.call))
+
+    def watched_ns(number: int) -> int:
+        if number not in latest:
             tell(progress, next(done), total)
-        runs = [Run(generation.setting, tuple(parts), tuple(times), memory.step_size(generation.setting))
-                for generation, parts, times in zip(ready, watched, plain, strict=True)]  # fmt: skip
-        if nodes and 0 < repeat < repeats - 1 and not helps(runs, nodes):
-            break
-    return runs, caches, memory
+        latest[number] = watch(ready[number].model, ready[number].call)
+        return latest[number].wall_ns
+
+    plain = [partial(elapsed_ns, generation.call) for generation in ready]
+    others = [*plain[1:], *(partial(watched_ns, number) for number in inside)] or plain
+
+    def runs(base_ns: Sequence[int], ratios: Sequence[Sequence[float]]) -> list[Run]:
+        """What was run so far, as if all of it was when the base took the middle one of its times."""
+        middle_ns = float(np.median(base_ns))
+        times = [[middle_ns * ratio for ratio in of_one] for of_one in ratios]
+        of_parts = dict(zip(inside, times[len(ready) - 1 :], strict=False))
+        parts = [tuple(map(Watched.lasting, watched[number], of_parts.get(number, ()))) for number in range(len(ready))]
+        return [Run(generation.setting, clocked, tuple(map(round, whole)), memory.step_size(generation.setting))
+                for generation, clocked, whole in zip(ready, parts, [base_ns, *times], strict=False)]  # fmt: skip
+
+    def more(ratios: Sequence[Sequence[float]]) -> range:
+        for number in tuple(latest):
+            watched[number].append(latest.pop(number))
+        turn = max(map(len, ratios))
+        enough = turn >= repeats or (nodes and turn >= _FEWEST and not helps(runs([10**9], ratios), nodes))
+        num_chosen = len(others) if turn < _FEWEST else len(plain) - 1 or len(others)
+        return range(0 if enough else num_chosen)
+
+    return runs(*ratios_in_turn(plain[0], others, more)), caches, memory
 
 
 def _memory(ready: Ready, config: Any, cache: CacheBytes, prompt_cells: int) -> Memory:
@@ -186,7 +203,7 @@ def _accounted(
     run: Run, ready: Ready, cache: CacheBytes, *, scale: float = 1.0, calibration: Calibration | None = None
 ) -> Account:
     rows, phases = accounting.measured_rows(run)
-    more = (f"; clocks inside cost {overhead_frac([run]):+.1%}" if run.watched else "") + relative_source(scale)
+    more = (f"; clocks inside cost {overhead_frac(run):+.1%}" if run.watched else "") + relative_source(scale)
     return accounting.generation_account(
         {row: scale * value for row, value in rows.items()}, {row: scale * value for row, value in phases.items()},
         run.setting, total_ns=scale * run.total_ns, weight_bytes=in_weights(ready.model), cache=cache,

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_map_only
 
 from effkit.decoder import module_roles
 from effkit.decoder.module_roles import BETWEEN, CROSS, CROSS_KV, EMBEDDING, ENCODER, FFN, NORMS, OUTPUT, SELF, Part
-from effkit.least_squares import Floats
 from effkit.timing import Stopwatch, elapsed_ns
 
 OF_LAYER = (SELF, CROSS_KV, CROSS, FFN, NORMS)
@@ -29,11 +28,13 @@ OF_STEP = (*OF_LAYER, EMBEDDING, OUTPUT, BETWEEN)
 _STEP = "step"
 LAUNCHES, OPERATORS, FRAMEWORK = "launches", "operators", "framework"
 _REPEATS = 5
+_LAST = 4  # of the steps of a generation, the last of so many equal parts are alike
 # Beside true views: they lay out memory, or look at it in another shape
 _LAUNCH_NOTHING = ("aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::empty", "aten::empty_like",
                    "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")  # fmt: skip
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Mark = tuple[int, Any, Any]  # number of a part, and when it began and ended
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,12 @@ class Watched:
         """What generation does before, between encoder and prefill, and after the last step."""
         return self.wall_ns - self.encoder_ns - int(self.steps.to_numpy().sum())
 
+    def lasting(self, wall_ns: float) -> Watched:
+        """The same generation on a machine whose speed makes it last so long [ns]."""
+        scale = wall_ns / self.wall_ns
+        steps = (scale * self.steps).round().astype("int64")
+        return Watched(steps, round(scale * self.encoder_ns), round(scale * self.encoder_layers_ns), round(wall_ns))
+
 
 def where(model: nn.Module) -> str:
     """The kind of accelerator that the model lives on, ``"cpu"`` for none."""
@@ -67,19 +74,24 @@ def watch(model: nn.Module, generate: Callable[[], object], clock: Any = None) -
     :class:`~effkit.timing.Stopwatch` has them. ValueError when the model has no layers that can be told, or
     ``generate`` never calls it.
     """
-    parts = [Part(_STEP, -1, model), *module_roles.parts(model)]
     clock = clock or Stopwatch(where(model))
+    return _by_part(*_marked(model, generate, clock), clock)
+
+
+def _marked(model: nn.Module, generate: Callable[[], object], clock: Any) -> tuple[list[Part], list[Mark]]:
+    """The parts of a model, and what its clocks marked in one generation, which itself is the first."""
+    parts = [Part(_STEP, -1, model), *module_roles.parts(model)]
     with _clocked(parts, clock) as marks:
         start = clock.mark()
         generate()
         end = clock.mark()
-    return _by_part(parts, [(-1, start, end), *marks], clock)
+    return parts, [(-1, start, end), *marks]
 
 
 @contextmanager
-def _clocked(parts: Sequence[Part], clock: Any) -> Iterator[list[tuple[int, Any, Any]]]:
-    """Within it, every call of a part's forward is marked: (number of the part, begin, end)."""
-    marks: list[tuple[int, Any, Any]] = []
+def _clocked(parts: Sequence[Part], clock: Any) -> Iterator[list[Mark]]:
+    """Within it, every call of a part's forward is marked."""
+    marks: list[Mark] = []
     with ExitStack() as stack:
         for number, part in enumerate(parts):
             timed = _timed(part.module.forward, number, marks, clock.mark)
@@ -87,7 +99,7 @@ def _clocked(parts: Sequence[Part], clock: Any) -> Iterator[list[tuple[int, Any,
         yield marks
 
 
-def _timed(forward: Any, number: int, marks: list[tuple[int, Any, Any]], mark: Callable[[], Any]) -> Any:
+def _timed(forward: Any, number: int, marks: list[Mark], mark: Callable[[], Any]) -> Any:
     # wraps: generate() reads the signature of its model's forward. Hooks would cost several times as much.
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -99,10 +111,10 @@ def _timed(forward: Any, number: int, marks: list[tuple[int, Any, Any]], mark: C
     return run
 
 
-def _by_part(parts: Sequence[Part], marks: Sequence[tuple[int, Any, Any]], clock: Any) -> Watched:
+def _by_part(parts: Sequence[Part], marks: Sequence[Mark], clock: Any) -> Watched:
     """The marks as times; the first pair of them encloses the generation and belongs to no part."""
     numbers, begins, ends = zip(*marks, strict=True)
-    begin, end = (clock.ns([begins[0], *moments])[1:] for moments in (begins, ends))
+    begin, end = np.split(clock.ns([*begins, *ends]), 2)
     wall_ns, begin, end, of_part = int(end[0] - begin[0]), begin[1:], end[1:], np.array(numbers[1:], dtype=int)
     names = np.array([part.name for part in parts])[of_part]
     layers = np.array([part.layer for part in parts])[of_part]
@@ -187,16 +199,13 @@ class Operators(Launches):
         return result
 
     def ns(self, marks: Sequence[int]) -> Ints:
-        """Marks as the time of the operators before them; one that was not kept counts 1 ns: marks keep their order."""
-        return np.rint(self._before_ns[list(marks)]).astype(np.int64)
-
-    @cached_property
-    def _before_ns(self) -> Floats:
+        """Marks as the time of the operators before them, which are run again for it; one that was not kept counts
+        1 ns: marks keep their order."""
+        each = np.ones(self.number, np.int64)
         with _disable_current_modes():
-            turns = [self._run_again() for _ in range(_REPEATS)]
-        each = np.ones(self.number)
-        each[self.first :] += np.percentile(turns[1:], 25, axis=0)  # the first turn warms up
-        return np.append(0, np.cumsum(each))
+            self._run_again()  # warms up
+            each[self.first :] += self._run_again()
+        return np.append(0, np.cumsum(each))[list(marks)]
 
     def _run_again(self) -> Ints:
         if self.kind == "cpu":
@@ -234,7 +243,7 @@ class Framework(Launches):
         self.first, self.calls, self.num_handled = recorded.first, list(recorded.calls), 0
         self.stopwatch = Stopwatch()
         with self:
-            self.per_call_ns = min(self._hand_out_ns() for _ in range(_REPEATS))
+            self.per_call_ns = float(np.median([self._hand_out_ns() for _ in range(_REPEATS)]))
         self.number = self.num_handled = 0
 
     def _hand_out_ns(self) -> float:
@@ -272,16 +281,21 @@ class Framework(Launches):
 
 
 def step_times(model: torch.nn.Module, generate: Callable[[], object], num_steps: int) -> pd.DataFrame:
-    """The last step of a generation of ``num_steps``, part by part: columns ``launches``, how many operators; and times
-    [ns]: ``operators``, run alone, and ``framework``, the code around them run alone."""
+    """The last step of a generation of ``num_steps``, part by part: columns ``launches``, how many operators; and what
+    ``operators`` take when run alone, and ``framework``, the code around them run alone, as fractions of the time of
+    such a step with both, run in turn with them."""
+    shares = []
     with torch.random.fork_rng():
         with Launches() as counter:
             number = watch(model, generate, counter).steps.iloc[-1]
         with Operators(-(-3 * counter.number // (2 * num_steps)), where(model)) as recorder:  # a step, and some before
-            operators = watch(model, generate, recorder).steps.iloc[-1]
-        turns = []
+            recorded = _marked(model, generate, recorder)
         for _ in range(_REPEATS):
+            last = watch(model, generate).steps.drop(columns=BETWEEN).iloc[-max(1, num_steps // _LAST) :]
+            operators = _by_part(*recorded, recorder).steps.iloc[-1]
             with Framework(recorder) as clock:
-                turns.append(watch(model, generate, clock).steps.iloc[-1])
-    framework = pd.concat(turns, axis=1).quantile(0.25, axis=1).clip(lower=0)
-    return pd.DataFrame({LAUNCHES: number, OPERATORS: operators, FRAMEWORK: framework}).round().astype("int64")
+                framework = watch(model, generate, clock).steps.iloc[-1]
+            alone = pd.DataFrame({OPERATORS: operators, FRAMEWORK: framework}).clip(lower=0)
+            shares.append(alone / last.sum(axis=1).median())
+    middle = pd.concat(shares).groupby(level=0, sort=False).median()
+    return middle.assign(**{LAUNCHES: number.astype("int64")})

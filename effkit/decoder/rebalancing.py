@@ -14,9 +14,7 @@ from effkit.decoder.memory import count, num_parameters, without_memory
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The class of the model that generates with this configuration: speech to text, text to text, or text alone.
-
-    Raises ValueError when transformers has none.
-    """
+    ValueError when transformers has none."""
     for mapping in (
         modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,

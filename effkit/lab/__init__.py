@@ -1,7 +1,5 @@
 """What the four analyses share: knobs and how they are checked, held-out error, noise, range, band, progress."""
 
-from __future__ import annotations
-
 from effkit.lab.bands import OF_A_MEDIAN, SPREAD, Hull, Trust, banded, interval, noise, rms
 from effkit.lab.calibrated import calibration_of, relative_source
 from effkit.lab.knobs import asked, changed, check, flag, number, one_of, share, whole

@@ -4,8 +4,6 @@ Beside the public names, ``effkit.advice`` asks for ``UNSEEN``: how a row of :fu
 waiting from moving in.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from effkit.lazy import lazily

@@ -4,8 +4,6 @@ Beside the public names, ``effkit.advice`` asks for ``input_lengths`` and ``real
 setting, and the titles ``EPOCH_CELLS`` and ``PEAK``.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from effkit.lazy import lazily
