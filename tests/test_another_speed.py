@@ -7,9 +7,12 @@ import torch
 from test_padding_bad_input import MODEL
 from torch import nn
 
-from effkit import activations, padding
+import effkit as ek
+from effkit import activations, decoder, padding
 from effkit.activations import stepping
 from effkit.activations.on_ranks import TIME
+from effkit.decoder import live as generating
+from effkit.decoder.module_timers import watch
 from effkit.padding import live
 from effkit.timing import ratios_in_turn
 
@@ -113,3 +116,43 @@ def test_a_step_is_told_relative_to_the_base_beside_it(speed):
     )
     at_rest = activations.measure(model, batch, base=base, **setting)
     assert at_rest.companion(TIME).total == base.companion(TIME).total
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """A model, and its generation on a machine where a token takes 10 ms, clocks inside a tenth more."""
+    model, machine = ek.models.text(hidden=32, heads=2, layers=1), Machine()
+
+    def elapsed_ns(generate):
+        return machine.run(10.0 * generate().sequences.numel())
+
+    def watched(model, generate):
+        made = []
+        seen = watch(model, lambda: made.append(generate()))
+        return seen.lasting(machine.run(11.0 * made[0].sequences.numel()))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(generating, "elapsed_ns", elapsed_ns)
+        patched.setattr(generating, "watch", watched)
+        yield model, machine, decoder.measure(model, num_steps=8, input_length=2, repeats=3)
+
+
+@pytest.mark.parametrize("begin", [0, 50, 150, 300, 450, 600, 800, 1000])
+def test_a_generation_is_told_relative_to_the_base_beside_it_wherever_the_machine_was_slow(generator, begin):
+    model, machine, base = generator
+    assert base.total == 100_000_000
+    assert base.residual == pytest.approx(-0.1 * base.total, rel=1e-3), "what the clocks cost"
+    for slow_ms in (300, 100_000):
+        machine.begin, machine.end = machine.now + begin, machine.now + begin + slow_ms
+        moved = decoder.measure(model, base=base, num_steps=18, repeats=5)
+        assert moved.total == pytest.approx(2 * base.total, rel=0.02)
+
+
+def test_the_costs_of_a_generation_are_those_of_a_steady_machine(generator):
+    model, machine, _ = generator
+    machine.begin = machine.end = machine.now
+    steady = decoder.measure(model, num_steps=8, input_length=2, repeats=3).calibration
+    machine.begin, machine.end = machine.now + 400, machine.now + 4_000
+    drifting = decoder.measure(model, num_steps=8, input_length=2, repeats=3).calibration
+    taken, before = ([run.total_ns for run in one.runs] for one in (drifting, steady))
+    assert np.array(taken) / taken[0] == pytest.approx(np.array(before) / before[0], rel=0.05)
