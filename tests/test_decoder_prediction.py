@@ -209,6 +209,10 @@ def test_one_more_repeat_helps_while_repeats_lie_apart(speech, world):
 @pytest.mark.parametrize(("more", "expected"), [(False, 3), (True, 5)])
 def test_repeats_end_when_one_more_does_not_help(speech, monkeypatch, more, expected):
     monkeypatch.setattr(live, "helps", lambda runs, nodes: more)
-    base = decoder.measure(speech, num_steps=3, repeats=5)
+    told = []
+    base = decoder.measure(speech, num_steps=3, repeats=5, progress=lambda *now: told.append(now))
+    num_settings = len(base.calibration.runs)
+    assert told[-1] == (num_settings * (1 + expected), num_settings * 6)
+    assert f"{len(base.calibration.runs[0].plain_ns)} generations" in base.source
     assert {len(run.plain_ns) for run in base.calibration.runs[1:]} == {expected}
     assert len(base.calibration.runs[0].plain_ns) > expected, "the base is run between the others"

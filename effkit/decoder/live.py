@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -68,7 +67,7 @@ def measure(
         Without a base: also run short generations around this one, which :func:`predict` rests on. Not where the
         base itself is compiled, without a cache, or a beam search.
     repeats
-        At most so many generations of each setting, with and without clocks; the fastest of either counts.
+        At most so many generations of each setting, with clocks at most three; the middle one of either counts.
     changes
         Of :class:`Setting`: ``decoder_layers=4``, ``dtype="bfloat16"``. Other sizes are built with random weights.
     """
@@ -129,21 +128,21 @@ def _run(
     The first is run again between the others, whose times are told relative to it: a machine's speed drifts."""
     # a step that was compiled has no modules left
     inside = [number for number, generation in enumerate(ready) if generation.setting.compiled == "off"]
-    done, total = itertools.count(1), len(ready) + len(inside) * repeats
+    total = len(ready) * (1 + repeats)
     caches: list[CacheBytes] = []
-    for generation in ready:  # untimed: memory is laid out, code is loaded (or compiled)
+    for done, generation in enumerate(ready, 1):  # untimed: memory is laid out, code is loaded (or compiled)
         output = generation.call()
         caches.append(in_cache(getattr(output, "past_key_values", None)))
         if len(caches) == 1:
             length = output.sequences.shape[1] if hasattr(output, "sequences") else 0
             memory = _memory(generation, config, caches[0], max(1, length - generation.setting.num_steps))
-        tell(progress, next(done), total)
+        tell(progress, done, total)
     latest: dict[int, Watched] = {}  # of this turn; then one of each turn
     watched: list[list[Watched]] = [[] for _ in ready]
 
     def watched_ns(number: int) -> int:
         if number not in latest:
-            tell(progress, next(done), total)
+            tell(progress, len(ready) * (1 + len(watched[number])) + len(latest) + 1, total)
         latest[number] = watch(ready[number].model, ready[number].call)
         return latest[number].wall_ns
 
@@ -162,7 +161,8 @@ def _run(
     def more(ratios: Sequence[Sequence[float]]) -> range:
         for number in tuple(latest):
             watched[number].append(latest.pop(number))
-        turn = max(map(len, ratios))
+        if (turn := len(ratios[0])) > _FEWEST:
+            tell(progress, len(ready) * (1 + turn), total)
         enough = turn >= repeats or (nodes and turn >= _FEWEST and not helps(runs([10**9], ratios), nodes))
         num_chosen = len(others) if turn < _FEWEST else len(plain) - 1 or len(others)
         return range(0 if enough else num_chosen)

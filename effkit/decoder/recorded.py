@@ -131,7 +131,7 @@ def positions(measured: Account) -> pd.DataFrame:
     -------
     DataFrame
         Indexed by ``token``, from 1; ``time_ns``, from the end of the step before to the end of its own, the median
-        over repetitions, as they were timed (of a measurement with a base: not relative to it).
+        over repetitions, at the speed of the machine then (of a measurement with a base: not relative to it).
     """
     calibration = None if measured.predicted else measured.calibration
     if isinstance(calibration, np.ndarray):  # of a step function
